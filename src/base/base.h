@@ -1,0 +1,237 @@
+/* src/base: the ground floor. Status, memory, tensors, JSON, files, threads, random words, matrix
+ * products. Knows nothing of models. Everything above may include it; it includes nothing above.
+ */
+#ifndef PSOUP__BASE_H
+#define PSOUP__BASE_H
+
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "psoup/common.h"
+#include "psoup/data.h"
+
+/* ---- status.c ------------------------------------------------------------------------------ */
+
+/* Writes the message, where `error` is not NULL, and returns `status`. Control characters in the
+ * formatted text become '?', so that a hostile file name or key cannot break the line. */
+#if defined(__GNUC__)
+__attribute__((format(printf, 3, 4)))
+#endif
+psoup_status psoup__fail(psoup_error *error, psoup_status status, const char *format, ...);
+psoup_status psoup__out_of_memory(psoup_error *error, size_t bytes); /* "out of memory: N bytes" */
+#if defined(__GNUC__)
+__attribute__((format(printf, 3, 4)))
+#endif
+void psoup__log(psoup_context *context, psoup_log_level level, const char *format, ...);
+
+/* Evaluates a call that returns a status; on failure keeps it in `status` and jumps to `fail`. */
+#define PSOUP__TRY(call)                                                                           \
+    do {                                                                                           \
+        status = (call);                                                                           \
+        if (status != PSOUP_OK)                                                                    \
+            goto fail;                                                                             \
+    } while (0)
+
+/* Copies a caller's option struct over the library's defaults. `options` (may be NULL) starts with
+ * its size_t size; `defaults` is this library's full struct of `full` bytes and receives the
+ * result. Refuses a size of 0 and unknown non-zero tails, naming `what`. */
+psoup_status psoup__options(void *defaults, size_t full, const void *options, const char *what,
+                            psoup_error *error);
+
+/* ---- memory.c ------------------------------------------------------------------------------ */
+
+/* count × size zeroed bytes, 64-byte aligned, from the context's allocator; NULL with *error set when
+ * the product overflows or memory is out. count × size == 0 gives a unique pointer. */
+void *psoup__alloc(psoup_context *context, size_t count, size_t size, psoup_error *error);
+void psoup__free(psoup_context *context, void *memory); /* takes NULL */
+char *psoup__strdup(psoup_context *context, const char *text, psoup_error *error);
+#if defined(__GNUC__)
+__attribute__((format(printf, 3, 4)))
+#endif
+char *psoup__format(psoup_context *context, psoup_error *error, const char *format, ...);
+/* Makes room for at least `need` elements in *array, whose capacity is *capacity (doubling). */
+psoup_status psoup__reserve(psoup_context *context, void *array /* T ** */, size_t *capacity,
+                            size_t need, size_t size, psoup_error *error);
+bool psoup__multiply(size_t a, size_t b, size_t *product); /* false on overflow */
+bool psoup__add(size_t a, size_t b, size_t *sum);
+
+/* A growing text or byte string. After a failed append `failed` stays set and appends do nothing. */
+typedef struct psoup__buffer {
+    psoup_context *context;
+    char *data; /* NUL-terminated once anything was appended; NULL before */
+    size_t length, capacity;
+    bool failed;
+} psoup__buffer;
+void psoup__buffer_append(psoup__buffer *buffer, const void *data, size_t length);
+#if defined(__GNUC__)
+__attribute__((format(printf, 2, 3)))
+#endif
+void psoup__buffer_print(psoup__buffer *buffer, const char *format, ...);
+void psoup__buffer_free(psoup__buffer *buffer);
+
+/* A map from byte strings to int64; open addressing, keys copied. */
+typedef struct psoup__map psoup__map;
+psoup_status psoup__map_create(psoup_context *context, size_t expected, psoup__map **out,
+                               psoup_error *error);
+/* Sets key to value; where the key is present, overwrites it. *fresh (may be NULL) says which. */
+psoup_status psoup__map_set(psoup__map *map, const void *key, size_t length, int64_t value,
+                            bool *fresh, psoup_error *error);
+bool psoup__map_get(const psoup__map *map, const void *key, size_t length, int64_t *value);
+void psoup__map_free(psoup__map *map);
+
+/* ---- tensor.c ------------------------------------------------------------------------------ */
+
+#define PSOUP__MAX_RANK 8
+typedef struct psoup__tensor {
+    psoup_dtype dtype;
+    int rank;
+    int64_t shape[PSOUP__MAX_RANK];
+    size_t bytes;
+    const void *data; /* any alignment when it points into a file */
+} psoup__tensor;
+
+/* Product of the shape; false when it is negative or overflows. */
+bool psoup__tensor_elements(const psoup__tensor *tensor, size_t *elements);
+
+/* Conversions of n elements; source and destination of any alignment, not overlapping. to_f32 takes
+ * F32, F16, BF16, F64; from_f32 rounds once, to nearest even (F64: exact). Vectorised per
+ * instruction set, the same bits on all. */
+void psoup__to_f32(psoup_context *context, float *out, const void *in, psoup_dtype dtype, size_t n);
+void psoup__from_f32(psoup_context *context, void *out, psoup_dtype dtype, const float *in,
+                     size_t n);
+
+/* ---- file.c, zstd.c ------------------------------------------------------------------------- */
+
+/* A whole file mapped read-only. */
+typedef struct psoup__file {
+    const unsigned char *data; /* NULL when length is 0 */
+    size_t length;
+    char *path;
+} psoup__file;
+psoup_status psoup__file_map(psoup_context *context, const char *path, psoup__file *out,
+                             psoup_error *error);
+void psoup__file_unmap(psoup_context *context, psoup__file *file);
+/* A whole file in memory, NUL-terminated past its length, decompressed where the name ends in
+ * ".zst"; refuses more than `limit` bytes. Free *out with psoup__free. */
+psoup_status psoup__file_read(psoup_context *context, const char *path, size_t limit, char **out,
+                              size_t *length, psoup_error *error);
+bool psoup__file_exists(const char *path);
+bool psoup__is_directory(const char *path);
+psoup_status psoup__make_directories(const char *path, psoup_error *error); /* like mkdir -p */
+char *psoup__path_join(psoup_context *context, const char *directory, const char *name,
+                       psoup_error *error);
+
+/* Output that appears under its name only when it is whole: written beside, synced, renamed (the
+ * directory synced too). Compressed where the name ends in ".zst". */
+typedef struct psoup__writer psoup__writer;
+psoup_status psoup__writer_create(psoup_context *context, const char *path, psoup__writer **out,
+                                  psoup_error *error);
+psoup_status psoup__writer_write(psoup__writer *writer, const void *data, size_t length,
+                                 psoup_error *error);
+psoup_status psoup__writer_commit(psoup__writer *writer, psoup_error *error);
+void psoup__writer_free(psoup__writer *writer); /* removes the temporary file if not committed */
+
+/* ---- thread.c ------------------------------------------------------------------------------ */
+
+/* Calls fn(arg, task, worker) for every task in [0, tasks), each once, from up to
+ * psoup_context_threads(context) workers numbered from 0, and returns when all are done. While
+ * another thread uses the pool, or from inside a task, the caller's thread does it all as worker 0.
+ * So fn must give the same result whichever worker takes which task. */
+typedef void (*psoup__task_fn)(void *arg, size_t task, int worker);
+void psoup__parallel(psoup_context *context, size_t tasks, psoup__task_fn fn, void *arg);
+
+/* ---- philox.c ------------------------------------------------------------------------------ */
+
+/* Philox4x32-10 (Salmon et al. 2011). Word `position` of stream `sequence` under `seed`, as cuRAND's
+ * curand_init(seed, sequence, position) followed by curand() gives it. */
+uint32_t psoup__philox_word(uint64_t seed, uint64_t sequence, uint64_t position);
+void psoup__philox_block(uint64_t seed, uint64_t sequence, uint64_t block, uint32_t out[4]);
+/* (word >> 8) · 2⁻²⁴, in [0, 1). */
+static inline float psoup__uniform(uint32_t word) {
+    return (float)(word >> 8) * 0x1p-24f;
+}
+/* A stream read in order. */
+typedef struct psoup__random {
+    uint64_t seed, sequence, position;
+} psoup__random;
+uint32_t psoup__random_word(psoup__random *random);
+float psoup__random_uniform(psoup__random *random);           /* [0, 1) */
+float psoup__random_normal(psoup__random *random);            /* Box–Muller, two words each */
+uint32_t psoup__random_below(psoup__random *random, uint32_t n); /* [0, n), unbiased */
+void psoup__random_shuffle(psoup__random *random, int32_t *items, size_t n);
+
+/* ---- isa.c --------------------------------------------------------------------------------- */
+
+/* The kernel sources (src/base/gemm_kernel.c, convert.c; src/cpu; src/merge/kernels.c) are compiled
+ * once per instruction set with -DPSOUP__VARIANT=generic|avx2|avx512; each such file exports only
+ * names made with PSOUP__NAME, so that psoup__gemm_kernel becomes psoup__gemm_kernel_avx2. */
+typedef enum psoup__isa {
+    PSOUP__ISA_GENERIC, /* the architecture's baseline; on aarch64 that includes NEON */
+    PSOUP__ISA_AVX2,
+    PSOUP__ISA_AVX512,
+    PSOUP__ISA_COUNT
+} psoup__isa;
+psoup__isa psoup__isa_of(const psoup_context *context);
+#define PSOUP__PASTE2(a, b) a##_##b
+#define PSOUP__PASTE(a, b) PSOUP__PASTE2(a, b)
+#define PSOUP__NAME(name) PSOUP__PASTE(name, PSOUP__VARIANT)
+
+/* ---- gemm.c -------------------------------------------------------------------------------- */
+
+/* C[m, n] = (accumulate ? C : 0) + A[m, k] · B[k, n]
+ *
+ * Every element is summed over k in ascending order by one thread, starting from 0 or from the old C:
+ * its bits do not depend on m, on the row's place, on the threads, on packing ahead, nor on the
+ * values in other rows. A NaN or infinity stays in its row (of A) or column (of B). k == 0 is legal.
+ */
+typedef struct psoup__gemm_b { /* B packed once, in its own dtype */
+    psoup_dtype dtype;
+    int64_t k, n;
+    void *panels;
+} psoup__gemm_b;
+
+typedef struct psoup__gemm_args {
+    int64_t m, n, k;
+    float *c; /* row i at c + (c_rows ? c_rows[i] : i) · c_stride; columns contiguous */
+    int64_t c_stride;
+    const int32_t *c_rows; /* NULL, or m distinct row numbers */
+    bool accumulate;
+    const float *a; /* element (i, p) at a[(a_rows ? a_rows[i] : i) · a_row + p · a_col] */
+    int64_t a_row, a_col;
+    const int32_t *a_rows; /* gathers along m; NULL: 0 … m−1 */
+    const int32_t *a_depth; /* gathers along k: element (i, p) reads p' = a_depth[p]; NULL: p */
+    const float *a_scale; /* multiplies A: row i by a_scale[row of A · a_scale_stride]; NULL: 1 */
+    int64_t a_scale_stride;
+    float alpha;           /* multiplies A too (with a_scale: the product first); usually 1 */
+    bool a_scale_by_depth; /* a_scale is indexed by the depth (p' above), not by the row */
+    const void *b; /* element (p, j) at b[(b_depth ? b_depth[p] : p) · b_row + j · b_col], in b_dtype */
+    psoup_dtype b_dtype; /* F32, F16, BF16 */
+    int64_t b_row, b_col;
+    const int32_t *b_depth;
+    const psoup__gemm_b *packed; /* instead of b when not NULL */
+} psoup__gemm_args;
+void psoup__gemm(psoup_context *context, const psoup__gemm_args *args);
+
+/* Packs B (element (p, j) at b[p · b_row + j · b_col]) for later calls. */
+psoup_status psoup__gemm_pack(psoup_context *context, const void *b, psoup_dtype dtype, int64_t k,
+                              int64_t n, int64_t b_row, int64_t b_col, psoup__gemm_b **out,
+                              psoup_error *error);
+void psoup__gemm_b_free(psoup_context *context, psoup__gemm_b *packed);
+
+/* ---- context.c ----------------------------------------------------------------------------- */
+
+struct psoup_context {
+    psoup_allocator allocator;
+    psoup_log_fn log;
+    void *log_user;
+    int threads;
+    psoup__isa isa;
+    struct psoup__pool *pool;   /* thread.c */
+    struct psoup__gemm_space *gemm; /* gemm.c: packing buffers, sized at creation */
+};
+struct psoup__gemm_space *psoup__gemm_space_create(psoup_context *context, psoup_error *error);
+void psoup__gemm_space_free(psoup_context *context, struct psoup__gemm_space *space);
+
+#endif

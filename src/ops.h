@@ -1,0 +1,226 @@
+/* src/ops.h: THE contract between the model and its backends: one table of functions, every op that
+ * forward, backward, generation and training need, with shapes.
+ *
+ * Rules
+ *   - Arguments run: backend, outputs, saved values, inputs, sizes.
+ *   - An op works in the caller's memory; it neither allocates nor synchronises. Only `read` waits.
+ *   - All pointers are device memory from `alloc`, except where a comment says "host".
+ *   - Activations are f32 [rows, width], rows contiguous. `rows` counts tokens of all sequences,
+ *     packed one after another without padding.
+ *   - On the CPU a row's result has the same bits for any batch it is in, any place in it, and any
+ *     number of threads.
+ *   - "adds to" means +=; other outputs are overwritten.
+ */
+#ifndef PSOUP__OPS_H
+#define PSOUP__OPS_H
+
+#include "base/base.h"
+
+/* A matrix of the base model, row-major [out, in], as torch.nn.Linear stores it. */
+typedef struct psoup__weight {
+    psoup_dtype dtype; /* F32, F16, BF16 */
+    int32_t out, in;
+    const void *data;        /* [out, in] */
+    psoup__gemm_b *forward;  /* packed for x·Wᵀ by weight_pack, or NULL */
+    psoup__gemm_b *backward; /* packed for dy·W by weight_pack, or NULL */
+} psoup__weight;
+
+/* One adapter's factors for one linear; scale = alpha / rank, or alpha / sqrt(rank) (rsLoRA). An
+ * adapter that leaves this linear alone has rank 0. */
+typedef struct psoup__lora {
+    int32_t rank;
+    float scale;
+    const float *a; /* [rank, in] */
+    const float *b; /* [out, rank] */
+    float *da;      /* [rank, in] gradient, added to; NULL where it is not asked for */
+    float *db;      /* [out, rank] */
+} psoup__lora;
+
+/* The mix: each row's weights over the n adapters, and who uses whom. A weight of zero is skipped,
+ * never multiplied. n == 0 is the base. */
+typedef struct psoup__mix {
+    int32_t n;
+    const float *weight;  /* [rows, n] */
+    const int32_t *rows;  /* rows[first[i] … first[i+1]−1], ascending: the rows that use adapter i */
+    const int32_t *first; /* host [n + 1] */
+    float *dweight;       /* [rows, n] gradient of the weights, added to; NULL where not asked for */
+} psoup__mix;
+
+/* The keys and values one sequence's queries attend to. */
+typedef struct psoup__span {
+    int32_t query;        /* first row of its queries in q */
+    int32_t queries;      /* how many rows; query i is at position keys − queries + i */
+    int32_t keys;         /* number of keys; a query at position p sees keys 0 … p */
+    const float *k;       /* key j, head h at k[j · stride + h · head_dim] */
+    const float *v;
+    int64_t stride;
+    float *dk;            /* attention_backward adds here, laid out as k and v */
+    float *dv;
+} psoup__span;
+
+typedef struct psoup__attention_shape {
+    int32_t heads, kv_heads, head_dim; /* heads is a multiple of kv_heads */
+    float scale;                       /* usually 1 / sqrt(head_dim) */
+} psoup__attention_shape;
+
+/* How the next token of one row is drawn. */
+typedef struct psoup__draw {
+    float temperature;    /* 0: the most likely token, the lowest id among equals */
+    int32_t top_k;        /* 0: all */
+    float top_p;          /* 1: all */
+    uint64_t seed, sequence, position; /* its Philox word */
+    const int32_t *banned; /* host, n_banned tokens that get probability 0 (no-repeat n-grams, min
+                              new tokens) */
+    int32_t n_banned;
+} psoup__draw;
+
+typedef struct psoup__adamw_args {
+    float lr, beta1, beta2, epsilon, weight_decay; /* decoupled decay, Loshchilov & Hutter 2019 */
+    float correction1, correction2; /* 1 − beta^step */
+    float gradient_scale;           /* multiplies g first: clipping and averaging */
+} psoup__adamw_args;
+
+/* Which values a dropout pattern belongs to: element j of row i is kept by the Philox word at
+ * (seed, sequence = stream[i], position = offset[i] · width + j), scaled by 1/(1−p). So it does not
+ * depend on the batch. */
+typedef struct psoup__dropout {
+    float p; /* 0: none */
+    const uint64_t *seed;   /* host [rows] */
+    const uint64_t *stream; /* host [rows] */
+    const uint64_t *offset; /* host [rows] */
+} psoup__dropout;
+
+typedef struct psoup__backend psoup__backend;
+
+typedef struct psoup__ops {
+    const char *name; /* "cpu" */
+    void (*free)(psoup__backend *be);
+
+    /* Memory. alloc gives zeroed bytes; write and read cross between host and device. */
+    void *(*alloc)(psoup__backend *be, size_t count, size_t size, psoup_error *error);
+    void (*release)(psoup__backend *be, void *memory);
+    void (*write)(psoup__backend *be, void *out, const void *host, size_t bytes);
+    psoup_status (*read)(psoup__backend *be, void *host, const void *in, size_t bytes,
+                         psoup_error *error);
+    void (*copy)(psoup__backend *be, void *out, const void *in, size_t bytes);
+    void (*zero)(psoup__backend *be, void *out, size_t bytes);
+
+    /* Packs a frozen weight once for `forward` (x·Wᵀ) and, when asked, `backward` (dy·W). Not an op
+     * in the sense above: it allocates. unpack frees both. */
+    psoup_status (*weight_pack)(psoup__backend *be, psoup__weight *weight, bool backward,
+                                psoup_error *error);
+    void (*weight_unpack)(psoup__backend *be, psoup__weight *weight);
+
+    /* out[i] = table[token[i]]; table [vocab, width] in its own dtype. */
+    void (*embed)(psoup__backend *be, float *out /* [rows, width] */, const psoup__weight *table,
+                  const int32_t *token /* [rows] */, int32_t rows);
+    void (*embed_backward)(psoup__backend *be, float *dtable /* [vocab, width], adds to */,
+                           const float *dout, const int32_t *token, int32_t vocab, int32_t width,
+                           int32_t rows);
+
+    /* out = x / sqrt(mean(x²) + epsilon) · weight; saves rstd = 1 / sqrt(mean(x²) + epsilon). */
+    void (*rmsnorm)(psoup__backend *be, float *out, float *rstd /* [rows] */, const float *x,
+                    const float *weight /* [width] */, float epsilon, int32_t rows, int32_t width);
+    void (*rmsnorm_backward)(psoup__backend *be, float *dx /* adds to */,
+                             float *dweight /* [width], adds to; NULL: not asked for */,
+                             const float *dout, const float *x, const float *weight,
+                             const float *rstd, int32_t rows, int32_t width);
+
+    /* y = x Wᵀ + bias + Σ_i mix[row][i] · scale_i · (x_lora A_iᵀ) B_iᵀ, adapters in ascending order.
+     * u saves x_lora A_iᵀ: for adapter i a block [first[i+1]−first[i], rank_i], blocks in order. */
+    void (*linear_mix)(psoup__backend *be, float *y /* [rows, out] */, float *u,
+                       const float *x /* [rows, in] */,
+                       const float *x_lora /* x after dropout, or x itself */,
+                       const psoup__weight *w, const float *bias /* [out] or NULL */,
+                       const psoup__lora *lora /* host [mix->n] */, const psoup__mix *mix,
+                       int32_t rows);
+    /* du is scratch of u's size. Each output may be NULL where it is not asked for. With dx_lora ==
+     * dx both parts are added there. Adds to lora[i].da, .db and mix->dweight where not NULL; the
+     * sums over rows run in ascending row order within each adapter. */
+    void (*linear_mix_backward)(psoup__backend *be, float *dx /* [rows, in], adds to */,
+                                float *dx_lora /* [rows, in], adds to */,
+                                float *dw /* [out, in], adds to */,
+                                float *dbias /* [out], adds to */, float *du, const float *dy,
+                                const float *x, const float *x_lora, const float *u,
+                                const psoup__weight *w, const psoup__lora *lora,
+                                const psoup__mix *mix, int32_t rows);
+
+    /* Rotates pairs (j, j + head_dim/2) of every head, as transformers' LLaMA does. cos_sin is the
+     * table [positions, head_dim]: head_dim/2 cosines, then as many sines. In place on
+     * x [rows, heads · head_dim] with row stride `stride`; `inverse` rotates back (the backward). */
+    void (*rope)(psoup__backend *be, float *x, const float *cos_sin, const int32_t *position,
+                 int32_t rows, int32_t heads, int32_t head_dim, int64_t stride, bool inverse);
+
+    /* Copies rows into a cache: row i of k, v [rows, width] to k_to[i], v_to[i] (host arrays of
+     * device pointers). */
+    void (*cache_append)(psoup__backend *be, float *const *k_to, float *const *v_to, const float *k,
+                         const float *v, int32_t rows, int32_t width);
+
+    /* Causal softmax attention over spans; out and q [rows, heads · head_dim]; lse saves the
+     * log-sum-exp [rows, heads] of the scaled scores (NULL: not kept). */
+    void (*attention)(psoup__backend *be, float *out, float *lse, const float *q,
+                      const psoup__span *spans /* host */, int32_t n_spans,
+                      const psoup__attention_shape *shape);
+    /* dq is overwritten; adds to each span's dk, dv. */
+    void (*attention_backward)(psoup__backend *be, float *dq, const float *dout, const float *q,
+                               const float *out, const float *lse, const psoup__span *spans,
+                               int32_t n_spans, const psoup__attention_shape *shape);
+
+    /* out = silu(gate) · up, each [rows, width]. */
+    void (*swiglu)(psoup__backend *be, float *out, const float *gate, const float *up, size_t n);
+    void (*swiglu_backward)(psoup__backend *be, float *dgate, float *dup, const float *dout,
+                            const float *gate, const float *up, size_t n);
+
+    void (*add)(psoup__backend *be, float *x /* adds to */, const float *y, size_t n);
+    /* out[i] = in[row[i]] and out[row[i]] += in[i]; row distinct. */
+    void (*gather_rows)(psoup__backend *be, float *out, const float *in, const int32_t *row,
+                        int32_t rows, int32_t width);
+    void (*scatter_add_rows)(psoup__backend *be, float *out, const float *in, const int32_t *row,
+                             int32_t rows, int32_t width);
+    void (*dropout)(psoup__backend *be, float *out, const float *in, const psoup__dropout *dropout,
+                    int32_t rows, int32_t width);
+    /* dx += dout where kept, scaled. */
+    void (*dropout_backward)(psoup__backend *be, float *dx, const float *dout,
+                             const psoup__dropout *dropout, int32_t rows, int32_t width);
+
+    /* A scalar head on chosen rows: out[i] = w · hidden[row[i]] + bias[0]. */
+    void (*head)(psoup__backend *be, float *out /* [n] */, const float *hidden /* [rows, width] */,
+                 const int32_t *row /* [n], distinct */, const float *w /* [width] */,
+                 const float *bias /* [1] or NULL */, int32_t n, int32_t width);
+    void (*head_backward)(psoup__backend *be, float *dhidden /* adds to; NULL: not asked for */,
+                          float *dw /* adds to */, float *dbias /* adds to, or NULL */,
+                          const float *dout /* [n] */, const float *hidden, const int32_t *row,
+                          const float *w, int32_t n, int32_t width);
+
+    /* logprob[i] = logits[i][target[i]] − lse[i]. */
+    void (*logprob)(psoup__backend *be, float *logprob /* [rows] */, float *lse /* [rows] */,
+                    const float *logits /* [rows, vocab] */, const int32_t *target, int32_t rows,
+                    int32_t vocab);
+    /* dlogits[i] = dlogprob[i] · (onehot(target[i]) − exp(logits[i] − lse[i])); dlogits may be
+     * logits. */
+    void (*logprob_backward)(psoup__backend *be, float *dlogits, const float *logits,
+                             const float *lse, const int32_t *target, const float *dlogprob,
+                             int32_t rows, int32_t vocab);
+
+    /* Draws token[i] from logits[i] (which are left as they are); logprob[i] is log softmax of the
+     * untouched logits at it. Filters in transformers' order: temperature, top-k, top-p; then the
+     * first token, in descending probability (ties: ascending id), whose cumulative probability
+     * exceeds u. A row whose logits hold NaN gives token −1. */
+    void (*sample)(psoup__backend *be, int32_t *token /* [rows] */, float *logprob /* [rows] */,
+                   const float *logits, const psoup__draw *draw /* host [rows] */, int32_t rows,
+                   int32_t vocab);
+
+    /* One optimiser step over a flat buffer of n parameters. */
+    void (*adamw)(psoup__backend *be, float *p, float *m, float *v, const float *g, size_t n,
+                  const psoup__adamw_args *args);
+    /* *out (host) = Σ x²: f64, in one fixed order. Waits. */
+    psoup_status (*sum_squares)(psoup__backend *be, double *out, const float *x, size_t n,
+                                psoup_error *error);
+} psoup__ops;
+
+struct psoup__backend {
+    const psoup__ops *ops;
+    psoup_context *context;
+};
+
+#endif
