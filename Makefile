@@ -32,7 +32,7 @@ FLAGS_sanitize = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undef
 FLAGS_coverage = -O0 -g --coverage
 MODE     = $(FLAGS_$(config))
 CPPFLAGS += -Iinclude -Isrc -D_GNU_SOURCE
-CFLAGS   += -std=c11 $(MODE) $(WARN) -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=off -pthread
+CFLAGS   += -std=c11 $(MODE) $(WARN) -fPIC -fno-semantic-interposition -fno-math-errno -ffp-contract=off -pthread
 LDFLAGS  += $(if $(filter sanitize coverage,$(config)),$(MODE)) -pthread
 LIBS      = -ljansson -lpcre2-8 -lzstd -lm
 
