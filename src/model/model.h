@@ -1,0 +1,146 @@
+/* src/model: the LLaMA family with its adapters: blueprint, forward, backward, generation. Calls only
+ * the ops table; never asks which backend is behind it.
+ */
+#ifndef PSOUP__MODEL_H
+#define PSOUP__MODEL_H
+
+#include "format/format.h"
+#include "ops.h"
+#include "psoup/model.h"
+
+/* ---- blueprint ------------------------------------------------------------------------------ */
+
+enum { /* the linears of a layer; 1 << these are psoup/model.h's PSOUP_Q_PROJ … */
+    PSOUP__Q,
+    PSOUP__K,
+    PSOUP__V,
+    PSOUP__O,
+    PSOUP__GATE,
+    PSOUP__UP,
+    PSOUP__DOWN,
+    PSOUP__LINEARS
+};
+
+typedef struct psoup__layer {
+    psoup__weight linear[PSOUP__LINEARS]; /* q [heads·hd, dim] … down [dim, ffn] */
+    float *bias[PSOUP__LINEARS];          /* [out], f32, or NULL */
+    float *input_norm, *post_norm;        /* [dim], f32 */
+    float *dlinear[PSOUP__LINEARS];       /* gradients, into model->grad; NULL while frozen */
+    float *dbias[PSOUP__LINEARS];
+    float *dinput_norm, *dpost_norm;
+} psoup__layer;
+
+/* An adapter: its factors and, for critics and reward models, a scalar head on the final hidden
+ * state, in one flat buffer that an optimiser can step over. */
+typedef struct psoup__adapter {
+    char *name;
+    int32_t rank; /* the common rank and alpha; pairs may differ where a file's patterns say so */
+    float alpha;
+    bool rslora;
+    uint32_t targets;
+    float *data; /* [count]: layer by layer, q k v o gate up down, A then B; then head [dim], bias [1] */
+    float *grad; /* [count], laid out as data; NULL while frozen */
+    size_t count;
+    psoup__lora *lora; /* [layers · PSOUP__LINEARS], pointing into data and grad */
+    float *head, *head_bias, *dhead, *dhead_bias; /* NULL where it has none, or is frozen */
+} psoup__adapter;
+
+struct psoup_model {
+    psoup_context *context;
+    psoup__backend *be;
+    psoup_model_config config;
+    int32_t q_width, kv_width; /* heads · head_dim, kv_heads · head_dim */
+    psoup__weight embed;       /* [vocab, dim] */
+    psoup__weight lm_head;     /* [vocab, dim]; shares embed.data when tied */
+    float *norm;               /* [dim] */
+    float *dembed, *dlm_head, *dnorm;
+    psoup__layer *layers;
+    float *cos_sin; /* [max_position, head_dim]: see ops.h, rope */
+    /* While the base itself trains: all weights as f32 in one flat buffer, and their gradients. */
+    float *data, *grad; /* [count]; NULL while frozen */
+    size_t count;
+    psoup__adapter **adapters;
+    int32_t n_adapters;
+    size_t adapters_capacity;
+};
+
+/* ---- adapter.c -------------------------------------------------------------------------------- */
+
+psoup__adapter *psoup__model_adapter(const psoup_model *model, const char *name); /* NULL: none */
+/* Adds a zero head (dim weights, one bias) at the end of the flat buffer, if there is none. Moves data:
+ * call it before taking pointers or gradients. */
+psoup_status psoup__adapter_add_head(psoup_model *model, psoup__adapter *adapter,
+                                     psoup_error *error);
+/* Gives the adapter a zeroed gradient buffer, or takes it away. */
+psoup_status psoup__adapter_train(psoup_model *model, psoup__adapter *adapter, bool train,
+                                  psoup_error *error);
+/* PEFT directory; with_head writes modules_to_save "score" and task type SEQ_CLS. */
+psoup_status psoup__adapter_save(const psoup_model *model, const psoup__adapter *adapter,
+                                 const char *directory, const char *base_name, bool with_head,
+                                 psoup_error *error);
+
+/* Moves the base into model->data (f32) with gradients, unpacked, so that it can train; or back to
+ * frozen packed weights of config.torch_dtype. */
+psoup_status psoup__model_train_base(psoup_model *model, bool train, psoup_error *error);
+
+/* ---- forward.c, backward.c ------------------------------------------------------------------- */
+
+/* What runs together: n sequences packed one after another. All arrays are host memory. */
+typedef struct psoup__batch {
+    int32_t n, rows;       /* sequences; tokens in all */
+    const int32_t *tokens; /* [rows] */
+    const int32_t *start;  /* [n + 1]; start[n] == rows */
+    const float *mix;      /* [n, n_adapters], NULL: the base */
+    float dropout;         /* on the adapters' input; 0: none */
+    const uint64_t *dropout_seed;   /* [n], with dropout > 0: a pattern per (seed, stream) pair, */
+    const uint64_t *dropout_stream; /* [n], layer, linear, position and element */
+} psoup__batch;
+
+/* The activations of one batch. Grows as needed and is used again. */
+typedef struct psoup__tape psoup__tape;
+psoup_status psoup__tape_create(psoup_model *model, psoup__tape **out, psoup_error *error);
+void psoup__tape_free(psoup__tape *tape);
+const float *psoup__tape_hidden(const psoup__tape *tape); /* device [rows, dim], after the last norm */
+
+/* Runs the batch; with `save` keeps what psoup__backward needs. Refuses token ids out of range and
+ * sequences longer than max_position_embeddings. */
+psoup_status psoup__forward(psoup_model *model, psoup__tape *tape, const psoup__batch *batch,
+                            bool save, psoup_error *error);
+
+/* log p(target[i]) at chosen rows of the batch just run: out (host) [n]. The distribution read at a
+ * row is that of the token after it. Works in chunks: no full logits for a long batch. */
+psoup_status psoup__logprobs(psoup_model *model, psoup__tape *tape, const int32_t *row,
+                             const int32_t *target, int32_t n, float *out, psoup_error *error);
+/* Logits of chosen rows: out (host) [n, vocab]. */
+psoup_status psoup__logits(psoup_model *model, psoup__tape *tape, const int32_t *row, int32_t n,
+                           float *out, psoup_error *error);
+
+/* A head's outputs at chosen rows, or their gradients. */
+typedef struct psoup__head_rows {
+    const psoup__adapter *adapter; /* must have a head */
+    const int32_t *row;            /* host [n], distinct */
+    int32_t n;
+    float *value;                  /* host [n]; psoup__heads writes */
+    const float *dvalue;           /* host [n]; psoup__backward reads */
+    const psoup__dropout *dropout; /* on the hidden state, per row of this list; NULL: none */
+} psoup__head_rows;
+psoup_status psoup__heads(psoup_model *model, psoup__tape *tape, const psoup__head_rows *heads,
+                          int32_t n_heads, psoup_error *error);
+
+/* What the loss says of the batch just run with `save`: its gradient by log-probs and head outputs. */
+typedef struct psoup__loss_gradient {
+    const int32_t *row;    /* host [n], in any order, distinct */
+    const int32_t *target; /* host [n] */
+    const float *dlogprob; /* host [n] */
+    int32_t n;
+    const psoup__head_rows *heads;
+    int32_t n_heads;
+    float *dmix; /* host [batch n, n_adapters], overwritten; NULL: not asked for */
+} psoup__loss_gradient;
+/* Adds to the gradients of every adapter that has them (and to model->grad). Each adapter's sums run
+ * over its own rows in their order, so rows of others change no bit of them. A tape is good for one
+ * backward. */
+psoup_status psoup__backward(psoup_model *model, psoup__tape *tape,
+                             const psoup__loss_gradient *loss, psoup_error *error);
+
+#endif
