@@ -88,14 +88,13 @@ typedef struct psoup_feedback_options {
     size_t size;
     const char *prompt_template; /* see psoup_template_fill */
     const float *mix;            /* of the generator, [its adapters]; NULL: its base */
-    psoup_sampling sampling;
+    const psoup_sampling *sampling; /* NULL: defaults */
     int32_t max_sequences;       /* decoding together; 0: 64 */
     uint64_t seed;               /* of the sampling and of which positive meets whom */
     psoup_progress_fn progress;
     void *user;
 } psoup_feedback_options;
-#define PSOUP_FEEDBACK_OPTIONS_INIT                                                                \
-    {.size = sizeof(psoup_feedback_options), .sampling = PSOUP_SAMPLING_INIT}
+#define PSOUP_FEEDBACK_OPTIONS_INIT {.size = sizeof(psoup_feedback_options)}
 
 /* For each instruction and preference samples two positives (with the preference prompt), a neutral
  * (without) and a negative (with the opposite preference's prompt), asks the judge which positive is
