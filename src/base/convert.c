@@ -1,0 +1,141 @@
+/* src/base/convert.c: floats of other widths to f32 and back, rounding to nearest even. Compiled
+ * once per instruction set; the integer formulas and the F16C instructions give the same bits.
+ *
+ * A NaN keeps its sign and as much of its payload as fits; one that is narrowed becomes quiet, so
+ * that cutting its payload cannot make it an infinity. */
+#include "base/base.h"
+
+#include <assert.h>
+#include <string.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+void PSOUP__NAME(psoup__to_f32_kernel)(float *out, const void *in, psoup_dtype dtype, size_t n);
+void PSOUP__NAME(psoup__from_f32_kernel)(void *out, psoup_dtype dtype, const float *in, size_t n);
+
+/* f16: 1 sign, 5 exponent (bias 15), 10 fraction; f32: 1, 8 (bias 127), 23. */
+static inline uint32_t f32_of_f16(uint16_t h) {
+    uint32_t magnitude = h & 0x7fffu, normal = (magnitude << 13) + (112u << 23), subnormal;
+    float small = (float)(int32_t)magnitude * 0x1p-24f; /* exact, and normal in f32 */
+    memcpy(&subnormal, &small, 4);
+    uint32_t special = (magnitude << 13) | 0x7f800000u | (magnitude > 0x7c00u ? 0x400000u : 0);
+    uint32_t bits = magnitude < 0x400u ? subnormal : normal;
+    bits = magnitude >= 0x7c00u ? special : bits;
+    return bits | (uint32_t)(h & 0x8000u) << 16;
+}
+
+static inline uint16_t f16_of_f32(uint32_t f) {
+    uint32_t magnitude = f & 0x7fffffffu, subnormal;
+    float shifted;
+    memcpy(&shifted, &magnitude, 4);
+    shifted = (magnitude < 0x38800000u ? shifted : 0.0f) + 0.5f; /* a last place of 2⁻²⁴ */
+    memcpy(&subnormal, &shifted, 4);
+    subnormal -= 0x3f000000u;
+    uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    uint32_t bits = magnitude < 0x38800000u ? subnormal : normal; /* 2⁻¹⁴ */
+    bits = magnitude >= 0x477ff000u ? 0x7c00u : bits;             /* 65520 and more: infinity */
+    bits = magnitude > 0x7f800000u ? (0x7e00u | (magnitude >> 13 & 0x3ffu)) : bits;
+    return (uint16_t)(bits | (f >> 16 & 0x8000u));
+}
+
+static inline uint16_t bf16_of_f32(uint32_t f) {
+    uint32_t rounded = (f + 0x7fffu + (f >> 16 & 1u)) >> 16;
+    return (uint16_t)((f & 0x7fffffffu) > 0x7f800000u ? (f >> 16 | 0x40u) : rounded);
+}
+
+static void f16_to_f32(char *restrict out, const char *restrict in, size_t n) {
+    size_t i = 0;
+#ifdef __F16C__
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(
+            (float *)(void *)(out + 4 * i),
+            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(in + 2 * i))));
+#endif
+    for (; i < n; i++) {
+        uint16_t h;
+        memcpy(&h, in + 2 * i, 2);
+        uint32_t f = f32_of_f16(h);
+        memcpy(out + 4 * i, &f, 4);
+    }
+}
+
+static void f32_to_f16(char *restrict out, const char *restrict in, size_t n) {
+    size_t i = 0;
+#ifdef __F16C__
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((__m128i *)(void *)(out + 2 * i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps((const float *)(const void *)(in + 4 * i)),
+                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#endif
+    for (; i < n; i++) {
+        uint32_t f;
+        memcpy(&f, in + 4 * i, 4);
+        uint16_t h = f16_of_f32(f);
+        memcpy(out + 2 * i, &h, 2);
+    }
+}
+
+static void bf16_to_f32(char *restrict out, const char *restrict in, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint16_t h;
+        memcpy(&h, in + 2 * i, 2);
+        uint32_t f = (uint32_t)h << 16;
+        memcpy(out + 4 * i, &f, 4);
+    }
+}
+
+static void f32_to_bf16(char *restrict out, const char *restrict in, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t f;
+        memcpy(&f, in + 4 * i, 4);
+        uint16_t h = bf16_of_f32(f);
+        memcpy(out + 2 * i, &h, 2);
+    }
+}
+
+static void f64_to_f32(char *restrict out, const char *restrict in, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        double d;
+        memcpy(&d, in + 8 * i, 8);
+        float f = (float)d;
+        memcpy(out + 4 * i, &f, 4);
+    }
+}
+
+static void f32_to_f64(char *restrict out, const char *restrict in, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float f;
+        memcpy(&f, in + 4 * i, 4);
+        double d = f;
+        memcpy(out + 8 * i, &d, 8);
+    }
+}
+
+void PSOUP__NAME(psoup__to_f32_kernel)(float *out, const void *in, psoup_dtype dtype, size_t n) {
+    assert(dtype <= PSOUP_F64);
+    if (n == 0)
+        return;
+    if (dtype == PSOUP_F32)
+        memcpy((void *)out, in, n * 4);
+    else if (dtype == PSOUP_F16)
+        f16_to_f32((char *)out, in, n);
+    else if (dtype == PSOUP_BF16)
+        bf16_to_f32((char *)out, in, n);
+    else
+        f64_to_f32((char *)out, in, n);
+}
+
+void PSOUP__NAME(psoup__from_f32_kernel)(void *out, psoup_dtype dtype, const float *in, size_t n) {
+    assert(dtype <= PSOUP_F64);
+    if (n == 0)
+        return;
+    if (dtype == PSOUP_F32)
+        memcpy(out, (const void *)in, n * 4);
+    else if (dtype == PSOUP_F16)
+        f32_to_f16(out, (const char *)in, n);
+    else if (dtype == PSOUP_BF16)
+        f32_to_bf16(out, (const char *)in, n);
+    else
+        f32_to_f64(out, (const char *)in, n);
+}
