@@ -20,6 +20,8 @@ size_t psoup__safetensors_count(const psoup__safetensors *file);
 const char *psoup__safetensors_name(const psoup__safetensors *file, size_t index);
 const psoup__tensor *psoup__safetensors_tensor(const psoup__safetensors *file, size_t index);
 const psoup_json *psoup__safetensors_metadata(const psoup__safetensors *file); /* or NULL */
+/* "F32", "BF16", …: the format's own names; NULL for a value that is no dtype. */
+const char *psoup__safetensors_dtype_name(psoup_dtype dtype);
 
 /* Writing: declare every tensor, begin, then write the data in the order declared. */
 typedef struct psoup__safetensors_writer psoup__safetensors_writer;
@@ -56,13 +58,16 @@ const char *psoup__weights_path(const psoup__weights *weights); /* for messages 
  * silu, and sizes that make no sense, by field and value. */
 psoup_status psoup__hf_config_read(psoup_context *context, const char *directory,
                                    psoup_model_config *out, psoup_error *error);
+/* The same from memory; `name` stands for it in messages. */
+psoup_status psoup__hf_config_parse(const char *text, size_t length, const char *name,
+                                    psoup_model_config *out, psoup_error *error);
 psoup_status psoup__hf_config_write(psoup_context *context, const char *directory,
                                     const psoup_model_config *config, psoup_error *error);
 /* Checks a config's sizes and fills derived ones (kv heads, head_dim); `where` for messages. */
 psoup_status psoup__config_check(psoup_model_config *config, const char *where,
                                  psoup_error *error);
 /* Copies the small files that make a model directory whole (config, generation config, tokenizer and
- * chat template files), those that exist. */
+ * chat template files), those that exist. `from` may be a file in such a directory. */
 psoup_status psoup__hf_copy_sidecars(psoup_context *context, const char *from, const char *to,
                                      psoup_error *error);
 
@@ -93,6 +98,14 @@ typedef struct psoup__peft {
 psoup_status psoup__peft_open(psoup_context *context, const char *directory, psoup__peft **out,
                               psoup_error *error);
 void psoup__peft_free(psoup__peft *peft);
+
+/* adapter_config.json alone, from memory: refuses what psoup__peft_open refuses. The caller frees *out. */
+psoup_status psoup__peft_config_parse(const char *text, size_t length, const char *name,
+                                      psoup_json **out, psoup_error *error);
+/* Whether PEFT would apply the rank_pattern or alpha_pattern key to the module: the regular expression
+ * (^|.*\.)key$. *matched receives the answer; groups, alternation, anchors and counts are refused. */
+psoup_status psoup__peft_match(const char *key, const char *module, const char *where,
+                               bool *matched, psoup_error *error);
 
 /* What psoup__peft_write needs of one adapter. Pairs' tensors are F32, F16 or BF16. */
 typedef struct psoup__peft_output {
