@@ -1,0 +1,249 @@
+/* What stands between the linear layers: norm, rotary positions, gate, dropout. */
+#include "cpu/variant.h"
+#include "cpu/vector.h"
+
+enum { ROW_TILE = 16, COLUMN_TILE = 64, FLAT_TILE = 16384 };
+
+typedef struct norm_job {
+    float *out, *rstd;      /* [rows, width], [rows] */
+    float *dx, *dweight;    /* [rows, width], [width] */
+    const float *dout, *x;  /* [rows, width] */
+    const float *weight;    /* [width] */
+    const float *saved;     /* rstd [rows] */
+    float epsilon;
+    size_t rows, width;
+} norm_job;
+
+static void rmsnorm_task(void *arg, size_t task, int worker) {
+    const norm_job *job = arg;
+    const size_t width = job->width, end = least((task + 1) * ROW_TILE, job->rows);
+    const float *weight = job->weight;
+    for (size_t row = task * ROW_TILE; row < end; row++) {
+        const float *x = job->x + row * width;
+        float *out = job->out + row * width;
+        const float rstd =
+            1.0f / __builtin_sqrtf(dot(x, x, width) / (float)width + job->epsilon);
+        INDEPENDENT
+        for (size_t j = 0; j < width; j++)
+            out[j] = x[j] * rstd * weight[j];
+        job->rstd[row] = rstd;
+    }
+}
+
+static void rmsnorm(psoup__backend *be, float *out, float *rstd, const float *x,
+                    const float *weight, float epsilon, int32_t rows, int32_t width) {
+    norm_job job = {.out = out, .rstd = rstd, .x = x, .weight = weight, .epsilon = epsilon,
+                    .rows = (size_t)rows, .width = (size_t)width};
+    psoup__parallel(be->context, tiles(job.rows, ROW_TILE), rmsnorm_task, &job);
+}
+
+/* With x̂ = x · rstd and g = dout · weight: dx += rstd · (g − x̂ · mean(g · x̂)). */
+static void rmsnorm_dx_task(void *arg, size_t task, int worker) {
+    const norm_job *job = arg;
+    const size_t width = job->width, end = least((task + 1) * ROW_TILE, job->rows);
+    const float *weight = job->weight;
+    for (size_t row = task * ROW_TILE; row < end; row++) {
+        const float *x = job->x + row * width, *dout = job->dout + row * width;
+        float *dx = job->dx + row * width;
+        const float rstd = job->saved[row];
+        vec lanes = {0};
+        size_t j = 0;
+        for (; j + LANES <= width; j += LANES)
+            lanes = vec_fused(load(dout + j) * load(weight + j), load(x + j), lanes);
+        float sum = sum_lanes(lanes);
+        for (; j < width; j++)
+            sum = fused(dout[j] * weight[j], x[j], sum);
+        const float mean = sum * rstd * rstd / (float)width;
+        INDEPENDENT
+        for (j = 0; j < width; j++)
+            dx[j] += rstd * (dout[j] * weight[j] - x[j] * mean);
+    }
+}
+
+/* dweight += Σ_rows dout · x̂, a tile of columns at a time. */
+static void rmsnorm_dweight_task(void *arg, size_t task, int worker) {
+    const norm_job *job = arg;
+    const size_t start = task * COLUMN_TILE, n = least(COLUMN_TILE, job->width - start);
+    float *dweight = job->dweight + start;
+    for (size_t row = 0; row < job->rows; row++) {
+        const float *x = job->x + row * job->width + start;
+        const float *dout = job->dout + row * job->width + start;
+        const float rstd = job->saved[row];
+        INDEPENDENT
+        for (size_t j = 0; j < n; j++)
+            dweight[j] += dout[j] * (x[j] * rstd);
+    }
+}
+
+static void rmsnorm_backward(psoup__backend *be, float *dx, float *dweight, const float *dout,
+                             const float *x, const float *weight, const float *rstd, int32_t rows,
+                             int32_t width) {
+    norm_job job = {.dx = dx, .dweight = dweight, .dout = dout, .x = x, .weight = weight,
+                    .saved = rstd, .rows = (size_t)rows, .width = (size_t)width};
+    if (dweight)
+        psoup__parallel(be->context, tiles(job.width, COLUMN_TILE), rmsnorm_dweight_task, &job);
+    psoup__parallel(be->context, tiles(job.rows, ROW_TILE), rmsnorm_dx_task, &job);
+}
+
+typedef struct rope_job {
+    float *x;             /* [rows, heads · head_dim], stride apart */
+    const float *cos_sin; /* [positions, head_dim] */
+    const int32_t *position;
+    size_t rows, heads, head_dim;
+    int64_t stride;
+    float sign;
+} rope_job;
+
+static void rope_task(void *arg, size_t task, int worker) {
+    const rope_job *job = arg;
+    const size_t half = job->head_dim / 2, end = least((task + 1) * ROW_TILE, job->rows);
+    for (size_t row = task * ROW_TILE; row < end; row++) {
+        const float *cosine = job->cos_sin + (size_t)job->position[row] * job->head_dim;
+        const float *sine = cosine + half;
+        for (size_t head = 0; head < job->heads; head++) {
+            float *low = job->x + (int64_t)row * job->stride + head * job->head_dim;
+            float *high = low + half;
+            INDEPENDENT
+            for (size_t j = 0; j < half; j++) {
+                const float a = low[j], b = high[j], s = sine[j] * job->sign;
+                low[j] = a * cosine[j] - b * s;
+                high[j] = b * cosine[j] + a * s;
+            }
+        }
+    }
+}
+
+static void rope(psoup__backend *be, float *x, const float *cos_sin, const int32_t *position,
+                 int32_t rows, int32_t heads, int32_t head_dim, int64_t stride, bool inverse) {
+    rope_job job = {x, cos_sin, position, (size_t)rows, (size_t)heads, (size_t)head_dim, stride,
+                    inverse ? -1.0f : 1.0f};
+    psoup__parallel(be->context, tiles(job.rows, ROW_TILE), rope_task, &job);
+}
+
+typedef struct gate_job {
+    float *out, *dgate, *dup;      /* [n] */
+    const float *dout, *gate, *up; /* [n] */
+    size_t n;
+} gate_job;
+
+static void swiglu_task(void *arg, size_t task, int worker) {
+    const gate_job *job = arg;
+    const size_t start = task * FLAT_TILE, n = least(FLAT_TILE, job->n - start);
+    const float *gate = job->gate + start, *up = job->up + start;
+    float *out = job->out + start;
+    INDEPENDENT
+    for (size_t i = 0; i < n; i++)
+        out[i] = gate[i] / (1.0f + exp_float(-gate[i])) * up[i];
+}
+
+static void swiglu(psoup__backend *be, float *out, const float *gate, const float *up, size_t n) {
+    gate_job job = {.out = out, .gate = gate, .up = up, .n = n};
+    psoup__parallel(be->context, tiles(n, FLAT_TILE), swiglu_task, &job);
+}
+
+/* With σ = sigmoid(gate): dup = dout·gate·σ, dgate = dout·up·σ·(1 + gate·(1 − σ)). */
+static void swiglu_backward_task(void *arg, size_t task, int worker) {
+    const gate_job *job = arg;
+    const size_t start = task * FLAT_TILE, n = least(FLAT_TILE, job->n - start);
+    const float *gate = job->gate + start, *up = job->up + start, *dout = job->dout + start;
+    float *dgate = job->dgate + start, *dup = job->dup + start;
+    INDEPENDENT
+    for (size_t i = 0; i < n; i++) {
+        const float g = gate[i], u = up[i], d = dout[i];
+        const float sigmoid = 1.0f / (1.0f + exp_float(-g));
+        dup[i] = d * g * sigmoid;
+        dgate[i] = d * u * sigmoid * (1.0f + g * (1.0f - sigmoid));
+    }
+}
+
+static void swiglu_backward(psoup__backend *be, float *dgate, float *dup, const float *dout,
+                            const float *gate, const float *up, size_t n) {
+    gate_job job = {.dgate = dgate, .dup = dup, .dout = dout, .gate = gate, .up = up, .n = n};
+    psoup__parallel(be->context, tiles(n, FLAT_TILE), swiglu_backward_task, &job);
+}
+
+typedef struct add_job {
+    float *x;       /* [n] */
+    const float *y; /* [n] */
+    size_t n;
+} add_job;
+
+static void add_task(void *arg, size_t task, int worker) {
+    const add_job *job = arg;
+    const size_t start = task * FLAT_TILE, n = least(FLAT_TILE, job->n - start);
+    float *x = job->x + start;
+    const float *y = job->y + start;
+    INDEPENDENT
+    for (size_t i = 0; i < n; i++)
+        x[i] += y[i];
+}
+
+static void add(psoup__backend *be, float *x, const float *y, size_t n) {
+    add_job job = {x, y, n};
+    psoup__parallel(be->context, tiles(n, FLAT_TILE), add_task, &job);
+}
+
+typedef struct dropout_job {
+    float *out;      /* [rows, width] */
+    const float *in; /* [rows, width] */
+    const psoup__dropout *dropout;
+    size_t rows, width;
+    bool add;
+} dropout_job;
+
+/* One row; the words of a Philox block serve four neighbouring positions. */
+static void dropout_row(const dropout_job *job, size_t row) {
+    const psoup__dropout *d = job->dropout;
+    const float *in = job->in + row * job->width;
+    float *out = job->out + row * job->width;
+    const float scale = 1.0f / (1.0f - d->p);
+    const uint64_t base = d->offset[row] * job->width;
+    uint32_t word[4];
+    for (size_t j = 0; j < job->width; j++) {
+        const uint64_t position = base + j;
+        if (j == 0 || position % 4 == 0)
+            psoup__philox_block(d->seed[row], d->stream[row], position / 4, word);
+        const bool kept = psoup__uniform(word[position % 4]) >= d->p;
+        if (job->add)
+            out[j] += kept ? in[j] * scale : 0.0f;
+        else
+            out[j] = kept ? in[j] * scale : 0.0f;
+    }
+}
+
+static void dropout_task(void *arg, size_t task, int worker) {
+    const dropout_job *job = arg;
+    const size_t end = least((task + 1) * ROW_TILE, job->rows);
+    for (size_t row = task * ROW_TILE; row < end; row++)
+        dropout_row(job, row);
+}
+
+static void dropout(psoup__backend *be, float *out, const float *in, const psoup__dropout *options,
+                    int32_t rows, int32_t width) {
+    dropout_job job = {out, in, options, (size_t)rows, (size_t)width, false};
+    if (options->p == 0) {
+        if (out != in && rows > 0)
+            memcpy(out, in, job.rows * job.width * sizeof(float));
+    } else
+        psoup__parallel(be->context, tiles(job.rows, ROW_TILE), dropout_task, &job);
+}
+
+static void dropout_backward(psoup__backend *be, float *dx, const float *dout,
+                             const psoup__dropout *options, int32_t rows, int32_t width) {
+    dropout_job job = {dx, dout, options, (size_t)rows, (size_t)width, true};
+    if (options->p == 0)
+        add(be, dx, dout, job.rows * job.width);
+    else
+        psoup__parallel(be->context, tiles(job.rows, ROW_TILE), dropout_task, &job);
+}
+
+void PSOUP__NAME(psoup__cpu_fill_layer)(psoup__ops *ops) {
+    ops->rmsnorm = rmsnorm;
+    ops->rmsnorm_backward = rmsnorm_backward;
+    ops->rope = rope;
+    ops->swiglu = swiglu;
+    ops->swiglu_backward = swiglu_backward;
+    ops->add = add;
+    ops->dropout = dropout;
+    ops->dropout_backward = dropout_backward;
+}

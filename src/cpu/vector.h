@@ -1,0 +1,200 @@
+/* src/cpu, inside: vectors of the instruction set being compiled for, and the few functions on them
+ * that the ops share. Elementwise loops are plain C: the compiler vectorises them, and as every step is one
+ * IEEE operation (the build forbids contraction; `fused` asks for it by name) the vector body and the
+ * scalar tail give the same bits. Sums are written out, because their order is part of the promise. */
+#ifndef PSOUP__CPU_VECTOR_H
+#define PSOUP__CPU_VECTOR_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t vec_mask __attribute__((vector_size(4 * LANES)));
+typedef float vec_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* Before a loop whose iterations touch the same index of arrays that may be one and the same. */
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
+static inline size_t tiles(size_t n, size_t tile) {
+    return n / tile + (n % tile != 0);
+}
+
+static inline size_t least(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+static inline vec load(const float *p) {
+    return *(const vec_unaligned *)p;
+}
+
+static inline void store(float *p, vec v) {
+    *(vec_unaligned *)p = v;
+}
+
+static inline vec splat(float x) {
+    return x - (vec){0};
+}
+
+/* a · b + c, rounded once where the machine can, the same in scalars and vectors. */
+static inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+static inline vec vec_fused(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+/* x where it is greater than `most`, else `most`: a NaN in x is passed over. */
+static inline vec vec_max(vec x, vec most) {
+    vec_mask greater = x > most;
+    return (vec)(((vec_mask)x & greater) | ((vec_mask)most & ~greater));
+}
+
+/* Sums of neighbours: a₀+a₁, a₂+a₃, …, b₀+b₁, b₂+b₃, … */
+static inline vec pairs(vec a, vec b) {
+#if LANES == 16
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif LANES == 8
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
+/* Lane i: the sum of a[i]'s lanes, neighbours first. */
+static inline vec sum_each(const vec *a /* [LANES] */) {
+#if LANES == 16
+    return pairs(pairs(pairs(pairs(a[0], a[1]), pairs(a[2], a[3])),
+                       pairs(pairs(a[4], a[5]), pairs(a[6], a[7]))),
+                 pairs(pairs(pairs(a[8], a[9]), pairs(a[10], a[11])),
+                       pairs(pairs(a[12], a[13]), pairs(a[14], a[15]))));
+#elif LANES == 8
+    return pairs(pairs(pairs(a[0], a[1]), pairs(a[2], a[3])),
+                 pairs(pairs(a[4], a[5]), pairs(a[6], a[7])));
+#else
+    return pairs(pairs(a[0], a[1]), pairs(a[2], a[3]));
+#endif
+}
+
+static inline float sum_lanes(vec v) {
+    for (int width = LANES; width > 1; width /= 2)
+        v = pairs(v, v);
+    return v[0];
+}
+
+static inline float max_lanes(vec v) {
+    float most = v[0];
+    for (int i = 1; i < LANES; i++)
+        most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+/* Σ a·b over four vectors of partial sums, then their lanes, then the tail in order. */
+static inline float dot(const float *a, const float *b, size_t n) {
+    vec sum[4] = {{0}, {0}, {0}, {0}};
+    size_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (size_t s = 0; s < 4; s++)
+            sum[s] = vec_fused(load(a + i + s * LANES), load(b + i + s * LANES), sum[s]);
+    for (; i + LANES <= n; i += LANES)
+        sum[0] = vec_fused(load(a + i), load(b + i), sum[0]);
+    float total = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (; i < n; i++)
+        total = fused(a[i], b[i], total);
+    return total;
+}
+
+static inline uint32_t float_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline float bits_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* exp(x) to about one unit in the last place: x = n·ln 2 + r, |r| <= ln 2 / 2, Taylor's series of degree 7
+ * in r (remainder below 2⁻²⁷), and 2ⁿ as two factors, so that the ends of the range round to infinity and
+ * to subnormals or zero. exp(−∞) = 0; NaN stays. */
+static inline float exp_float(float x) {
+    const float magic = 0x1.8p23f; /* adding it rounds to an integer in the low bits */
+    x = x < -104.0f ? -104.0f : x;
+    x = x > 89.0f ? 89.0f : x;
+    float shifted = fused(x, 0x1.715476p0f, magic);
+    float n = shifted - magic;
+    float r = fused(n, -0x1.62e4p-1f, x); /* ln 2 in two parts; n times the first is exact */
+    r = fused(n, -0x1.7f7d1cp-20f, r);
+    float y = 1.0f / 5040;
+    y = fused(y, r, 1.0f / 720);
+    y = fused(y, r, 1.0f / 120);
+    y = fused(y, r, 1.0f / 24);
+    y = fused(y, r, 1.0f / 6);
+    y = fused(y, r, 0.5f);
+    y = fused(y, r, 1.0f);
+    y = fused(y, r, 1.0f);
+    int32_t power = (int32_t)(float_bits(shifted) - float_bits(magic));
+    int32_t half = power >> 1;
+    float first = bits_float((uint32_t)(half + 127) << 23);
+    float second = bits_float((uint32_t)(power - half + 127) << 23);
+    return y * first * second;
+}
+
+/* log(x) in double, for the one logarithm of a row: 2 artanh((m−1)/(m+1)) of the mantissa m in
+ * [√½, √2), whose series after eleven terms leaves less than 2⁻⁵⁸. Ours, so that its bits depend on no
+ * C library. */
+static inline double log_double(double x) {
+    if (!(x > 0) || x > 1.7976931348623157e308)
+        return x == 0 ? -__builtin_inf() : x > 0 ? x : __builtin_nan("");
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    int exponent = (int)(bits >> 52) - 1023;
+    bits = (bits & 0xfffffffffffffull) | 0x3ff0000000000000ull;
+    double m;
+    memcpy(&m, &bits, sizeof m);
+    if (m > 1.4142135623730951) {
+        m *= 0.5;
+        exponent++;
+    }
+    double s = (m - 1) / (m + 1), square = s * s, series = 0;
+    for (int k = 21; k >= 1; k -= 2)
+        series = series * square + 1.0 / k;
+    return exponent * 0.6931471805599453 + 2 * s * series;
+}
+
+#endif
