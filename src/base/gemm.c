@@ -1,0 +1,435 @@
+/* The matrix product: what to copy, how to cut C into tiles, and who computes which.
+ *
+ * After Goto and van de Geijn (2008): B is copied to panels that every worker reads, A to blocks of
+ * a worker's own, each where that pays, and the kernel multiplies a block with a panel over DEPTH
+ * depths at a time. C keeps the sums in f32 between such steps, so cutting the depth does not change
+ * them; and as no depth is ever shared between workers, each element is summed in ascending order.
+ */
+#include "base/gemm.h"
+
+#include <assert.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <string.h>
+
+enum {
+    DEPTH = 384,        /* of one step: a panel of B [384, 64] is 96 KiB, a fraction of an L2 cache */
+    TILE_ROWS = 96,     /* most rows of A in one block: 144 KiB */
+    WIDE_B = 1 << 20,   /* floats of B copied at once for all workers: 4 MiB, a fraction of an L3 */
+    NARROW_B = 1 << 17, /* and for a caller that works alone */
+    TILES = 4,          /* per worker: the fewest that even out a worker that falls behind */
+    ALONE = 1 << 18     /* multiply-adds that are done before another thread has woken up */
+};
+
+static int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static int64_t most(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+static int64_t divide_up(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+static int64_t round_up(int64_t a, int64_t unit) {
+    return divide_up(a, unit) * unit;
+}
+
+static const psoup__gemm_kernels *kernels_of(const psoup_context *context) {
+#if defined(__x86_64__)
+    if (context->isa == PSOUP__ISA_AVX512)
+        return &psoup__gemm_kernels_avx512;
+    if (context->isa == PSOUP__ISA_AVX2)
+        return &psoup__gemm_kernels_avx2;
+#endif
+    return &psoup__gemm_kernels_generic;
+}
+
+/* ---- buffers --------------------------------------------------------------------------------- */
+
+/* One call's buffers. Calls run at once where handles do, and from inside parallel tasks. */
+struct slot {
+    bool busy;
+    int workers;
+    float *b;     /* [b_size] panels */
+    size_t b_size;
+    float *a;     /* [workers, TILE_ROWS · DEPTH] blocks */
+    float *panel; /* [workers, DEPTH · columns] one panel of a packed 16-bit B, as f32 */
+};
+
+struct psoup__gemm_space {
+    pthread_mutex_t mutex;
+    pthread_cond_t freed;
+    int slots;
+    struct slot *slot; /* [slots]; the first is wide: it serves a call that uses all workers */
+    float *memory;
+};
+
+struct psoup__gemm_space *psoup__gemm_space_create(psoup_context *context, psoup_error *error) {
+    const size_t block = (size_t)TILE_ROWS * DEPTH;
+    const size_t panel = (size_t)kernels_of(context)->columns * DEPTH;
+    const size_t threads = (size_t)most(context->threads, 1);
+    const size_t narrow = threads + 1; /* a call in every worker, and one besides */
+    struct psoup__gemm_space *space = psoup__alloc(context, 1, sizeof *space, error);
+    if (space == NULL)
+        return NULL;
+    space->slots = (int)(narrow + 1);
+    space->slot = psoup__alloc(context, narrow + 1, sizeof *space->slot, error);
+    if (space->slot == NULL)
+        goto fail;
+    space->memory = psoup__alloc(context,
+                                 WIDE_B + threads * (block + panel) +
+                                     narrow * (NARROW_B + block + panel),
+                                 sizeof(float), error);
+    if (space->memory == NULL)
+        goto fail;
+    float *at = space->memory;
+    for (int i = 0; i < space->slots; i++) {
+        struct slot *slot = &space->slot[i];
+        slot->workers = i == 0 ? (int)threads : 1;
+        slot->b_size = i == 0 ? WIDE_B : NARROW_B;
+        slot->b = at;
+        slot->a = slot->b + slot->b_size;
+        slot->panel = slot->a + (size_t)slot->workers * block;
+        at = slot->panel + (size_t)slot->workers * panel;
+    }
+    pthread_mutex_init(&space->mutex, NULL);
+    pthread_cond_init(&space->freed, NULL);
+    return space;
+
+fail:
+    psoup__free(context, space->slot);
+    psoup__free(context, space);
+    return NULL;
+}
+
+void psoup__gemm_space_free(psoup_context *context, struct psoup__gemm_space *space) {
+    if (space == NULL)
+        return;
+    pthread_cond_destroy(&space->freed);
+    pthread_mutex_destroy(&space->mutex);
+    psoup__free(context, space->memory);
+    psoup__free(context, space->slot);
+    psoup__free(context, space);
+}
+
+/* A free slot, the wide one only where it is asked for and free. Waits when all are taken; who has
+ * one waits for no other, so one comes free. */
+static struct slot *take_slot(struct psoup__gemm_space *space, bool wide) {
+    struct slot *slot = NULL;
+    pthread_mutex_lock(&space->mutex);
+    while (slot == NULL) {
+        for (int i = wide ? 0 : 1; i < space->slots && slot == NULL; i++)
+            if (!space->slot[i].busy)
+                slot = &space->slot[i];
+        if (slot == NULL)
+            pthread_cond_wait(&space->freed, &space->mutex);
+    }
+    slot->busy = true;
+    pthread_mutex_unlock(&space->mutex);
+    return slot;
+}
+
+static void give_slot(struct psoup__gemm_space *space, struct slot *slot) {
+    pthread_mutex_lock(&space->mutex);
+    slot->busy = false;
+    pthread_cond_signal(&space->freed);
+    pthread_mutex_unlock(&space->mutex);
+}
+
+/* ---- the product ----------------------------------------------------------------------------- */
+
+/* Where the kernel reads B. */
+enum b_place {
+    B_PACKED, /* in args->packed */
+    B_THERE,  /* where the caller has it */
+    B_COPIED  /* in slot->b, one chunk [k_chunk, n_chunk] at a time */
+};
+
+struct job {
+    const psoup__gemm_args *args;
+    const psoup__gemm_kernels *kernel;
+    struct slot *slot;
+    enum b_place place;
+    bool copies_a;
+    int64_t n_chunk, k_chunk;         /* n_chunk: whole panels, but for the last chunk */
+    int64_t tile_rows, tile_columns;  /* whole register tiles, whole panels */
+    atomic_size_t claimed, done; /* units of work */
+};
+
+/* Part of B: depths [k0, k1) of columns [n0, n1). */
+struct chunk {
+    int64_t n0, n1, k0, k1;
+};
+
+/* The panel at column j of the chunk where B is copied. */
+static float *copied_panel(const struct job *job, const struct chunk *chunk, int64_t j) {
+    return job->slot->b + (j - chunk->n0) * (chunk->k1 - chunk->k0);
+}
+
+/* One unit: DEPTH depths of one panel. */
+static void copy_b(const struct job *job, const struct chunk *chunk, size_t unit) {
+    const psoup__gemm_args *args = job->args;
+    const int64_t steps = divide_up(chunk->k1 - chunk->k0, DEPTH);
+    const int64_t j = chunk->n0 + (int64_t)unit / steps * job->kernel->columns;
+    const int64_t k = chunk->k0 + (int64_t)unit % steps * DEPTH;
+    const int64_t columns = least(job->kernel->columns, chunk->n1 - j);
+    const int64_t width = round_up(columns, job->kernel->vector);
+    const psoup__gemm_source source = {args->b, args->b_dtype, args->b_row, args->b_col,
+                                       args->b_depth};
+    job->kernel->pack_b(copied_panel(job, chunk, j) + (k - chunk->k0) * width, &source, k,
+                        least(DEPTH, chunk->k1 - k), j, columns);
+}
+
+/* Points the strip at depths [k, k + depth) of the panel at column j. */
+static void find_panel(const struct job *job, const struct chunk *chunk, int64_t j, int64_t k,
+                       int worker, psoup__gemm_strip *strip) {
+    const psoup__gemm_args *args = job->args;
+    const int64_t width = round_up(strip->columns, job->kernel->vector);
+    strip->b_dtype = args->b_dtype;
+    strip->b_step = width;
+    if (job->place == B_COPIED) {
+        strip->b = copied_panel(job, chunk, j) + (k - chunk->k0) * width;
+        strip->b_dtype = PSOUP_F32;
+        return;
+    }
+    if (job->place == B_THERE) {
+        strip->b_step = args->b_row;
+        strip->b = (const char *)args->b +
+                   (size_t)(k * args->b_row + j) * psoup_dtype_size(args->b_dtype);
+        return;
+    }
+    const psoup__gemm_b *packed = args->packed;
+    strip->b_dtype = packed->dtype;
+    strip->b = (const char *)packed->panels +
+               (size_t)(j * packed->k + k * width) * psoup_dtype_size(packed->dtype);
+    /* Converting in the kernel is repeated for every register tile; from the third on, converting
+     * first costs less. */
+    if (packed->dtype != PSOUP_F32 && strip->rows > 2 * job->kernel->rows) {
+        float *panel = job->slot->panel + worker * DEPTH * job->kernel->columns;
+        const psoup__gemm_source source = {strip->b, packed->dtype, width, 1, NULL};
+        job->kernel->pack_b(panel, &source, 0, strip->depth, 0, width);
+        strip->b = panel;
+        strip->b_dtype = PSOUP_F32;
+    }
+}
+
+/* One unit: a tile of C over the depths of the chunk. */
+static void multiply_tile(const struct job *job, const struct chunk *chunk, size_t unit,
+                          int worker) {
+    const psoup__gemm_args *args = job->args;
+    const int64_t across = divide_up(chunk->n1 - chunk->n0, job->tile_columns);
+    const int64_t i0 = (int64_t)unit / across * job->tile_rows;
+    const int64_t j0 = chunk->n0 + (int64_t)unit % across * job->tile_columns;
+    const int64_t j1 = least(j0 + job->tile_columns, chunk->n1);
+    const float *a[TILE_ROWS];
+    float *c[TILE_ROWS];
+    psoup__gemm_strip strip = {.rows = least(job->tile_rows, args->m - i0), .a = a, .c = c};
+    for (int64_t i = 0; i < strip.rows; i++) {
+        c[i] = args->c + (args->c_rows == NULL ? i0 + i : args->c_rows[i0 + i]) * args->c_stride;
+        a[i] = args->a + (args->a_rows == NULL ? i0 + i : args->a_rows[i0 + i]) * args->a_row;
+    }
+    strip.a_step = args->a_col;
+    for (int64_t k = chunk->k0; k < chunk->k1; k += strip.depth) {
+        strip.depth = least(DEPTH, chunk->k1 - k);
+        strip.a_first = k;
+        strip.resume = args->accumulate || k > 0;
+        if (job->copies_a) {
+            job->kernel->pack_a(job->slot->a + worker * TILE_ROWS * DEPTH, a, &strip.a_step, args,
+                                i0, strip.rows, k, strip.depth);
+            strip.a_first = 0;
+        }
+        for (int64_t j = j0; j < j1; j += strip.columns) {
+            strip.columns = least(job->kernel->columns, j1 - j);
+            strip.c_first = j;
+            find_panel(job, chunk, j, k, worker, &strip);
+            job->kernel->multiply(&strip);
+        }
+    }
+}
+
+static void wait_for(struct job *job, size_t units) {
+    for (unsigned spin = 0; atomic_load_explicit(&job->done, memory_order_acquire) < units; spin++)
+        if (spin >= 1000)
+            sched_yield();
+}
+
+/* What every worker does: claim the next unit until none is left. The units of all chunks are
+ * numbered in the order copy, multiply, copy, multiply, …; a unit waits until all of the phases
+ * before its own are done. They were claimed earlier, so somebody is at them, however many of the
+ * workers are running. */
+static void work(void *arg, size_t task, int worker) {
+    struct job *job = arg;
+    const psoup__gemm_args *args = job->args;
+    size_t unit = atomic_fetch_add(&job->claimed, 1), first = 0, end;
+    for (struct chunk chunk = {0}; chunk.n0 < args->n; chunk.n0 = chunk.n1) {
+        chunk.n1 = least(chunk.n0 + job->n_chunk, args->n);
+        for (chunk.k0 = 0; chunk.k0 < args->k; chunk.k0 = chunk.k1) {
+            chunk.k1 = least(chunk.k0 + job->k_chunk, args->k);
+            const int64_t columns = chunk.n1 - chunk.n0;
+            for (int copying = job->place == B_COPIED; copying >= 0; copying--, first = end) {
+                const int64_t units =
+                    copying ? divide_up(columns, job->kernel->columns) *
+                                  divide_up(chunk.k1 - chunk.k0, DEPTH)
+                            : divide_up(args->m, job->tile_rows) *
+                                  divide_up(columns, job->tile_columns);
+                end = first + (size_t)units;
+                for (; unit < end; unit = atomic_fetch_add(&job->claimed, 1)) {
+                    wait_for(job, first);
+                    if (copying)
+                        copy_b(job, &chunk, unit - first);
+                    else
+                        multiply_tile(job, &chunk, unit - first, worker);
+                    atomic_fetch_add_explicit(&job->done, 1, memory_order_release);
+                }
+            }
+        }
+    }
+}
+
+/* ---- the plan -------------------------------------------------------------------------------- */
+
+static enum b_place place_b(const psoup__gemm_args *args, const psoup__gemm_kernels *kernel) {
+    if (args->packed != NULL)
+        return B_PACKED;
+    /* A copy earns its cost where several register tiles read it. */
+    if (args->m <= 2 * kernel->rows && args->b_col == 1 && args->b_depth == NULL &&
+        args->n % kernel->vector == 0)
+        return B_THERE;
+    return B_COPIED;
+}
+
+static bool copy_a_pays(const psoup__gemm_args *args, const psoup__gemm_kernels *kernel) {
+    return args->m > kernel->rows && args->n > 4 * kernel->columns;
+}
+
+static void plan_chunks(struct job *job) {
+    const psoup__gemm_args *args = job->args;
+    job->n_chunk = round_up(args->n, job->kernel->columns);
+    job->k_chunk = args->k;
+    if (job->place != B_COPIED)
+        return;
+    const int64_t size = (int64_t)job->slot->b_size, shallow = least(args->k, DEPTH);
+    if (job->n_chunk > size / shallow)
+        job->n_chunk = size / shallow / job->kernel->columns * job->kernel->columns;
+    if (job->k_chunk > size / job->n_chunk)
+        job->k_chunk = size / job->n_chunk / DEPTH * DEPTH;
+}
+
+/* Cuts C into tiles: high ones first, then along the columns, then lower ones. */
+static void plan_tiles(struct job *job) {
+    const int64_t rows = divide_up(job->args->m, job->kernel->rows);
+    const int64_t columns = divide_up(least(job->n_chunk, job->args->n), job->kernel->columns);
+    const int64_t highest = TILE_ROWS / job->kernel->rows;
+    const int64_t want = job->slot->workers == 1 ? 1 : TILES * job->slot->workers;
+    int64_t down = divide_up(rows, highest), across = 1;
+    if (down < want)
+        down = most(down, least(want, rows / (highest / 2)));
+    if (down < want)
+        across = least(columns, divide_up(want, down));
+    if (down * across < want)
+        down = least(rows, divide_up(want, across));
+    job->tile_rows = divide_up(rows, down) * job->kernel->rows;
+    job->tile_columns = divide_up(columns, across) * job->kernel->columns;
+}
+
+void psoup__gemm(psoup_context *context, const psoup__gemm_args *args) {
+    assert(args->m >= 0 && args->n >= 0 && args->k >= 0);
+    assert(args->packed == NULL || (args->packed->k == args->k && args->packed->n == args->n));
+    if (args->m == 0 || args->n == 0)
+        return;
+    if (args->k == 0) {
+        for (int64_t i = 0; i < args->m && !args->accumulate; i++)
+            memset(args->c + (args->c_rows == NULL ? i : args->c_rows[i]) * args->c_stride, 0,
+                   (size_t)args->n * sizeof(float));
+        return;
+    }
+    struct job job = {.args = args, .kernel = kernels_of(context)};
+    const bool alone = context->threads == 1 || (double)args->m * (double)args->n * (double)args->k < ALONE;
+    job.slot = take_slot(context->gemm, !alone);
+    job.place = place_b(args, job.kernel);
+    job.copies_a = args->a_scale != NULL || args->alpha != 1.0f || args->a_depth != NULL ||
+                   copy_a_pays(args, job.kernel);
+    plan_chunks(&job);
+    plan_tiles(&job);
+    atomic_init(&job.claimed, 0);
+    atomic_init(&job.done, 0);
+    if (job.slot->workers == 1)
+        work(&job, 0, 0);
+    else
+        psoup__parallel(context, (size_t)job.slot->workers, work, &job);
+    give_slot(context->gemm, job.slot);
+}
+
+/* ---- packing ahead --------------------------------------------------------------------------- */
+
+struct packing {
+    const psoup__gemm_kernels *kernel;
+    const psoup__gemm_source *source;
+    psoup__gemm_b *out;
+};
+
+/* One panel, in the dtype of B: panel t lies at t · columns · k. */
+static void pack_panel(void *arg, size_t task, int worker) {
+    const struct packing *packing = arg;
+    const psoup__gemm_source *source = packing->source;
+    const int64_t k = packing->out->k, j0 = (int64_t)task * packing->kernel->columns;
+    const int64_t columns = least(packing->kernel->columns, packing->out->n - j0);
+    const int64_t width = round_up(columns, packing->kernel->vector);
+    if (source->dtype == PSOUP_F32) {
+        packing->kernel->pack_b((float *)packing->out->panels + j0 * k, source, 0, k, j0, columns);
+        return;
+    }
+    uint16_t *out = (uint16_t *)packing->out->panels + j0 * k; /* zeroed at allocation */
+    const char *in = source->b;
+    enum { RUN = 32 }; /* depths: a cache line of each column where depths are neighbours */
+    for (int64_t p0 = 0; p0 < k; p0 += RUN)
+        for (int64_t j = 0; j < columns; j++)
+            for (int64_t p = p0; p < least(p0 + RUN, k); p++)
+                memcpy(&out[p * width + j],
+                       in + (p * source->b_row + (j0 + j) * source->b_col) * 2, 2);
+}
+
+psoup_status psoup__gemm_pack(psoup_context *context, const void *b, psoup_dtype dtype, int64_t k,
+                              int64_t n, int64_t b_row, int64_t b_col, psoup__gemm_b **out,
+                              psoup_error *error) {
+    const psoup__gemm_kernels *kernel = kernels_of(context);
+    const psoup__gemm_source source = {b, dtype, b_row, b_col, NULL};
+    psoup__gemm_b *packed;
+    size_t elements;
+    *out = NULL;
+    if (dtype != PSOUP_F32 && dtype != PSOUP_F16 && dtype != PSOUP_BF16)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "gemm: dtype of B is %s, expected f32, f16 or bf16",
+                           psoup_dtype_name(dtype));
+    if (k < 0 || n < 0 || n > INT64_MAX - kernel->columns)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "gemm: B is %lld × %lld, expected sizes of at least 0", (long long)k,
+                           (long long)n);
+    if (!psoup__multiply((size_t)round_up(n, kernel->vector), (size_t)k, &elements))
+        return psoup__out_of_memory(error, SIZE_MAX);
+    packed = psoup__alloc(context, 1, sizeof *packed, error);
+    if (packed == NULL)
+        return PSOUP_ERROR_MEMORY;
+    *packed = (psoup__gemm_b){.dtype = dtype, .k = k, .n = n};
+    packed->panels = psoup__alloc(context, elements, psoup_dtype_size(dtype), error);
+    if (packed->panels == NULL) {
+        psoup__free(context, packed);
+        return PSOUP_ERROR_MEMORY;
+    }
+    if (elements > 0)
+        psoup__parallel(context, (size_t)divide_up(n, kernel->columns), pack_panel,
+                        &(struct packing){kernel, &source, packed});
+    *out = packed;
+    return PSOUP_OK;
+}
+
+void psoup__gemm_b_free(psoup_context *context, psoup__gemm_b *packed) {
+    if (packed == NULL)
+        return;
+    psoup__free(context, packed->panels);
+    psoup__free(context, packed);
+}

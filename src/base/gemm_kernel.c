@@ -1,0 +1,368 @@
+/* The inner loops of the matrix product, compiled once per instruction set.
+ *
+ * A register tile holds ROWS × (VECTORS · VECTOR) sums and walks the depth once, in ascending order,
+ * with one multiply-add per element and depth: fused where the instruction set has it, else a
+ * product and a sum. Smaller tiles (fewer rows, fewer vectors) do exactly the same operations on
+ * the elements they have, so an element's bits do not depend on the tile it falls into.
+ */
+#include "base/gemm.h"
+
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+/* 24 sums of the 32 registers, or 12 of 16; the rest hold B and one element of A. */
+#define ROWS 6
+#if defined(__AVX512F__)
+#define VECTOR 16
+#define VECTORS 4
+#elif defined(__AVX2__)
+#define VECTOR 8
+#define VECTORS 2
+#elif defined(__aarch64__)
+#define VECTOR 4
+#define VECTORS 4
+#else
+#define VECTOR 4
+#define VECTORS 2
+#endif
+#define COLUMNS (VECTORS * VECTOR)
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * VECTOR)));
+typedef uint32_t words __attribute__((vector_size(4 * VECTOR)));
+typedef uint16_t halves __attribute__((vector_size(2 * VECTOR)));
+typedef vec loose_vec __attribute__((aligned(1), may_alias));
+typedef halves loose_halves __attribute__((aligned(1), may_alias));
+
+INLINE vec load(const float *from) {
+    return *(const loose_vec *)from;
+}
+
+INLINE void store(float *to, vec value) {
+    *(loose_vec *)to = value;
+}
+
+INLINE vec broadcast(float x) {
+#if defined(__AVX512F__)
+    return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return _mm256_set1_ps(x);
+#else
+    return (vec){x, x, x, x};
+#endif
+}
+
+/* a · b + c */
+INLINE vec multiply_add(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+    return vfmaq_f32(c, a, b);
+#else
+    return a * b + c;
+#endif
+}
+
+/* VECTOR elements of the dtype as f32; exact. */
+INLINE vec load_as_f32(const void *from, psoup_dtype dtype) {
+    if (dtype == PSOUP_F32)
+        return *(const loose_vec *)from;
+    halves half = *(const loose_halves *)from;
+#if defined(__AVX512F__)
+    if (dtype == PSOUP_F16)
+        return _mm512_cvtph_ps((__m256i)half);
+#elif defined(__AVX2__)
+    if (dtype == PSOUP_F16)
+        return _mm256_cvtph_ps((__m128i)half);
+#endif
+    words word = __builtin_convertvector(half, words);
+    if (dtype == PSOUP_BF16)
+        return (vec)(word << 16);
+    /* binary16 read as if it were binary32 with the exponent 112 too small; multiplying restores it,
+     * also of subnormals. Infinities and NaN want an exponent of all ones. */
+    words magnitude = (word & 0x7fff) << 13;
+    words special = (words)(magnitude >= 0x0f800000) & 0x7f800000;
+    return (vec)((words)((vec)magnitude * 0x1p112f) | special | ((word & 0x8000) << 16));
+}
+
+/* c[i][first + …] of `rows` × `vectors`, both constants where this is inlined. */
+INLINE void tile(const psoup__gemm_strip *s, const float *const *a_rows, float *const *c_rows,
+                 int64_t first, const int rows, const int vectors, const psoup_dtype dtype) {
+    const size_t size = dtype == PSOUP_F32 ? 4 : 2;
+    const float *a[ROWS];
+    vec c[ROWS][VECTORS];
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++) {
+        a[i] = a_rows[i] + s->a_first * s->a_step;
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            c[i][v] = s->resume ? load(c_rows[i] + first + v * VECTOR) : (vec){0};
+    }
+    const char *b = s->b;
+    const size_t b_step = (size_t)s->b_step * size;
+    const int64_t a_step = s->a_step;
+    int64_t at = 0;
+    for (int64_t p = s->depth; p > 0; p--, at += a_step, b += b_step) {
+        vec row[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            row[v] = load_as_f32(b + (size_t)v * VECTOR * size, dtype);
+#pragma GCC unroll 6
+        for (int i = 0; i < rows; i++) {
+            vec element = broadcast(a[i][at]);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++)
+                c[i][v] = multiply_add(element, row[v], c[i][v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++)
+            store(c_rows[i] + first + v * VECTOR, c[i][v]);
+}
+
+/* All rows of a strip whose columns are whole vectors. */
+INLINE void walk_rows(const psoup__gemm_strip *s, const float *const *a, float *const *c,
+                      int64_t first, int64_t rows, const int vectors, const psoup_dtype dtype) {
+    for (; rows >= ROWS; rows -= ROWS, a += ROWS, c += ROWS)
+        tile(s, a, c, first, ROWS, vectors, dtype);
+    switch (rows) {
+    case 5: tile(s, a, c, first, 5, vectors, dtype); break;
+    case 4: tile(s, a, c, first, 4, vectors, dtype); break;
+    case 3: tile(s, a, c, first, 3, vectors, dtype); break;
+    case 2: tile(s, a, c, first, 2, vectors, dtype); break;
+    case 1: tile(s, a, c, first, 1, vectors, dtype); break;
+    default: break;
+    }
+}
+
+typedef void walk_fn(const psoup__gemm_strip *s, const float *const *a, float *const *c,
+                     int64_t first, int64_t rows);
+
+#define WALK(name, vectors, dtype)                                                                 \
+    static void name(const psoup__gemm_strip *s, const float *const *a, float *const *c,           \
+                     int64_t first, int64_t rows) {                                                \
+        walk_rows(s, a, c, first, rows, vectors, dtype);                                           \
+    }
+WALK(walk_f32_1, 1, PSOUP_F32)
+WALK(walk_f16_1, 1, PSOUP_F16)
+WALK(walk_bf16_1, 1, PSOUP_BF16)
+WALK(walk_f32_2, 2, PSOUP_F32)
+WALK(walk_f16_2, 2, PSOUP_F16)
+WALK(walk_bf16_2, 2, PSOUP_BF16)
+#if VECTORS == 4
+WALK(walk_f32_3, 3, PSOUP_F32)
+WALK(walk_f16_3, 3, PSOUP_F16)
+WALK(walk_bf16_3, 3, PSOUP_BF16)
+WALK(walk_f32_4, 4, PSOUP_F32)
+WALK(walk_f16_4, 4, PSOUP_F16)
+WALK(walk_bf16_4, 4, PSOUP_BF16)
+#endif
+
+static walk_fn *const walks[VECTORS][3] = {
+    {walk_f32_1, walk_f16_1, walk_bf16_1}, {walk_f32_2, walk_f16_2, walk_bf16_2},
+#if VECTORS == 4
+    {walk_f32_3, walk_f16_3, walk_bf16_3}, {walk_f32_4, walk_f16_4, walk_bf16_4},
+#endif
+};
+_Static_assert(PSOUP_F32 == 0 && PSOUP_F16 == 1 && PSOUP_BF16 == 2, "the order of `walks`");
+
+static void multiply(const psoup__gemm_strip *s) {
+    int64_t vectors = (s->columns + VECTOR - 1) / VECTOR;
+    walk_fn *walk = walks[vectors - 1][s->b_dtype];
+    if (s->columns == vectors * VECTOR) {
+        walk(s, s->a, s->c, s->c_first, s->rows);
+        return;
+    }
+    /* A vector would reach beyond the columns of C: a copy takes its place. */
+    float copy[ROWS][COLUMNS];
+    float *c[ROWS];
+    memset(copy, 0, sizeof copy);
+    for (int64_t i = 0; i < ROWS; i++)
+        c[i] = copy[i];
+    size_t bytes = (size_t)s->columns * sizeof(float);
+    for (int64_t i0 = 0; i0 < s->rows; i0 += ROWS) {
+        int64_t rows = s->rows - i0 < ROWS ? s->rows - i0 : ROWS;
+        for (int64_t i = 0; s->resume && i < rows; i++)
+            memcpy(copy[i], s->c[i0 + i] + s->c_first, bytes);
+        walk(s, s->a + i0, c, 0, rows);
+        for (int64_t i = 0; i < rows; i++)
+            memcpy(s->c[i0 + i] + s->c_first, copy[i], bytes);
+    }
+}
+
+/* ---- packing -------------------------------------------------------------------------------- */
+
+/* What element (i, p) of A is multiplied by, apart from a_scale by depth. */
+static float row_factor(const psoup__gemm_args *args, int64_t row) {
+    if (args->a_scale == NULL || args->a_scale_by_depth)
+        return args->alpha;
+    return args->a_scale[row * args->a_scale_stride] * args->alpha;
+}
+
+static void pack_a(float *out, const float **a, int64_t *step, const psoup__gemm_args *args,
+                   int64_t i0, int64_t rows, int64_t k0, int64_t depth) {
+    const bool by_depth = args->a_scale != NULL && args->a_scale_by_depth;
+    const bool across = args->a_row == 1 && args->a_col != 1 && args->a_rows == NULL;
+    const int32_t *gather = args->a_depth == NULL ? NULL : args->a_depth + k0;
+    if (!across) { /* row by row */
+        *step = 1;
+        for (int64_t i = 0; i < rows; i++, out += depth) {
+            int64_t row = args->a_rows == NULL ? i0 + i : args->a_rows[i0 + i];
+            const float *in = args->a + row * args->a_row;
+            const float factor = row_factor(args, row);
+            a[i] = out;
+            if (gather != NULL) {
+                for (int64_t p = 0; p < depth; p++)
+                    out[p] = in[gather[p] * args->a_col];
+            } else if (args->a_col == 1) {
+                memcpy(out, in + k0, (size_t)depth * sizeof(float));
+            } else {
+                for (int64_t p = 0; p < depth; p++)
+                    out[p] = in[(k0 + p) * args->a_col];
+            }
+            if (by_depth) {
+                for (int64_t p = 0; p < depth; p++) {
+                    int64_t at = gather == NULL ? k0 + p : gather[p];
+                    out[p] *= args->a_scale[at * args->a_scale_stride] * factor;
+                }
+            } else if (factor != 1.0f) {
+                for (int64_t p = 0; p < depth; p++)
+                    out[p] *= factor;
+            }
+        }
+        return;
+    }
+    *step = ROWS; /* neighbouring rows are neighbours in memory: keep them so */
+    for (int64_t r = 0; r < rows; r += ROWS, out += ROWS * depth) {
+        int64_t count = rows - r < ROWS ? rows - r : ROWS;
+        float factor[ROWS];
+        for (int64_t i = 0; i < count; i++) {
+            a[r + i] = out + i;
+            factor[i] = row_factor(args, i0 + r + i);
+        }
+        const bool scaled = args->a_scale != NULL || args->alpha != 1.0f;
+        for (int64_t p = 0; p < depth; p++) {
+            int64_t at = gather == NULL ? k0 + p : gather[p];
+            const float *in = args->a + at * args->a_col + i0 + r;
+            float *to = out + p * ROWS;
+            if (count == ROWS)
+                memcpy(to, in, ROWS * sizeof(float));
+            else
+                memcpy(to, in, (size_t)count * sizeof(float));
+            if (by_depth) {
+                float s = args->a_scale[at * args->a_scale_stride] * args->alpha;
+                for (int64_t i = 0; i < count; i++)
+                    to[i] *= s;
+            } else if (scaled) {
+                for (int64_t i = 0; i < count; i++)
+                    to[i] *= factor[i];
+            }
+        }
+    }
+}
+
+/* One element of B, of any alignment. */
+INLINE float element_as_f32(const char *from, psoup_dtype dtype) {
+    char padded[4 * VECTOR] = {0};
+    memcpy(padded, from, dtype == PSOUP_F32 ? 4 : 2);
+    return load_as_f32(padded, dtype)[0];
+}
+
+/* Interleaves the lower, and the upper, halves of x and y. */
+INLINE void interleave(vec x, vec y, vec *lower, vec *upper) {
+#if VECTOR == 16
+    *lower = __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    *upper = __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30,
+                                     15, 31);
+#elif VECTOR == 8
+    *lower = __builtin_shufflevector(x, y, 0, 8, 1, 9, 2, 10, 3, 11);
+    *upper = __builtin_shufflevector(x, y, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+    *lower = __builtin_shufflevector(x, y, 0, 4, 1, 5);
+    *upper = __builtin_shufflevector(x, y, 2, 6, 3, 7);
+#endif
+}
+
+/* out[p · width + j] = element p of line j, both below VECTOR; line j starts at from + j · line. */
+INLINE void transpose(float *out, int64_t width, const char *from, size_t line,
+                      psoup_dtype dtype) {
+    vec r[VECTOR], t[VECTOR];
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTOR; j++)
+        r[j] = load_as_f32(from + (size_t)j * line, dtype);
+    /* log2(VECTOR) perfect shuffles transpose. */
+#pragma GCC unroll 4
+    for (int stage = 1; stage < VECTOR; stage *= 2) {
+#pragma GCC unroll 16
+        for (int j = 0; j < VECTOR / 2; j++)
+            interleave(r[j], r[j + VECTOR / 2], &t[2 * j], &t[2 * j + 1]);
+#pragma GCC unroll 16
+        for (int j = 0; j < VECTOR; j++)
+            r[j] = t[j];
+    }
+#pragma GCC unroll 16
+    for (int p = 0; p < VECTOR; p++)
+        store(out + p * width, r[p]);
+}
+
+INLINE void pack_b_as(float *out, const psoup__gemm_source *source, int64_t k0, int64_t depth,
+                      int64_t j0, int64_t columns, const psoup_dtype dtype) {
+    const int64_t size = dtype == PSOUP_F32 ? 4 : 2;
+    const int64_t row = source->b_row * size, col = source->b_col * size;
+    const int64_t width = (columns + VECTOR - 1) / VECTOR * VECTOR;
+    const char *b = (const char *)source->b + j0 * col;
+    const int32_t *gather = source->b_depth == NULL ? NULL : source->b_depth + k0;
+    int64_t p = 0;
+    if (source->b_row == 1 && source->b_col != 1 && gather == NULL) {
+        int64_t whole = columns / VECTOR * VECTOR;
+        for (; p + VECTOR <= depth; p += VECTOR) {
+            float *to = out + p * width;
+            for (int64_t j = 0; j < whole; j += VECTOR)
+                transpose(to + j, width, b + j * col + (k0 + p) * size, (size_t)col, dtype);
+            for (int64_t q = 0; q < VECTOR; q++)
+                for (int64_t j = whole; j < width; j++)
+                    to[q * width + j] =
+                        j < columns ? element_as_f32(b + j * col + (k0 + p + q) * size, dtype) : 0;
+        }
+    }
+    for (; p < depth; p++) {
+        const char *from = b + (gather == NULL ? k0 + p : gather[p]) * row;
+        float *to = out + p * width;
+        int64_t j = 0;
+        if (source->b_col == 1)
+            for (; j + VECTOR <= columns; j += VECTOR)
+                store(to + j, load_as_f32(from + j * size, dtype));
+        for (; j < columns; j++)
+            to[j] = element_as_f32(from + j * col, dtype);
+        for (; j < width; j++)
+            to[j] = 0;
+    }
+}
+
+static void pack_b(float *out, const psoup__gemm_source *source, int64_t k0, int64_t depth,
+                   int64_t j0, int64_t columns) {
+    switch (source->dtype) {
+    case PSOUP_F32: pack_b_as(out, source, k0, depth, j0, columns, PSOUP_F32); break;
+    case PSOUP_F16: pack_b_as(out, source, k0, depth, j0, columns, PSOUP_F16); break;
+    default: pack_b_as(out, source, k0, depth, j0, columns, PSOUP_BF16); break;
+    }
+}
+
+const psoup__gemm_kernels PSOUP__NAME(psoup__gemm_kernels) = {
+    .rows = ROWS,
+    .columns = COLUMNS,
+    .vector = VECTOR,
+    .multiply = multiply,
+    .pack_a = pack_a,
+    .pack_b = pack_b,
+};
