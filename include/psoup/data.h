@@ -87,6 +87,18 @@ psoup_status psoup_jsonl_write(psoup_jsonl_writer *writer, const psoup_json *row
 psoup_status psoup_jsonl_close(psoup_jsonl_writer *writer, psoup_error *error); /* then free it */
 void psoup_jsonl_writer_free(psoup_jsonl_writer *writer);
 
+/* Named tensors to a safetensors file. Data is in memory, row-major, little-endian. */
+typedef struct psoup_named_tensor {
+    const char *name;
+    psoup_dtype dtype;
+    int32_t rank;         /* 0 … 8 */
+    const int64_t *shape; /* [rank] */
+    const void *data;
+} psoup_named_tensor;
+psoup_status psoup_safetensors_write(psoup_context *context, const char *path,
+                                     const psoup_named_tensor *tensors, size_t n,
+                                     psoup_error *error);
+
 /* Option structs describe their own fields, so that a JSON file can fill them and a program can
  * print them with their defaults. */
 typedef enum psoup_field_type {
