@@ -108,7 +108,8 @@ typedef enum psoup_field_type {
     PSOUP_FIELD_DOUBLE, /* double */
     PSOUP_FIELD_BOOL,   /* int32_t, 0 or 1 */
     PSOUP_FIELD_STRING, /* const char *, borrowed from the JSON value */
-    PSOUP_FIELD_ENUM    /* int32_t, by name; `choices` is "linear|cosine|constant" in order from 0 */
+    PSOUP_FIELD_ENUM,   /* int32_t, by name; `choices` is "linear|cosine|constant" in order from 0 */
+    PSOUP_FIELD_JSON    /* const psoup_json *, any value, borrowed from the object */
 } psoup_field_type;
 
 typedef struct psoup_field {

@@ -107,6 +107,9 @@ static psoup_status read_field(const psoup_field *field, const psoup_json *value
         memcpy(to, &v, sizeof v);
         return PSOUP_OK;
     }
+    case PSOUP_FIELD_JSON:
+        memcpy(to, &value, sizeof value);
+        return PSOUP_OK;
     }
     return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: member \"%s\" is described with type %d",
                        where, field->name, (int)field->type);
@@ -203,6 +206,7 @@ static psoup_json *field_json(const psoup_field *field, const char *from) {
         float f;
         double d;
         const char *s;
+        const psoup_json *json;
     } v;
     char text[32];
     switch (field->type) {
@@ -230,6 +234,9 @@ static psoup_json *field_json(const psoup_field *field, const char *from) {
     case PSOUP_FIELD_ENUM:
         memcpy(&v.i, from, sizeof v.i);
         return choice_json(field->choices, v.i);
+    case PSOUP_FIELD_JSON:
+        memcpy(&v.json, from, sizeof v.json);
+        return v.json != NULL ? psoup_json_copy(v.json) : psoup_json_new_null();
     }
     return NULL;
 }
