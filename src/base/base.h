@@ -136,9 +136,9 @@ void psoup__writer_free(psoup__writer *writer); /* removes the temporary file if
 /* ---- thread.c ------------------------------------------------------------------------------ */
 
 /* Calls fn(arg, task, worker) for every task in [0, tasks), each once, from up to
- * psoup_context_threads(context) workers numbered from 0, and returns when all are done. While
- * another thread uses the pool, or from inside a task, the caller's thread does it all as worker 0.
- * So fn must give the same result whichever worker takes which task. */
+ * psoup_context_threads(context) workers numbered from 0, and returns when all are done. While the
+ * pool is in use, by another thread or by the job whose task this is called from, the caller's
+ * thread does it all as worker 0. So fn must give the same result whichever worker takes which task. */
 typedef void (*psoup__task_fn)(void *arg, size_t task, int worker);
 void psoup__parallel(psoup_context *context, size_t tasks, psoup__task_fn fn, void *arg);
 

@@ -56,8 +56,7 @@ char *psoup__path_join(psoup_context *context, const char *directory, const char
     return psoup__format(context, error, "%s%s%s", directory, slash, name);
 }
 
-/* ---- mapped ------------------------------------------------------------------------------------
- */
+/* ---- mapped ------------------------------------------------------------------------------ */
 
 psoup_status psoup__file_map(psoup_context *context, const char *path, psoup__file *out,
                              psoup_error *error) {
@@ -105,8 +104,7 @@ void psoup__file_unmap(psoup_context *context, psoup__file *file) {
     *file = (psoup__file){0};
 }
 
-/* ---- read in order ------------------------------------------------------------------------------
- */
+/* ---- read in order ----------------------------------------------------------------------- */
 
 struct psoup__input {
     psoup_context *context;

@@ -99,8 +99,7 @@ psoup__isa psoup__isa_of(const psoup_context *context) {
     return context->isa;
 }
 
-/* ---- conversions, in pieces for the threads ---------------------------------------------------
- */
+/* ---- conversions, in pieces for the threads ---------------------------------------------- */
 
 enum { PIECE = 1 << 16 }; /* elements */
 

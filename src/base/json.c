@@ -19,12 +19,12 @@ static psoup_json *as(json_t *value) {
     return (psoup_json *)value;
 }
 
-/* ---- reading ------------------------------------------------------------------------------------
- */
+/* ---- reading ----------------------------------------------------------------------------- */
 
-/* Refuses deep nesting before the recursive parser meets it. */
-static psoup_status check_depth(const char *text, size_t length, const char *name, int64_t line,
-                                psoup_error *error) {
+/* Refuses what the parser would not: deep nesting, which it meets by recursion, and a NUL byte,
+ * which it takes for the end. */
+static psoup_status check_text(const char *text, size_t length, const char *name, int64_t line,
+                               psoup_error *error) {
     bool quoted = false;
     size_t start = 0;
     int depth = 0;
@@ -33,8 +33,11 @@ static psoup_status check_depth(const char *text, size_t length, const char *nam
         if (c == '\n') {
             line++;
             start = i + 1;
+        } else if (c == '\0') {
+            return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s:%" PRId64 ":%zu: a NUL byte", name,
+                               line, i - start + 1);
         } else if (quoted) {
-            if (c == '\\' && i + 1 < length && text[i + 1] != '\n')
+            if (c == '\\' && i + 1 < length && text[i + 1] != '\n' && text[i + 1] != '\0')
                 i++;
             else if (c == '"')
                 quoted = false;
@@ -55,7 +58,7 @@ static psoup_status check_depth(const char *text, size_t length, const char *nam
 psoup_status psoup__json_parse_at(const char *text, size_t length, const char *name, int64_t line,
                                   psoup_json **out, psoup_error *error) {
     *out = NULL;
-    psoup_status status = check_depth(text, length, name, line, error);
+    psoup_status status = check_text(text, length, name, line, error);
     if (status != PSOUP_OK)
         return status;
     json_error_t failure;
@@ -90,8 +93,7 @@ psoup_status psoup_json_read(psoup_context *context, const char *path, psoup_jso
     return status;
 }
 
-/* ---- writing ------------------------------------------------------------------------------------
- */
+/* ---- writing ----------------------------------------------------------------------------- */
 
 /* Digits that bring the same double back. Print and read in one locale, whatever its comma. */
 static size_t digits_of(double value) {
@@ -211,8 +213,7 @@ fail:
     return status;
 }
 
-/* ---- looking ------------------------------------------------------------------------------------
- */
+/* ---- looking ----------------------------------------------------------------------------- */
 
 void psoup_json_free(psoup_json *value) {
     json_decref(of(value));
@@ -280,8 +281,7 @@ int psoup_json_bool(const psoup_json *value, int otherwise) {
     return json_is_boolean(of(value)) ? json_is_true(of(value)) : otherwise;
 }
 
-/* ---- building
- * ------------------------------------------------------------------------------------ */
+/* ---- building ---------------------------------------------------------------------------- */
 
 psoup_json *psoup_json_new_object(void) {
     return as(json_object());

@@ -238,8 +238,7 @@ void psoup_jsonl_reader_free(psoup_jsonl_reader *reader) {
     psoup__free(reader->context, reader);
 }
 
-/* ---- writing ------------------------------------------------------------------------------------
- */
+/* ---- writing ----------------------------------------------------------------------------- */
 
 struct psoup_jsonl_writer {
     psoup_context *context;

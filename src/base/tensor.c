@@ -36,16 +36,13 @@ psoup_status psoup_dtype_parse(const char *name, psoup_dtype *out, psoup_error *
 bool psoup__tensor_elements(const psoup__tensor *tensor, size_t *elements) {
     if (tensor->rank < 0 || tensor->rank > PSOUP__MAX_RANK)
         return false;
-    size_t product = 1;
-    bool empty = false;
+    size_t product = 1, nonzero = 1; /* [huge, huge, 0] overflows too, in any order */
     for (int i = 0; i < tensor->rank; i++) {
-        if (tensor->shape[i] < 0)
+        size_t extent = (size_t)tensor->shape[i];
+        if (tensor->shape[i] < 0 || !psoup__multiply(nonzero, extent > 0 ? extent : 1, &nonzero))
             return false;
-        if (tensor->shape[i] == 0)
-            empty = true; /* [huge, huge, 0] holds nothing, whatever the others say */
-        else if (!psoup__multiply(product, (size_t)tensor->shape[i], &product))
-            return false;
+        product *= extent;
     }
-    *elements = empty ? 0 : product;
+    *elements = product;
     return true;
 }

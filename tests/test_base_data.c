@@ -1,0 +1,755 @@
+/* The ground floor's files: JSON, JSON Lines, option fields, readers and writers; and what every
+ * one of them does when an allocation fails. */
+#include <check.h>
+#include <dirent.h>
+#include <errno.h>
+#include <math.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/base.h"
+
+static psoup_context *context;
+static psoup_error error;
+static char folder[256];
+
+/* A path in this test's own directory; of the last eight calls. */
+static const char *at(const char *name) {
+    static char paths[8][512];
+    static int turn;
+    char *path = paths[turn++ % 8];
+    snprintf(path, sizeof paths[0], "%s/%s", folder, name);
+    return path;
+}
+
+static void set_up(void) {
+    const char *place = getenv("TMPDIR");
+    snprintf(folder, sizeof folder, "%s/psoup-test-XXXXXX", place != NULL ? place : P_tmpdir);
+    ck_assert_ptr_nonnull(mkdtemp(folder));
+    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    options.threads = 2;
+    ck_assert_int_eq(psoup_context_create(&options, &context, NULL), PSOUP_OK);
+}
+
+/* How many names the test's directory holds; removes them when asked to. */
+static int names(bool removing) {
+    DIR *directory = opendir(folder);
+    int n = 0;
+    for (struct dirent *e; (e = readdir(directory)) != NULL;)
+        if (e->d_name[0] != '.') {
+            n++;
+            if (removing)
+                remove(at(e->d_name));
+        }
+    closedir(directory);
+    return n;
+}
+
+static void tear_down(void) {
+    psoup_context_free(context);
+    names(true);
+    rmdir(folder);
+}
+
+static void put(const char *path, const void *data, size_t length) {
+    FILE *file = fopen(path, "wb");
+    ck_assert(file != NULL && fwrite(data, 1, length, file) == length && fclose(file) == 0);
+}
+
+static void put_text(const char *path, const char *text) {
+    put(path, text, strlen(text));
+}
+
+static char *get(const char *path, size_t *length) {
+    char *data;
+    ck_assert_msg(psoup__file_read(context, path, 1 << 28, &data, length, &error) == PSOUP_OK, "%s",
+                  error.message);
+    return data;
+}
+
+static void check_text(const char *path, const char *expected) {
+    size_t length;
+    char *text = get(path, &length);
+    ck_assert_str_eq(text, expected);
+    psoup__free(context, text);
+}
+
+#define CONTAINS(text)                                                                             \
+    ck_assert_msg(strstr(error.message, (text)) != NULL, "\"%s\" lacks \"%s\"", error.message,     \
+                  (text))
+#define OK(call) ck_assert_msg((call) == PSOUP_OK, "%s", error.message)
+#define FAILS(call, code, text)                                                                    \
+    do {                                                                                           \
+        error.message[0] = '\0';                                                                   \
+        ck_assert_int_eq(call, code);                                                              \
+        CONTAINS(text);                                                                            \
+    } while (0)
+
+static psoup_json *parse(const char *text) {
+    psoup_json *value;
+    OK(psoup_json_parse(text, strlen(text), "text", &value, &error));
+    return value;
+}
+
+/* ---- JSON ------------------------------------------------------------------------------------ */
+
+START_TEST(json_values) {
+    psoup_json *v = parse("{\"z\": 1, \"a\": [true, null, 2.5, \"é\\u20ac\\n\"], \"m\": {}, "
+                          "\"big\": -9223372036854775808, \"f\": false}");
+    const char *key = NULL, *order[] = {"z", "a", "m", "big", "f"};
+    for (int i = 0; i < 5; i++) {
+        ck_assert_ptr_eq(psoup_json_next(v, &key), psoup_json_get(v, order[i]));
+        ck_assert_str_eq(key, order[i]);
+    }
+    ck_assert(psoup_json_next(v, &key) == NULL && key == NULL);
+    const psoup_json *a = psoup_json_get(v, "a");
+    ck_assert_uint_eq(psoup_json_size(v), 5);
+    ck_assert_uint_eq(psoup_json_size(a), 4);
+    ck_assert_int_eq(psoup_json_bool(psoup_json_at(a, 0), -1), 1);
+    ck_assert_int_eq(psoup_json_kind(psoup_json_at(a, 1)), PSOUP_JSON_NULL);
+    ck_assert_double_eq(psoup_json_real(psoup_json_at(a, 2), 0), 2.5);
+    ck_assert_str_eq(psoup_json_string(psoup_json_at(a, 3), ""), "é€\n");
+    ck_assert_ptr_null(psoup_json_at(a, 4));
+    ck_assert(psoup_json_integer(psoup_json_get(v, "big"), 0) == INT64_MIN);
+    ck_assert_double_eq(psoup_json_real(psoup_json_get(v, "z"), 0), 1.0);
+    ck_assert_int_eq(psoup_json_integer(psoup_json_at(a, 2), 7), 7);
+    ck_assert_str_eq(psoup_json_string(v, "other"), "other");
+    ck_assert_int_eq(psoup_json_bool(psoup_json_get(v, "f"), 1), 0);
+    ck_assert_int_eq(psoup_json_kind(NULL), PSOUP_JSON_NULL);
+    ck_assert(psoup_json_get(a, "x") == NULL && psoup_json_at(v, 0) == NULL);
+    ck_assert(psoup_json_size(NULL) == 0 && psoup_json_get(NULL, "x") == NULL);
+
+    char *text = psoup_json_text(v, 0);
+    ck_assert_str_eq(text, "{\"z\": 1, \"a\": [true, null, 2.5, \"é€\\n\"], \"m\": {}, \"big\": "
+                           "-9223372036854775808, \"f\": false}");
+    psoup_text_free(text);
+    OK(psoup_json_write(context, at("v.json"), v, &error));
+    check_text(at("v.json"),
+               "{\n  \"z\": 1,\n  \"a\": [\n    true,\n    null,\n    2.5,\n    \"é€\\n\"\n  ],\n"
+               "  \"m\": {},\n  \"big\": -9223372036854775808,\n  \"f\": false\n}\n");
+    psoup_json *again, *copy = psoup_json_copy(v);
+    psoup_json_free(v);
+    OK(psoup_json_read(context, at("v.json"), &again, &error));
+    char *one = psoup_json_text(again, 0), *two = psoup_json_text(copy, 0);
+    ck_assert_str_eq(one, two);
+    psoup_text_free(one);
+    psoup_text_free(two);
+    psoup_json_free(again);
+    psoup_json_free(copy);
+    FAILS(psoup_json_write(context, at("w.json"), NULL, &error), PSOUP_ERROR_ARGUMENT, "w.json");
+    FAILS(psoup_json_read(context, at("none.json"), &again, &error), PSOUP_ERROR_IO,
+          "none.json: cannot open: No such file");
+    ck_assert_ptr_null(again);
+}
+END_TEST
+
+START_TEST(json_numbers_and_long_texts) {
+    psoup__random random = {.seed = 3};
+    for (int i = 0; i < 20000; i++) {
+        uint64_t bits = (uint64_t)psoup__random_word(&random) << 32 | psoup__random_word(&random);
+        double value;
+        memcpy(&value, &bits, 8);
+        if (!isfinite(value))
+            continue;
+        psoup_json *v = psoup_json_new_real(value);
+        char *text = psoup_json_text(v, 0);
+        ck_assert(strtod(text, NULL) == value);
+        psoup_text_free(text);
+        psoup_json_free(v);
+    }
+    psoup_json *v = psoup_json_new_real(0.1), *nan = psoup_json_new_real((double)NAN);
+    char *text = psoup_json_text(v, 0);
+    ck_assert_str_eq(text, "0.1");
+    ck_assert_int_eq(psoup_json_kind(nan), PSOUP_JSON_NULL);
+    psoup_text_free(text);
+    psoup_json_free(v);
+    psoup_json_free(nan);
+
+    char *big = malloc(10001);
+    memset(big, 'x', 10000);
+    big[10000] = '\0';
+    for (int n = 500; n < 520; n++) { /* around the size of a scratch buffer */
+        v = psoup_json_new_string(big + 10000 - n);
+        text = psoup_json_text(v, 0);
+        ck_assert_uint_eq(strlen(text), n + 2);
+        psoup_text_free(text);
+        psoup_json_free(v);
+    }
+    free(big);
+}
+END_TEST
+
+START_TEST(json_builders) {
+    psoup_json *o = psoup_json_new_object(), *a = psoup_json_new_array();
+    int bad = psoup_json_append(a, psoup_json_new_bool(1));
+    bad |= psoup_json_append(a, psoup_json_new_integer(-5));
+    bad |= psoup_json_set(o, "a", a);
+    bad |= psoup_json_set(o, "n", psoup_json_new_null());
+    ck_assert_int_eq(bad, 0);
+    char *text = psoup_json_text(o, 0);
+    ck_assert_str_eq(text, "{\"a\": [true, -5], \"n\": null}");
+    psoup_text_free(text);
+    ck_assert_ptr_null(psoup_json_new_string("\xff"));
+    ck_assert_int_eq(psoup_json_set(o, "x", psoup_json_new_string("\xff")), -1);
+    ck_assert_int_eq(psoup_json_set(o, "\xff", psoup_json_new_bool(1)), -1);
+    ck_assert_int_eq(psoup_json_set(NULL, "x", psoup_json_new_bool(1)), -1);
+    ck_assert_int_eq(psoup_json_append(NULL, psoup_json_new_array()), -1);
+    ck_assert_int_eq(psoup_json_append(o, psoup_json_new_array()), -1);
+    psoup_json_free(o);
+    psoup_json_free(NULL);
+}
+END_TEST
+
+START_TEST(json_refused) {
+    static const struct {
+        const char *text, *says;
+    } cases[] = {
+        {"{\"a\": 1,\n \"a\": 2}", "cfg:2:"},
+        {"{\"a\": 1, \"a\": 2}", "duplicate"},
+        {"\"a\xff\"", "cfg:1:"},
+        {"\"\xed\xa0\x80\"", "decode"},
+        {"{} {}", "end of file"},
+        {"{\n\"a\": }", "cfg:2:"},
+        {"", "cfg:1:"},
+        {"[1, 2", "cfg:1:"},
+        {"\"\\u0000\"", "\\u0000"},
+        {"{\"\\u0000\": 1}", "\\u0000"},
+        {"[NaN]", "NaN"},
+        {"99999999999999999999", "too big"},
+        {"1e999", "overflow"},
+        {"{'a': 1}", "cfg:1:"},
+        {"[1,]", "cfg:1:"},
+    };
+    psoup_json *v;
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        FAILS(psoup_json_parse(cases[i].text, strlen(cases[i].text), "cfg", &v, &error),
+              PSOUP_ERROR_FORMAT, cases[i].says);
+        ck_assert_ptr_null(v);
+        ck_assert_ptr_null(strchr(error.message, '\n'));
+    }
+    FAILS(psoup_json_parse("[1]\n \0 x", 8, "cfg", &v, &error), PSOUP_ERROR_FORMAT,
+          "cfg:2:2: a NUL");
+    /* a text is its length, not its NUL */
+    OK(psoup_json_parse("12", 1, "cfg", &v, &error));
+    ck_assert_int_eq(psoup_json_integer(v, 0), 1);
+    psoup_json_free(v);
+
+    char deep[4096];
+    memset(deep, '[', 512);
+    memset(deep + 512, ']', 512);
+    OK(psoup_json_parse(deep, 1024, "deep", &v, &error));
+    psoup_json_free(v);
+    memset(deep, '[', 513);
+    memset(deep + 513, ']', 513);
+    FAILS(psoup_json_parse(deep, 1026, "deep", &v, &error), PSOUP_ERROR_FORMAT,
+          "deep:1:513: nested deeper than 512");
+    size_t million = 1000000;
+    char *bomb = malloc(million);
+    memset(bomb, '[', million);
+    FAILS(psoup_json_parse(bomb, million, "deep", &v, &error), PSOUP_ERROR_FORMAT, "deeper");
+    for (size_t i = 0; i + 5 <= million; i += 5)
+        memcpy(bomb + i, "{\"a\":", 5);
+    FAILS(psoup_json_parse(bomb, million, "deep", &v, &error), PSOUP_ERROR_FORMAT, "deeper");
+    free(bomb);
+    /* brackets within strings are no nesting */
+    memset(deep, '[', 2000);
+    deep[0] = deep[1999] = '"', deep[1] = '\\', deep[2] = '"';
+    OK(psoup_json_parse(deep, 2000, "deep", &v, &error));
+    psoup_json_free(v);
+}
+END_TEST
+
+/* ---- JSON Lines ---------------------------------------------------------------------------------
+ */
+
+static void check_rows(const char *path, int n, int64_t line_step) {
+    psoup_jsonl_reader *reader;
+    psoup_json *row;
+    OK(psoup_jsonl_open(context, path, &reader, &error));
+    for (int i = 0; i < n; i++) {
+        OK(psoup_jsonl_next(reader, &row, &error));
+        ck_assert_int_eq(psoup_json_integer(psoup_json_get(row, "i"), -1), i);
+        if (line_step > 0)
+            ck_assert_int_eq(psoup_jsonl_line(reader), 1 + i * line_step);
+        psoup_json_free(row);
+    }
+    for (int i = 0; i < 2; i++) {
+        OK(psoup_jsonl_next(reader, &row, &error));
+        ck_assert_ptr_null(row);
+    }
+    psoup_jsonl_reader_free(reader);
+}
+
+static psoup_json *numbered(int i) {
+    char text[300];
+    memset(text, "a{}[]\\\"\n,"[i % 9], sizeof text); /* what a scanner of brackets may trip on */
+    text[i % 299] = '\0';
+    psoup_json *row = psoup_json_new_object();
+    ck_assert_int_eq(psoup_json_set(row, "i", psoup_json_new_integer(i)), 0);
+    ck_assert_int_eq(psoup_json_set(row, "text", psoup_json_new_string(text)), 0);
+    return row;
+}
+
+START_TEST(jsonl_round_trip) {
+    enum { n = 3000 };
+    const char *files[] = {"rows.jsonl", "rows.jsonl.zst"};
+    for (int f = 0; f < 2; f++) {
+        psoup_jsonl_writer *writer;
+        OK(psoup_jsonl_create(context, at(files[f]), 0, &writer, &error));
+        for (int i = 0; i < n; i++) {
+            psoup_json *row = numbered(i);
+            OK(psoup_jsonl_write(writer, row, &error));
+            psoup_json_free(row);
+        }
+        ck_assert(!psoup__file_exists(at(files[f])));
+        OK(psoup_jsonl_close(writer, &error));
+        psoup_json *row = numbered(0);
+        FAILS(psoup_jsonl_write(writer, row, &error), PSOUP_ERROR_STATE, files[f]);
+        FAILS(psoup_jsonl_close(writer, &error), PSOUP_ERROR_STATE, files[f]);
+        psoup_json_free(row);
+        psoup_jsonl_writer_free(writer);
+        check_rows(at(files[f]), n, 1);
+    }
+    struct stat plain, small;
+    ck_assert(stat(at(files[0]), &plain) == 0 && stat(at(files[1]), &small) == 0);
+    ck_assert_int_lt(small.st_size * 4, plain.st_size);
+
+    /* the same rows as one array, on one line and indented */
+    psoup_json *array = psoup_json_new_array();
+    for (int i = 0; i < n; i++)
+        psoup_json_append(array, numbered(i));
+    char *line = psoup_json_text(array, 0);
+    put_text(at("line.json"), line);
+    psoup_text_free(line);
+    OK(psoup_json_write(context, at("array.json.zst"), array, &error));
+    OK(psoup_json_write(context, at("array.json"), array, &error));
+    psoup_json_free(array);
+    check_rows(at("line.json"), n, 0);
+    check_rows(at("array.json"), n, 0);
+    check_rows(at("array.json.zst"), n, 0);
+    put_text(at("small.json"), " \n[ ]\n");
+    check_rows(at("small.json"), 0, 0);
+    put_text(at("small.json"), "[\n{\"i\":0}\n,\n{\"i\":1}\n]\n");
+    psoup_jsonl_reader *reader;
+    psoup_json *row;
+    OK(psoup_jsonl_open(context, at("small.json"), &reader, &error));
+    for (int i = 0; i < 2; i++) {
+        OK(psoup_jsonl_next(reader, &row, &error));
+        ck_assert_int_eq(psoup_jsonl_line(reader), 2 + 2 * i);
+        psoup_json_free(row);
+    }
+    psoup_jsonl_reader_free(reader);
+    put_text(at("small.jsonl"), "\xef\xbb\xbf{\"i\":0}\r\n\r\n\n{\"i\": 1}");
+    check_rows(at("small.jsonl"), 2, 3);
+    put_text(at("small.jsonl"), "");
+    check_rows(at("small.jsonl"), 0, 0);
+}
+END_TEST
+
+START_TEST(jsonl_refused) {
+    static const struct {
+        const char *text;
+        int good;
+        const char *says;
+    } cases[] = {
+        {"{\"i\":0}\n{\"i\":\n", 1, "r.jsonl:2:"},
+        {"{\"i\":0}\n\n{\"i\":1,\"i\":1}\n", 1, "r.jsonl:3:10: duplicate object key near '\"i\"'"},
+        {"{\"i\":0}\n7\n", 1, "r.jsonl:2: expected an object, found an integer"},
+        {"{\"i\":0} {}\n", 0, "r.jsonl:1:"},
+        {"[{\"i\":0},\n{\"i\":\n x}]", 1, "r.jsonl:3:"},
+        {"[{\"i\":0}\n{\"i\":1}]", 1, "r.jsonl:2: expected ','"},
+        {"[{\"i\":0},\n]", 1, "r.jsonl:2: expected an object"},
+        {"[3]", 0, "r.jsonl:1: expected an object"},
+        {"[{\"i\":0}", 1, "expected ','"},
+        {"[{\"i\":0}]\n\n{}", 1, "r.jsonl:3: expected the end"},
+        {"[{\"i\":0},{\"i\":\"", 1, "r.jsonl:1:"},
+        {"[{\"i\":0}, {\"i\"]", 1, "r.jsonl:1:"},
+    };
+    for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++) {
+        psoup_jsonl_reader *reader;
+        psoup_json *row;
+        put_text(at("r.jsonl"), cases[c].text);
+        OK(psoup_jsonl_open(context, at("r.jsonl"), &reader, &error));
+        for (int i = 0; i < cases[c].good; i++) {
+            OK(psoup_jsonl_next(reader, &row, &error));
+            psoup_json_free(row);
+        }
+        FAILS(psoup_jsonl_next(reader, &row, &error), PSOUP_ERROR_FORMAT, cases[c].says);
+        ck_assert_ptr_null(row);
+        psoup_jsonl_reader_free(reader);
+    }
+    psoup_jsonl_reader *reader;
+    FAILS(psoup_jsonl_open(context, at("none.jsonl"), &reader, &error), PSOUP_ERROR_IO,
+          "none.jsonl");
+    ck_assert_ptr_null(reader);
+}
+END_TEST
+
+START_TEST(jsonl_append) {
+    psoup_jsonl_writer *writer;
+    psoup_json *row = parse("{\"i\": 0}");
+    put_text(at("log.jsonl"), "{\"cut\": ");
+    OK(psoup_jsonl_create(context, at("log.jsonl"), 1, &writer, &error));
+    OK(psoup_jsonl_write(writer, row, &error));
+    check_text(at("log.jsonl"), "{\"cut\": \n{\"i\": 0}\n"); /* before it is closed */
+    FAILS(psoup_jsonl_write(writer, NULL, &error), PSOUP_ERROR_ARGUMENT, "NULL");
+    FAILS(psoup_jsonl_write(writer, psoup_json_get(row, "i"), &error), PSOUP_ERROR_ARGUMENT,
+          "an integer");
+    psoup_jsonl_writer_free(writer);
+    OK(psoup_jsonl_create(context, at("log.jsonl"), 1, &writer, &error));
+    OK(psoup_jsonl_write(writer, row, &error));
+    OK(psoup_jsonl_close(writer, &error));
+    psoup_jsonl_writer_free(writer);
+    check_text(at("log.jsonl"), "{\"cut\": \n{\"i\": 0}\n{\"i\": 0}\n");
+    FAILS(psoup_jsonl_create(context, at("log.jsonl.zst"), 1, &writer, &error),
+          PSOUP_ERROR_ARGUMENT, ".zst");
+    psoup_json_free(row);
+}
+END_TEST
+
+/* ---- fields -----------------------------------------------------------------------------------
+ */
+
+typedef struct settings {
+    size_t size;
+    int32_t steps, flag, schedule;
+    uint64_t seed;
+    float rate;
+    double precise;
+    const char *name;
+} settings;
+
+static const psoup_field fields[] = {
+    {"steps", PSOUP_FIELD_INT, offsetof(settings, steps), NULL, "Steps."},
+    {"flag", PSOUP_FIELD_BOOL, offsetof(settings, flag), NULL, "Flag."},
+    {"schedule", PSOUP_FIELD_ENUM, offsetof(settings, schedule), "linear|cosine|constant",
+     "Shape."},
+    {"seed", PSOUP_FIELD_UINT64, offsetof(settings, seed), NULL, "Seed."},
+    {"learning_rate", PSOUP_FIELD_FLOAT, offsetof(settings, rate), NULL, "Rate."},
+    {"precise", PSOUP_FIELD_DOUBLE, offsetof(settings, precise), NULL, "Double."},
+    {"name", PSOUP_FIELD_STRING, offsetof(settings, name), NULL, "Name."},
+    {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
+};
+
+START_TEST(option_fields) {
+    settings s = {.steps = 1, .rate = 0.1f, .precise = 0.1, .seed = UINT64_MAX, .schedule = 2};
+    psoup_json *v = psoup_fields_json(fields, &s);
+    char *text = psoup_json_text(v, 0);
+    ck_assert_str_eq(text, "{\"steps\": 1, \"flag\": false, \"schedule\": \"constant\", \"seed\": "
+                           "\"18446744073709551615\", \"learning_rate\": 0.1, \"precise\": 0.1, "
+                           "\"name\": null}");
+    settings again = {.steps = 9, .name = "x"};
+    OK(psoup_fields_read(fields, v, "cfg", &again, &error));
+    ck_assert(again.steps == 1 && again.seed == UINT64_MAX && again.schedule == 2 &&
+              again.precise == 0.1 && again.name == NULL);
+    ck_assert_float_eq(again.rate, 0.1f);
+    psoup_text_free(text);
+    psoup_json_free(v);
+
+    v = parse("{\"steps\": -3, \"flag\": true, \"schedule\": \"cosine\", \"seed\": 7, "
+              "\"learning_rate\": 1, \"name\": \"run\", \"more\": 0}");
+    OK(psoup_fields_read(fields, v, "cfg", &s, &error));
+    ck_assert(s.steps == -3 && s.flag == 1 && s.schedule == 1 && s.seed == 7 && s.precise == 0.1);
+    ck_assert_float_eq(s.rate, 1.0f);
+    ck_assert_str_eq(s.name, "run");
+    psoup_json_free(v);
+    s.name = NULL; /* it was borrowed from v */
+
+    psoup__random random = {.seed = 1};
+    for (int i = 0; i < 2000; i++) { /* floats come back as they were */
+        uint32_t bits = psoup__random_word(&random);
+        memcpy(&s.rate, &bits, 4);
+        if (!isfinite(s.rate))
+            continue;
+        v = psoup_fields_json(fields, &s);
+        OK(psoup_fields_read(fields, v, "cfg", &again, &error));
+        ck_assert_mem_eq(&again.rate, &s.rate, 4);
+        psoup_json_free(v);
+    }
+}
+END_TEST
+
+START_TEST(fields_refused) {
+    static const char *const cases[][2] = {
+        {"{\"steps\": 1.5}", "cfg: member \"steps\": expected an integer of 32 bits, found 1.5"},
+        {"{\"steps\": 2147483648}", "2147483648"},
+        {"{\"steps\": \"1\"}", "\"1\""},
+        {"{\"flag\": 1}", "\"flag\": expected true or false, found 1"},
+        {"{\"schedule\": \"cosin\"}", "one of linear|cosine|constant, found \"cosin\""},
+        {"{\"schedule\": \"\"}", "found \"\""},
+        {"{\"schedule\": 1}", "found 1"},
+        {"{\"seed\": -1}", "found -1"},
+        {"{\"seed\": \"18446744073709551616\"}", "18446744073709551616"},
+        {"{\"seed\": \" 1\"}", "\" 1\""},
+        {"{\"seed\": \"-1\"}", "\"-1\""},
+        {"{\"learning_rate\": 1e39}", "a number of 32 bits"},
+        {"{\"learning_rate\": null}", "found null"},
+        {"{\"precise\": \"x\"}", "a number, found \"x\""},
+        {"{\"name\": [1]}", "a string or null, found [1]"},
+        {"[]", "cfg: expected an object, found an array"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        settings s = {0};
+        psoup_json *v = parse(cases[i][0]);
+        FAILS(psoup_fields_read(fields, v, "cfg", &s, &error), PSOUP_ERROR_ARGUMENT, cases[i][1]);
+        psoup_json_free(v);
+    }
+    static const psoup_field more[] = {{"kl_coef", PSOUP_FIELD_FLOAT, 0, NULL, ""},
+                                       {NULL, PSOUP_FIELD_INT, 0, NULL, NULL}};
+    const psoup_field *const tables[] = {fields, more};
+    psoup_json *v = parse("{\"kl_coef\": 1, \"steps\": 1, \"learning_rat\": 2}");
+    FAILS(psoup_fields_check(tables, 2, v, "cfg", &error), PSOUP_ERROR_ARGUMENT,
+          "cfg: unknown member \"learning_rat\"; the nearest known one is \"learning_rate\"");
+    FAILS(psoup_fields_check(tables, 1, v, "cfg", &error), PSOUP_ERROR_ARGUMENT, "\"kl_coef\"");
+    FAILS(psoup_fields_check(tables, 0, v, "cfg", &error), PSOUP_ERROR_ARGUMENT, "none is");
+    psoup_json_free(v);
+    v = parse("{\"kl_coef\": 1, \"steps\": 1}");
+    OK(psoup_fields_check(tables, 2, v, "cfg", &error));
+    psoup_json_free(v);
+}
+END_TEST
+
+/* ---- files ----------------------------------------------------------------------------------- */
+
+START_TEST(writers) {
+    psoup__writer *writer;
+    const char *files[] = {"data.bin", "data.bin.zst"};
+    enum { size = 300000 };
+    unsigned char *data = malloc(size);
+    psoup__random random = {.seed = 1};
+    for (int i = 0; i < size; i++)
+        data[i] = (unsigned char)psoup__random_word(&random);
+    for (int f = 0; f < 2; f++) {
+        put_text(at(files[f]), "old");
+        OK(psoup__writer_create(context, at(files[f]), &writer, &error));
+        OK(psoup__writer_write(writer, data, size, &error));
+        ck_assert_int_eq(names(false), 2); /* the old file and the one beside it */
+        psoup__writer_free(writer);
+        ck_assert_int_eq(names(false), 1);
+        struct stat info;
+        ck_assert(stat(at(files[f]), &info) == 0 && info.st_size == 3);
+
+        OK(psoup__writer_create(context, at(files[f]), &writer, &error));
+        for (size_t done = 0, step = 1; done < size; done += step, step = step * 3 % 70001) {
+            if (step > size - done)
+                step = size - done;
+            OK(psoup__writer_write(writer, data + done, step, &error));
+        }
+        OK(psoup__writer_commit(writer, &error));
+        FAILS(psoup__writer_write(writer, data, 1, &error), PSOUP_ERROR_STATE, files[f]);
+        FAILS(psoup__writer_commit(writer, &error), PSOUP_ERROR_STATE, files[f]);
+        psoup__writer_free(writer);
+        ck_assert_int_eq(names(false), 1);
+        size_t length;
+        char *back = get(at(files[f]), &length);
+        ck_assert_uint_eq(length, size);
+        ck_assert_mem_eq(back, data, size);
+        psoup__free(context, back);
+        FAILS(psoup__file_read(context, at(files[f]), size - 1, &back, &length, &error),
+              PSOUP_ERROR_FORMAT, "299999");
+        ck_assert_ptr_null(back);
+        if (f == 1) { /* cut and damaged archives */
+            struct stat whole;
+            stat(at(files[1]), &whole);
+            for (long cut = 0; cut < whole.st_size; cut += cut < 64 ? 1 : 9973) {
+                ck_assert_int_eq(truncate(at(files[1]), whole.st_size - 1 - cut), 0);
+                FAILS(psoup__file_read(context, at(files[1]), size, &back, &length, &error),
+                      PSOUP_ERROR_FORMAT, "cut short");
+                OK(psoup__writer_create(context, at(files[1]), &writer, &error));
+                OK(psoup__writer_write(writer, data, size, &error));
+                OK(psoup__writer_commit(writer, &error));
+                psoup__writer_free(writer);
+                if (cut >= 64)
+                    break;
+            }
+            put(at(files[1]), data, 1000);
+            FAILS(psoup__file_read(context, at(files[1]), size, &back, &length, &error),
+                  PSOUP_ERROR_FORMAT, "not valid Zstandard");
+            put(at(files[1]), data, 0);
+            FAILS(psoup__file_read(context, at(files[1]), size, &back, &length, &error),
+                  PSOUP_ERROR_FORMAT, "cut short");
+        }
+        names(true);
+    }
+    free(data);
+    FAILS(psoup__writer_create(context, at("no/such/place"), &writer, &error), PSOUP_ERROR_IO,
+          "no/such/place: cannot create: No such file");
+    ck_assert_ptr_null(writer);
+    FAILS(psoup__writer_create(context, folder, &writer, &error), PSOUP_ERROR_IO, "not a regular");
+    /* a name that becomes a directory meanwhile */
+    OK(psoup__writer_create(context, at("later"), &writer, &error));
+    ck_assert_int_eq(mkdir(at("later"), 0777), 0);
+    FAILS(psoup__writer_commit(writer, &error), PSOUP_ERROR_IO, "later: cannot put in its place");
+    psoup__writer_free(writer);
+    ck_assert_int_eq(names(false), 1);
+}
+END_TEST
+
+START_TEST(files) {
+    psoup__file file;
+    put_text(at("a"), "abc");
+    OK(psoup__file_map(context, at("a"), &file, &error));
+    ck_assert(file.length == 3 && memcmp(file.data, "abc", 3) == 0);
+    ck_assert_str_eq(file.path, at("a"));
+    psoup__file_unmap(context, &file);
+    ck_assert(file.data == NULL && file.path == NULL);
+    put_text(at("a"), "");
+    OK(psoup__file_map(context, at("a"), &file, &error));
+    ck_assert(file.length == 0 && file.data == NULL);
+    psoup__file_unmap(context, &file);
+    check_text(at("a"), "");
+    FAILS(psoup__file_map(context, at("b"), &file, &error), PSOUP_ERROR_IO, "/b: cannot open: No");
+    FAILS(psoup__file_map(context, folder, &file, &error), PSOUP_ERROR_IO, "not a regular file");
+    char *text;
+    size_t length;
+    FAILS(psoup__file_read(context, folder, 10, &text, &length, &error), PSOUP_ERROR_IO,
+          "directory");
+
+    ck_assert(psoup__file_exists(at("a")) && !psoup__file_exists(at("b")));
+    ck_assert(psoup__is_directory(folder) && !psoup__is_directory(at("a")));
+    OK(psoup__make_directories(at("d/e//f/"), &error));
+    OK(psoup__make_directories(at("d/e/f"), &error));
+    ck_assert(psoup__is_directory(at("d/e/f")));
+    FAILS(psoup__make_directories(at("a/b"), &error), PSOUP_ERROR_IO, "/a: cannot make");
+    FAILS(psoup__make_directories(at("a"), &error), PSOUP_ERROR_IO, "Not a directory");
+    FAILS(psoup__make_directories("", &error), PSOUP_ERROR_ARGUMENT, "1 to");
+    ck_assert(rmdir(at("d/e/f")) == 0 && rmdir(at("d/e")) == 0);
+    static const char *const joins[][3] = {{"a", "b", "a/b"}, {"a/", "b", "a/b"}, {"", "b", "b"}};
+    for (int i = 0; i < 3; i++) {
+        char *path = psoup__path_join(context, joins[i][0], joins[i][1], &error);
+        ck_assert_str_eq(path, joins[i][2]);
+        psoup__free(context, path);
+    }
+}
+END_TEST
+
+/* ---- failing allocations -----------------------------------------------------------------------
+ */
+
+typedef struct quota {
+    long left, live;
+} quota;
+
+static void *quota_alloc(void *user, size_t bytes, size_t alignment) {
+    quota *q = user;
+    void *memory = NULL;
+    if (q->left-- <= 0 || posix_memalign(&memory, alignment, bytes) != 0)
+        return NULL;
+    q->live++;
+    return memory;
+}
+
+static void quota_free(void *user, void *memory) {
+    quota *q = user;
+    q->live -= memory != NULL;
+    free(memory);
+}
+
+/* Something of everything that allocates. */
+static psoup_status everything(quota *q) {
+    psoup_status status = PSOUP_OK;
+    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    psoup_context *c = NULL;
+    psoup__map *map = NULL;
+    psoup__file file = {0};
+    psoup_json *value = NULL, *row = NULL;
+    psoup_jsonl_reader *reader = NULL;
+    psoup_jsonl_writer *writer = NULL, *log = NULL;
+    char key[16];
+    options.threads = 2;
+    options.allocator = (psoup_allocator){q, quota_alloc, quota_free};
+    PSOUP__TRY(psoup_context_create(&options, &c, &error));
+    PSOUP__TRY(psoup__map_create(c, 4, &map, &error));
+    for (int i = 0; i < 100; i++) {
+        int n = snprintf(key, sizeof key, "%d", i);
+        status = psoup__map_set(map, key, (size_t)n, i, NULL, &error);
+        for (int j = 0; j <= i; j++) { /* whole, whatever happened */
+            int64_t got = -1;
+            int m = snprintf(key, sizeof key, "%d", j);
+            bool there = psoup__map_get(map, key, (size_t)m, &got);
+            ck_assert(there == (j < i || status == PSOUP_OK) && (!there || got == j));
+        }
+        PSOUP__TRY(status);
+    }
+    PSOUP__TRY(psoup__file_map(c, at("in.json"), &file, &error));
+    PSOUP__TRY(psoup_json_read(c, at("in.json"), &value, &error));
+    PSOUP__TRY(psoup_json_write(c, at("out.json"), value, &error));
+    PSOUP__TRY(psoup_json_write(c, at("out.json.zst"), value, &error));
+    psoup_json_free(value);
+    value = NULL;
+    PSOUP__TRY(psoup_json_read(c, at("out.json.zst"), &value, &error));
+    PSOUP__TRY(psoup_jsonl_create(c, at("out.jsonl.zst"), 0, &writer, &error));
+    PSOUP__TRY(psoup_jsonl_create(c, at("log.jsonl"), 1, &log, &error));
+    for (int i = 0; i < 50; i++) {
+        PSOUP__TRY(psoup_jsonl_write(writer, value, &error));
+        PSOUP__TRY(psoup_jsonl_write(log, value, &error));
+    }
+    PSOUP__TRY(psoup_jsonl_close(writer, &error));
+    PSOUP__TRY(psoup_jsonl_open(c, at("out.jsonl.zst"), &reader, &error));
+    for (int i = 0; i < 50; i++) {
+        PSOUP__TRY(psoup_jsonl_next(reader, &row, &error));
+        ck_assert_ptr_nonnull(row);
+        psoup_json_free(row);
+    }
+fail:
+    psoup_jsonl_reader_free(reader);
+    psoup_jsonl_writer_free(writer);
+    psoup_jsonl_writer_free(log);
+    psoup_json_free(value);
+    psoup__map_free(map);
+    if (c != NULL)
+        psoup__file_unmap(c, &file);
+    psoup_context_free(c);
+    return status;
+}
+
+START_TEST(every_allocation_fails_once) {
+    psoup_json *value = numbered(12);
+    OK(psoup_json_write(context, at("in.json"), value, &error));
+    psoup_json_free(value);
+    long i = 0;
+    for (;; i++) {
+        quota q = {.left = i};
+        memset(&error, 0, sizeof error);
+        psoup_status status = everything(&q);
+        ck_assert_msg(q.live == 0, "allocation %ld: %ld leaked", i, q.live);
+        if (status == PSOUP_OK)
+            break;
+        ck_assert_msg(status == PSOUP_ERROR_MEMORY && error.status == PSOUP_ERROR_MEMORY,
+                      "allocation %ld: %s", i, error.message);
+        CONTAINS("out of memory");
+        ck_assert_ptr_null(strstr(error.message, ".tmp"));
+    }
+    ck_assert_int_gt(i, 30);
+    ck_assert_int_eq(names(false), 5); /* no temporary file is left */
+}
+END_TEST
+
+int main(void) {
+    Suite *suite = suite_create("base data");
+    TCase *c = tcase_create("data");
+    tcase_set_timeout(c, 120);
+    tcase_add_checked_fixture(c, set_up, tear_down);
+    tcase_add_test(c, json_values);
+    tcase_add_test(c, json_numbers_and_long_texts);
+    tcase_add_test(c, json_builders);
+    tcase_add_test(c, json_refused);
+    tcase_add_test(c, jsonl_round_trip);
+    tcase_add_test(c, jsonl_refused);
+    tcase_add_test(c, jsonl_append);
+    tcase_add_test(c, option_fields);
+    tcase_add_test(c, fields_refused);
+    tcase_add_test(c, writers);
+    tcase_add_test(c, files);
+    tcase_add_test(c, every_allocation_fails_once);
+    suite_add_tcase(suite, c);
+    SRunner *runner = srunner_create(suite);
+    srunner_run_all(runner, CK_NORMAL);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed != 0;
+}
