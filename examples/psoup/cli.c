@@ -1,0 +1,288 @@
+#include "cli.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* ---- messages ----------------------------------------------------------------------------------
+ */
+
+int cli_fail(const psoup_error *error) {
+    cli_progress_end();
+    fprintf(stderr, "psoup: %s\n", error->message);
+    return 1;
+}
+
+int cli_complain(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fputs("psoup: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    return 2;
+}
+
+psoup_status cli_error(psoup_error *error, psoup_status status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    error->status = status;
+    vsnprintf(error->message, sizeof error->message, format, args);
+    va_end(args);
+    return status;
+}
+
+void cli_log(void *user, psoup_log_level level, const char *line) {
+    (void)user;
+    cli_progress_end();
+    fprintf(stderr, "psoup: %s%s\n", level == PSOUP_LOG_WARNING ? "warning: " : "", line);
+}
+
+int cli_print_json(psoup_json *value) {
+    char *text = psoup_json_text(value, 0);
+    psoup_json_free(value);
+    if (!text)
+        return cli_complain("out of memory"), 1;
+    puts(text);
+    psoup_text_free(text);
+    return fflush(stdout) == 0 ? 0 : (cli_complain("standard output: %s", strerror(errno)), 1);
+}
+
+/* ---- arguments
+ * ----------------------------------------------------------------------------------- */
+
+static void print_help(const cli_option *options, const char *about) {
+    puts(about);
+    puts("Options:");
+    for (const cli_option *o = options; o->name; o++) {
+        char left[64];
+        snprintf(left, sizeof left, "%s%s%s", o->name, o->value ? " " : "",
+                 o->value ? o->value : "");
+        printf("  %-28s %s%s\n", left, o->help, o->kind == CLI_LIST ? " (may be repeated)" : "");
+    }
+    printf("  %-28s %s\n", "--help", "this text");
+}
+
+static bool read_number(const char *name, const char *text, double low, double high, bool integer,
+                        double *out) {
+    char *end;
+    errno = 0;
+    *out = strtod(text, &end);
+    if (errno || end == text || *end || !isfinite(*out) || *out < low || *out > high ||
+        (integer && *out != floor(*out))) {
+        cli_complain("%s: \"%s\", expected %s from %g to %g", name, text,
+                     integer ? "a whole number" : "a number", low, high);
+        return false;
+    }
+    return true;
+}
+
+static bool store(const cli_option *o, const char *text) {
+    double number;
+    char *end;
+    switch (o->kind) {
+    case CLI_FLAG:
+        *(bool *)o->to = true;
+        return true;
+    case CLI_INT:
+        if (!read_number(o->name, text, -2147483648.0, 2147483647.0, true, &number))
+            return false;
+        *(int32_t *)o->to = (int32_t)number;
+        return true;
+    case CLI_UINT64:
+        errno = 0;
+        *(uint64_t *)o->to = strtoull(text, &end, 10);
+        if (errno || end == text || *end || strchr(text, '-'))
+            return cli_complain("%s: \"%s\", expected a whole number from 0 to 2^64 - 1", o->name,
+                                text),
+                   false;
+        return true;
+    case CLI_FLOAT:
+        if (!read_number(o->name, text, -1e30, 1e30, false, &number))
+            return false;
+        *(float *)o->to = (float)number;
+        return true;
+    case CLI_TEXT:
+        *(const char **)o->to = text;
+        return true;
+    case CLI_LIST: {
+        cli_list *list = o->to;
+        if (list->n == sizeof list->items / sizeof *list->items)
+            return cli_complain("%s: given more than %zu times", o->name, list->n), false;
+        list->items[list->n++] = text;
+        return true;
+    }
+    }
+    return false;
+}
+
+bool cli_parse(int argc, char **argv, const cli_option *options, const char *about,
+               cli_list *arguments, int *status) {
+    bool only_arguments = false;
+    const cli_option rest = {"arguments", CLI_LIST, arguments, NULL, NULL};
+    *status = 2;
+    for (int i = 1; i < argc; i++) {
+        if (!only_arguments && !strcmp(argv[i], "--help")) {
+            print_help(options, about);
+            *status = 0;
+            return false;
+        }
+        if (!only_arguments && !strcmp(argv[i], "--")) {
+            only_arguments = true;
+            continue;
+        }
+        if (only_arguments || strncmp(argv[i], "--", 2) != 0) {
+            if (!store(&rest, argv[i]))
+                return false;
+            continue;
+        }
+        size_t length = strcspn(argv[i], "=");
+        const cli_option *o = options;
+        while (o->name && (strlen(o->name) != length || strncmp(o->name, argv[i], length) != 0))
+            o++;
+        if (!o->name) {
+            cli_complain("%s: unknown option %s (see psoup %s --help)", argv[0], argv[i], argv[0]);
+            return false;
+        }
+        const char *value = argv[i][length] == '=' ? argv[i] + length + 1 : NULL;
+        if (o->kind == CLI_FLAG && value) {
+            cli_complain("%s takes no value, got \"%s\"", o->name, value);
+            return false;
+        }
+        if (o->kind != CLI_FLAG && !value) {
+            if (i + 1 == argc) {
+                cli_complain("%s needs a value: %s", o->name, o->value);
+                return false;
+            }
+            value = argv[++i];
+        }
+        if (!store(o, value))
+            return false;
+    }
+    *status = 0;
+    return true;
+}
+
+/* ---- progress
+ * ------------------------------------------------------------------------------------ */
+
+static bool bar_drawn;
+
+void cli_progress_end(void) {
+    if (bar_drawn)
+        fputs("\r\033[K", stderr);
+    bar_drawn = false;
+}
+
+static void draw_bar(const char *label, const char *note, int64_t done, int64_t total) {
+    char bar[25];
+    int filled = total > 0 ? (int)(done * 24 / total) : 0;
+    for (int i = 0; i < 24; i++)
+        bar[i] = i < filled ? '#' : '.';
+    bar[24] = 0;
+    fprintf(stderr, "\r\033[K%s [%s] %lld/%lld %s", label, bar, (long long)done, (long long)total,
+            note);
+    fflush(stderr);
+    bar_drawn = true;
+    if (done >= total)
+        cli_progress_end();
+}
+
+int cli_progress(void *user, const char *label, int64_t done, int64_t total) {
+    (void)user;
+    if (isatty(STDERR_FILENO))
+        draw_bar(label, "", done, total);
+    return 0;
+}
+
+int cli_training_step(void *user, const psoup_step *step) {
+    const cli_training *training = user;
+    char note[256];
+    size_t used = 0;
+    if (training->quiet)
+        return 0;
+    note[0] = 0;
+    for (size_t i = 0; i < step->n && i < 4 && used + 48 < sizeof note; i++)
+        used += (size_t)snprintf(note + used, sizeof note - used, "%s%s %.4g", i ? "  " : "",
+                                 step->names[i], step->values[i]);
+    if (!strcmp(step->phase, "validation")) {
+        cli_progress_end();
+        fprintf(stderr, "%s: step %lld/%lld, validation: %s\n", step->subject,
+                (long long)step->step, (long long)step->total, note);
+    } else if (isatty(STDERR_FILENO))
+        draw_bar(step->subject, note, step->step, step->total);
+    return 0;
+}
+
+/* ---- models and texts
+ * ------------------------------------------------------------------------------ */
+
+void cli_close(cli_model *opened) {
+    psoup_tokenizer_free(opened->tokenizer);
+    psoup_model_free(opened->model);
+    psoup_context_free(opened->context);
+    *opened = (cli_model){0};
+}
+
+static psoup_status load_adapter(psoup_model *model, const char *text, psoup_error *error) {
+    const char *equal = strchr(text, '=');
+    if (!equal || equal == text || !equal[1])
+        return cli_error(error, PSOUP_ERROR_ARGUMENT, "--adapter \"%s\": expected NAME=DIR", text);
+    char *name = strndup(text, (size_t)(equal - text));
+    if (!name)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    psoup_status status = psoup_model_load_adapter(model, name, equal + 1, error);
+    free(name);
+    return status;
+}
+
+psoup_status cli_open(const char *directory, int32_t threads, const cli_list *adapters,
+                      bool need_tokenizer, cli_model *out, psoup_error *error) {
+    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    psoup_status status;
+    *out = (cli_model){0};
+    if (!directory)
+        return cli_error(error, PSOUP_ERROR_ARGUMENT, "no model given: --model DIR");
+    options.threads = threads;
+    options.log = cli_log;
+    status = psoup_context_create(&options, &out->context, error);
+    if (status == PSOUP_OK)
+        status = psoup_model_load(out->context, directory, &out->model, error);
+    for (size_t i = 0; status == PSOUP_OK && adapters && i < adapters->n; i++)
+        status = load_adapter(out->model, adapters->items[i], error);
+    if (status == PSOUP_OK) {
+        psoup_error quiet;
+        psoup_status found = psoup_tokenizer_load(out->context, directory, &out->tokenizer,
+                                                  need_tokenizer ? error : &quiet);
+        if (need_tokenizer)
+            status = found;
+    }
+    if (status != PSOUP_OK)
+        cli_close(out);
+    return status;
+}
+
+psoup_status cli_encode(const psoup_tokenizer *tokenizer, const char *text, size_t length,
+                        uint32_t flags, int32_t **ids, size_t *n, psoup_error *error) {
+    size_t capacity = 4 * length + 8;
+    *ids = malloc(capacity * sizeof **ids);
+    if (!*ids)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    return psoup_tokenizer_encode(tokenizer, text, length, flags, *ids, NULL, capacity, n, error);
+}
+
+psoup_status cli_decode(const psoup_tokenizer *tokenizer, const int32_t *ids, size_t n, char **text,
+                        psoup_error *error) {
+    size_t length = 0;
+    *text = NULL;
+    psoup_status status = psoup_tokenizer_decode(tokenizer, ids, n, 1, NULL, 0, &length, error);
+    if (status != PSOUP_OK)
+        return status;
+    *text = calloc(length + 1, 1);
+    if (!*text)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    return psoup_tokenizer_decode(tokenizer, ids, n, 1, *text, length, &length, error);
+}

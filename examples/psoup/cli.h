@@ -1,0 +1,104 @@
+/* What the commands of the psoup program share: arguments, messages, progress, JSON output. */
+#ifndef CLI_H
+#define CLI_H
+
+#include <stdbool.h>
+#include <stdio.h>
+
+#include "psoup/psoup.h"
+
+/* ---- commands
+ * ------------------------------------------------------------------------------------ */
+
+typedef struct command {
+    const char *name;
+    int (*run)(int argc, char **argv); /* argv[0] is the command's name; returns the exit status */
+    const char *summary;
+} command;
+
+int cmd_info(int argc, char **argv);
+int cmd_tokenize(int argc, char **argv);
+int cmd_generate(int argc, char **argv);
+int cmd_score(int argc, char **argv);
+int cmd_feedback(int argc, char **argv);
+int cmd_sft(int argc, char **argv);
+int cmd_reward(int argc, char **argv);
+int cmd_ppo(int argc, char **argv);
+int cmd_merge(int argc, char **argv);
+int cmd_winrate(int argc, char **argv);
+
+/* ---- arguments
+ * ----------------------------------------------------------------------------------- */
+
+typedef enum cli_kind { CLI_FLAG, CLI_INT, CLI_UINT64, CLI_FLOAT, CLI_TEXT, CLI_LIST } cli_kind;
+
+/* Texts of an option that may be given several times, or of the arguments that are no options. */
+typedef struct cli_list {
+    const char *items[256];
+    size_t n;
+} cli_list;
+
+typedef struct cli_option {
+    const char *name; /* "--model"; the table ends with NULL */
+    cli_kind kind;
+    void *to;          /* bool, int32_t, uint64_t, float, const char *, cli_list */
+    const char *value; /* what --help calls the argument: "DIR" */
+    const char *help;
+} cli_option;
+
+/* Reads argv[1 …]. Prints help and exits the command with `*status` 0 on --help, complains with 2
+ * on bad usage; then returns false. `about` is the text above the options. */
+bool cli_parse(int argc, char **argv, const cli_option *options, const char *about,
+               cli_list *arguments, int *status);
+
+/* ---- messages ----------------------------------------------------------------------------------
+ */
+
+/* "psoup: MESSAGE" on standard error; returns 1, an exit status. */
+int cli_fail(const psoup_error *error);
+#if defined(__GNUC__)
+__attribute__((format(printf, 1, 2)))
+#endif
+int cli_complain(const char *format, ...); /* the same from a format; returns 2 */
+void cli_log(void *user, psoup_log_level level, const char *line); /* for psoup_context_options */
+
+/* A progress bar on standard error, only where that is a terminal. */
+int cli_progress(void *user, const char *label, int64_t done, int64_t total);
+/* A psoup_step_fn that draws training as a progress bar with its main metrics, or, off a terminal,
+ * prints a line for each validation. `user` is a cli_training. */
+typedef struct cli_training {
+    bool quiet; /* nothing at all */
+} cli_training;
+int cli_training_step(void *user, const psoup_step *step);
+void cli_progress_end(void);
+
+/* Prints one line of JSON on standard output and frees it; returns an exit status. */
+int cli_print_json(psoup_json *value);
+
+/* ---- what several commands open
+ * ------------------------------------------------------------------ */
+
+/* A model with its context, tokenizer and adapters. */
+typedef struct cli_model {
+    psoup_context *context;
+    psoup_model *model;
+    psoup_tokenizer *tokenizer; /* NULL when not asked for, or absent and not required */
+} cli_model;
+/* adapters: "NAME=DIR" each; may be NULL. */
+psoup_status cli_open(const char *directory, int32_t threads, const cli_list *adapters,
+                      bool need_tokenizer, cli_model *out, psoup_error *error);
+void cli_close(cli_model *opened);
+
+/* Encodes a text with the special tokens that the tokenizer adds. Free *ids with free(). */
+psoup_status cli_encode(const psoup_tokenizer *tokenizer, const char *text, size_t length,
+                        uint32_t flags, int32_t **ids, size_t *n, psoup_error *error);
+/* Decodes into a NUL-terminated text, to be freed with free(). */
+psoup_status cli_decode(const psoup_tokenizer *tokenizer, const int32_t *ids, size_t n, char **text,
+                        psoup_error *error);
+psoup_status cli_error(psoup_error *error, psoup_status status, const char *format, ...)
+#if defined(__GNUC__)
+    __attribute__((format(printf, 3, 4)))
+#endif
+    ;
+
+#endif

@@ -1,0 +1,164 @@
+/* psoup feedback: candidates, a judge, comparisons. */
+#include "config.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct feedback_run {
+    const char *model, *tokenizer, *prompts, *preferences, *output, *template, *mix;
+    const psoup_json *adapters, *judge;
+    int32_t new_preferences, threads, max_new_tokens, min_new_tokens, top_k, max_sequences;
+    float temperature, top_p;
+    uint64_t seed;
+} feedback_run;
+
+#define FIELD(type, member, help)                                                                  \
+    { #member, type, offsetof(feedback_run, member), NULL, help }
+static const psoup_field feedback_fields[] = {
+    FIELD(PSOUP_FIELD_STRING, model, "Model directory of the generator; required."),
+    FIELD(PSOUP_FIELD_STRING, tokenizer, "tokenizer.json; null: the model's own."),
+    FIELD(PSOUP_FIELD_JSON, adapters, "{\"NAME\": \"DIR\", …}: adapters of the generator."),
+    FIELD(PSOUP_FIELD_STRING, mix, "\"NAME=W,…\": their weights; null: the base."),
+    FIELD(PSOUP_FIELD_STRING, prompts, "JSON Lines of instruction (or prompt), input; required."),
+    FIELD(
+        PSOUP_FIELD_JSON, judge,
+        "[\"PROGRAM\", \"ARG\", …]: reads questions and writes verdicts as JSON Lines; required."),
+    FIELD(PSOUP_FIELD_STRING, preferences, "Catalogue file; null: the paper's."),
+    FIELD(PSOUP_FIELD_BOOL, new_preferences, "With the paper's catalogue: P3C and P3D too."),
+    FIELD(PSOUP_FIELD_STRING, output, "JSON Lines file of comparisons; required."),
+    FIELD(PSOUP_FIELD_STRING, template, "tulu, alpaca, or a text with {instruction}."),
+    FIELD(PSOUP_FIELD_INT, max_new_tokens, "Tokens of a candidate at most."),
+    FIELD(PSOUP_FIELD_INT, min_new_tokens, "Tokens before the first possible end."),
+    FIELD(PSOUP_FIELD_FLOAT, temperature, "0 is greedy."),
+    FIELD(PSOUP_FIELD_INT, top_k, "0 is off."),
+    FIELD(PSOUP_FIELD_FLOAT, top_p, "1 is off."),
+    FIELD(PSOUP_FIELD_INT, max_sequences, "Candidates decoding together; 0: 64."),
+    FIELD(PSOUP_FIELD_UINT64, seed, "Of the sampling, and of which positive meets whom."),
+    FIELD(PSOUP_FIELD_INT, threads, "0 is one per processor."),
+    {0}};
+#undef FIELD
+
+static psoup_status open_judge(psoup_context *context, const psoup_json *words, psoup_judge **out,
+                               psoup_error *error) {
+    const char *argv[64] = {0};
+    size_t n = psoup_json_size(words);
+    if (psoup_json_kind(words) != PSOUP_JSON_ARRAY || n == 0 || n > 63)
+        return cli_error(error, PSOUP_ERROR_ARGUMENT,
+                         "judge: expected a list of 1 to 63 texts, the program and its arguments");
+    for (size_t i = 0; i < n; i++)
+        if (!(argv[i] = psoup_json_string(psoup_json_at(words, i), NULL)))
+            return cli_error(error, PSOUP_ERROR_ARGUMENT, "judge[%zu]: expected a text", i);
+    return psoup_judge_command(context, argv, out, error);
+}
+
+static psoup_status read_instructions(const feedback_run *run, const psoup_json *rows,
+                                      psoup_instruction *out, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t i = 0; status == PSOUP_OK && i < psoup_json_size(rows); i++) {
+        const psoup_json *row = psoup_json_at(rows, i);
+        out[i].instruction = psoup_json_string(psoup_json_get(row, "prompt"), NULL);
+        if (!out[i].instruction)
+            status = row_text(row, "instruction", run->prompts, i, &out[i].instruction, error);
+        out[i].input = psoup_json_string(psoup_json_get(row, "input"), NULL);
+        out[i].id = psoup_json_integer(psoup_json_get(row, "id"), (int64_t)i);
+    }
+    return status;
+}
+
+static psoup_status feedback(const feedback_run *run, bool json, psoup_feedback_counts *counts,
+                             psoup_error *error) {
+    cli_model m = {0};
+    psoup_json *rows = NULL;
+    psoup_instruction *instructions = NULL;
+    psoup_preferences *preferences = NULL;
+    psoup_judge *judge = NULL;
+    float *mix = NULL;
+    psoup_sampling sampling = PSOUP_SAMPLING_INIT;
+    psoup_feedback_options options = PSOUP_FEEDBACK_OPTIONS_INIT;
+    psoup_status status = PSOUP_OK;
+    const char *name = NULL;
+    const psoup_json *directory;
+    if (!run->prompts || !run->output)
+        return cli_error(error, PSOUP_ERROR_ARGUMENT, "expected \"prompts\" and \"output\"");
+    status = run_open(run->model, run->tokenizer, run->threads, &m, error);
+    while (status == PSOUP_OK && (directory = psoup_json_next(run->adapters, &name)))
+        status = psoup_model_load_adapter(m.model, name, psoup_json_string(directory, ""), error);
+    if (status == PSOUP_OK)
+        status = open_judge(m.context, run->judge, &judge, error);
+    if (status == PSOUP_OK)
+        status =
+            run->preferences
+                ? psoup_preferences_load(m.context, run->preferences, &preferences, error)
+                : psoup_preferences_default(m.context, run->new_preferences, &preferences, error);
+    if (status == PSOUP_OK)
+        status = read_rows(m.context, run->prompts, &rows, error);
+    if (status == PSOUP_OK) {
+        instructions = calloc(psoup_json_size(rows) + 1, sizeof *instructions);
+        mix = calloc((size_t)psoup_model_adapters(m.model) + 1, sizeof *mix);
+        status = instructions && mix ? read_instructions(run, rows, instructions, error)
+                                     : cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    }
+    if (status == PSOUP_OK)
+        status = psoup_model_parse_mix(m.model, run->mix ? run->mix : "", 0, mix, error);
+    if (status == PSOUP_OK) {
+        sampling.max_new_tokens = run->max_new_tokens;
+        sampling.min_new_tokens = run->min_new_tokens;
+        sampling.temperature = run->temperature;
+        sampling.top_k = run->top_k;
+        sampling.top_p = run->top_p;
+        options.sampling = &sampling;
+        options.prompt_template = run->template;
+        options.mix = mix;
+        options.max_sequences = run->max_sequences;
+        options.seed = run->seed;
+        options.progress = json ? NULL : cli_progress;
+        status = psoup_feedback(m.model, m.tokenizer, preferences, instructions,
+                                psoup_json_size(rows), judge, &options, run->output, counts, error);
+    }
+    psoup_judge_free(judge);
+    psoup_preferences_free(preferences);
+    psoup_json_free(rows);
+    free(instructions);
+    free(mix);
+    cli_close(&m);
+    return status;
+}
+
+int cmd_feedback(int argc, char **argv) {
+    feedback_run run = {.max_new_tokens = 512, .temperature = 1.0f, .top_p = 1.0f};
+    psoup_feedback_counts counts = {.size = sizeof counts};
+    const config_section sections[] = {{"Members", feedback_fields, &run}};
+    config c;
+    int status;
+    if (!config_read(
+            argc, argv,
+            "Usage: psoup feedback --config FILE.json\n\nFor each prompt and preference: samples "
+            "two "
+            "positives, a neutral and a negative, asks the\njudge which positive is better, and "
+            "writes four comparisons for psoup reward.\n\nThe judge is any program that reads, "
+            "line "
+            "by line,\n  {\"id\": 7, \"prompt\": \"…\", \"preference\": \"P1A\", \"criterion\": "
+            "\"…\", "
+            "\"a\": \"…\", \"b\": \"…\"}\nand answers {\"id\": 7, \"verdict\": \"a\" | \"b\" | "
+            "\"tie\"}.\n",
+            sections, 1, &c, &status))
+        return status;
+    psoup_error error = {0};
+    if (feedback(&run, c.json, &counts, &error) != PSOUP_OK)
+        status = cli_fail(&error);
+    else if (c.json) {
+        psoup_json *row = psoup_json_new_object();
+        psoup_json_set(row, "output", psoup_json_new_string(run.output));
+        psoup_json_set(row, "written", psoup_json_new_integer((int64_t)counts.written));
+        psoup_json_set(row, "ties", psoup_json_new_integer((int64_t)counts.ties));
+        psoup_json_set(row, "unparsed", psoup_json_new_integer((int64_t)counts.unparsed));
+        status = cli_print_json(row);
+    } else {
+        cli_progress_end();
+        printf("%s: %zu comparisons, %zu ties and %zu unparsed answers between positives\n",
+               run.output, counts.written, counts.ties, counts.unparsed);
+        status = 0;
+    }
+    config_free(&c);
+    return status;
+}

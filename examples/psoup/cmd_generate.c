@@ -1,0 +1,302 @@
+/* psoup generate: text from a model, every prompt with its own mix. */
+#include "cli.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+typedef struct job {
+    psoup_json *row; /* the line of the prompts file; NULL for --prompt */
+    int32_t *tokens;
+    size_t n;
+    float *mix;
+} job;
+
+typedef struct generate_args {
+    const char *model, *mix, *prompt, *prompts, *template, *preference, *out;
+    cli_list adapters;
+    bool any_sum, json;
+    int32_t threads, batch;
+    psoup_sampling sampling;
+} generate_args;
+
+/* Weights from a row's "mix" object, or from --mix. */
+static psoup_status read_mix(const generate_args *args, const cli_model *m, const psoup_json *row,
+                             int64_t line, float *mix, psoup_error *error) {
+    const psoup_json *object = psoup_json_get(row, "mix"), *weight;
+    const char *name = NULL;
+    if (!object)
+        return psoup_model_parse_mix(m->model, args->mix ? args->mix : "", args->any_sum, mix,
+                                     error);
+    double sum = 0;
+    size_t n = 0;
+    while ((weight = psoup_json_next(object, &name))) {
+        int32_t index = psoup_model_find_adapter(m->model, name);
+        double w = psoup_json_real(weight, 1e300);
+        if (index < 0)
+            return cli_error(error, PSOUP_ERROR_ARGUMENT,
+                             "%s:%lld: mix: no adapter is named \"%s\" (--adapter NAME=DIR)",
+                             args->prompts, (long long)line, name);
+        if (!(w > -1e30 && w < 1e30))
+            return cli_error(error, PSOUP_ERROR_ARGUMENT,
+                             "%s:%lld: mix: the weight of \"%s\" is not a number", args->prompts,
+                             (long long)line, name);
+        mix[index] = (float)w;
+        sum += w;
+        n++;
+    }
+    if (psoup_json_kind(object) != PSOUP_JSON_OBJECT)
+        return cli_error(error, PSOUP_ERROR_FORMAT, "%s:%lld: mix: expected an object of weights",
+                         args->prompts, (long long)line);
+    if (n > 0 && !args->any_sum && (sum > 1 + 1e-6 || sum < 1 - 1e-6))
+        return cli_error(error, PSOUP_ERROR_ARGUMENT,
+                         "%s:%lld: mix: the weights sum to %.9g, expected 1 (or --any-sum)",
+                         args->prompts, (long long)line, sum);
+    return PSOUP_OK;
+}
+
+static psoup_status read_job(const generate_args *args, const cli_model *m, psoup_json *row,
+                             int64_t line, job *out, psoup_error *error) {
+    const char *text = row ? psoup_json_string(psoup_json_get(row, "prompt"), NULL) : args->prompt;
+    const char *instruction =
+        row ? psoup_json_string(psoup_json_get(row, "instruction"), NULL) : NULL;
+    char *filled = NULL;
+    psoup_status status = PSOUP_OK;
+    out->row = row;
+    if (!text && !instruction)
+        return cli_error(error, PSOUP_ERROR_FORMAT,
+                         "%s:%lld: expected a text \"prompt\" or \"instruction\"", args->prompts,
+                         (long long)line);
+    if (instruction || args->template) {
+        const char *preference =
+            psoup_json_string(psoup_json_get(row, "preference"), args->preference);
+        status = psoup_template_fill(args->template, instruction ? instruction : text,
+                                     psoup_json_string(psoup_json_get(row, "input"), NULL),
+                                     preference, &filled, error);
+        text = filled;
+    }
+    if (status == PSOUP_OK)
+        status = cli_encode(m->tokenizer, text, strlen(text), PSOUP_ADD_SPECIAL, &out->tokens,
+                            &out->n, error);
+    psoup_text_free(filled);
+    if (status != PSOUP_OK)
+        return status;
+    if (out->n == 0)
+        return cli_error(error, PSOUP_ERROR_ARGUMENT, "the prompt has no tokens");
+    out->mix = calloc((size_t)psoup_model_adapters(m->model) + 1, sizeof *out->mix);
+    if (!out->mix)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    return read_mix(args, m, row, line, out->mix, error);
+}
+
+static psoup_status read_jobs(const generate_args *args, const cli_model *m, job **jobs, size_t *n,
+                              psoup_error *error) {
+    psoup_jsonl_reader *reader = NULL;
+    psoup_status status = PSOUP_OK;
+    if (args->prompts)
+        status = psoup_jsonl_open(m->context, args->prompts, &reader, error);
+    for (bool more = true; status == PSOUP_OK && more;) {
+        psoup_json *row = NULL;
+        if (args->prompts) {
+            status = psoup_jsonl_next(reader, &row, error);
+            if (status != PSOUP_OK || !row)
+                break;
+        } else
+            more = false;
+        job *grown = realloc(*jobs, (*n + 1) * sizeof **jobs);
+        if (!grown) {
+            psoup_json_free(row);
+            status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+            break;
+        }
+        *jobs = grown;
+        (*jobs)[*n] = (job){0};
+        status = read_job(args, m, row, reader ? psoup_jsonl_line(reader) : 0, &(*jobs)[*n], error);
+        ++*n;
+    }
+    psoup_jsonl_reader_free(reader);
+    return status;
+}
+
+/* Prints one answer while it grows: whole characters only. */
+typedef struct stream {
+    const cli_model *m;
+    int32_t *tokens;
+    size_t n, printed;
+} stream;
+
+static int on_stream(void *user, int64_t id, int32_t token, float logprob, psoup_finish finish) {
+    stream *s = user;
+    psoup_error error;
+    char *text = NULL;
+    (void)id;
+    (void)logprob;
+    if (token >= 0)
+        s->tokens[s->n++] = token;
+    if (cli_decode(s->m->tokenizer, s->tokens, s->n, &text, &error) == PSOUP_OK) {
+        size_t length = strlen(text), end = length;
+        while (finish == PSOUP_FINISH_NONE && end > s->printed && (text[end - 1] & 0x80) &&
+               length - end < 4)
+            end--;
+        if (end > s->printed) {
+            fwrite(text + s->printed, 1, end - s->printed, stdout);
+            fflush(stdout);
+            s->printed = end;
+        }
+    }
+    free(text);
+    return 0;
+}
+
+typedef struct counter {
+    int64_t done, total;
+} counter;
+
+static int on_count(void *user, int64_t id, int32_t token, float logprob, psoup_finish finish) {
+    counter *c = user;
+    (void)id, (void)token, (void)logprob;
+    if (finish != PSOUP_FINISH_NONE)
+        cli_progress(NULL, "generate", ++c->done, c->total);
+    return 0;
+}
+
+static psoup_json *result_row(const cli_model *m, const job *j, psoup_completion c,
+                              const char *prompt, psoup_error *error) {
+    static const char *const finishes[] = {"none", "stop", "length", "error"};
+    char *text = NULL;
+    if (cli_decode(m->tokenizer, c.tokens, c.n, &text, error) != PSOUP_OK)
+        return NULL;
+    psoup_json *row = j->row ? psoup_json_copy(j->row) : psoup_json_new_object();
+    if (!j->row)
+        psoup_json_set(row, "prompt", psoup_json_new_string(prompt));
+    psoup_json *completion = psoup_json_new_string(text);
+    if (!completion) /* cut inside a character */
+        for (size_t end = strlen(text); !completion && end > 0;) {
+            text[--end] = 0;
+            completion = psoup_json_new_string(text);
+        }
+    free(text);
+    double logprob = 0;
+    for (size_t i = 0; i < c.n; i++)
+        logprob += c.logprobs[i];
+    psoup_json_set(row, "completion", completion);
+    psoup_json_set(row, "finish", psoup_json_new_string(finishes[c.finish]));
+    psoup_json_set(row, "tokens", psoup_json_new_integer((int64_t)c.n));
+    psoup_json_set(row, "logprob", psoup_json_new_real(logprob));
+    return row;
+}
+
+static psoup_status write_results(const generate_args *args, const cli_model *m, const job *jobs,
+                                  size_t n, const psoup_generation *generation,
+                                  psoup_error *error) {
+    psoup_jsonl_writer *writer = NULL;
+    psoup_status status = PSOUP_OK;
+    if (args->out)
+        status = psoup_jsonl_create(m->context, args->out, 0, &writer, error);
+    for (size_t i = 0; status == PSOUP_OK && i < n; i++) {
+        psoup_json *row =
+            result_row(m, &jobs[i], psoup_generation_get(generation, i), args->prompt, error);
+        if (!row)
+            status = error->status;
+        else if (writer) {
+            status = psoup_jsonl_write(writer, row, error);
+            psoup_json_free(row);
+        } else
+            cli_print_json(row);
+    }
+    if (status == PSOUP_OK && writer)
+        status = psoup_jsonl_close(writer, error);
+    psoup_jsonl_writer_free(writer);
+    return status;
+}
+
+static psoup_status run(const generate_args *args, const cli_model *m, job *jobs, size_t n,
+                        psoup_error *error) {
+    bool streaming = args->prompt && !args->json && !args->out;
+    psoup_prompt *prompts = calloc(n ? n : 1, sizeof *prompts);
+    stream s = {.m = m,
+                .tokens = calloc((size_t)args->sampling.max_new_tokens + 1, sizeof *s.tokens)};
+    counter count = {0, (int64_t)n};
+    psoup_generation *generation = NULL;
+    psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
+    psoup_status status = PSOUP_OK;
+    if (!prompts || !s.tokens)
+        status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    for (size_t i = 0; prompts && i < n; i++)
+        prompts[i] = (psoup_prompt){
+            .tokens = jobs[i].tokens, .n = jobs[i].n, .mix = jobs[i].mix, .sequence = i};
+    session.max_sequences = args->batch;
+    if (status == PSOUP_OK)
+        status = psoup_generate(m->model, prompts, n, &args->sampling, &session,
+                                streaming ? on_stream : on_count,
+                                streaming ? (void *)&s : (void *)&count, &generation, error);
+    if (status == PSOUP_OK && streaming)
+        putchar('\n');
+    else if (status == PSOUP_OK)
+        status = write_results(args, m, jobs, n, generation, error);
+    psoup_generation_free(generation);
+    free(s.tokens);
+    free(prompts);
+    return status;
+}
+
+int cmd_generate(int argc, char **argv) {
+    generate_args a = {.sampling = PSOUP_SAMPLING_INIT, .batch = 32};
+    cli_list arguments = {0};
+    int status;
+    const cli_option options[] = {
+        {"--model", CLI_TEXT, &a.model, "DIR", "the base model"},
+        {"--adapter", CLI_LIST, &a.adapters, "NAME=DIR", "a PEFT adapter under a name"},
+        {"--mix", CLI_TEXT, &a.mix, "NAME=W,…", "weights of the adapters; absent: the base"},
+        {"--any-sum", CLI_FLAG, &a.any_sum, NULL, "accept weights that do not sum to 1"},
+        {"--prompt", CLI_TEXT, &a.prompt, "TEXT", "one prompt; its answer is printed as it grows"},
+        {"--prompts", CLI_TEXT, &a.prompts, "FILE",
+         "JSON Lines of \"prompt\" (or \"instruction\", "
+         "\"input\"), each with its own \"mix\" if any"},
+        {"--template", CLI_TEXT, &a.template, "NAME", "tulu, alpaca, or text with {instruction}"},
+        {"--preference", CLI_TEXT, &a.preference, "TEXT", "preference prompt for the template"},
+        {"--max-new-tokens", CLI_INT, &a.sampling.max_new_tokens, "N", "at most (128)"},
+        {"--min-new-tokens", CLI_INT, &a.sampling.min_new_tokens, "N", "no end before (0)"},
+        {"--temperature", CLI_FLOAT, &a.sampling.temperature, "T", "0 is greedy (1)"},
+        {"--top-k", CLI_INT, &a.sampling.top_k, "K", "0 is off (0)"},
+        {"--top-p", CLI_FLOAT, &a.sampling.top_p, "P", "1 is off (1)"},
+        {"--no-repeat-ngram", CLI_INT, &a.sampling.no_repeat_ngram_size, "N", "0 is off (0)"},
+        {"--seed", CLI_UINT64, &a.sampling.seed, "N", "equal seeds give equal texts (0)"},
+        {"--batch", CLI_INT, &a.batch, "N", "prompts decoding together (32)"},
+        {"--threads", CLI_INT, &a.threads, "N", "0 is one per processor (0)"},
+        {"--out", CLI_TEXT, &a.out, "FILE", "JSON Lines results go here (.zst is compressed)"},
+        {"--json", CLI_FLAG, &a.json, NULL, "print JSON Lines instead of text"},
+        {0}};
+    if (!cli_parse(argc, argv, options,
+                   "Usage: psoup generate --model DIR [--adapter NAME=DIR]… [--mix NAME=W,…] "
+                   "--prompt TEXT\n"
+                   "\nSamples answers. With --prompts every line may carry its own mix, such as\n"
+                   "  {\"prompt\": \"…\", \"mix\": {\"P1A\": 0.5, \"P2B\": 0.5}}\n"
+                   "and one batch serves them all: nothing is merged and nothing swapped.\n",
+                   &arguments, &status))
+        return status;
+    if (arguments.n)
+        return cli_complain("generate: unexpected \"%s\"", arguments.items[0]);
+    if (!a.prompt == !a.prompts)
+        return cli_complain("generate: expected either --prompt TEXT or --prompts FILE");
+    if (a.sampling.max_new_tokens < 1)
+        return cli_complain("--max-new-tokens: %d, expected at least 1", a.sampling.max_new_tokens);
+    psoup_error error = {0};
+    cli_model m;
+    job *jobs = NULL;
+    size_t n = 0;
+    psoup_status done = cli_open(a.model, a.threads, &a.adapters, true, &m, &error);
+    if (done == PSOUP_OK)
+        done = read_jobs(&a, &m, &jobs, &n, &error);
+    if (done == PSOUP_OK)
+        done = run(&a, &m, jobs, n, &error);
+    status = done == PSOUP_OK ? 0 : cli_fail(&error);
+    for (size_t i = 0; i < n; i++) {
+        psoup_json_free(jobs[i].row);
+        free(jobs[i].tokens);
+        free(jobs[i].mix);
+    }
+    free(jobs);
+    cli_close(&m);
+    return status;
+}

@@ -1,0 +1,207 @@
+/* psoup reward: reward models from comparisons. */
+#include "config.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_REWARDS = 64 };
+
+typedef struct reward_run {
+    const char *model, *tokenizer, *data, *validation, *output, *name;
+    int32_t per_preference, threads;
+    float validation_fraction;
+    adapter_config lora;
+    psoup_reward_options options;
+} reward_run;
+
+#define FIELD(type, member, help)                                                                  \
+    { #member, type, offsetof(reward_run, member), NULL, help }
+static const psoup_field reward_run_fields[] = {
+    FIELD(PSOUP_FIELD_STRING, model, "Model directory; required."),
+    FIELD(PSOUP_FIELD_STRING, tokenizer, "tokenizer.json; null: the model's own."),
+    FIELD(PSOUP_FIELD_STRING, data,
+          "JSON Lines of user_input, completion_a (better), completion_b, preference; required."),
+    FIELD(PSOUP_FIELD_STRING, validation, "The same, held out; null: a fraction of the data."),
+    FIELD(PSOUP_FIELD_FLOAT, validation_fraction, "How much of the data is held out, by prompt."),
+    FIELD(PSOUP_FIELD_STRING, output, "Directory; each model goes to output/NAME; required."),
+    FIELD(PSOUP_FIELD_BOOL, per_preference,
+          "true: a model for each \"preference\" of the rows, side by side; false: one for all."),
+    FIELD(PSOUP_FIELD_STRING, name, "The one model's name where per_preference is false."),
+    FIELD(PSOUP_FIELD_INT, threads, "0 is one per processor."),
+    {0}};
+#undef FIELD
+
+/* The reward models by name, made as the rows name them. */
+typedef struct reward_set {
+    psoup_reward *items[MAX_REWARDS];
+    size_t n;
+} reward_set;
+
+static psoup_status reward_named(reward_set *set, const reward_run *run, psoup_model *model,
+                                 const char *name, int32_t *index, psoup_error *error) {
+    for (size_t i = 0; i < set->n; i++)
+        if (!strcmp(psoup_reward_name(set->items[i]), name))
+            return *index = (int32_t)i, PSOUP_OK;
+    if (set->n == MAX_REWARDS)
+        return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: more than %d preferences", run->data,
+                         MAX_REWARDS);
+    if (!*name || strchr(name, '/') || name[0] == '.')
+        return cli_error(error, PSOUP_ERROR_FORMAT, "%s: preference \"%s\" cannot name a directory",
+                         run->data, name);
+    *index = (int32_t)set->n;
+    return psoup_reward_create(model, name, &run->lora.options, &set->items[set->n++], error);
+}
+
+static psoup_status read_comparisons(const reward_run *run, const cli_model *m, const char *path,
+                                     const psoup_json *rows, reward_set *set, token_pool *pool,
+                                     psoup_comparison *out, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t i = 0; status == PSOUP_OK && i < psoup_json_size(rows); i++) {
+        const psoup_json *row = psoup_json_at(rows, i);
+        const char *prompt, *better, *worse, *name = run->name;
+        size_t n_prompt;
+        psoup_comparison *c = &out[i];
+        int32_t end = run_end_token(m);
+        status = row_text(row, "user_input", path, i, &prompt, error);
+        if (status == PSOUP_OK)
+            status = row_text(row, "completion_a", path, i, &better, error);
+        if (status == PSOUP_OK)
+            status = row_text(row, "completion_b", path, i, &worse, error);
+        if (status == PSOUP_OK && run->per_preference)
+            status = row_text(row, "preference", path, i, &name, error);
+        if (status == PSOUP_OK)
+            status = reward_named(set, run, m->model, name, &c->reward, error);
+        if (status == PSOUP_OK)
+            status = pool_encode_pair(pool, m->tokenizer, prompt, better, end, &c->chosen,
+                                      &c->n_chosen, &n_prompt, error);
+        if (status == PSOUP_OK)
+            status = pool_encode_pair(pool, m->tokenizer, prompt, worse, end, &c->rejected,
+                                      &c->n_rejected, &n_prompt, error);
+    }
+    return status;
+}
+
+/* Moves every k-th prompt's comparisons to the end, k = 1 / fraction; returns how many stay. Rows
+ * of one prompt stand together and have one "id", or where they have none, one "user_input". */
+static size_t hold_out(const psoup_json *rows, float fraction, psoup_comparison *all) {
+    size_t n = psoup_json_size(rows), kept = 0, held = 0;
+    psoup_comparison *out = fraction > 0 ? malloc((n + 1) * sizeof *out) : NULL;
+    int64_t group = -1;
+    char *last = NULL;
+    if (!out)
+        return n;
+    for (size_t i = 0; i < n; i++) {
+        const psoup_json *row = psoup_json_at(rows, i), *id = psoup_json_get(row, "id");
+        char *key = psoup_json_text(id ? id : psoup_json_get(row, "user_input"), 0);
+        group += !last || !key || strcmp(last, key) != 0;
+        psoup_text_free(last);
+        last = key;
+        bool hold = floor((double)(group + 1) * fraction) > floor((double)group * fraction);
+        if (hold)
+            out[held++] = all[i];
+        else
+            all[kept++] = all[i];
+    }
+    memcpy(all + kept, out, held * sizeof *out);
+    psoup_text_free(last);
+    free(out);
+    return kept;
+}
+
+static psoup_status reward(reward_run *run, const char *config_path, bool json,
+                           psoup_error *error) {
+    cli_model m = {0};
+    token_pool pool = {0};
+    reward_set set = {0};
+    psoup_json *rows = NULL, *held = NULL;
+    psoup_comparison *all = NULL;
+    psoup_status status = PSOUP_OK;
+    size_t n = 0, n_held = 0;
+    if (!run->data || !run->output)
+        status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: expected \"data\" and \"output\"",
+                           config_path);
+    if (status == PSOUP_OK && !(run->validation_fraction >= 0 && run->validation_fraction < 1))
+        status = cli_error(error, PSOUP_ERROR_ARGUMENT,
+                           "%s: validation_fraction is %g, expected 0 to under 1", config_path,
+                           run->validation_fraction);
+    if (status == PSOUP_OK)
+        status = adapter_config_finish(&run->lora, config_path, error);
+    if (status == PSOUP_OK)
+        status = run_open(run->model, run->tokenizer, run->threads, &m, error);
+    if (status == PSOUP_OK)
+        status = read_rows(m.context, run->data, &rows, error);
+    if (status == PSOUP_OK)
+        status = read_rows(m.context, run->validation, &held, error);
+    if (status == PSOUP_OK) {
+        n = psoup_json_size(rows);
+        n_held = psoup_json_size(held);
+        all = calloc(n + n_held + 1, sizeof *all);
+        if (!all)
+            status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    }
+    if (status == PSOUP_OK)
+        status = read_comparisons(run, &m, run->data, rows, &set, &pool, all, error);
+    if (status == PSOUP_OK)
+        status = read_comparisons(run, &m, run->validation, held, &set, &pool, all + n, error);
+    if (status == PSOUP_OK && !run->validation) {
+        size_t kept = hold_out(rows, run->validation_fraction, all);
+        n_held = n - kept;
+        n = kept;
+    }
+    if (status == PSOUP_OK)
+        status =
+            psoup_reward_train(set.items, set.n, all, n, all + n, n_held, &run->options, error);
+    cli_progress_end();
+    for (size_t i = 0; status == PSOUP_OK && i < set.n; i++) {
+        char *path = join(run->output, psoup_reward_name(set.items[i]));
+        status = path ? psoup_reward_save(set.items[i], path, run->model, error)
+                      : cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+        free(path);
+    }
+    if (status == PSOUP_OK && n_held > 0 && !json) {
+        double accuracy, loss;
+        status = psoup_reward_accuracy(set.items, set.n, all + n, n_held, &accuracy, &loss, error);
+        if (status == PSOUP_OK)
+            printf("accuracy %.4f, loss %.4f on %zu held-out comparisons\n", accuracy, loss,
+                   n_held);
+    }
+    for (size_t i = 0; i < set.n; i++)
+        psoup_reward_free(set.items[i]);
+    psoup_json_free(rows);
+    psoup_json_free(held);
+    free(all);
+    pool_free(&pool);
+    cli_close(&m);
+    return status;
+}
+
+int cmd_reward(int argc, char **argv) {
+    reward_run run = {.name = "reward",
+                      .per_preference = 1,
+                      .validation_fraction = 0.1f,
+                      .lora = {.options = PSOUP_ADAPTER_OPTIONS_INIT},
+                      .options = PSOUP_REWARD_OPTIONS_INIT};
+    run.lora.options.rank = 8; /* the paper's reward models */
+    const config_section sections[] = {{"Files", reward_run_fields, &run},
+                                       {"New adapters", adapter_fields, &run.lora},
+                                       {"Training", psoup_reward_fields(), &run.options}};
+    config c;
+    int status;
+    if (!config_read(
+            argc, argv,
+            "Usage: psoup reward --config FILE.json\n\nBradley-Terry reward models from "
+            "comparisons: one per preference, trained side by side\non one base, or one for "
+            "all, told by the preference prompt in its input. Writes PEFT\ndirectories of "
+            "task type SEQ_CLS.\n",
+            sections, 3, &c, &status))
+        return status;
+    cli_training training = {.quiet = c.json};
+    psoup_error error = {0};
+    run.options.on_step = cli_training_step;
+    run.options.user = &training;
+    status = reward(&run, c.path, c.json, &error) == PSOUP_OK ? run_print_output(run.output, c.json)
+                                                              : cli_fail(&error);
+    config_free(&c);
+    return status;
+}

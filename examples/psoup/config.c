@@ -1,0 +1,278 @@
+#include "config.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- reading
+ * ----------------------------------------------------------------------------------------- */
+
+static psoup_json *defaults_json(const config_section *sections, size_t n) {
+    psoup_json *all = psoup_json_new_object();
+    for (size_t i = 0; i < n; i++) {
+        psoup_json *part = psoup_fields_json(sections[i].fields, sections[i].to);
+        const char *key = NULL;
+        const psoup_json *value;
+        while ((value = psoup_json_next(part, &key)))
+            psoup_json_set(all, key, psoup_json_copy(value));
+        psoup_json_free(part);
+    }
+    return all;
+}
+
+static void print_config_help(const char *about, const config_section *sections, size_t n) {
+    puts(about);
+    puts("Options:\n"
+         "  --config FILE     the configuration, a JSON object\n"
+         "  --print-config    print a configuration with every default, and stop\n"
+         "  --json            print the result as one line of JSON, and no progress\n"
+         "  --help            this text");
+    for (size_t i = 0; i < n; i++) {
+        printf("\n%s:\n", sections[i].title);
+        psoup_json *values = psoup_fields_json(sections[i].fields, sections[i].to);
+        for (const psoup_field *f = sections[i].fields; f->name; f++) {
+            char *value = psoup_json_text(psoup_json_get(values, f->name), 0);
+            printf("  %-22s %s%s%s%s (%s)\n", f->name, f->help, f->choices ? " One of " : "",
+                   f->choices ? f->choices : "", f->choices ? "." : "", value ? value : "?");
+            psoup_text_free(value);
+        }
+        psoup_json_free(values);
+    }
+}
+
+bool config_read(int argc, char **argv, const char *about, const config_section *sections, size_t n,
+                 config *out, int *status) {
+    const psoup_field *tables[8];
+    psoup_error error = {0};
+    bool print = false;
+    *out = (config){0};
+    *status = 2;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--help")) {
+            print_config_help(about, sections, n);
+            *status = 0;
+            return false;
+        } else if (!strcmp(argv[i], "--print-config"))
+            print = true;
+        else if (!strcmp(argv[i], "--json"))
+            out->json = true;
+        else if (!strcmp(argv[i], "--config") && i + 1 < argc)
+            out->path = argv[++i];
+        else if (!strncmp(argv[i], "--config=", 9))
+            out->path = argv[i] + 9;
+        else {
+            cli_complain("%s: unexpected \"%s\" (see psoup %s --help)", argv[0], argv[i], argv[0]);
+            return false;
+        }
+    }
+    if (!out->path && !print) {
+        cli_complain("%s: expected --config FILE (see psoup %s --help)", argv[0], argv[0]);
+        return false;
+    }
+    psoup_status done = PSOUP_OK;
+    for (size_t i = 0; i < n; i++)
+        tables[i] = sections[i].fields;
+    if (out->path) {
+        psoup_context *context = NULL;
+        done = psoup_context_create(NULL, &context, &error);
+        if (done == PSOUP_OK)
+            done = psoup_json_read(context, out->path, &out->root, &error);
+        psoup_context_free(context);
+        if (done == PSOUP_OK)
+            done = psoup_fields_check(tables, n, out->root, out->path, &error);
+        for (size_t i = 0; done == PSOUP_OK && i < n; i++)
+            done =
+                psoup_fields_read(sections[i].fields, out->root, out->path, sections[i].to, &error);
+    }
+    if (done != PSOUP_OK) {
+        *status = cli_fail(&error);
+        config_free(out);
+        return false;
+    }
+    if (print) {
+        psoup_json *all = defaults_json(sections, n);
+        char *text = psoup_json_text(all, 2);
+        puts(text ? text : "{}");
+        psoup_text_free(text);
+        psoup_json_free(all);
+        config_free(out);
+        *status = 0;
+        return false;
+    }
+    return true;
+}
+
+void config_free(config *c) {
+    psoup_json_free(c->root);
+    c->root = NULL;
+}
+
+/* ---- adapters
+ * ---------------------------------------------------------------------------------------- */
+
+#define FIELD(name, type, member, help)                                                            \
+    { name, type, offsetof(adapter_config, member), NULL, help }
+const psoup_field adapter_fields[] = {
+    FIELD("rank", PSOUP_FIELD_INT, options.rank, "LoRA rank r of a new adapter."),
+    FIELD("alpha", PSOUP_FIELD_FLOAT, options.alpha, "LoRA alpha; the scale is alpha / rank."),
+    FIELD("rslora", PSOUP_FIELD_BOOL, options.rslora, "Scale by alpha / sqrt(rank) instead."),
+    FIELD("targets", PSOUP_FIELD_JSON, targets,
+          "List of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; null: q and v."),
+    FIELD("adapter_seed", PSOUP_FIELD_UINT64, options.seed, "Seed of a new adapter's A factors."),
+    {0}};
+#undef FIELD
+
+psoup_status adapter_config_finish(adapter_config *a, const char *where, psoup_error *error) {
+    static const char *const names[] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
+                                        "gate_proj", "up_proj", "down_proj"};
+    if (psoup_json_kind(a->targets) == PSOUP_JSON_NULL)
+        return PSOUP_OK;
+    a->options.targets = 0;
+    for (size_t i = 0; i < psoup_json_size(a->targets); i++) {
+        const char *name = psoup_json_string(psoup_json_at(a->targets, i), "");
+        uint32_t bit = 0;
+        for (uint32_t k = 0; k < 7; k++)
+            if (!strcmp(name, names[k]))
+                bit = 1u << k;
+        if (!bit)
+            return cli_error(error, PSOUP_ERROR_ARGUMENT,
+                             "%s: targets[%zu] is \"%s\", expected q_proj … down_proj", where, i,
+                             name);
+        a->options.targets |= bit;
+    }
+    return a->options.targets
+               ? PSOUP_OK
+               : cli_error(error, PSOUP_ERROR_ARGUMENT,
+                           "%s: targets is not a list of at least one linear", where);
+}
+
+/* ---- rows and tokens
+ * ----------------------------------------------------------------------------------- */
+
+static psoup_status pool_add(token_pool *pool, int32_t *row, psoup_error *error) {
+    int32_t **grown = NULL;
+    if ((pool->n & (pool->n + 1)) == 0) { /* 0, 1, 3, 7, …: full; double */
+        grown = realloc(pool->rows, (2 * pool->n + 1) * sizeof *grown);
+        if (!grown) {
+            free(row);
+            return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+        }
+        pool->rows = grown;
+    }
+    pool->rows[pool->n++] = row;
+    return PSOUP_OK;
+}
+
+psoup_status pool_encode(token_pool *pool, const psoup_tokenizer *tokenizer, const char *text,
+                         uint32_t flags, const int32_t **ids, size_t *n, psoup_error *error) {
+    int32_t *row = NULL;
+    psoup_status status = cli_encode(tokenizer, text, strlen(text), flags, &row, n, error);
+    *ids = row;
+    if (status != PSOUP_OK) {
+        free(row);
+        return status;
+    }
+    return pool_add(pool, row, error);
+}
+
+psoup_status pool_encode_pair(token_pool *pool, const psoup_tokenizer *tokenizer,
+                              const char *prompt, const char *completion, int32_t end_token,
+                              const int32_t **ids, size_t *n, size_t *n_prompt,
+                              psoup_error *error) {
+    int32_t *first = NULL, *second = NULL, *row = NULL;
+    size_t n_second = 0;
+    psoup_status status =
+        cli_encode(tokenizer, prompt, strlen(prompt), PSOUP_ADD_SPECIAL, &first, n_prompt, error);
+    if (status == PSOUP_OK)
+        status =
+            cli_encode(tokenizer, completion, strlen(completion), 0, &second, &n_second, error);
+    if (status == PSOUP_OK) {
+        *n = *n_prompt + n_second + (end_token >= 0);
+        row = malloc((*n + 1) * sizeof *row);
+        if (!row)
+            status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    }
+    if (row) {
+        memcpy(row, first, *n_prompt * sizeof *row);
+        memcpy(row + *n_prompt, second, n_second * sizeof *row);
+        if (end_token >= 0)
+            row[*n - 1] = end_token;
+        *ids = row;
+        status = pool_add(pool, row, error);
+    }
+    free(first);
+    free(second);
+    return status;
+}
+
+void pool_free(token_pool *pool) {
+    for (size_t i = 0; i < pool->n; i++)
+        free(pool->rows[i]);
+    free(pool->rows);
+    *pool = (token_pool){0};
+}
+
+psoup_status read_rows(psoup_context *context, const char *path, psoup_json **out,
+                       psoup_error *error) {
+    psoup_jsonl_reader *reader = NULL;
+    psoup_json *row = NULL;
+    psoup_status status = PSOUP_OK;
+    *out = psoup_json_new_array();
+    if (path)
+        status = psoup_jsonl_open(context, path, &reader, error);
+    while (path && status == PSOUP_OK) {
+        status = psoup_jsonl_next(reader, &row, error);
+        if (status != PSOUP_OK || !row)
+            break;
+        if (psoup_json_append(*out, row) != 0)
+            status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    }
+    psoup_jsonl_reader_free(reader);
+    return status;
+}
+
+psoup_status row_text(const psoup_json *row, const char *key, const char *path, size_t index,
+                      const char **out, psoup_error *error) {
+    *out = psoup_json_string(psoup_json_get(row, key), NULL);
+    if (*out)
+        return PSOUP_OK;
+    return cli_error(error, PSOUP_ERROR_FORMAT, "%s: row %zu: \"%s\" is missing or no text", path,
+                     index + 1, key);
+}
+
+char *join(const char *directory, const char *name) {
+    char *path = malloc(strlen(directory) + strlen(name) + 2);
+    if (path)
+        sprintf(path, "%s/%s", directory, name);
+    return path;
+}
+
+/* ---- a run
+ * ---------------------------------------------------------------------------------------- */
+
+psoup_status run_open(const char *model, const char *tokenizer, int32_t threads, cli_model *out,
+                      psoup_error *error) {
+    if (!model)
+        return cli_error(error, PSOUP_ERROR_ARGUMENT, "the configuration names no \"model\"");
+    psoup_status status = cli_open(model, threads, NULL, tokenizer == NULL, out, error);
+    if (status != PSOUP_OK || !tokenizer)
+        return status;
+    psoup_tokenizer_free(out->tokenizer);
+    out->tokenizer = NULL;
+    return psoup_tokenizer_load(out->context, tokenizer, &out->tokenizer, error);
+}
+
+int32_t run_end_token(const cli_model *m) {
+    psoup_model_config c = PSOUP_MODEL_CONFIG_INIT;
+    psoup_error error;
+    return psoup_model_get_config(m->model, &c, &error) == PSOUP_OK ? c.eos_token_id : -1;
+}
+
+int run_print_output(const char *output, bool json) {
+    if (!json) {
+        puts(output);
+        return 0;
+    }
+    psoup_json *row = psoup_json_new_object();
+    psoup_json_set(row, "output", psoup_json_new_string(output));
+    return cli_print_json(row);
+}

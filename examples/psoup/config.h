@@ -1,0 +1,64 @@
+/* Training commands read one JSON file; every member is described by a table. */
+#ifndef CONFIG_H
+#define CONFIG_H
+
+#include "cli.h"
+
+/* One table of members and the struct they fill. */
+typedef struct config_section {
+    const char *title; /* of its part of --help */
+    const psoup_field *fields;
+    void *to; /* holds the defaults before, the file's values after */
+} config_section;
+
+typedef struct config {
+    psoup_json *root; /* owns the texts that the structs borrow */
+    const char *path;
+    bool json; /* --json: the result as JSON, no progress */
+} config;
+
+/* Reads argv: --config FILE, --print-config, --json, --help. Returns false when the command is done
+ * (help or the configuration was printed, or something is wrong), with its exit *status. Options
+ * are read in the order of the sections. */
+bool config_read(int argc, char **argv, const char *about, const config_section *sections, size_t n,
+                 config *out, int *status);
+void config_free(config *c);
+
+/* A new adapter by the members "rank", "alpha", …: */
+typedef struct adapter_config {
+    psoup_adapter_options options;
+    const psoup_json *targets; /* names; NULL: q_proj, v_proj */
+} adapter_config;
+extern const psoup_field adapter_fields[];
+psoup_status adapter_config_finish(adapter_config *a, const char *where, psoup_error *error);
+
+/* Texts to token rows, kept until freed together. */
+typedef struct token_pool {
+    int32_t **rows;
+    size_t n;
+} token_pool;
+psoup_status pool_encode(token_pool *pool, const psoup_tokenizer *tokenizer, const char *text,
+                         uint32_t flags, const int32_t **ids, size_t *n, psoup_error *error);
+/* The tokens of prompt followed by completion; *n_prompt receives how many are the prompt's own. */
+psoup_status pool_encode_pair(token_pool *pool, const psoup_tokenizer *tokenizer,
+                              const char *prompt, const char *completion, int32_t end_token,
+                              const int32_t **ids, size_t *n, size_t *n_prompt, psoup_error *error);
+void pool_free(token_pool *pool);
+
+/* All rows of a JSON Lines file as one array; NULL path gives an empty one. */
+psoup_status read_rows(psoup_context *context, const char *path, psoup_json **out,
+                       psoup_error *error);
+/* A member that must be a text; `path` and the row's number for the message. */
+psoup_status row_text(const psoup_json *row, const char *key, const char *path, size_t index,
+                      const char **out, psoup_error *error);
+/* "DIRECTORY/NAME"; free with free(). NULL when out of memory. */
+char *join(const char *directory, const char *name);
+
+/* The model of a run with its tokenizer, its own or another. */
+psoup_status run_open(const char *model, const char *tokenizer, int32_t threads, cli_model *out,
+                      psoup_error *error);
+int32_t run_end_token(const cli_model *m); /* the model's eos token; −1 when it has none */
+/* What a finished run prints: where its results are. Returns the exit status. */
+int run_print_output(const char *output, bool json);
+
+#endif

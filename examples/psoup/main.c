@@ -1,0 +1,48 @@
+/* psoup: the command line of libpsoup. Thin: everything it does is in the public API. */
+#include "cli.h"
+
+#include <string.h>
+
+static const command commands[] = {
+    {"info", cmd_info, "what a model, adapter or tokenizer directory holds"},
+    {"tokenize", cmd_tokenize, "token ids of a text, with their offsets"},
+    {"generate", cmd_generate, "text from a model, every prompt with its own mix of adapters"},
+    {"score", cmd_score, "log-probabilities of given tokens, or the logits"},
+    {"feedback", cmd_feedback, "sample candidates, ask a judge, write comparisons"},
+    {"sft", cmd_sft, "supervised fine-tuning of an adapter or of the base"},
+    {"reward", cmd_reward, "reward models from comparisons, one per preference or one for all"},
+    {"ppo", cmd_ppo, "one policy per preference, side by side on one base; or P-MORL; or RLHF"},
+    {"merge", cmd_merge, "adapters or models into one, by weights"},
+    {"winrate", cmd_winrate, "win rates with intervals from judged duels"},
+};
+
+static void usage(FILE *to) {
+    fprintf(to, "psoup %s: personal language models from one base\n\n", psoup_version());
+    fputs("Usage: psoup COMMAND [OPTIONS]\n\nCommands:\n", to);
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        fprintf(to, "  %-10s %s\n", commands[i].name, commands[i].summary);
+    fputs(
+        "\npsoup COMMAND --help explains one. Results go to standard output, messages to standard "
+        "error;\nthe exit status is 0, or 1 when the work failed, or 2 when the command line is "
+        "wrong.\n",
+        to);
+}
+
+int main(int argc, char **argv) {
+    if (argc < 2) {
+        usage(stderr);
+        return 2;
+    }
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "help")) {
+        usage(stdout);
+        return 0;
+    }
+    if (!strcmp(argv[1], "--version")) {
+        printf("psoup %s\n", psoup_version());
+        return 0;
+    }
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        if (!strcmp(argv[1], commands[i].name))
+            return commands[i].run(argc - 1, argv + 1);
+    return cli_complain("unknown command \"%s\" (see psoup --help)", argv[1]);
+}
