@@ -8,11 +8,108 @@
 
 /* ---- kernels.c (compiled per instruction set), sum.c dispatches -------------------------------- */
 
+/* y = w · x where first, else y += w · x; every product and sum rounded (no fused multiply-add), so
+ * that all instruction sets give the same bits. */
+typedef void (*psoup__merge_add_fn)(float *y, const float *x, float w, size_t n, bool first);
+/* Whether every |x| ≤ limit; a NaN is not. */
+typedef bool (*psoup__merge_within_fn)(const float *x, float limit, size_t n);
+/* Copies past the caches; out is 64-byte aligned. */
+typedef void (*psoup__merge_stream_fn)(void *out, const void *in, size_t bytes);
+#define PSOUP__MERGE_DECLARE(variant)                                                              \
+    void PSOUP__PASTE(psoup__merge_add, variant)(float *y, const float *x, float w, size_t n,      \
+                                                 bool first);                                      \
+    bool PSOUP__PASTE(psoup__merge_within, variant)(const float *x, float limit, size_t n);        \
+    void PSOUP__PASTE(psoup__merge_stream, variant)(void *out, const void *in, size_t bytes);
+PSOUP__MERGE_DECLARE(generic)
+PSOUP__MERGE_DECLARE(avx2)
+PSOUP__MERGE_DECLARE(avx512)
+
+typedef struct psoup__sum_args {
+    void *out; /* [n] of out_dtype */
+    psoup_dtype out_dtype;
+    const void *const *in; /* [count], each [n] of its dtype; any alignment */
+    const psoup_dtype *dtypes;
+    const double *weights; /* zero skips its input */
+    size_t count, n;
+    bool stream; /* out will not be read soon */
+} psoup__sum_args;
+/* out = Σ weights · in; false when a result is NaN or too large for out_dtype. */
+bool psoup__sum(psoup_context *context, const psoup__sum_args *args);
+/* Whether all n values are finite and stay so when rounded to dtype. */
+bool psoup__merge_finite(psoup_context *context, const float *x, size_t n, psoup_dtype dtype);
+/* Sum to 1, finite: an error naming `where` otherwise. */
+psoup_status psoup__merge_check_weights(const double *weights, size_t n, bool any_sum,
+                                        psoup_error *error);
+
 /* ---- svd.c: small dense problems in f64 ------------------------------------------------------- */
 
 /* Thin QR of x [m, n] (m ≥ n, row-major): x becomes Q, r [n, n] upper triangular. Householder. */
-void psoup__qr(double *x, double *r, double *scratch /* [n] */, int64_t m, int64_t n);
-/* SVD of x [n, n] = U diag(s) Vᵀ by one-sided Jacobi; x becomes U, vt [n, n]; s descending. */
+void psoup__qr(double *x, double *r, double *scratch /* [2n] */, int64_t m, int64_t n);
+/* SVD of x [n, n] = U diag(s) Vᵀ by one-sided Jacobi; x becomes U, vt [n, n]; s descending. Columns
+ * of U whose singular value is 0 are 0. */
 void psoup__svd(double *x, double *s, double *vt, int64_t n);
+
+/* ---- lora.c ----------------------------------------------------------------------------------- */
+
+/* acc[rows, in] = rows first … first + rows − 1 of base + Σ weights · scale · B A. */
+void psoup__fold_rows(psoup_context *context, float *acc, const void *base, psoup_dtype dtype,
+                      int64_t first, int64_t rows, int64_t in, const psoup_lora_factors *factors,
+                      const double *weights, size_t count);
+/* Rows of one step, so that its sums fit a cache. */
+int64_t psoup__fold_block(int64_t out, int64_t in);
+/* The rank that a method's result has; 0 when the method cannot be used, with *error set. */
+int32_t psoup__merge_rank(psoup_merge_method method, int32_t svd_rank,
+                          const psoup_lora_factors *factors, size_t count, psoup_error *error);
+
+/* ---- merger.c, merge_adapters.c, merge_models.c ------------------------------------------------ */
+
+typedef struct psoup__merge_source {
+    psoup__weights *model; /* one of the two */
+    psoup__peft *adapter;
+    const char *path; /* borrowed from it */
+} psoup__merge_source;
+
+struct psoup_merger {
+    psoup_context *context;
+    psoup_merger_options options;
+    psoup__weights *base;
+    psoup__merge_source *sources; /* [n] */
+    double *weights;              /* [n] */
+    size_t n, sources_capacity, weights_capacity;
+    bool ran;
+    psoup_merge_report report;
+    double error_sum;
+    size_t errors;
+};
+
+/* One module's factors over all sources, as f32. Those of weight 0 keep their rank and have no data. */
+typedef struct psoup__merge_module {
+    const char *name;
+    int64_t out, in;
+    psoup_lora_factors *factors; /* [n sources], the first `count` in use */
+    double *weights;
+    size_t count;
+    psoup_dtype dtype; /* of the first */
+    float *memory;
+    size_t capacity;
+} psoup__merge_module;
+psoup_status psoup__merge_module_init(const psoup_merger *merger, psoup__merge_module *module,
+                                      psoup_error *error);
+/* Finds the module in every source that has it (count may be 0) and reads its factors. */
+psoup_status psoup__merge_module_load(const psoup_merger *merger, psoup__merge_module *module,
+                                      const char *name, psoup_error *error);
+void psoup__merge_module_free(const psoup_merger *merger, psoup__merge_module *module);
+/* Merges into a new pair of scale 1 in one allocation: a [rank, in], then b [out, rank]. Keeps the
+ * error for the report. */
+psoup_status psoup__merge_module_run(psoup_merger *merger, const psoup__merge_module *module,
+                                     float **a, float **b, int32_t *rank, psoup_error *error);
+
+const psoup__peft_pair *psoup__peft_find(const psoup__peft *peft, const char *module,
+                                         size_t length);
+psoup_status psoup__merge_progress(psoup_merger *merger, size_t done, size_t total,
+                                   psoup_error *error);
+psoup_status psoup__merge_adapters(psoup_merger *merger, const char *directory,
+                                   psoup_error *error);
+psoup_status psoup__merge_models(psoup_merger *merger, const char *directory, psoup_error *error);
 
 #endif
