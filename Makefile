@@ -55,15 +55,20 @@ MERGE_OBJ = $(filter $B/src/base/% $B/src/format/% $B/src/merge/%,$(OBJ))
 
 TESTS    = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 BENCHES  = $(patsubst tests/%.c,%,$(wildcard tests/bench_*.c))
-EXAMPLES = $(patsubst examples/%.c,%,$(wildcard examples/*.c))
+FUZZERS  = $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 
-.PHONY: all lib demo check check-all bench install clean deps deps-test
+SONAME   = libpsoup.so.0
+VERSION  = 0.1.0
+
+.PHONY: all lib demo check check-all bench install clean deps deps-test deps-bench \
+        run-tests check-names check-abi check-warnings fuzz abi-baseline
 .SECONDARY:
 .DELETE_ON_ERROR:
 
-all: lib bin/psoup
+all: lib bin/psoup bin/personalized_soup
 
-lib: lib/libpsoup.a
+# ---- the library --------------------------------------------------------------------------------
+lib: lib/libpsoup.a lib/libpsoup.so lib/libpsoup-merge.a
 
 $B/%.o: %.c
 	@mkdir -p $(@D)
@@ -80,13 +85,129 @@ $B/libpsoup.a: $(OBJ)
 	@mkdir -p $(@D)
 	rm -f $@ && $(AR) rcs $@ $^
 
-lib/libpsoup.a: $B/libpsoup.a
+$B/libpsoup-merge.a: $(MERGE_OBJ)
+	@mkdir -p $(@D)
+	rm -f $@ && $(AR) rcs $@ $^
+
+$B/libpsoup.so: $(OBJ) lib/psoup.map
+	$(CC) -shared $(LDFLAGS) -Wl,-soname,$(SONAME) -Wl,--version-script=lib/psoup.map \
+	    $(if $(filter sanitize,$(config)),,-Wl,--no-undefined) $(OBJ) $(LIBS) -o $@
+
+lib/%: $B/%
 	cp $< $@
 
+# ---- programs -----------------------------------------------------------------------------------
+PSOUP_OBJ = $(patsubst %.c,$B/%.o,$(wildcard examples/psoup/*.c))
+DEMO_OBJ  = $(patsubst %.c,$B/%.o,$(wildcard examples/demo/*.c))
+WORLD_OBJ = $(patsubst %.c,$B/%.o,$(filter-out examples/demo/demo.c,$(wildcard examples/demo/*.c)))
+
+$B/psoup: $(PSOUP_OBJ) $B/libpsoup.a
+	$(CC) $(LDFLAGS) $^ $(LIBS) -o $@
+
+$B/psoup-demo: $(DEMO_OBJ) $B/libpsoup.a
+	$(CC) $(LDFLAGS) $^ $(LIBS) -o $@
+
+$B/personalized_soup: $B/examples/personalized_soup.o $(WORLD_OBJ) $B/libpsoup.a
+	$(CC) $(LDFLAGS) $^ $(LIBS) -o $@
+
+bin/%: $B/%
+	@mkdir -p bin
+	cp $< $@
+
+demo: deps
+	@$(MAKE) --no-print-directory bin/psoup-demo lib/libpsoup.a bin/psoup
+	bin/psoup-demo --out build/demo $(if $(FULL),--full)
+
+# ---- tests --------------------------------------------------------------------------------------
 $B/tests/%: $B/tests/%.o $B/libpsoup.a
-	$(CC) $(LDFLAGS) $< $(filter %.o,$(EXTRA_$*)) $B/libpsoup.a $(shell pkg-config --libs check) $(LIBS) $(LIBS_$*) -o $@
+	$(CC) $(LDFLAGS) $< $B/libpsoup.a $(shell pkg-config --libs check) $(LIBS) $(LIBS_$*) -o $@
+
+LIBS_bench_gemm = -l:libopenblas.so.0
+
+# The tests of one build; every program prints Check's own line of counts.
+run-tests: $(TESTS:%=$B/tests/%) $B/psoup
+	@set -e; for t in $(TESTS); do echo "== $$t"; $B/tests/$$t; done
+	@echo "== the program"; sh tests/cli.sh $B/psoup
+
+check: deps-test
+	@$(MAKE) --no-print-directory all run-tests check-names check-abi
+
+# The same under ASan and UBSan with the long cases, a build by clang, a short run of each fuzzer.
+check-all: check
+	@$(MAKE) --no-print-directory CC=clang lib bin/psoup WARN="$(WARN) -Werror" B=build/clang-check
+	@PSOUP_LONG=1 $(MAKE) --no-print-directory config=sanitize run-tests
+	@$(MAKE) --no-print-directory fuzz
+
+# ---- the binary interface -------------------------------------------------------------------------
+# Names: the shared library exports psoup_* and nothing else, and exactly what lib/psoup.names
+# lists; the archive's other names all begin with psoup__.
+check-names: $B/libpsoup.so $B/libpsoup.a
+	@nm -D --defined-only $B/libpsoup.so | awk '{print $$3}' | sed 's/@.*//' | grep -v '^PSOUP_' | LC_ALL=C sort > $B/names
+	@diff lib/psoup.names $B/names || { echo "exported names differ from lib/psoup.names: add with a new minor version; removal needs a new soname"; exit 1; }
+	@! nm -g --defined-only $B/libpsoup.a | awk 'NF == 3 {print $$3}' | grep -v '^psoup_' || { echo "names outside psoup_ above"; exit 1; }
+	@echo "names: $$(wc -l < $B/names) exported, all psoup_*"
+
+check-abi: $B/libpsoup.so
+	@mkdir -p $B/abi
+	abidiff --headers-dir2 include --no-added-syms lib/psoup.abi $B/libpsoup.so
+	@set -e; for old in tests/abi/*/; do \
+	    $(CC) -std=c11 -I$$old/include $$old/program.c -L$B -Wl,-rpath,$(CURDIR)/$B -l:libpsoup.so -o $B/abi/program; \
+	    ln -sf libpsoup.so $B/$(SONAME); \
+	    $B/abi/program && echo "abi: a program of $$(basename $$old) runs"; done
+
+# After a deliberate addition: the new baseline.
+abi-baseline: $B/libpsoup.so
+	nm -D --defined-only $B/libpsoup.so | awk '{print $$3}' | sed 's/@.*//' | grep -v '^PSOUP_' | LC_ALL=C sort > lib/psoup.names
+	abidw --headers-dir include --no-corpus-path --no-comp-dir-path --no-show-locs $B/libpsoup.so > lib/psoup.abi
+
+# ---- fuzzing ------------------------------------------------------------------------------------
+FUZZ_SECONDS ?= 10
+fuzz:
+	@$(MAKE) --no-print-directory CC=clang config=sanitize MODE="$(FLAGS_sanitize) -fsanitize=fuzzer-no-link" B=build/fuzz run-fuzzers
+
+run-fuzzers: $(FUZZERS:%=$B/%)
+	@set -e; for f in $(FUZZERS); do mkdir -p $B/corpus/$$f; \
+	    $B/$$f -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -print_final_stats=1 $B/corpus/$$f 2>&1 | tail -8 | grep -E 'executed|ERROR|SUMMARY' ; \
+	    echo "fuzzed: $$f"; done
+
+$B/fuzz_%: $B/tests/fuzz/fuzz_%.o $B/libpsoup.a
+	$(CC) $(LDFLAGS) $(MODE) -fsanitize=fuzzer $^ $(LIBS) -o $@
+
+# ---- speed --------------------------------------------------------------------------------------
+bench: deps-bench
+	@$(MAKE) --no-print-directory $(BENCHES:%=$B/tests/%)
+	@set -e; for b in $(BENCHES); do echo "== $$b"; $B/tests/$$b; done
+
+# ---- what the system must have ------------------------------------------------------------------
+# Installs what is missing when run as root; otherwise prints the one line that does.
+define install_missing
+@missing=; for p in $(1); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q ' installed' || missing="$$missing $$p"; done; \
+if [ -n "$$missing" ]; then \
+    if ! command -v apt-get >/dev/null; then echo "please install:$$missing (Debian's names)"; exit 1; \
+    elif [ "$$(id -u)" = 0 ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+    else echo "please run: sudo apt-get install$$missing"; exit 1; fi; \
+fi
+endef
+
+deps:
+	$(call install_missing,$(PACKAGES))
+deps-test:
+	$(call install_missing,$(PACKAGES) $(PACKAGES_TEST))
+deps-bench:
+	$(call install_missing,$(PACKAGES) $(PACKAGES_BENCH))
+
+# ---- installing -----------------------------------------------------------------------------------
+install: lib bin/psoup
+	install -d $(DESTDIR)$(PREFIX)/include/psoup $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/bin
+	install -m 644 include/psoup/*.h $(DESTDIR)$(PREFIX)/include/psoup
+	install -m 644 lib/libpsoup.a lib/libpsoup-merge.a $(DESTDIR)$(PREFIX)/lib
+	install -m 755 lib/libpsoup.so $(DESTDIR)$(PREFIX)/lib/$(SONAME)
+	ln -sf $(SONAME) $(DESTDIR)$(PREFIX)/lib/libpsoup.so
+	for f in psoup psoup-merge; do \
+	    sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' pkgconfig/$$f.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/$$f.pc; done
+	install -m 755 bin/psoup $(DESTDIR)$(PREFIX)/bin/psoup
 
 clean:
 	rm -rf build bin lib/*.a lib/*.so*
 
--include $(shell find build -name '*.d' 2>/dev/null)
+-include $(shell find $B -name '*.d' 2>/dev/null)

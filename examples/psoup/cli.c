@@ -7,8 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* ---- messages ----------------------------------------------------------------------------------
- */
+/* ---- messages ---------------------------------------------------------------------------------- */
 
 int cli_fail(const psoup_error *error) {
     cli_progress_end();
@@ -51,8 +50,7 @@ int cli_print_json(psoup_json *value) {
     return fflush(stdout) == 0 ? 0 : (cli_complain("standard output: %s", strerror(errno)), 1);
 }
 
-/* ---- arguments
- * ----------------------------------------------------------------------------------- */
+/* ---- arguments --------------------------------------------------------------------------------- */
 
 static void print_help(const cli_option *options, const char *about) {
     puts(about);
@@ -166,10 +164,9 @@ bool cli_parse(int argc, char **argv, const cli_option *options, const char *abo
     return true;
 }
 
-/* ---- progress
- * ------------------------------------------------------------------------------------ */
+/* ---- progress ---------------------------------------------------------------------------------- */
 
-static bool bar_drawn;
+static bool bar_drawn; /* a line on the terminal to be wiped before other output */
 
 void cli_progress_end(void) {
     if (bar_drawn)
@@ -217,8 +214,7 @@ int cli_training_step(void *user, const psoup_step *step) {
     return 0;
 }
 
-/* ---- models and texts
- * ------------------------------------------------------------------------------ */
+/* ---- models and texts -------------------------------------------------------------------------- */
 
 void cli_close(cli_model *opened) {
     psoup_tokenizer_free(opened->tokenizer);

@@ -7,8 +7,7 @@
 
 #include "psoup/psoup.h"
 
-/* ---- commands
- * ------------------------------------------------------------------------------------ */
+/* ---- commands ---------------------------------------------------------------------------------- */
 
 typedef struct command {
     const char *name;
@@ -27,8 +26,7 @@ int cmd_ppo(int argc, char **argv);
 int cmd_merge(int argc, char **argv);
 int cmd_winrate(int argc, char **argv);
 
-/* ---- arguments
- * ----------------------------------------------------------------------------------- */
+/* ---- arguments --------------------------------------------------------------------------------- */
 
 typedef enum cli_kind { CLI_FLAG, CLI_INT, CLI_UINT64, CLI_FLOAT, CLI_TEXT, CLI_LIST } cli_kind;
 
@@ -51,8 +49,7 @@ typedef struct cli_option {
 bool cli_parse(int argc, char **argv, const cli_option *options, const char *about,
                cli_list *arguments, int *status);
 
-/* ---- messages ----------------------------------------------------------------------------------
- */
+/* ---- messages ---------------------------------------------------------------------------------- */
 
 /* "psoup: MESSAGE" on standard error; returns 1, an exit status. */
 int cli_fail(const psoup_error *error);
@@ -75,8 +72,7 @@ void cli_progress_end(void);
 /* Prints one line of JSON on standard output and frees it; returns an exit status. */
 int cli_print_json(psoup_json *value);
 
-/* ---- what several commands open
- * ------------------------------------------------------------------ */
+/* ---- what several commands open ---------------------------------------------------------------- */
 
 /* A model with its context, tokenizer and adapters. */
 typedef struct cli_model {

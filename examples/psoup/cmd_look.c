@@ -4,8 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- info
- * -------------------------------------------------------------------------------------------- */
+/* ---- info -------------------------------------------------------------------------------------- */
 
 static const char *const rope_names[] = {"default", "linear", "llama3", "yarn", "dynamic"};
 
@@ -113,8 +112,7 @@ int cmd_info(int argc, char **argv) {
     return json ? cli_print_json(out) : print_table(out);
 }
 
-/* ---- tokenize
- * --------------------------------------------------------------------------------------- */
+/* ---- tokenize ---------------------------------------------------------------------------------- */
 
 int cmd_tokenize(int argc, char **argv) {
     bool json = false, plain = false;

@@ -3,8 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- reading
- * ----------------------------------------------------------------------------------------- */
+/* ---- reading ----------------------------------------------------------------------------------- */
 
 static psoup_json *defaults_json(const config_section *sections, size_t n) {
     psoup_json *all = psoup_json_new_object();
@@ -106,8 +105,7 @@ void config_free(config *c) {
     c->root = NULL;
 }
 
-/* ---- adapters
- * ---------------------------------------------------------------------------------------- */
+/* ---- adapters ---------------------------------------------------------------------------------- */
 
 #define FIELD(name, type, member, help)                                                            \
     { name, type, offsetof(adapter_config, member), NULL, help }
@@ -145,8 +143,7 @@ psoup_status adapter_config_finish(adapter_config *a, const char *where, psoup_e
                            "%s: targets is not a list of at least one linear", where);
 }
 
-/* ---- rows and tokens
- * ----------------------------------------------------------------------------------- */
+/* ---- rows and tokens --------------------------------------------------------------------------- */
 
 static psoup_status pool_add(token_pool *pool, int32_t *row, psoup_error *error) {
     int32_t **grown = NULL;
@@ -246,8 +243,7 @@ char *join(const char *directory, const char *name) {
     return path;
 }
 
-/* ---- a run
- * ---------------------------------------------------------------------------------------- */
+/* ---- a run ------------------------------------------------------------------------------------- */
 
 psoup_status run_open(const char *model, const char *tokenizer, int32_t threads, cli_model *out,
                       psoup_error *error) {
