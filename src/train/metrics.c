@@ -1,0 +1,60 @@
+/* Reports of a trainer's steps: to a JSON Lines file and to the caller. */
+#include <assert.h>
+
+#include "train/train.h"
+
+void psoup__metric(psoup__metrics *metrics, const char *name, double value) {
+    assert(metrics->n < PSOUP__MAX_METRICS);
+    metrics->name[metrics->n] = name;
+    metrics->value[metrics->n++] = value;
+}
+
+psoup_status psoup__reporter_open(psoup__reporter *reporter, psoup_context *context,
+                                  const char *path, psoup_step_fn on_step, void *user,
+                                  psoup_error *error) {
+    *reporter = (psoup__reporter){.on_step = on_step, .user = user};
+    return path ? psoup_jsonl_create(context, path, 1, &reporter->writer, error) : PSOUP_OK;
+}
+
+void psoup__reporter_close(psoup__reporter *reporter) {
+    psoup_jsonl_writer_free(reporter->writer);
+    reporter->writer = NULL;
+}
+
+static psoup_status write_line(psoup_jsonl_writer *writer, const psoup_step *step,
+                               psoup_error *error) {
+    psoup_json *row = psoup_json_new_object();
+    int failed = psoup_json_set(row, "phase", psoup_json_new_string(step->phase)) |
+                 psoup_json_set(row, "subject", psoup_json_new_string(step->subject)) |
+                 psoup_json_set(row, "step", psoup_json_new_integer(step->step)) |
+                 psoup_json_set(row, "total", psoup_json_new_integer(step->total));
+    for (size_t i = 0; i < step->n; i++)
+        failed |= psoup_json_set(row, step->names[i], psoup_json_new_real(step->values[i]));
+    psoup_status status = failed ? psoup__out_of_memory(error, sizeof(*step))
+                                 : psoup_jsonl_write(writer, row, error);
+    psoup_json_free(row);
+    return status;
+}
+
+psoup_status psoup__report(psoup__reporter *reporter, const char *phase, const char *subject,
+                           int64_t step, int64_t total, const psoup__metrics *metrics,
+                           psoup_error *error) {
+    psoup_step report = {.size = sizeof(report),
+                         .phase = phase,
+                         .subject = subject,
+                         .step = step,
+                         .total = total,
+                         .n = metrics->n,
+                         .names = metrics->name,
+                         .values = metrics->value};
+    if (reporter->writer) {
+        psoup_status status = write_line(reporter->writer, &report, error);
+        if (status != PSOUP_OK)
+            return status;
+    }
+    if (reporter->on_step && reporter->on_step(reporter->user, &report))
+        return psoup__fail(error, PSOUP_ERROR_CANCELLED,
+                           "training of '%s' was stopped at step %lld of %lld", subject,
+                           (long long)step, (long long)total);
+    return PSOUP_OK;
+}

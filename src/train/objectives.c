@@ -1,0 +1,132 @@
+/* The objectives, as pure functions on host arrays: inputs f32, sums f64. Each is differentiated by
+ * hand beside its value. */
+#include <math.h>
+
+#include "train/train.h"
+
+/* r_t = −β (log π(t) − log π_ref(t)) + [t last] s: Jang et al. 2023 section 3, after Ziegler et al.
+ * 2019 (arXiv 1909.08593) equation 2; trl 0.7 ppo_trainer.py, compute_rewards. */
+void psoup__kl_rewards(float *reward, const float *logprob, const float *ref, size_t n, double beta,
+                       double score) {
+    for (size_t t = 0; t < n; t++)
+        reward[t] = (float)(-beta * ((double)logprob[t] - ref[t]) + (t + 1 == n ? score : 0.0));
+}
+
+/* δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γλ A_{t+1},  return_t = A_t + V_t, and V past the end is
+ * 0: Schulman et al. 2016 (arXiv 1506.02438) equations 11–16. */
+void psoup__gae(float *advantage, float *returns, const float *reward, const float *value, size_t n,
+                double gamma, double lambda) {
+    double next_value = 0.0, next_advantage = 0.0;
+    for (size_t t = n; t-- > 0;) {
+        double delta = reward[t] + gamma * next_value - value[t];
+        next_advantage = delta + gamma * lambda * next_advantage;
+        next_value = value[t];
+        advantage[t] = (float)next_advantage;
+        returns[t] = (float)(next_advantage + value[t]);
+    }
+}
+
+/* (x − mean) / sqrt(var + 1e-8) with the unbiased variance: trl core.py, masked_whiten. Of a single
+ * token the variance is taken as 0, where trl divides by zero. */
+void psoup__whiten(float *x, size_t n) {
+    double mean = 0.0, variance = 0.0;
+    for (size_t i = 0; i < n; i++)
+        mean += x[i];
+    mean /= n ? (double)n : 1.0;
+    for (size_t i = 0; i < n; i++)
+        variance += (x[i] - mean) * (x[i] - mean);
+    variance /= n > 1 ? (double)(n - 1) : 1.0;
+    double scale = 1.0 / sqrt(variance + 1e-8);
+    for (size_t i = 0; i < n; i++)
+        x[i] = (float)((x[i] - mean) * scale);
+}
+
+/* L = max(−A ρ, −A clip(ρ, 1−ε, 1+ε)), ρ = exp(log π − log π_old): Schulman et al. 2017 (arXiv
+ * 1707.06347) equation 7. Where the clipped branch is the larger one, ρ lies outside the range and the
+ * gradient is 0; elsewhere ∂L/∂log π = −A ρ. */
+void psoup__policy_loss(float *dlogprob, const float *logprob, const float *old_logprob,
+                        const float *advantage, size_t n, double clip, double scale,
+                        psoup__ppo_terms *terms) {
+    for (size_t t = 0; t < n; t++) {
+        double difference = (double)logprob[t] - old_logprob[t];
+        double ratio = exp(difference);
+        double bounded = fmin(fmax(ratio, 1.0 - clip), 1.0 + clip);
+        double plain = -advantage[t] * ratio;
+        double clipped = -advantage[t] * bounded;
+        bool flat = clipped > plain;
+        dlogprob[t] = flat ? 0.0f : (float)(plain * scale);
+        terms->policy_loss += flat ? clipped : plain;
+        terms->ratio += ratio;
+        if (!(ratio <= terms->ratio_max))
+            terms->ratio_max = ratio;
+        terms->kl -= difference;
+        terms->clipped += flat;
+        terms->finite = terms->finite && isfinite(ratio) && isfinite(plain);
+    }
+    terms->tokens += n;
+}
+
+/* L = ½ max((V − R)², (clip(V, V_old ± ε) − R)²): trl ppo_trainer.py, loss, after OpenAI baselines'
+ * ppo2. Where the clipped branch is the larger one the gradient is 0; elsewhere ∂L/∂V = V − R. */
+void psoup__value_loss(float *dvalue, const float *value, const float *old_value,
+                       const float *returns, size_t n, double clip, double scale,
+                       psoup__ppo_terms *terms) {
+    for (size_t t = 0; t < n; t++) {
+        double v = value[t], r = returns[t], old = old_value[t];
+        double bounded = fmin(fmax(v, old - clip), old + clip);
+        double plain = (v - r) * (v - r);
+        double clipped = (bounded - r) * (bounded - r);
+        bool flat = clipped > plain;
+        dvalue[t] = flat ? 0.0f : (float)((v - r) * scale);
+        terms->value_loss += 0.5 * (flat ? clipped : plain);
+        terms->value_clipped += flat;
+        terms->finite = terms->finite && isfinite(plain);
+    }
+}
+
+/* β ← β (1 + clip(KL/target − 1, ±0.2) n / horizon): Ziegler et al. 2019 section 2.2. */
+double psoup__kl_coefficient(double beta, double kl, double target, double horizon, double n) {
+    double off = fmin(fmax(kl / target - 1.0, -0.2), 0.2);
+    return beta * (1.0 + off * n / horizon);
+}
+
+/* Mean and variance of all numbers seen, merged batch by batch: Chan et al. 1979; trl utils.py,
+ * RunningMoments. */
+void psoup__moments_update(psoup__moments *moments, const float *x, size_t n) {
+    if (n == 0)
+        return;
+    double mean = 0.0, squares = 0.0;
+    for (size_t i = 0; i < n; i++)
+        mean += x[i];
+    mean /= (double)n;
+    for (size_t i = 0; i < n; i++)
+        squares += (x[i] - mean) * (x[i] - mean);
+    double delta = mean - moments->mean;
+    double count = moments->count + (double)n;
+    squares += moments->variance * moments->count +
+               delta * delta * moments->count * (double)n / count;
+    moments->mean += delta * (double)n / count;
+    moments->variance = squares / count;
+    moments->count = count;
+}
+
+double psoup__moments_deviation(const psoup__moments *moments) {
+    if (moments->count < 2.0)
+        return 1.0;
+    return sqrt(moments->variance * moments->count / (moments->count - 1.0));
+}
+
+/* L = −log σ(d) + c (w + l)² with d = w − l − margin: Bradley & Terry 1952 as in Ouyang et al. 2022
+ * equation 1; the centring term is trl's center_rewards_coefficient (Eisenstein et al. 2023). With
+ * −log σ(d) = log(1 + e^−d), ∂L/∂d = −σ(−d). */
+double psoup__bradley_terry(double w, double l, double margin, double centering, double *dw,
+                            double *dl) {
+    double d = w - l - margin;
+    double tail = exp(-fabs(d)); /* of the stable forms on either side of 0 */
+    double loss = fmax(-d, 0.0) + log1p(tail);
+    double slope = d > 0.0 ? -tail / (1.0 + tail) : -1.0 / (1.0 + tail);
+    double pull = 2.0 * centering * (w + l);
+    *dw = slope + pull;
+    *dl = -slope + pull;
+    return loss + centering * (w + l) * (w + l);
+}

@@ -1,0 +1,89 @@
+/* AdamW over one flat buffer, clipping by its norm, and learning-rate schedules. */
+#include <math.h>
+
+#include "train/train.h"
+
+void psoup__permutation(int32_t *order, size_t n, uint64_t seed, uint64_t sequence) {
+    psoup__random random = {seed, sequence, 0};
+    for (size_t i = 0; i < n; i++)
+        order[i] = (int32_t)i;
+    psoup__random_shuffle(&random, order, n);
+}
+
+psoup_status psoup__optimizer_start(psoup__optimizer *optimizer, psoup__backend *be,
+                                    psoup_error *error) {
+    optimizer->be = be;
+    optimizer->steps = 0;
+    optimizer->m = be->ops->alloc(be, optimizer->n, sizeof(float), error);
+    if (!optimizer->m)
+        return PSOUP_ERROR_MEMORY;
+    optimizer->v = be->ops->alloc(be, optimizer->n, sizeof(float), error);
+    if (!optimizer->v) {
+        psoup__optimizer_end(optimizer);
+        return PSOUP_ERROR_MEMORY;
+    }
+    return PSOUP_OK;
+}
+
+void psoup__optimizer_end(psoup__optimizer *optimizer) {
+    psoup__backend *be = optimizer->be;
+    if (!be)
+        return;
+    if (optimizer->m)
+        be->ops->release(be, optimizer->m);
+    if (optimizer->v)
+        be->ops->release(be, optimizer->v);
+    optimizer->m = optimizer->v = NULL;
+}
+
+void psoup__optimizer_zero(psoup__optimizer *optimizer) {
+    optimizer->be->ops->zero(optimizer->be, optimizer->g, optimizer->n * sizeof(float));
+}
+
+/* Clipping: g ← g · min(1, max_norm / (‖g‖ + 1e-6)), as torch's clip_grad_norm_ has it. */
+psoup_status psoup__optimizer_step(psoup__optimizer *optimizer, float lr, double *norm,
+                                   bool *stepped, psoup_error *error) {
+    psoup__backend *be = optimizer->be;
+    double squares = 0.0;
+    *stepped = false;
+    psoup_status status =
+        be->ops->sum_squares(be, &squares, optimizer->g, optimizer->n, error);
+    if (status != PSOUP_OK)
+        return status;
+    *norm = sqrt(squares);
+    if (!isfinite(*norm))
+        return PSOUP_OK;
+    double scale = 1.0;
+    if (optimizer->max_grad_norm > 0.0f)
+        scale = fmin(1.0, optimizer->max_grad_norm / (*norm + 1e-6));
+    optimizer->steps++;
+    psoup__adamw_args args = {
+        .lr = lr,
+        .beta1 = optimizer->beta1,
+        .beta2 = optimizer->beta2,
+        .epsilon = optimizer->epsilon,
+        .weight_decay = optimizer->weight_decay,
+        .correction1 = (float)(1.0 - pow((double)optimizer->beta1, (double)optimizer->steps)),
+        .correction2 = (float)(1.0 - pow((double)optimizer->beta2, (double)optimizer->steps)),
+        .gradient_scale = (float)scale,
+    };
+    be->ops->adamw(be, optimizer->p, optimizer->m, optimizer->v, optimizer->g, optimizer->n, &args);
+    *stepped = true;
+    return PSOUP_OK;
+}
+
+/* transformers' get_*_schedule_with_warmup: with k = step − 1 steps behind, k / warmup while warming
+ * up; then 1, (total − k) / (total − warmup), or ½ (1 + cos π (k − warmup) / (total − warmup)). */
+float psoup__learning_rate(float peak, psoup_schedule schedule, int64_t warmup, int64_t step,
+                           int64_t total) {
+    int64_t k = step - 1;
+    if (k < warmup)
+        return (float)(peak * ((double)k / (double)warmup));
+    double left = (double)(total - k) / (double)(total > warmup ? total - warmup : 1);
+    left = fmin(fmax(left, 0.0), 1.0);
+    switch (schedule) {
+    case PSOUP_SCHEDULE_LINEAR: return (float)(peak * left);
+    case PSOUP_SCHEDULE_COSINE: return (float)(peak * 0.5 * (1.0 - cos(acos(-1.0) * left)));
+    default: return peak;
+    }
+}

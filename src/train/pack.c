@@ -1,0 +1,208 @@
+/* Packed passes: which rows run together, and one pass being filled, run and differentiated. */
+#include <assert.h>
+#include <string.h>
+
+#include "train/train.h"
+
+psoup_status psoup__plan(psoup_context *context, const int32_t *rows, const int32_t *owner, size_t n,
+                         int64_t bound, int32_t *pass, int32_t *passes, psoup_error *error) {
+    int64_t *used = psoup__alloc(context, n, sizeof(*used), error); /* rows of each pass */
+    if (!used)
+        return PSOUP_ERROR_MEMORY;
+    int32_t count = 0, from = 0; /* `from`: the first pass that this owner may still use */
+    for (size_t i = 0, end; i < n; i = end) {
+        int64_t chunk = rows[i];
+        for (end = i + 1; end < n && owner[end] == owner[i] && chunk + rows[end] <= bound; end++)
+            chunk += rows[end];
+        if (i == 0 || owner[i] != owner[i - 1])
+            from = 0;
+        while (from < count && used[from] + chunk > bound)
+            from++;
+        used[from] += chunk;
+        for (size_t j = i; j < end; j++)
+            pass[j] = from;
+        if (++from > count)
+            count = from;
+    }
+    *passes = count;
+    psoup__free(context, used);
+    return PSOUP_OK;
+}
+
+psoup_status psoup__pack_create(psoup_model *model, psoup__pack **out, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__pack *pack = psoup__alloc(model->context, 1, sizeof(*pack), error);
+    *out = NULL;
+    if (!pack)
+        return PSOUP_ERROR_MEMORY;
+    pack->model = model;
+    PSOUP__TRY(psoup__tape_create(model, &pack->tape, error));
+    *out = pack;
+    return PSOUP_OK;
+fail:
+    psoup__pack_free(pack);
+    return status;
+}
+
+void psoup__pack_free(psoup__pack *pack) {
+    if (!pack)
+        return;
+    psoup_context *context = pack->model->context;
+    void *arrays[] = {pack->tokens,      pack->start,       pack->seed,     pack->stream,
+                      pack->mix,         pack->row,         pack->target,   pack->logprob,
+                      pack->dlogprob,    pack->head_row,    pack->value,    pack->dvalue,
+                      pack->head_seed,   pack->head_stream, pack->head_offset, pack->list,
+                      pack->list_dropout};
+    for (size_t i = 0; i < sizeof(arrays) / sizeof(arrays[0]); i++)
+        psoup__free(context, arrays[i]);
+    psoup__tape_free(pack->tape);
+    psoup__free(context, pack);
+}
+
+void psoup__pack_clear(psoup__pack *pack) {
+    pack->n = pack->rows = pack->reads = pack->head_reads = pack->lists = 0;
+}
+
+/* Arrays that share one capacity. */
+typedef struct column {
+    void *array; /* T ** */
+    size_t size;
+} column;
+
+static psoup_status grow(psoup_context *context, const column *columns, size_t n, size_t *capacity,
+                         size_t need, psoup_error *error) {
+    size_t reached = *capacity;
+    for (size_t i = 0; i < n && need > *capacity; i++) {
+        reached = *capacity;
+        psoup_status status =
+            psoup__reserve(context, columns[i].array, &reached, need, columns[i].size, error);
+        if (status != PSOUP_OK)
+            return status;
+    }
+    *capacity = reached;
+    return PSOUP_OK;
+}
+
+psoup_status psoup__pack_sequence(psoup__pack *pack, const psoup__sequence *sequence, int32_t *row,
+                                  psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup_context *context = pack->model->context;
+    size_t adapters = (size_t)pack->model->n_adapters, rows, mix;
+    assert(sequence->adapter < pack->model->n_adapters);
+    if (!psoup__add(sequence->n_first, sequence->n_then, &rows) ||
+        !psoup__add(rows, pack->rows, &rows) || rows > INT32_MAX)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "a batch has more than %d tokens", INT32_MAX);
+    const column sequences[] = {{&pack->start, sizeof(*pack->start)},
+                                {&pack->seed, sizeof(*pack->seed)},
+                                {&pack->stream, sizeof(*pack->stream)}};
+    if (!psoup__multiply(pack->n + 1, adapters, &mix))
+        return psoup__out_of_memory(error, SIZE_MAX);
+    PSOUP__TRY(grow(context, sequences, 3, &pack->sequence_capacity, pack->n + 2, error));
+    PSOUP__TRY(psoup__reserve(context, &pack->mix, &pack->mix_capacity, mix, sizeof(float), error));
+    PSOUP__TRY(psoup__reserve(context, &pack->tokens, &pack->row_capacity, rows,
+                              sizeof(*pack->tokens), error));
+    *row = (int32_t)pack->rows;
+    if (sequence->n_first)
+        memcpy(pack->tokens + pack->rows, sequence->first,
+               sequence->n_first * sizeof(*pack->tokens));
+    if (sequence->n_then)
+        memcpy(pack->tokens + pack->rows + sequence->n_first, sequence->then,
+               sequence->n_then * sizeof(*pack->tokens));
+    for (size_t i = 0; i < adapters; i++)
+        pack->mix[pack->n * adapters + i] = (int32_t)i == sequence->adapter ? 1.0f : 0.0f;
+    pack->seed[pack->n] = sequence->seed;
+    pack->stream[pack->n] = sequence->stream;
+    pack->start[pack->n] = *row;
+    pack->start[++pack->n] = (int32_t)rows;
+    pack->rows = rows;
+fail:
+    return status;
+}
+
+psoup_status psoup__pack_read(psoup__pack *pack, int32_t row, int32_t target, psoup_error *error) {
+    const column columns[] = {{&pack->row, sizeof(*pack->row)},
+                              {&pack->target, sizeof(*pack->target)},
+                              {&pack->logprob, sizeof(*pack->logprob)},
+                              {&pack->dlogprob, sizeof(*pack->dlogprob)}};
+    psoup_status status = grow(pack->model->context, columns, 4, &pack->read_capacity,
+                               pack->reads + 1, error);
+    if (status != PSOUP_OK)
+        return status;
+    pack->row[pack->reads] = row;
+    pack->target[pack->reads] = target;
+    pack->dlogprob[pack->reads++] = 0.0f;
+    return PSOUP_OK;
+}
+
+psoup_status psoup__pack_head(psoup__pack *pack, const psoup__adapter *adapter, int32_t row,
+                              uint64_t seed, uint64_t stream, uint64_t offset, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup_context *context = pack->model->context;
+    size_t at = pack->head_reads;
+    const column columns[] = {{&pack->head_row, sizeof(*pack->head_row)},
+                              {&pack->value, sizeof(*pack->value)},
+                              {&pack->dvalue, sizeof(*pack->dvalue)},
+                              {&pack->head_seed, sizeof(*pack->head_seed)},
+                              {&pack->head_stream, sizeof(*pack->head_stream)},
+                              {&pack->head_offset, sizeof(*pack->head_offset)}};
+    const column lists[] = {{&pack->list, sizeof(*pack->list)},
+                            {&pack->list_dropout, sizeof(*pack->list_dropout)}};
+    PSOUP__TRY(grow(context, columns, 6, &pack->head_capacity, at + 1, error));
+    if (pack->lists == 0 || pack->list[pack->lists - 1].adapter != adapter) {
+        PSOUP__TRY(grow(context, lists, 2, &pack->list_capacity, pack->lists + 1, error));
+        pack->list[pack->lists++] = (psoup__head_rows){.adapter = adapter};
+    }
+    pack->list[pack->lists - 1].n++;
+    pack->head_row[at] = row;
+    pack->value[at] = pack->dvalue[at] = 0.0f;
+    pack->head_seed[at] = seed;
+    pack->head_stream[at] = stream;
+    pack->head_offset[at] = offset;
+    pack->head_reads++;
+fail:
+    return status;
+}
+
+psoup_status psoup__pack_forward(psoup__pack *pack, bool save, float lora_dropout,
+                                 float head_dropout, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup_model *model = pack->model;
+    psoup__batch batch = {.n = (int32_t)pack->n,
+                          .rows = (int32_t)pack->rows,
+                          .tokens = pack->tokens,
+                          .start = pack->start,
+                          .mix = model->n_adapters ? pack->mix : NULL,
+                          .dropout = lora_dropout,
+                          .dropout_seed = pack->seed,
+                          .dropout_stream = pack->stream};
+    size_t at = 0;
+    for (size_t i = 0; i < pack->lists; at += (size_t)pack->list[i].n, i++) {
+        psoup__head_rows *list = &pack->list[i];
+        pack->list_dropout[i] = (psoup__dropout){.p = head_dropout,
+                                                 .seed = pack->head_seed + at,
+                                                 .stream = pack->head_stream + at,
+                                                 .offset = pack->head_offset + at};
+        list->row = pack->head_row + at;
+        list->value = pack->value + at;
+        list->dvalue = pack->dvalue + at;
+        list->dropout = head_dropout > 0.0f ? &pack->list_dropout[i] : NULL;
+    }
+    PSOUP__TRY(psoup__forward(model, pack->tape, &batch, save, error));
+    if (pack->reads)
+        PSOUP__TRY(psoup__logprobs(model, pack->tape, pack->row, pack->target,
+                                   (int32_t)pack->reads, pack->logprob, error));
+    if (pack->lists)
+        PSOUP__TRY(psoup__heads(model, pack->tape, pack->list, (int32_t)pack->lists, error));
+fail:
+    return status;
+}
+
+psoup_status psoup__pack_backward(psoup__pack *pack, psoup_error *error) {
+    psoup__loss_gradient loss = {.row = pack->row,
+                                 .target = pack->target,
+                                 .dlogprob = pack->dlogprob,
+                                 .n = (int32_t)pack->reads,
+                                 .heads = pack->list,
+                                 .n_heads = (int32_t)pack->lists};
+    return psoup__backward(pack->model, pack->tape, &loss, error);
+}

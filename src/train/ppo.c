@@ -1,0 +1,271 @@
+/* One step of PPO on n policies side by side, in the order of Jang et al. 2023 (section 3 and its
+ * appendix) and of the trainer it ran on (trl 0.7). Everything from the scores to the KL coefficient
+ * is each policy's own. */
+#include <float.h>
+#include <math.h>
+
+#include "train/train.h"
+
+/* ---- 1. sample, 2. score ------------------------------------------------------------------------- */
+
+static psoup_status collect(psoup_ppo *ppo, size_t n, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t p = 0; p < n; p++) {
+        psoup__policy *policy = ppo->active[p];
+        PSOUP__TRY(psoup__ppo_next_prompts(ppo, policy, error));
+        ppo->requests[p] = (psoup__request){.policy = &policy->given,
+                                            .adapter = policy->index,
+                                            .seed = policy->given.seed,
+                                            .sequence = policy->state.rollouts,
+                                            .step = (uint64_t)policy->state.step,
+                                            .draw = true,
+                                            .out = &policy->experience.rollouts};
+        policy->next.rollouts += policy->experience.rollouts.n;
+    }
+    PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->options, ppo->requests, n, error));
+fail:
+    return status;
+}
+
+/* Takes diverged policies out of the active ones and their requests; *n receives who is left. */
+static void drop_diverged(psoup_ppo *ppo, size_t *n, bool validation) {
+    size_t left = 0;
+    for (size_t p = 0; p < *n; p++) {
+        psoup__policy *policy = ppo->active[p];
+        psoup__experience *x = validation ? &policy->validation : &policy->experience;
+        if (x->rollouts.diverged) {
+            policy->failed = true;
+            x->rollouts.n = x->rollouts.tokens = 0;
+            psoup__log(ppo->model->context, PSOUP_LOG_WARNING,
+                       "ppo: policy '%s' diverged: its logits are not numbers; it leaves the run "
+                       "after %lld steps", policy->name, (long long)policy->state.step);
+            continue;
+        }
+        ppo->requests[left] = ppo->requests[p];
+        ppo->active[left++] = policy;
+    }
+    *n = left;
+}
+
+/* ---- 3. normalise, 5. reward, 6. advantages ------------------------------------------------------- */
+
+/* s ← (s − μ) / σ over all scores so far, this batch included. */
+static double normalised(const psoup_ppo_options *o, const psoup__moments *moments, double score) {
+    if (!o->normalize_reward)
+        return score;
+    return (score - moments->mean) / (psoup__moments_deviation(moments) + (double)FLT_EPSILON);
+}
+
+static void reward_tokens(const psoup_ppo_options *o, psoup__policy *policy) {
+    psoup__experience *x = &policy->experience;
+    const psoup__rollouts *r = &x->rollouts;
+    psoup__moments *moments = &policy->next.moments;
+    /* x->returns is free until the advantages: it holds the penalised scores for the moments. */
+    float *score = x->returns; /* every response has a token: tokens ≥ n */
+    for (size_t i = 0; i < r->n; i++)
+        score[i] = r->score[i] -
+                   (r->finish[i] == PSOUP_FINISH_STOP ? 0.0f : o->truncation_penalty);
+    psoup__moments_update(moments, score, r->n);
+    for (size_t i = 0; i < r->n; i++) {
+        size_t begin = (size_t)r->start[i], n = (size_t)r->start[i + 1] - begin;
+        psoup__kl_rewards(x->reward + begin, x->logprob + begin, x->ref_logprob + begin, n,
+                          policy->state.kl_coefficient, normalised(o, moments, score[i]));
+    }
+}
+
+static void estimate_advantages(const psoup_ppo_options *o, psoup__experience *x) {
+    const psoup__rollouts *r = &x->rollouts;
+    for (size_t i = 0; i < r->n; i++) {
+        size_t begin = (size_t)r->start[i], n = (size_t)r->start[i + 1] - begin;
+        psoup__gae(x->advantage + begin, x->returns + begin, x->reward + begin, x->value + begin, n,
+                   o->gamma, o->lambda);
+    }
+    size_t groups = o->whiten_advantages ? (size_t)o->whiten_groups : 0;
+    for (size_t g = 0; g < groups; g++) {
+        int32_t begin = r->start[r->n * g / groups], end = r->start[r->n * (g + 1) / groups];
+        psoup__whiten(x->advantage + begin, (size_t)(end - begin));
+    }
+}
+
+/* ---- reports --------------------------------------------------------------------------------- */
+
+/* *kl receives the mean over responses of the summed token KL: log π − log π_ref. */
+static void report_experience(const psoup__experience *x, psoup__metrics *metrics, double *kl,
+                              double *reward) {
+    const psoup__rollouts *r = &x->rollouts;
+    double score = 0.0, squares = 0.0, sum = 0.0, ended = 0.0, n = (double)r->n;
+    for (size_t t = 0; t < r->tokens; t++)
+        sum += (double)x->logprob[t] - x->ref_logprob[t];
+    for (size_t i = 0; i < r->n; i++) {
+        score += r->score[i];
+        ended += r->finish[i] == PSOUP_FINISH_STOP;
+    }
+    *reward = score / n;
+    *kl = sum / n;
+    for (size_t i = 0; i < r->n; i++)
+        squares += (r->score[i] - *reward) * (r->score[i] - *reward);
+    psoup__metric(metrics, "reward", *reward);
+    psoup__metric(metrics, "reward_deviation", r->n > 1 ? sqrt(squares / (n - 1.0)) : 0.0);
+    psoup__metric(metrics, "kl", *kl);
+    psoup__metric(metrics, "kl_token", sum / (double)r->tokens);
+    psoup__metric(metrics, "tokens", (double)r->tokens);
+    psoup__metric(metrics, "length", (double)r->tokens / n);
+    psoup__metric(metrics, "ended", ended / n);
+}
+
+/* ---- the step ------------------------------------------------------------------------------------ */
+
+static int64_t steps_left(const psoup_ppo *ppo) {
+    int64_t most = 0;
+    for (size_t p = 0; p < ppo->n; p++) {
+        const psoup__policy *policy = &ppo->policies[p];
+        int64_t left = policy->failed ? 0 : policy->total - policy->state.step;
+        most = left > most ? left : most;
+    }
+    return most;
+}
+
+static psoup_status no_policy_left(const psoup_ppo *ppo, psoup_error *error) {
+    for (size_t p = 0; p < ppo->n; p++)
+        if (!ppo->policies[p].failed)
+            return PSOUP_OK;
+    return psoup__fail(error, PSOUP_ERROR_STATE,
+                       "policy '%s'%s diverged: logits are not numbers", ppo->policies[0].name,
+                       ppo->n > 1 ? " and all others" : "");
+}
+
+/* The active policies' step; it moves their `next`, which the caller makes their state. */
+static psoup_status step(psoup_ppo *ppo, size_t *n, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    const psoup_ppo_options *o = &ppo->options;
+    PSOUP__TRY(collect(ppo, *n, error));
+    drop_diverged(ppo, n, false);
+    PSOUP__TRY(psoup__score_rollouts(ppo->model, o, ppo->requests, *n, error));
+    PSOUP__TRY(psoup__ppo_evaluate(ppo, ppo->active, *n, false, error));
+    for (size_t p = 0; p < *n; p++) {
+        reward_tokens(o, ppo->active[p]);
+        estimate_advantages(o, &ppo->active[p]->experience);
+    }
+    for (size_t p = 0; p < *n; p++) {
+        psoup__policy *policy = ppo->active[p];
+        double kl, reward;
+        policy->metrics.n = 0;
+        report_experience(&policy->experience, &policy->metrics, &kl, &reward);
+        psoup__metric(&policy->metrics, "kl_coefficient", policy->state.kl_coefficient);
+        if (o->adaptive_kl)
+            policy->next.kl_coefficient =
+                psoup__kl_coefficient(policy->state.kl_coefficient, kl, o->kl_target,
+                                      o->kl_horizon, (double)policy->experience.rollouts.n);
+    }
+    PSOUP__TRY(psoup__ppo_update(ppo, ppo->active, *n, error));
+fail:
+    return status;
+}
+
+psoup_status psoup_ppo_step(psoup_ppo *ppo, int64_t *remaining, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    size_t n = 0;
+    if (!ppo)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo_step: ppo is NULL");
+    PSOUP__TRY(psoup__ppo_refresh(ppo, error));
+    for (size_t p = 0; p < ppo->n; p++) {
+        psoup__policy *policy = &ppo->policies[p];
+        policy->stepped = false;
+        if (policy->failed || policy->state.step >= policy->total)
+            continue;
+        policy->next = policy->state;
+        policy->next.step++;
+        ppo->active[n++] = policy;
+    }
+    if (n) {
+        PSOUP__TRY(step(ppo, &n, error));
+        PSOUP__TRY(no_policy_left(ppo, error));
+    }
+    for (size_t p = 0; p < n; p++) {
+        ppo->active[p]->state = ppo->active[p]->next;
+        ppo->active[p]->stepped = true;
+    }
+    for (size_t p = 0; p < n; p++) { /* all are told; the first that says stop decides */
+        psoup__policy *policy = ppo->active[p];
+        psoup_status told =
+            psoup__report(&ppo->reporter, "train", policy->name, policy->state.step, policy->total,
+                          &policy->metrics, status == PSOUP_OK ? error : NULL);
+        status = status == PSOUP_OK ? told : status;
+    }
+fail:
+    if (remaining && ppo)
+        *remaining = steps_left(ppo);
+    return status;
+}
+
+/* ---- validation, and the whole run ---------------------------------------------------------------- */
+
+/* Mean reward and KL on the validation prompts, sampled with the same random words every time. */
+static psoup_status validate(psoup_ppo *ppo, size_t n, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t p = 0; p < n; p++) {
+        psoup__policy *policy = ppo->active[p];
+        psoup__rollouts *out = &policy->validation.rollouts;
+        PSOUP__TRY(psoup__rollouts_reserve(out, ppo->model->context, policy->given.n_validation,
+                                           error));
+        for (size_t i = 0; i < out->n; i++)
+            out->prompt[i] = &policy->given.validation[i];
+        ppo->requests[p] = (psoup__request){
+            .policy = &policy->given,
+            .adapter = policy->index,
+            .seed = psoup__seed_for(policy->given.seed, PSOUP__FOR_VALIDATION),
+            .out = out};
+    }
+    PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->options, ppo->requests, n, error));
+    drop_diverged(ppo, &n, true);
+    PSOUP__TRY(psoup__score_rollouts(ppo->model, &ppo->options, ppo->requests, n, error));
+    PSOUP__TRY(psoup__ppo_evaluate(ppo, ppo->active, n, true, error));
+    for (size_t p = 0; p < n; p++) {
+        psoup__policy *policy = ppo->active[p];
+        psoup__metrics metrics = {.n = 0};
+        double kl, reward;
+        report_experience(&policy->validation, &metrics, &kl, &reward);
+        if (ppo->options.keep_best)
+            PSOUP__TRY(psoup__best_offer(&policy->best, ppo->model->be, policy->adapter->data,
+                                         policy->adapter->count, reward, 0.0, policy->state.step,
+                                         error));
+        psoup_status told = psoup__report(&ppo->reporter, "validation", policy->name,
+                                          policy->state.step, policy->total, &metrics,
+                                          status == PSOUP_OK ? error : NULL);
+        status = status == PSOUP_OK ? told : status;
+    }
+fail:
+    return status;
+}
+
+psoup_status psoup_ppo_run(psoup_ppo *ppo, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    int64_t remaining = 0;
+    if (!ppo)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo_run: ppo is NULL");
+    for (remaining = steps_left(ppo); remaining > 0;) {
+        PSOUP__TRY(psoup_ppo_step(ppo, &remaining, error));
+        size_t due = 0;
+        for (size_t p = 0; p < ppo->n; p++) {
+            psoup__policy *policy = &ppo->policies[p];
+            int64_t step_done = policy->state.step;
+            int32_t every = ppo->options.validate_every;
+            if (policy->stepped && policy->given.n_validation &&
+                (step_done == policy->total || (every && step_done % every == 0)))
+                ppo->active[due++] = policy;
+        }
+        if (due)
+            PSOUP__TRY(validate(ppo, due, error));
+    }
+    for (size_t p = 0; p < ppo->n; p++)
+        psoup__best_restore(&ppo->policies[p].best, ppo->model->be, ppo->policies[p].adapter->data);
+    for (size_t p = 0; p < ppo->n; p++)
+        if (ppo->policies[p].failed)
+            return psoup__fail(error, PSOUP_ERROR_STATE,
+                               "policy '%s' diverged after %lld of %lld steps%s",
+                               ppo->policies[p].name, (long long)ppo->policies[p].state.step,
+                               (long long)ppo->policies[p].total,
+                               ppo->n > 1 ? "; the others are done" : "");
+fail:
+    return status;
+}

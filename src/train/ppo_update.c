@@ -1,0 +1,359 @@
+/* The passes of PPO: evaluation of a batch before its updates, and the updates. Policies share passes;
+ * a policy that stops early leaves them. */
+#include <math.h>
+
+#include "train/train.h"
+
+/* One response in a pass, under its policy or under the reference (the base, a zero mix). */
+typedef struct item {
+    size_t policy; /* place in the list of policies */
+    size_t rollout;
+    uint64_t stream;
+    bool reference;
+} item;
+
+typedef struct work {
+    psoup_ppo *ppo;
+    psoup__policy *const *policies;
+    bool validation; /* reads `validation` instead of `experience` */
+    item *items;     /* [n] in order of owner */
+    int32_t *rows, *owner, *pass;
+    size_t n;
+    int32_t passes;
+} work;
+
+static psoup__experience *experience_of(const work *w, const item *it) {
+    psoup__policy *policy = w->policies[it->policy];
+    return w->validation ? &policy->validation : &policy->experience;
+}
+
+static psoup_status work_start(work *w, size_t capacity, psoup_error *error) {
+    psoup_context *context = w->ppo->model->context;
+    w->items = psoup__alloc(context, capacity, sizeof(*w->items), error);
+    w->rows = psoup__alloc(context, capacity, sizeof(*w->rows), error);
+    w->owner = psoup__alloc(context, capacity, sizeof(*w->owner), error);
+    w->pass = psoup__alloc(context, capacity, sizeof(*w->pass), error);
+    return w->items && w->rows && w->owner && w->pass ? PSOUP_OK : PSOUP_ERROR_MEMORY;
+}
+
+static void work_end(work *w) {
+    psoup_context *context = w->ppo->model->context;
+    psoup__free(context, w->items);
+    psoup__free(context, w->rows);
+    psoup__free(context, w->owner);
+    psoup__free(context, w->pass);
+}
+
+/* The last token of a response is only a target: it takes no row. */
+static void add_item(work *w, item it) {
+    const psoup__rollouts *r = &experience_of(w, &it)->rollouts;
+    int32_t response = r->start[it.rollout + 1] - r->start[it.rollout];
+    w->items[w->n] = it;
+    w->rows[w->n] = (int32_t)r->prompt[it.rollout]->n + response - 1;
+    w->owner[w->n] = (int32_t)(2 * it.policy + it.reference);
+    w->n++;
+}
+
+static psoup_status plan(work *w, psoup_error *error) {
+    return psoup__plan(w->ppo->model->context, w->rows, w->owner, w->n,
+                       w->ppo->options.micro_batch_tokens, w->pass, &w->passes, error);
+}
+
+/* The distribution of response token t, and the value before it, are read at position |q| + t − 1. */
+static psoup_status pack_item(work *w, const item *it, bool values, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__pack *pack = w->ppo->pack;
+    const psoup__policy *policy = w->policies[it->policy];
+    const psoup__rollouts *r = &experience_of(w, it)->rollouts;
+    const int32_t *response = r->response + r->start[it->rollout];
+    size_t n = (size_t)(r->start[it->rollout + 1] - r->start[it->rollout]);
+    const psoup_ppo_prompt *prompt = r->prompt[it->rollout];
+    uint64_t head_seed = psoup__seed_for(policy->given.seed, PSOUP__FOR_HEAD_DROPOUT);
+    psoup__sequence sequence = {.first = prompt->tokens,
+                                .n_first = prompt->n,
+                                .then = response,
+                                .n_then = n - 1,
+                                .adapter = it->reference ? -1 : policy->index,
+                                .seed = psoup__seed_for(policy->given.seed,
+                                                        PSOUP__FOR_LORA_DROPOUT),
+                                .stream = it->stream};
+    int32_t row;
+    PSOUP__TRY(psoup__pack_sequence(pack, &sequence, &row, error));
+    row += (int32_t)prompt->n - 1;
+    for (size_t t = 0; t < n; t++)
+        PSOUP__TRY(psoup__pack_read(pack, row + (int32_t)t, response[t], error));
+    for (size_t t = 0; t < n && values && !it->reference; t++)
+        PSOUP__TRY(psoup__pack_head(pack, policy->adapter, row + (int32_t)t, head_seed, it->stream,
+                                    t, error));
+fail:
+    return status;
+}
+
+static psoup_status pack_pass(work *w, int32_t pass, bool values, psoup_error *error) {
+    psoup__pack_clear(w->ppo->pack);
+    for (size_t i = 0; i < w->n; i++) {
+        if (w->pass[i] != pass)
+            continue;
+        psoup_status status = pack_item(w, &w->items[i], values, error);
+        if (status != PSOUP_OK)
+            return status;
+    }
+    return PSOUP_OK;
+}
+
+/* ---- before the updates -------------------------------------------------------------------------- */
+
+static psoup_status reserve_tokens(psoup_context *context, psoup__experience *x,
+                                   psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    float **arrays[] = {&x->logprob,   &x->ref_logprob, &x->value,      &x->reward,
+                        &x->advantage, &x->returns,     &x->first_ratio};
+    size_t reached = x->capacity;
+    for (size_t i = 0; i < sizeof(arrays) / sizeof(arrays[0]); i++) {
+        reached = x->capacity;
+        PSOUP__TRY(psoup__reserve(context, arrays[i], &reached, x->rollouts.tokens, sizeof(float),
+                                  error));
+    }
+    x->capacity = reached;
+fail:
+    return status;
+}
+
+psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies, size_t n,
+                                 bool validation, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    work w = {.ppo = ppo, .policies = policies, .validation = validation};
+    size_t items = 0;
+    for (size_t p = 0; p < n; p++) {
+        item any = {.policy = p};
+        items += 2 * experience_of(&w, &any)->rollouts.n;
+        PSOUP__TRY(reserve_tokens(ppo->model->context, experience_of(&w, &any), error));
+    }
+    PSOUP__TRY(work_start(&w, items, error));
+    for (size_t p = 0; p < n; p++)
+        for (int reference = 0; reference < 2; reference++) {
+            item it = {.policy = p, .reference = reference};
+            for (; it.rollout < experience_of(&w, &it)->rollouts.n; it.rollout++)
+                add_item(&w, it);
+        }
+    PSOUP__TRY(plan(&w, error));
+    for (int32_t pass = 0; pass < w.passes; pass++) {
+        PSOUP__TRY(pack_pass(&w, pass, !validation, error));
+        PSOUP__TRY(psoup__pack_forward(ppo->pack, false, 0.0f, 0.0f, error));
+        size_t read = 0, head = 0;
+        for (size_t i = 0; i < w.n; i++) {
+            if (w.pass[i] != pass)
+                continue;
+            psoup__experience *x = experience_of(&w, &w.items[i]);
+            int32_t begin = x->rollouts.start[w.items[i].rollout];
+            int32_t end = x->rollouts.start[w.items[i].rollout + 1];
+            for (int32_t t = begin; t < end; t++) {
+                if (w.items[i].reference) {
+                    x->ref_logprob[t] = ppo->pack->logprob[read++];
+                    continue;
+                }
+                x->logprob[t] = ppo->pack->logprob[read++];
+                x->first_ratio[t] = NAN;
+                if (!validation)
+                    x->value[t] = ppo->pack->value[head++];
+            }
+        }
+    }
+fail:
+    work_end(&w);
+    return status;
+}
+
+/* ---- the updates ------------------------------------------------------------------------------- */
+
+/* How the updates of one policy go. */
+typedef struct progress {
+    psoup__random shuffle;
+    int32_t *order; /* [batch] this epoch's permutation */
+    bool stopped, updated;
+    size_t tokens;           /* of the mini-batch */
+    psoup__ppo_terms terms;  /* of the mini-batch */
+    double epoch_kl, last_kl;
+    size_t epoch_tokens;
+    /* For the report: sums over mini-batches. */
+    double policy_loss, value_loss, clipped, value_clipped, ratio_max, norm, kl;
+    int32_t mini_batches, skipped, epochs;
+} progress;
+
+/* The loss of one response of a pass, and its gradient; `read` is its first token in the pack. */
+static void lose(work *w, const item *it, progress *g, size_t read, size_t head) {
+    const psoup_ppo_options *o = &w->ppo->options;
+    psoup__pack *pack = w->ppo->pack;
+    psoup__experience *x = experience_of(w, it);
+    size_t begin = (size_t)x->rollouts.start[it->rollout];
+    size_t n = (size_t)x->rollouts.start[it->rollout + 1] - begin;
+    double scale = 1.0 / (double)g->tokens; /* means over the tokens of the mini-batch */
+    if (!g->updated && g->epochs == 0)
+        for (size_t t = 0; t < n; t++)
+            x->first_ratio[begin + t] = expf(pack->logprob[read + t] - x->logprob[begin + t]);
+    psoup__policy_loss(pack->dlogprob + read, pack->logprob + read, x->logprob + begin,
+                       x->advantage + begin, n, o->clip_range, scale, &g->terms);
+    psoup__value_loss(pack->dvalue + head, pack->value + head, x->value + begin,
+                      x->returns + begin, n, o->clip_range_value, o->value_coefficient * scale,
+                      &g->terms);
+}
+
+/* Ends a policy's mini-batch: its step, or not. A mini-batch that drives the mean ratio too far, or
+ * whose numbers are not finite, is dropped whole: its gradient was only ever in the buffer. */
+static psoup_status step_policy(psoup_ppo *ppo, psoup__policy *policy, progress *g,
+                                psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    const psoup_ppo_options *o = &ppo->options;
+    const psoup__ppo_terms *terms = &g->terms;
+    double n = (double)g->tokens, norm = 0.0;
+    bool good = terms->finite && terms->ratio / n <= o->ratio_threshold, stepped = false;
+    if (good)
+        PSOUP__TRY(psoup__optimizer_step(&policy->optimizer, o->learning_rate, &norm, &stepped,
+                                         error));
+    if (!stepped) {
+        g->skipped++;
+        if (o->skipped_step) { /* as trl did: momentum moves on */
+            psoup__optimizer_zero(&policy->optimizer);
+            PSOUP__TRY(psoup__optimizer_step(&policy->optimizer, o->learning_rate, &norm, &stepped,
+                                             error));
+        }
+    } else {
+        g->policy_loss += terms->policy_loss / n;
+        g->value_loss += terms->value_loss / n;
+        g->clipped += terms->clipped / n;
+        g->value_clipped += terms->value_clipped / n;
+        g->kl += terms->kl / n;
+        g->norm += norm;
+    }
+    g->updated = g->updated || stepped;
+    if (terms->finite) {
+        g->epoch_kl += terms->kl;
+        g->epoch_tokens += g->tokens;
+        g->last_kl = terms->kl / n;
+    }
+    if (!(terms->ratio_max <= g->ratio_max))
+        g->ratio_max = terms->ratio_max;
+    g->mini_batches++;
+fail:
+    return status;
+}
+
+/* One mini-batch of every policy that has not stopped: rollouts [begin, end) of its permutation. */
+static psoup_status run_mini_batch(work *w, progress *all, size_t n, size_t begin, size_t end,
+                                   psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    const psoup_ppo_options *o = &w->ppo->options;
+    w->n = 0;
+    for (size_t p = 0; p < n; p++) {
+        progress *g = &all[p];
+        const psoup__rollouts *r = &w->policies[p]->experience.rollouts;
+        if (g->stopped)
+            continue;
+        g->terms = (psoup__ppo_terms){.finite = true};
+        g->tokens = 0;
+        for (size_t i = begin; i < end; i++) {
+            size_t rollout = (size_t)g->order[i];
+            g->tokens += (size_t)(r->start[rollout + 1] - r->start[rollout]);
+            add_item(w, (item){.policy = p,
+                               .rollout = rollout,
+                               .stream = w->policies[p]->next.updates++});
+        }
+        psoup__optimizer_zero(&w->policies[p]->optimizer);
+    }
+    PSOUP__TRY(plan(w, error));
+    for (int32_t pass = 0; pass < w->passes; pass++) {
+        PSOUP__TRY(pack_pass(w, pass, true, error));
+        PSOUP__TRY(psoup__pack_forward(w->ppo->pack, true, o->lora_dropout, o->head_dropout,
+                                       error));
+        size_t read = 0; /* no item of the reference here: heads and log-probs run in step */
+        for (size_t i = 0; i < w->n; i++) {
+            if (w->pass[i] != pass)
+                continue;
+            const psoup__rollouts *r = &experience_of(w, &w->items[i])->rollouts;
+            size_t rollout = w->items[i].rollout;
+            lose(w, &w->items[i], &all[w->items[i].policy], read, read);
+            read += (size_t)(r->start[rollout + 1] - r->start[rollout]);
+        }
+        PSOUP__TRY(psoup__pack_backward(w->ppo->pack, error));
+    }
+    for (size_t p = 0; p < n; p++)
+        if (!all[p].stopped)
+            PSOUP__TRY(step_policy(w->ppo, w->policies[p], &all[p], error));
+fail:
+    return status;
+}
+
+/* trl's rule: past 1.5 · target_kl. The estimate of an epoch is mean(log π_old − log π) as its
+ * mini-batches saw it. */
+static bool stops(const psoup_ppo_options *o, const progress *g) {
+    double kl = o->early_stop == PSOUP_EARLY_STOP_LAST ? g->last_kl
+                : g->epoch_tokens ? g->epoch_kl / (double)g->epoch_tokens : 0.0;
+    return o->early_stop != PSOUP_EARLY_STOP_OFF && kl > 1.5 * o->target_kl;
+}
+
+static void report_progress(psoup__policy *policy, const progress *g) {
+    double steps = g->mini_batches > g->skipped ? g->mini_batches - g->skipped : 1;
+    psoup__metric(&policy->metrics, "policy_loss", g->policy_loss / steps);
+    psoup__metric(&policy->metrics, "value_loss", g->value_loss / steps);
+    psoup__metric(&policy->metrics, "clip_fraction", g->clipped / steps);
+    psoup__metric(&policy->metrics, "value_clip_fraction", g->value_clipped / steps);
+    psoup__metric(&policy->metrics, "policy_kl", g->kl / steps);
+    psoup__metric(&policy->metrics, "ratio_max", g->ratio_max);
+    psoup__metric(&policy->metrics, "grad_norm", g->norm / steps);
+    psoup__metric(&policy->metrics, "epochs", g->epochs);
+    psoup__metric(&policy->metrics, "skipped", g->skipped);
+}
+
+psoup_status psoup__ppo_update(psoup_ppo *ppo, psoup__policy *const *policies, size_t n,
+                               psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    const psoup_ppo_options *o = &ppo->options;
+    psoup_context *context = ppo->model->context;
+    size_t batch = (size_t)o->batch_size;
+    size_t mini = o->mini_batch_size ? (size_t)o->mini_batch_size : batch;
+    work w = {.ppo = ppo, .policies = policies};
+    progress *all = psoup__alloc(context, n, sizeof(*all), error);
+    if (!all)
+        return PSOUP_ERROR_MEMORY;
+    PSOUP__TRY(work_start(&w, n * batch, error));
+    for (size_t p = 0; p < n; p++) {
+        all[p].shuffle = (psoup__random){
+            psoup__seed_for(policies[p]->given.seed, PSOUP__FOR_MINI_BATCHES),
+            (uint64_t)policies[p]->state.step, 0};
+        all[p].order = psoup__alloc(context, batch, sizeof(*all[p].order), error);
+        if (!all[p].order) {
+            status = PSOUP_ERROR_MEMORY;
+            goto fail;
+        }
+        for (size_t i = 0; i < batch; i++)
+            all[p].order[i] = (int32_t)i;
+    }
+    size_t running = n;
+    for (int32_t epoch = 0; epoch < o->ppo_epochs && running; epoch++) {
+        for (size_t p = 0; p < n; p++) {
+            if (all[p].stopped)
+                continue;
+            psoup__random_shuffle(&all[p].shuffle, all[p].order, batch);
+            all[p].epoch_kl = 0.0;
+            all[p].epoch_tokens = 0;
+        }
+        for (size_t begin = 0; begin < batch; begin += mini)
+            PSOUP__TRY(run_mini_batch(&w, all, n, begin,
+                                      batch - begin < mini ? batch : begin + mini, error));
+        for (size_t p = 0; p < n; p++) {
+            if (all[p].stopped)
+                continue;
+            all[p].epochs++;
+            all[p].stopped = stops(o, &all[p]);
+            running -= all[p].stopped;
+        }
+    }
+    for (size_t p = 0; p < n; p++)
+        report_progress(policies[p], &all[p]);
+fail:
+    for (size_t p = 0; p < n; p++)
+        psoup__free(context, all[p].order);
+    psoup__free(context, all);
+    work_end(&w);
+    return status;
+}

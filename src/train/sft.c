@@ -1,0 +1,279 @@
+/* Supervised fine-tuning: packed micro-batches, loss on the completions. */
+#include <stdio.h>
+
+#include "train/train.h"
+
+typedef struct sft {
+    psoup_model *model;
+    const char *subject;
+    int32_t adapter; /* −1: the base */
+    psoup_sft_options options;
+    size_t limit; /* tokens of an example at most */
+    const psoup_example *examples;
+    int32_t *usable; /* [n] those with a token that carries loss */
+    int32_t *order;  /* [n] permutation of an epoch, of places in `usable` */
+    size_t n;
+    uint64_t sequences; /* trained on so far: the dropout's stream */
+    psoup__pack *pack;
+    psoup__optimizer optimizer;
+    psoup__reporter reporter;
+    psoup__best best;
+} sft;
+
+static size_t length_of(const sft *s, const psoup_example *example) {
+    return example->n < s->limit ? example->n : s->limit;
+}
+
+/* The first token of the example that carries loss; the first of all is predicted by nothing. */
+static size_t loss_from(const sft *s, const psoup_example *example) {
+    return s->options.loss_on_prompt || example->n_prompt == 0 ? 1 : example->n_prompt;
+}
+
+static size_t loss_tokens(const sft *s, const psoup_example *example) {
+    size_t n = length_of(s, example), from = loss_from(s, example);
+    return n > from ? n - from : 0;
+}
+
+static const psoup_example *nth(const sft *s, size_t i) {
+    return &s->examples[s->usable[s->order[i]]];
+}
+
+/* Where the micro-batch that begins at `from` ends: as many examples as its tokens allow. */
+static size_t micro_batch_end(const sft *s, size_t from) {
+    size_t tokens = length_of(s, nth(s, from)), end = from + 1;
+    while (end < s->n && tokens + length_of(s, nth(s, end)) <= (size_t)s->options.batch_tokens)
+        tokens += length_of(s, nth(s, end++));
+    return end;
+}
+
+static void order_epoch(sft *s, int64_t epoch) {
+    psoup__permutation(s->order, s->n, psoup__seed_for(s->options.seed, PSOUP__FOR_ORDER),
+                       (uint64_t)epoch);
+}
+
+/* Steps of the run: packing differs from epoch to epoch, so each is laid out once. */
+static int64_t count_steps(sft *s) {
+    if (s->options.max_steps > 0)
+        return s->options.max_steps;
+    int64_t steps = 0;
+    for (int32_t epoch = 0; epoch < s->options.epochs; epoch++) {
+        int64_t micro_batches = 0;
+        order_epoch(s, epoch);
+        for (size_t at = 0; at < s->n; at = micro_batch_end(s, at))
+            micro_batches++;
+        steps += (micro_batches + s->options.accumulation - 1) / s->options.accumulation;
+    }
+    return steps;
+}
+
+/* Packs an example: its last token is only ever a target, so it takes no row. */
+static psoup_status pack_example(sft *s, const psoup_example *example, uint64_t stream,
+                                 psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    int32_t row;
+    size_t n = length_of(s, example);
+    psoup__sequence sequence = {.first = example->tokens,
+                                .n_first = n - 1,
+                                .adapter = s->adapter,
+                                .seed = psoup__seed_for(s->options.seed, PSOUP__FOR_LORA_DROPOUT),
+                                .stream = stream};
+    PSOUP__TRY(psoup__pack_sequence(s->pack, &sequence, &row, error));
+    for (size_t t = loss_from(s, example); t < n; t++)
+        PSOUP__TRY(psoup__pack_read(s->pack, row + (int32_t)t - 1, example->tokens[t], error));
+fail:
+    return status;
+}
+
+/* One optimiser step from example *at of the epoch on. */
+static psoup_status train_step(sft *s, size_t *at, int64_t step, int64_t total,
+                               psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    size_t end = *at, tokens = 0;
+    double loss = 0.0, norm = 0.0;
+    bool stepped;
+    for (int32_t i = 0; i < s->options.accumulation && end < s->n; i++)
+        end = micro_batch_end(s, end);
+    for (size_t i = *at; i < end; i++)
+        tokens += loss_tokens(s, nth(s, i));
+
+    psoup__optimizer_zero(&s->optimizer);
+    while (*at < end) {
+        psoup__pack_clear(s->pack);
+        for (size_t micro = micro_batch_end(s, *at); *at < micro; ++*at)
+            PSOUP__TRY(pack_example(s, nth(s, *at), s->sequences++, error));
+        PSOUP__TRY(psoup__pack_forward(s->pack, true, s->adapter < 0 ? 0 : s->options.lora_dropout,
+                                       0.0f, error));
+        for (size_t i = 0; i < s->pack->reads; i++) {
+            loss -= s->pack->logprob[i];
+            s->pack->dlogprob[i] = -1.0f / (float)tokens;
+        }
+        PSOUP__TRY(psoup__pack_backward(s->pack, error));
+    }
+    float rate = psoup__learning_rate(s->options.learning_rate, s->options.schedule,
+                                      s->options.warmup_steps, step, total);
+    PSOUP__TRY(psoup__optimizer_step(&s->optimizer, rate, &norm, &stepped, error));
+
+    psoup__metrics metrics = {.n = 0};
+    psoup__metric(&metrics, "loss", loss / (double)tokens);
+    psoup__metric(&metrics, "learning_rate", rate);
+    psoup__metric(&metrics, "grad_norm", norm);
+    psoup__metric(&metrics, "tokens", (double)tokens);
+    psoup__metric(&metrics, "skipped", !stepped);
+    PSOUP__TRY(psoup__report(&s->reporter, "train", s->subject, step, total, &metrics, error));
+fail:
+    return status;
+}
+
+static psoup_status validate(sft *s, const psoup_example *examples, size_t n, int64_t step,
+                             int64_t total, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    double loss = 0.0;
+    size_t tokens = 0;
+    for (size_t at = 0; at < n;) {
+        psoup__pack_clear(s->pack);
+        for (size_t packed = 0; at < n; at++) {
+            if (loss_tokens(s, &examples[at]) == 0)
+                continue;
+            size_t length = length_of(s, &examples[at]);
+            if (packed && packed + length > (size_t)s->options.batch_tokens)
+                break;
+            packed += length;
+            PSOUP__TRY(pack_example(s, &examples[at], 0, error));
+        }
+        if (s->pack->n == 0)
+            break;
+        PSOUP__TRY(psoup__pack_forward(s->pack, false, 0.0f, 0.0f, error));
+        for (size_t i = 0; i < s->pack->reads; i++)
+            loss -= s->pack->logprob[i];
+        tokens += s->pack->reads;
+    }
+    if (tokens == 0)
+        return PSOUP_OK;
+    loss /= (double)tokens;
+    if (s->options.keep_best)
+        PSOUP__TRY(psoup__best_offer(&s->best, s->optimizer.be, s->optimizer.p, s->optimizer.n,
+                                     -loss, 0.0, step, error));
+    psoup__metrics metrics = {.n = 0};
+    psoup__metric(&metrics, "loss", loss);
+    psoup__metric(&metrics, "tokens", (double)tokens);
+    PSOUP__TRY(psoup__report(&s->reporter, "validation", s->subject, step, total, &metrics, error));
+fail:
+    return status;
+}
+
+static psoup_status check_examples(const psoup_example *examples, size_t n, const char *what,
+                                   psoup_error *error) {
+    if (n > INT32_MAX || (n && !examples))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_sft: %s is NULL or too long", what);
+    for (size_t i = 0; i < n; i++)
+        if ((examples[i].n && !examples[i].tokens) || examples[i].n_prompt > examples[i].n)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "psoup_sft: %s[%zu] has %zu prompt tokens of %zu tokens%s", what, i,
+                               examples[i].n_prompt, examples[i].n,
+                               examples[i].tokens ? "" : ", at NULL");
+    return PSOUP_OK;
+}
+
+static psoup_status choose_examples(sft *s, const psoup_example *train, size_t n_train,
+                                    psoup_error *error) {
+    psoup_context *context = s->model->context;
+    s->examples = train;
+    s->usable = psoup__alloc(context, n_train, sizeof(*s->usable), error);
+    s->order = psoup__alloc(context, n_train, sizeof(*s->order), error);
+    if (!s->usable || !s->order)
+        return PSOUP_ERROR_MEMORY;
+    for (size_t i = 0; i < n_train; i++)
+        if (loss_tokens(s, &train[i]))
+            s->usable[s->n++] = (int32_t)i;
+    if (s->n == 0)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_sft: none of %zu examples has a token that carries loss within "
+                           "%zu tokens", n_train, s->limit);
+    if (s->n < n_train)
+        psoup__log(context, PSOUP_LOG_WARNING,
+                   "sft: %zu of %zu examples carry no loss within %zu tokens and are left out",
+                   n_train - s->n, n_train, s->limit);
+    return PSOUP_OK;
+}
+
+static psoup_status run(sft *s, const psoup_example *validation, size_t n_validation,
+                        psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    int64_t total = count_steps(s), step = 0;
+    for (int64_t epoch = 0; step < total; epoch++) {
+        order_epoch(s, epoch);
+        for (size_t at = 0; at < s->n && step < total;) {
+            PSOUP__TRY(train_step(s, &at, ++step, total, error));
+            int32_t every = s->options.validate_every;
+            if (n_validation && (step == total || (every && step % every == 0)))
+                PSOUP__TRY(validate(s, validation, n_validation, step, total, error));
+        }
+    }
+    psoup__best_restore(&s->best, s->optimizer.be, s->optimizer.p);
+fail:
+    return status;
+}
+
+psoup_status psoup_sft(psoup_model *model, const char *adapter, const psoup_example *train,
+                       size_t n_train, const psoup_example *validation, size_t n_validation,
+                       const psoup_sft_options *options, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__adapter *trained = NULL;
+    bool begun = false;
+    sft s = {.model = model, .subject = adapter ? adapter : "base", .adapter = -1};
+    psoup_sft_options defaults = PSOUP_SFT_OPTIONS_INIT;
+    if (!model)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_sft: model is NULL");
+    s.options = defaults;
+    PSOUP__TRY(psoup__options(&s.options, sizeof(s.options), options, "psoup_sft_options", error));
+    PSOUP__TRY(psoup__sft_check(&s.options, error));
+    PSOUP__TRY(check_examples(train, n_train, "train", error));
+    PSOUP__TRY(check_examples(validation, n_validation, "validation", error));
+    int32_t most = model->config.max_position_embeddings;
+    s.limit = (size_t)(s.options.batch_tokens < most ? s.options.batch_tokens : most);
+    PSOUP__TRY(choose_examples(&s, train, n_train, error));
+    if (adapter) {
+        s.adapter = psoup_model_find_adapter(model, adapter);
+        trained = psoup__model_adapter(model, adapter);
+        if (!trained)
+            status = psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                                 "psoup_sft: the model has no adapter '%s'", adapter);
+        else if (trained->grad)
+            status = psoup__fail(error, PSOUP_ERROR_STATE,
+                                 "psoup_sft: adapter '%s' is being trained already", adapter);
+        if (status != PSOUP_OK)
+            goto fail;
+    }
+    PSOUP__TRY(psoup__pack_create(model, &s.pack, error));
+    PSOUP__TRY(psoup__reporter_open(&s.reporter, model->context, s.options.metrics,
+                                    s.options.on_step, s.options.user, error));
+    PSOUP__TRY(trained ? psoup__adapter_train(model, trained, true, error)
+                       : psoup__model_train_base(model, true, error));
+    begun = true;
+    s.optimizer = (psoup__optimizer){.p = trained ? trained->data : model->data,
+                                     .g = trained ? trained->grad : model->grad,
+                                     .n = trained ? trained->count : model->count,
+                                     .beta1 = s.options.beta1,
+                                     .beta2 = s.options.beta2,
+                                     .epsilon = s.options.epsilon,
+                                     .weight_decay = s.options.weight_decay,
+                                     .max_grad_norm = s.options.max_grad_norm};
+    PSOUP__TRY(psoup__optimizer_start(&s.optimizer, model->be, error));
+    PSOUP__TRY(run(&s, validation, n_validation, error));
+fail:
+    psoup__reporter_close(&s.reporter);
+    psoup__optimizer_end(&s.optimizer);
+    psoup__best_free(&s.best, model->context);
+    psoup__pack_free(s.pack);
+    psoup__free(model->context, s.order);
+    psoup__free(model->context, s.usable);
+    if (begun) {
+        bool report = status == PSOUP_OK; /* the first failure is the one that is told */
+        psoup_status end = trained
+            ? psoup__adapter_train(model, trained, false, report ? error : NULL)
+            : psoup__model_train_base(model, false, report ? error : NULL);
+        if (report)
+            status = end;
+    }
+    return status;
+}

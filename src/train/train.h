@@ -1,0 +1,307 @@
+/* src/train: optimiser, supervised fine-tuning, reward models, PPO. Stands on src/model and calls ops
+ * only for the optimiser.
+ *
+ * Side by side. Reward models and policies train in shared passes, and yet each must carry the bits it
+ * would have alone. Three rules give that: every model's rows keep their own order and are cut into
+ * chunks by their own lengths alone (psoup__plan); its sums, normalisers and optimiser are its own;
+ * and its random words come from its own seed and its own counters, never from a shared stream.
+ */
+#ifndef PSOUP__TRAIN_H
+#define PSOUP__TRAIN_H
+
+#include "model/model.h"
+#include "psoup/train.h"
+
+/* ---- random words ---------------------------------------------------------------------------- */
+
+typedef enum psoup__purpose { /* what a trainer draws; each has a Philox key of its own */
+    PSOUP__FOR_SAMPLING,      /* the caller's seed itself */
+    PSOUP__FOR_ORDER,
+    PSOUP__FOR_MINI_BATCHES,
+    PSOUP__FOR_LIMITS,
+    PSOUP__FOR_LORA_DROPOUT,
+    PSOUP__FOR_HEAD_DROPOUT,
+    PSOUP__FOR_VALIDATION
+} psoup__purpose;
+static inline uint64_t psoup__seed_for(uint64_t seed, psoup__purpose purpose) {
+    return seed ^ (UINT64_C(0x9E3779B97F4A7C15) * (uint64_t)purpose);
+}
+/* order = a permutation of 0 … n−1, the same for equal (seed, sequence). */
+void psoup__permutation(int32_t *order /* [n] */, size_t n, uint64_t seed, uint64_t sequence);
+
+/* ---- optim.c ----------------------------------------------------------------------------------- */
+
+/* AdamW over one flat buffer. */
+typedef struct psoup__optimizer {
+    psoup__backend *be;
+    float *p, *g;  /* device [n], borrowed */
+    float *m, *v;  /* device [n] */
+    size_t n;
+    int64_t steps; /* made so far */
+    float beta1, beta2, epsilon, weight_decay, max_grad_norm;
+} psoup__optimizer;
+/* p, g, n and the hyperparameters are set by the caller; this adds the moments. */
+psoup_status psoup__optimizer_start(psoup__optimizer *optimizer, psoup__backend *be,
+                                    psoup_error *error);
+void psoup__optimizer_end(psoup__optimizer *optimizer); /* takes a zeroed struct */
+void psoup__optimizer_zero(psoup__optimizer *optimizer); /* g = 0 */
+/* One step at rate `lr`, with g clipped to max_grad_norm; *norm is g's before. A gradient that is not
+ * finite steps nothing: *stepped is false and p, m, v and the counter are as they were. */
+psoup_status psoup__optimizer_step(psoup__optimizer *optimizer, float lr, double *norm,
+                                   bool *stepped, psoup_error *error);
+/* The rate of step `step` (from 1) of `total`: warm-up from 0, then the schedule. */
+float psoup__learning_rate(float peak, psoup_schedule schedule, int64_t warmup, int64_t step,
+                           int64_t total);
+
+/* ---- best.c ------------------------------------------------------------------------------------ */
+
+/* The best weights so far, on the host. */
+typedef struct psoup__best {
+    float *data; /* [n]; NULL until something was kept */
+    size_t n;
+    double value, tie; /* larger value is better; among equals larger tie */
+    int64_t step;
+} psoup__best;
+/* Keeps p (device [n]) when (value, tie) beats what is kept; NaN never does. */
+psoup_status psoup__best_offer(psoup__best *best, psoup__backend *be, const float *p, size_t n,
+                               double value, double tie, int64_t step, psoup_error *error);
+void psoup__best_restore(const psoup__best *best, psoup__backend *be, float *p);
+void psoup__best_free(psoup__best *best, psoup_context *context);
+
+/* ---- metrics.c --------------------------------------------------------------------------------- */
+
+#define PSOUP__MAX_METRICS 24
+typedef struct psoup__metrics {
+    const char *name[PSOUP__MAX_METRICS];
+    double value[PSOUP__MAX_METRICS];
+    size_t n;
+} psoup__metrics;
+void psoup__metric(psoup__metrics *metrics, const char *name, double value);
+
+typedef struct psoup__reporter {
+    psoup_jsonl_writer *writer; /* NULL: no file */
+    psoup_step_fn on_step;
+    void *user;
+} psoup__reporter;
+psoup_status psoup__reporter_open(psoup__reporter *reporter, psoup_context *context,
+                                  const char *path, psoup_step_fn on_step, void *user,
+                                  psoup_error *error);
+/* Writes the line, then calls back; PSOUP_ERROR_CANCELLED when the callback says so. */
+psoup_status psoup__report(psoup__reporter *reporter, const char *phase, const char *subject,
+                           int64_t step, int64_t total, const psoup__metrics *metrics,
+                           psoup_error *error);
+void psoup__reporter_close(psoup__reporter *reporter);
+
+/* ---- options.c --------------------------------------------------------------------------------- */
+
+psoup_status psoup__sft_check(const psoup_sft_options *options, psoup_error *error);
+psoup_status psoup__reward_check(const psoup_reward_options *options, psoup_error *error);
+psoup_status psoup__ppo_check(const psoup_ppo_options *options, psoup_error *error);
+
+/* ---- objectives.c: pure functions on host arrays --------------------------------------------- */
+
+/* reward[t] = −beta (logprob[t] − ref[t]), plus score on the last token. */
+void psoup__kl_rewards(float *reward, const float *logprob, const float *ref, size_t n, double beta,
+                       double score);
+/* Generalised advantages and returns of one response; the value after its end is 0. */
+void psoup__gae(float *advantage, float *returns, const float *reward, const float *value, size_t n,
+                double gamma, double lambda);
+/* x ← (x − mean) / sqrt(variance + 1e-8), variance unbiased. */
+void psoup__whiten(float *x, size_t n);
+
+/* Sums over the tokens of a mini-batch. Divide by `tokens`. */
+typedef struct psoup__ppo_terms {
+    double policy_loss, value_loss; /* the latter without its coefficient */
+    double ratio, ratio_max, kl;    /* kl: log π_old − log π */
+    double clipped, value_clipped;
+    size_t tokens;
+    bool finite; /* start it as true */
+} psoup__ppo_terms;
+/* dlogprob[t] = scale · ∂/∂logprob of the clipped surrogate; adds to terms, which counts the tokens. */
+void psoup__policy_loss(float *dlogprob, const float *logprob, const float *old_logprob,
+                        const float *advantage, size_t n, double clip, double scale,
+                        psoup__ppo_terms *terms);
+/* dvalue[t] = scale · ∂/∂value of the clipped squared error; adds to terms. */
+void psoup__value_loss(float *dvalue, const float *value, const float *old_value,
+                       const float *returns, size_t n, double clip, double scale,
+                       psoup__ppo_terms *terms);
+
+double psoup__kl_coefficient(double beta, double kl, double target, double horizon, double n);
+
+typedef struct psoup__moments { /* of a stream of numbers, batch by batch */
+    double mean, variance, count;
+} psoup__moments;
+void psoup__moments_update(psoup__moments *moments, const float *x, size_t n);
+double psoup__moments_deviation(const psoup__moments *moments); /* unbiased; 1 before two numbers */
+
+/* −log σ(w − l − margin) + centering (w + l)², and its derivatives by w and l. */
+double psoup__bradley_terry(double w, double l, double margin, double centering, double *dw,
+                            double *dl);
+
+/* ---- pack.c: what runs in one pass -------------------------------------------------------------- */
+
+#define PSOUP__PASS_TOKENS 4096 /* of a pass where no option says */
+
+/* Assigns items (in order of owner) to passes of at most `bound` rows; a longer item runs alone. An
+ * owner's items are cut into chunks by their own lengths alone; chunks of several owners share a pass
+ * where they fit, and those of one owner run in their order. */
+psoup_status psoup__plan(psoup_context *context, const int32_t *rows /* [n] */,
+                         const int32_t *owner /* [n], ascending */, size_t n, int64_t bound,
+                         int32_t *pass /* [n] */, int32_t *passes, psoup_error *error);
+
+/* A sequence in two pieces: a prompt and what follows. */
+typedef struct psoup__sequence {
+    const int32_t *first, *then;
+    size_t n_first, n_then;
+    int32_t adapter;       /* its mix is one-hot here; −1: the base */
+    uint64_t seed, stream; /* of dropout */
+} psoup__sequence;
+
+/* A pass being filled, run, and differentiated. */
+typedef struct psoup__pack {
+    psoup_model *model;
+    psoup__tape *tape;
+    /* sequences */
+    size_t n, rows, sequence_capacity, row_capacity, mix_capacity;
+    int32_t *tokens;         /* [rows] */
+    int32_t *start;          /* [n + 1] */
+    uint64_t *seed, *stream; /* [n] */
+    float *mix;              /* [n, n_adapters] */
+    /* log-probs that are read */
+    size_t reads, read_capacity;
+    int32_t *row, *target;     /* [reads] */
+    float *logprob, *dlogprob; /* [reads] */
+    /* head outputs that are read; one list per run of equal adapters */
+    size_t head_reads, head_capacity, lists, list_capacity;
+    int32_t *head_row;                                /* [head_reads] */
+    float *value, *dvalue;                            /* [head_reads] */
+    uint64_t *head_seed, *head_stream, *head_offset; /* [head_reads] */
+    psoup__head_rows *list;                           /* [lists] */
+    psoup__dropout *list_dropout;                     /* [lists] */
+} psoup__pack;
+psoup_status psoup__pack_create(psoup_model *model, psoup__pack **out, psoup_error *error);
+void psoup__pack_free(psoup__pack *pack);
+void psoup__pack_clear(psoup__pack *pack);
+/* *row receives the sequence's first row. */
+psoup_status psoup__pack_sequence(psoup__pack *pack, const psoup__sequence *sequence, int32_t *row,
+                                  psoup_error *error);
+psoup_status psoup__pack_read(psoup__pack *pack, int32_t row, int32_t target, psoup_error *error);
+psoup_status psoup__pack_head(psoup__pack *pack, const psoup__adapter *adapter, int32_t row,
+                              uint64_t seed, uint64_t stream, uint64_t offset, psoup_error *error);
+/* Runs it and fills logprob and value. */
+psoup_status psoup__pack_forward(psoup__pack *pack, bool save, float lora_dropout,
+                                 float head_dropout, psoup_error *error);
+/* From dlogprob and dvalue to the gradients of the adapters (or the base). */
+psoup_status psoup__pack_backward(psoup__pack *pack, psoup_error *error);
+
+/* ---- reward.c ---------------------------------------------------------------------------------- */
+
+struct psoup_reward {
+    psoup_model *model;
+    char *name;
+    psoup__pack *pack; /* of psoup_reward_score; made when first needed */
+};
+/* The adapter and its number; PSOUP_ERROR_STATE when it is gone or has lost its head. */
+psoup_status psoup__reward_adapter(const psoup_reward *reward, psoup__adapter **adapter,
+                                   int32_t *index, psoup_error *error);
+psoup_status psoup__reward_pack(psoup_reward *reward, psoup__pack **pack, psoup_error *error);
+/* out[i] = the head of sequences[i].adapter on its last token. */
+psoup_status psoup__score_sequences(psoup__pack *pack, const psoup__sequence *sequences, size_t n,
+                                    float *out, psoup_error *error);
+
+/* ---- rollout.c --------------------------------------------------------------------------------- */
+
+/* Responses of one policy, one after another. */
+typedef struct psoup__rollouts {
+    size_t n, tokens, prompt_capacity, token_capacity;
+    const psoup_ppo_prompt **prompt; /* [n] */
+    int32_t *start;                  /* [n + 1] */
+    int32_t *response;               /* [tokens] */
+    psoup_finish *finish;            /* [n] */
+    float *score;                    /* [n] as the reward gave it */
+    bool diverged;                   /* logits were not numbers: there is nothing here */
+} psoup__rollouts;
+psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *context, size_t n,
+                                     psoup_error *error);
+void psoup__rollouts_free(psoup__rollouts *rollouts, psoup_context *context);
+
+/* What one policy wants: out->n prompts, set by the caller. */
+typedef struct psoup__request {
+    const psoup_ppo_policy *policy;
+    int32_t adapter;       /* its number in the model */
+    uint64_t seed, sequence; /* of its sampling; rollout i takes sequence + i */
+    uint64_t step;         /* of the drawn limits */
+    bool draw;             /* draw limits, where the options say so */
+    psoup__rollouts *out;
+} psoup__request;
+/* Samples for all policies in one continuous batch. */
+psoup_status psoup__sample_rollouts(psoup_model *model, const psoup_ppo_options *options,
+                                    const psoup__request *requests, size_t n, psoup_error *error);
+/* Fills out->score of every request, by callbacks or by reward models, all in shared passes. */
+psoup_status psoup__score_rollouts(psoup_model *model, const psoup_ppo_options *options,
+                                   const psoup__request *requests, size_t n, psoup_error *error);
+
+/* ---- ppo.c, ppo_setup.c, ppo_update.c ------------------------------------------------------------ */
+
+/* Rollouts and what was made of them, token by token. */
+typedef struct psoup__experience {
+    psoup__rollouts rollouts;
+    size_t capacity;
+    float *logprob, *ref_logprob; /* [tokens] log π_old, log π_ref */
+    float *value;                 /* [tokens] V_old, read at the position before the token */
+    float *reward, *advantage, *returns; /* [tokens] */
+    float *first_ratio;           /* [tokens] NaN where a token's first pass came after an update */
+} psoup__experience;
+
+typedef struct psoup__ppo_state { /* what a step moves on, beside weights and moments */
+    int64_t step;                 /* steps done */
+    uint64_t rollouts;            /* sampled so far */
+    uint64_t updates;             /* sequences that went through update passes, for dropout */
+    double kl_coefficient;
+    psoup__moments moments; /* of the scores */
+} psoup__ppo_state;
+
+typedef struct psoup__policy {
+    psoup_ppo_policy given;
+    char *name;
+    psoup__adapter *adapter;
+    int32_t index; /* of the adapter, now */
+    bool training; /* its adapter holds gradients for this run */
+    bool failed;   /* it diverged, and left the run */
+    bool stepped;  /* in the last call of psoup_ppo_step */
+    int64_t total; /* steps */
+    psoup__ppo_state state;
+    psoup__ppo_state next; /* of the step in progress; becomes `state` when it is done */
+    psoup__optimizer optimizer;
+    psoup__best best;
+    int32_t *order; /* [n_prompts] permutation of epoch `epoch` */
+    uint64_t epoch; /* UINT64_MAX: none yet */
+    psoup__experience experience, validation;
+    psoup__metrics metrics; /* of the step in progress */
+} psoup__policy;
+
+struct psoup_ppo {
+    psoup_model *model;
+    psoup_ppo_options options;
+    psoup__reporter reporter;
+    psoup__pack *pack;
+    psoup__policy *policies;
+    psoup__policy **active; /* [n] scratch of a step */
+    psoup__request *requests; /* [n] scratch */
+    size_t n;
+};
+
+/* ppo_setup.c: finds each policy's adapter where it is now; PSOUP_ERROR_STATE when it is gone. */
+psoup_status psoup__ppo_refresh(psoup_ppo *ppo, psoup_error *error);
+/* The prompts of a policy's next batch, into its experience. */
+psoup_status psoup__ppo_next_prompts(psoup_ppo *ppo, psoup__policy *policy, psoup_error *error);
+
+/* ppo_update.c: log π, log π_ref and, with values, V of every response token, without dropout. Reads
+ * each policy's validation instead of its experience where `validation`. */
+psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies, size_t n,
+                                 bool validation, psoup_error *error);
+/* The epochs of clipped updates on the policies' experience; adds to their metrics. */
+psoup_status psoup__ppo_update(psoup_ppo *ppo, psoup__policy *const *policies, size_t n,
+                               psoup_error *error);
+
+#endif
