@@ -130,33 +130,44 @@ const char *psoup_tokenizer_token(const psoup_tokenizer *tokenizer, int32_t id) 
 
 /* ---- encode -------------------------------------------------------------------------------------- */
 
-/* A ByteLevel post-processor takes the spaces of a token's name off its offsets, character by
- * character; the first keeps one that was put there by add_prefix_space. */
-static void trim(const psoup_tokenizer *t, psoup__token *token, bool first, const char *text) {
-    const char *name = t->tokens[token->id];
-    size_t leading = 0, trailing = 0, characters = 0, used, length = strlen(name);
+/* A ByteLevel post-processor takes the spaces around a token's name off its offsets, character by
+ * character; the first token keeps a single one, which add_prefix_space may have put there. */
+static void trim(const psoup_tokenizer *t, psoup__token *token, bool first, const char *name,
+                 size_t length, const char *text) {
+    size_t leading = 0, trailing = 0, characters = 0, used;
     bool only = true; /* no other character so far */
+    uint32_t code;
     for (size_t i = 0; i < length; i += used) {
-        uint32_t code;
         used = psoup__utf8_next(name + i, length - i, &code);
         bool space = code == psoup__byte_to_char(' ') || psoup__is_space(code);
         only = only && space;
         leading += only;
         trailing = space ? trailing + 1 : 0;
     }
-    if (leading > 0 && (first || token->begin == 0) && t->trim_keeps_first)
-        leading--;
-    uint32_t code;
+    if (leading == 1 && (first || token->begin == 0) && t->trim_keeps_first)
+        leading = 0;
     for (; leading > 0 && token->begin < token->end; leading--)
         token->begin += psoup__utf8_next(text + token->begin, token->end - token->begin, &code);
-    for (size_t i = token->begin; i < token->end; characters++)
+    for (size_t i = token->begin; i < token->end && trailing > 0; characters++)
         i += psoup__utf8_next(text + i, token->end - i, &code);
     if (trailing == 0)
         return;
-    size_t keep = characters > trailing ? characters - trailing : 0, end = token->begin;
-    for (; keep > 0; keep--)
+    size_t end = token->begin;
+    for (; characters > trailing; characters--)
         end += psoup__utf8_next(text + end, token->end - end, &code);
     token->end = end;
+}
+
+/* From a place in the stage's text to one in the caller's. */
+static void place(const psoup_tokenizer *t, const psoup__aligned *stage, psoup__token *token,
+                  bool first, bool added, const char *text) {
+    psoup__token from = *token;
+    token->begin = stage->source[from.begin].begin;
+    token->end = stage->source[from.end - 1].end;
+    /* An added token goes by the text it matched, which may have spaces that its name has not. */
+    const char *name = added ? stage->bytes + from.begin : t->tokens[token->id];
+    if (t->trim_offsets)
+        trim(t, token, first, name, added ? from.end - from.begin : strlen(name), text);
 }
 
 /* Fills work->tokens, with offsets into the caller's text. */
@@ -177,18 +188,14 @@ static psoup_status encode(const psoup_tokenizer *t, const char *text, size_t le
     PSOUP__TRY(psoup__steps_run(&t->pre_tokenizer, &stage, &spare, &spans, error));
     for (size_t i = 0; i < stage.n; i++) {
         psoup__piece piece = stage.pieces[i];
+        size_t first = work->n;
         if (piece.id >= 0)
             PSOUP__TRY(psoup__bpe_push(work, piece.id, piece.begin, piece.end, error));
         else
             PSOUP__TRY(psoup__bpe_encode(&t->bpe, stage.text.bytes + piece.begin,
                                          piece.end - piece.begin, piece.begin, work, error));
-    }
-    for (size_t i = 0; i < work->n; i++) {
-        psoup__token *token = &work->tokens[i];
-        token->begin = stage.text.source[token->begin].begin;
-        token->end = stage.text.source[token->end - 1].end;
-        if (t->trim_offsets)
-            trim(t, token, i == 0, text);
+        for (size_t k = first; k < work->n; k++)
+            place(t, &stage.text, &work->tokens[k], k == 0, piece.id >= 0, text);
     }
 fail:
     psoup__stage_free(&stage);
