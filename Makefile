@@ -133,7 +133,7 @@ check: deps-test
 	@$(MAKE) --no-print-directory all run-tests check-names check-abi
 
 # The same under ASan and UBSan with the long cases, a build by clang, a short run of each fuzzer.
-check-all: check
+check-all: deps-test
 	@$(MAKE) --no-print-directory CC=clang lib bin/psoup WARN="$(WARN) -Werror" B=build/clang-check
 	@PSOUP_LONG=1 $(MAKE) --no-print-directory config=sanitize run-tests
 	@$(MAKE) --no-print-directory fuzz
