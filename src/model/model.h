@@ -43,6 +43,7 @@ typedef struct psoup__adapter {
     size_t count;
     psoup__lora *lora; /* [layers · PSOUP__LINEARS], pointing into data and grad */
     float *head, *head_bias, *dhead, *dhead_bias; /* NULL where it has none, or is frozen */
+    float *host; /* psoup_model_adapter_data's last copy */
 } psoup__adapter;
 
 struct psoup_model {
@@ -59,10 +60,52 @@ struct psoup_model {
     /* While the base itself trains: all weights as f32 in one flat buffer, and their gradients. */
     float *data, *grad; /* [count]; NULL while frozen */
     size_t count;
+    psoup__weights *weights; /* the open files that frozen matrices point into, or NULL with: */
+    void *storage;           /* device: frozen matrices of config.torch_dtype */
+    float *vectors;          /* device: frozen norms and biases */
+    bool backward_packed;
     psoup__adapter **adapters;
     int32_t n_adapters;
     size_t adapters_capacity;
 };
+
+/* ---- parameters.c: the base's weights, one by one -------------------------------------------------- */
+
+/* A cursor over the base's weights, in the order of the flat buffers. Start with all zero. */
+typedef struct psoup__parameter {
+    char name[80];         /* Hugging Face's */
+    psoup__weight *weight; /* a matrix [rows, columns]; or NULL and: */
+    float **vector;        /* a norm or a bias [rows] */
+    float **gradient;
+    int32_t rows, columns; /* columns is 1 for a vector */
+    size_t count;
+    size_t next;           /* the cursor's own */
+} psoup__parameter;
+bool psoup__model_next(const psoup_model *model, psoup__parameter *parameter);
+size_t psoup__model_count(const psoup_model *model);
+/* Points every d… of the base into `gradient` (device, psoup__model_count floats), or to NULL. */
+void psoup__model_point_gradients(psoup_model *model, float *gradient);
+/* Device memory for frozen weights: norms and biases, and with `matrices` those too. Points the model
+ * at it. */
+psoup_status psoup__model_store(psoup_model *model, bool matrices, psoup_error *error);
+/* Elements [first, first + n) as f32 in host memory; scratch has room for n floats. */
+psoup_status psoup__parameter_read(const psoup_model *model, const psoup__parameter *parameter,
+                                   size_t first, size_t n, float *out, void *scratch,
+                                   psoup_error *error);
+void psoup__parameter_write(psoup_model *model, const psoup__parameter *parameter, size_t first,
+                            size_t n, const float *in, void *scratch);
+enum { PSOUP__PIECE = 1 << 16 }; /* floats that cross between host and device at a time */
+/* Packs the frozen matrices for the forward, or for the backward. A failure leaves them usable. */
+psoup_status psoup__model_pack(psoup_model *model, bool backward, psoup_error *error);
+
+/* load.c: fills an empty model from a directory's files. */
+psoup_status psoup__model_read(psoup_model *model, const char *directory, psoup_error *error);
+
+/* ---- rope.c ---------------------------------------------------------------------------------------- */
+
+/* table (host) [max_position, head_dim]: head_dim/2 cosines, then as many sines, times the scaling's
+ * attention factor. */
+void psoup__rope_table(const psoup_model_config *config, float *table);
 
 /* ---- adapter.c -------------------------------------------------------------------------------- */
 
@@ -82,6 +125,10 @@ psoup_status psoup__adapter_save(const psoup_model *model, const psoup__adapter 
 /* Moves the base into model->data (f32) with gradients, unpacked, so that it can train; or back to
  * frozen packed weights of config.torch_dtype. */
 psoup_status psoup__model_train_base(psoup_model *model, bool train, psoup_error *error);
+
+/* Points lora, head and their gradients into data and grad. */
+void psoup__adapter_point(const psoup_model *model, psoup__adapter *adapter);
+extern const char *const psoup__linear_names[PSOUP__LINEARS]; /* "self_attn.q_proj" … */
 
 /* ---- forward.c, backward.c ------------------------------------------------------------------- */
 

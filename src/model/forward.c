@@ -1,0 +1,214 @@
+/* The forward pass. backward.c mirrors it call by call. */
+#include "model/tape.h"
+
+#include <math.h>
+
+static void linear(psoup__tape *t, float *y, float *u, const float *x, int32_t layer, int which) {
+    psoup__backend *be = t->model->be;
+    const psoup__layer *l = &t->model->layers[layer];
+    const psoup__lora *lora = psoup__tape_lora(t, layer, which);
+    const float *x_lora = lora ? psoup__tape_drop(t, x, layer, which) : x;
+    be->ops->linear_mix(be, y, lora ? u : NULL, x, x_lora, &l->linear[which], l->bias[which], lora,
+                        lora ? &t->mix : &psoup__no_mix, t->rows);
+}
+
+/* Where the queries of each sequence find their keys: in the batch itself, or in the cache, where
+ * this layer's new keys and values are put first. */
+static void lay_spans(psoup__tape *t, const psoup__layer_tape *a, const psoup__cache *cache,
+                      int32_t layer) {
+    size_t width = (size_t)t->model->kv_width;
+    for (int32_t s = 0; s < t->n; s++) {
+        int32_t first = t->start[s], queries = t->start[s + 1] - first;
+        psoup__span *span = &t->spans[s];
+        *span = (psoup__span){.query = first, .queries = queries, .stride = (int64_t)width};
+        if (!cache) {
+            span->keys = queries;
+            span->k = a->k + (size_t)first * width;
+            span->v = a->v + (size_t)first * width;
+            continue;
+        }
+        size_t place = (size_t)layer * (size_t)cache->places + (size_t)cache->place[s];
+        float *k = cache->k + place * (size_t)cache->max_tokens * width;
+        float *v = cache->v + place * (size_t)cache->max_tokens * width;
+        span->keys = cache->past[s] + queries;
+        span->k = k;
+        span->v = v;
+        for (int32_t i = 0; i < queries; i++) {
+            t->k_to[first + i] = k + (size_t)(cache->past[s] + i) * width;
+            t->v_to[first + i] = v + (size_t)(cache->past[s] + i) * width;
+        }
+    }
+    if (cache) {
+        psoup__backend *be = t->model->be;
+        be->ops->cache_append(be, t->k_to, t->v_to, a->k, a->v, t->rows, t->model->kv_width);
+    }
+}
+
+psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *t, const psoup__batch *batch,
+                                   bool save, const psoup__cache *cache, psoup_error *error) {
+    psoup_status status = psoup__tape_prepare(t, batch, save, cache, error);
+    if (status != PSOUP_OK)
+        return status;
+    psoup__backend *be = model->be;
+    const psoup__ops *ops = be->ops;
+    const psoup_model_config *c = &model->config;
+    int32_t rows = t->rows, dim = c->hidden_size, ffn = c->intermediate_size;
+    size_t stream = (size_t)rows * (size_t)dim;
+    psoup__attention_shape shape = {.heads = c->num_attention_heads,
+                                    .kv_heads = c->num_key_value_heads,
+                                    .head_dim = c->head_dim,
+                                    .scale = (float)(1 / sqrt((double)c->head_dim))};
+
+    ops->embed(be, t->layers[0].x, &model->embed, t->token, rows);
+    for (int32_t l = 0; l < c->num_hidden_layers; l++) {
+        const psoup__layer *w = &model->layers[l];
+        psoup__layer_tape *a = &t->layers[l];
+        ops->rmsnorm(be, a->norm1, a->rstd1, a->x, w->input_norm, c->rms_norm_eps, rows, dim);
+        linear(t, a->q, a->u[PSOUP__Q], a->norm1, l, PSOUP__Q);
+        linear(t, a->k, a->u[PSOUP__K], a->norm1, l, PSOUP__K);
+        linear(t, a->v, a->u[PSOUP__V], a->norm1, l, PSOUP__V);
+        ops->rope(be, a->q, model->cos_sin, t->position, rows, shape.heads, c->head_dim,
+                  model->q_width, false);
+        ops->rope(be, a->k, model->cos_sin, t->position, rows, shape.kv_heads, c->head_dim,
+                  model->kv_width, false);
+        lay_spans(t, a, cache, l);
+        ops->attention(be, a->attended, a->lse, a->q, t->spans, t->n, &shape);
+        linear(t, a->middle, a->u[PSOUP__O], a->attended, l, PSOUP__O);
+        ops->add(be, a->middle, a->x, stream);
+
+        float *next = t->layers[l + 1].x;
+        ops->rmsnorm(be, a->norm2, a->rstd2, a->middle, w->post_norm, c->rms_norm_eps, rows, dim);
+        linear(t, a->gate, a->u[PSOUP__GATE], a->norm2, l, PSOUP__GATE);
+        linear(t, a->up, a->u[PSOUP__UP], a->norm2, l, PSOUP__UP);
+        ops->swiglu(be, t->act, a->gate, a->up, (size_t)rows * (size_t)ffn);
+        linear(t, next, a->u[PSOUP__DOWN], t->act, l, PSOUP__DOWN);
+        ops->add(be, next, a->middle, stream);
+    }
+    ops->rmsnorm(be, t->hidden, t->rstd, t->layers[c->num_hidden_layers].x, model->norm,
+                 c->rms_norm_eps, rows, dim);
+    return PSOUP_OK;
+}
+
+psoup_status psoup__forward(psoup_model *model, psoup__tape *tape, const psoup__batch *batch,
+                            bool save, psoup_error *error) {
+    return psoup__forward_cached(model, tape, batch, save, NULL, error);
+}
+
+/* ---- the lm head, chunk by chunk ---------------------------------------------------------------- */
+
+void psoup__chunk_logits(psoup__tape *t, const int32_t *row, int32_t rows) {
+    psoup_model *model = t->model;
+    const psoup__ops *ops = model->be->ops;
+    ops->write(model->be, t->chunk.row, row, (size_t)rows * sizeof *row);
+    ops->gather_rows(model->be, t->chunk.hidden, t->hidden, t->chunk.row, rows,
+                     model->config.hidden_size);
+    ops->linear_mix(model->be, t->chunk.logits, NULL, t->chunk.hidden, t->chunk.hidden,
+                    &model->lm_head, NULL, NULL, &psoup__no_mix, rows);
+}
+
+psoup_status psoup__logprobs(psoup_model *model, psoup__tape *t, const int32_t *row,
+                             const int32_t *target, int32_t n, float *out, psoup_error *error) {
+    const psoup__ops *ops = model->be->ops;
+    psoup_status status = psoup__check_rows(t, row, target, n, error);
+    if (status == PSOUP_OK)
+        status = psoup__tape_chunk(t, error);
+    for (int32_t first = 0; status == PSOUP_OK && first < n; first += t->chunk_rows) {
+        int32_t rows = n - first < t->chunk_rows ? n - first : t->chunk_rows;
+        psoup__chunk_logits(t, row + first, rows);
+        ops->write(model->be, t->chunk.target, target + first, (size_t)rows * sizeof *target);
+        ops->logprob(model->be, t->chunk.logprob, t->chunk.lse, t->chunk.logits, t->chunk.target,
+                     rows, model->config.vocab_size);
+        status = ops->read(model->be, out + first, t->chunk.logprob, (size_t)rows * sizeof *out,
+                           error);
+    }
+    return status;
+}
+
+psoup_status psoup__logits(psoup_model *model, psoup__tape *t, const int32_t *row, int32_t n,
+                           float *out, psoup_error *error) {
+    const psoup__ops *ops = model->be->ops;
+    size_t vocab = (size_t)model->config.vocab_size;
+    psoup_status status = psoup__check_rows(t, row, NULL, n, error);
+    if (status == PSOUP_OK)
+        status = psoup__tape_chunk(t, error);
+    for (int32_t first = 0; status == PSOUP_OK && first < n; first += t->chunk_rows) {
+        int32_t rows = n - first < t->chunk_rows ? n - first : t->chunk_rows;
+        psoup__chunk_logits(t, row + first, rows);
+        status = ops->read(model->be, out + (size_t)first * vocab, t->chunk.logits,
+                           (size_t)rows * vocab * sizeof *out, error);
+    }
+    return status;
+}
+
+/* ---- scalar heads ----------------------------------------------------------------------------- */
+
+static void lay_out_heads(psoup__slab *s, psoup__head_space *space, size_t n, size_t dim,
+                          size_t dropped) {
+    space->row = psoup__slab_take(s, n, sizeof(int32_t));
+    space->identity = psoup__slab_take(s, n, sizeof(int32_t));
+    space->value = psoup__slab_take(s, n, sizeof(float));
+    space->dweight = psoup__slab_take(s, dim + 1, sizeof(float));
+    space->gathered = psoup__slab_take(s, dropped, sizeof(float));
+    space->dropped = psoup__slab_take(s, dropped, sizeof(float));
+}
+
+psoup_status psoup__head_prepare(psoup__tape *t, const psoup__head_rows *h,
+                                 psoup__head_space *space, psoup_error *error) {
+    psoup_model *model = t->model;
+    const psoup__ops *ops = model->be->ops;
+    if (!h->adapter->head)
+        return psoup__fail(error, PSOUP_ERROR_STATE, "adapter \"%s\" has no scalar head",
+                           h->adapter->name);
+    psoup_status status = psoup__check_rows(t, h->row, NULL, h->n, error);
+    if (status != PSOUP_OK)
+        return status;
+    psoup__slab *s = &t->heads;
+    size_t n = (size_t)h->n, dim = (size_t)model->config.hidden_size;
+    size_t dropped = h->dropout && h->dropout->p > 0 ? n * dim : 0;
+    psoup__slab_measure(s);
+    lay_out_heads(s, space, n, dim, dropped);
+    status = psoup__slab_grow(t, s, true, error);
+    if (status != PSOUP_OK)
+        return status;
+    lay_out_heads(s, space, n, dim, dropped);
+    ops->write(model->be, space->row, h->row, n * sizeof *h->row);
+    for (int32_t first = 0; dropped && first < h->n; first += 256) {
+        int32_t numbers[256], count = h->n - first < 256 ? h->n - first : 256;
+        for (int32_t i = 0; i < count; i++)
+            numbers[i] = first + i;
+        ops->write(model->be, space->identity + first, numbers, (size_t)count * sizeof *numbers);
+    }
+    return PSOUP_OK;
+}
+
+const float *psoup__head_hidden(psoup__tape *t, const psoup__head_rows *h,
+                                const psoup__head_space *space) {
+    psoup__backend *be = t->model->be;
+    int32_t dim = t->model->config.hidden_size;
+    if (!h->dropout || !(h->dropout->p > 0))
+        return t->hidden;
+    be->ops->gather_rows(be, space->gathered, t->hidden, space->row, h->n, dim);
+    be->ops->dropout(be, space->dropped, space->gathered, h->dropout, h->n, dim);
+    return space->dropped;
+}
+
+psoup_status psoup__heads(psoup_model *model, psoup__tape *t, const psoup__head_rows *heads,
+                          int32_t n_heads, psoup_error *error) {
+    psoup__backend *be = model->be;
+    psoup_status status = PSOUP_OK;
+    for (int32_t i = 0; i < n_heads; i++) {
+        const psoup__head_rows *h = &heads[i];
+        const psoup__adapter *adapter = h->adapter;
+        if (h->n == 0)
+            continue;
+        psoup__head_space space;
+        PSOUP__TRY(psoup__head_prepare(t, h, &space, error));
+        const float *hidden = psoup__head_hidden(t, h, &space);
+        be->ops->head(be, space.value, hidden, hidden == t->hidden ? space.row : space.identity,
+                      adapter->head, adapter->head_bias, h->n, model->config.hidden_size);
+        PSOUP__TRY(be->ops->read(be, h->value, space.value, (size_t)h->n * sizeof *h->value,
+                                 error));
+    }
+fail:
+    return status;
+}

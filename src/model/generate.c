@@ -1,0 +1,137 @@
+/* A session, its steps and their results in one call. */
+#include <string.h>
+
+#include "model/model.h"
+
+typedef struct completion {
+    int32_t *tokens;
+    float *logprobs;
+    size_t n, tokens_capacity, logprobs_capacity;
+    psoup_finish finish;
+} completion;
+
+struct psoup_generation {
+    psoup_context *context;
+    completion *completions;
+    size_t n;
+};
+
+typedef struct collector {
+    psoup_generation *generation;
+    psoup_token_fn on_token;
+    void *user;
+    psoup_status status;
+    psoup_error *error;
+} collector;
+
+static int collect(void *user, int64_t id, int32_t token, float logprob, psoup_finish finish) {
+    collector *c = user;
+    psoup_context *context = c->generation->context;
+    completion *to = &c->generation->completions[id];
+    to->finish = finish;
+    if (token >= 0) {
+        c->status = psoup__reserve(context, &to->tokens, &to->tokens_capacity, to->n + 1,
+                                   sizeof *to->tokens, c->error);
+        if (c->status == PSOUP_OK)
+            c->status = psoup__reserve(context, &to->logprobs, &to->logprobs_capacity, to->n + 1,
+                                       sizeof *to->logprobs, c->error);
+        if (c->status != PSOUP_OK)
+            return 1;
+        to->tokens[to->n] = token;
+        to->logprobs[to->n++] = logprob;
+    }
+    return c->on_token ? c->on_token(c->user, id, token, logprob, finish) : 0;
+}
+
+static const psoup_sampling *sampling_of(const psoup_prompt *prompt,
+                                         const psoup_sampling *sampling) {
+    return prompt->sampling ? prompt->sampling : sampling;
+}
+
+/* No more places than prompts, no longer than any can grow. */
+static psoup_status fit_session(const psoup_prompt *prompts, size_t n,
+                                const psoup_sampling *sampling, psoup_session_options *options,
+                                psoup_error *error) {
+    if (options->max_sequences == 0)
+        options->max_sequences = n < 32 ? (int32_t)n : 32;
+    if (options->max_tokens != 0)
+        return PSOUP_OK;
+    size_t longest = 1;
+    for (size_t i = 0; i < n; i++) {
+        psoup_sampling full = PSOUP_SAMPLING_INIT;
+        psoup_status status = psoup__options(&full, sizeof full, sampling_of(&prompts[i], sampling),
+                                             "psoup_sampling", error);
+        if (status != PSOUP_OK)
+            return status;
+        size_t length = prompts[i].n + (size_t)(full.max_new_tokens > 0 ? full.max_new_tokens : 0);
+        longest = length > longest ? length : longest;
+    }
+    options->max_tokens = longest < INT32_MAX ? (int32_t)longest : INT32_MAX;
+    return PSOUP_OK;
+}
+
+psoup_status psoup_generate(psoup_model *model, const psoup_prompt *prompts, size_t n,
+                            const psoup_sampling *sampling, const psoup_session_options *options,
+                            psoup_token_fn on_token, void *user, psoup_generation **out,
+                            psoup_error *error) {
+    psoup_session_options full = PSOUP_SESSION_OPTIONS_INIT;
+    psoup_session *session = NULL;
+    psoup_generation *g = NULL;
+    *out = NULL;
+    psoup_status status;
+    PSOUP__TRY(psoup__options(&full, sizeof full, options, "psoup_session_options", error));
+    PSOUP__TRY(fit_session(prompts, n, sampling, &full, error));
+    status = PSOUP_ERROR_MEMORY;
+    g = psoup__alloc(model->context, 1, sizeof *g, error);
+    if (!g)
+        goto fail;
+    g->context = model->context;
+    g->completions = psoup__alloc(model->context, n, sizeof *g->completions, error);
+    if (!g->completions)
+        goto fail;
+    g->n = n;
+    PSOUP__TRY(psoup_session_create(model, &full, &session, error));
+    for (size_t i = 0; i < n; i++) {
+        psoup_prompt prompt = prompts[i];
+        prompt.sampling = sampling_of(&prompt, sampling);
+        PSOUP__TRY(psoup_session_submit(session, (int64_t)i, &prompt, error));
+    }
+    psoup_error ours = {.status = PSOUP_OK};
+    collector c = {.generation = g, .on_token = on_token, .user = user, .error = &ours};
+    for (size_t running = n; running > 0;) {
+        status = psoup_session_step(session, collect, &c, &running, error);
+        if (c.status != PSOUP_OK) { /* no room for a token: say so, not that we stopped */
+            status = c.status;
+            if (error)
+                *error = ours;
+        }
+        if (status != PSOUP_OK)
+            goto fail;
+    }
+    psoup_session_free(session);
+    *out = g;
+    return PSOUP_OK;
+fail:
+    psoup_session_free(session);
+    psoup_generation_free(g);
+    return status;
+}
+
+psoup_completion psoup_generation_get(const psoup_generation *generation, size_t index) {
+    if (index >= generation->n)
+        return (psoup_completion){.tokens = NULL};
+    const completion *c = &generation->completions[index];
+    return (psoup_completion){
+        .tokens = c->tokens, .logprobs = c->logprobs, .n = c->n, .finish = c->finish};
+}
+
+void psoup_generation_free(psoup_generation *generation) {
+    if (!generation)
+        return;
+    for (size_t i = 0; i < generation->n; i++) {
+        psoup__free(generation->context, generation->completions[i].tokens);
+        psoup__free(generation->context, generation->completions[i].logprobs);
+    }
+    psoup__free(generation->context, generation->completions);
+    psoup__free(generation->context, generation);
+}

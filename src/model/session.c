@@ -1,0 +1,440 @@
+/* Continuous batching: every step runs one packed batch of all running sequences, one row for each
+ * that decodes and a stretch of prompt for each that does not yet, over a cache of keys and values.
+ *
+ * Nothing of a step counts until a sequence's token is delivered: a step that fails or is stopped is
+ * simply done again by the next, with the same bits. */
+#include <math.h>
+#include <string.h>
+
+#include "model/tape.h"
+
+/* One sequence, waiting or running. */
+typedef struct sequence {
+    struct sequence *next; /* in the queue */
+    int64_t id;
+    uint64_t stream;
+    psoup_sampling sampling; /* stop_tokens is ours */
+    int32_t *stop, n_stop;
+    int32_t *tokens; /* [prompt + room]: prompt, then output */
+    int32_t prompt, length, room;
+    int32_t past; /* tokens whose keys and values the cache holds */
+    int32_t place;
+    float *mix; /* [n_adapters] */
+    int32_t n_adapters;
+    int32_t *banned; /* [n_stop + prompt + room] */
+} sequence;
+
+/* What a sequence does in this step. */
+typedef struct part {
+    sequence *s;
+    int32_t take;    /* rows */
+    int32_t sampled; /* its place among the rows that give a token, or −1 */
+} part;
+
+struct psoup_session {
+    psoup_model *model;
+    psoup__tape *tape;
+    int32_t places, max_tokens, prefill_rows;
+    float *k, *v; /* device [layers, places, max_tokens, kv_width] */
+    sequence **running; /* [places], in order of admission */
+    int32_t n_running;
+    bool *taken; /* [places] */
+    sequence *first_waiting, *last_waiting;
+    size_t n_waiting;
+    /* The step's batch: host arrays, sized once. */
+    part *parts;                      /* [places] */
+    int32_t *tokens;                  /* [prefill_rows + places] */
+    int32_t *start, *place, *past;    /* [places + 1], [places], [places] */
+    float *mix;                       /* [places, n_adapters] */
+    size_t mix_capacity;
+    int32_t *sample_row;              /* [places] */
+    psoup__draw *draws;               /* [places] */
+    int32_t *drawn;                   /* [places] */
+    float *logprobs;                  /* [places] */
+    int32_t *device_token;            /* device [chunk_rows] */
+    float *device_logprob;            /* device [chunk_rows] */
+};
+
+/* ---- create and free -------------------------------------------------------------------------- */
+
+static void free_sequence(psoup_context *context, sequence *s) {
+    if (!s)
+        return;
+    psoup__free(context, s->stop);
+    psoup__free(context, s->tokens);
+    psoup__free(context, s->mix);
+    psoup__free(context, s->banned);
+    psoup__free(context, s);
+}
+
+void psoup_session_free(psoup_session *session) {
+    if (!session)
+        return;
+    psoup_context *context = session->model->context;
+    psoup__backend *be = session->model->be;
+    for (int32_t i = 0; i < session->n_running; i++)
+        free_sequence(context, session->running[i]);
+    while (session->first_waiting) {
+        sequence *s = session->first_waiting;
+        session->first_waiting = s->next;
+        free_sequence(context, s);
+    }
+    psoup__tape_free(session->tape);
+    void *device[] = {session->k, session->v, session->device_token, session->device_logprob};
+    for (size_t i = 0; i < sizeof device / sizeof *device; i++)
+        be->ops->release(be, device[i]);
+    void *host[] = {session->running, session->taken,      session->parts, session->tokens,
+                    session->start,   session->place,      session->past,  session->mix,
+                    session->draws,   session->sample_row, session->drawn, session->logprobs,
+                    session};
+    for (size_t i = 0; i < sizeof host / sizeof *host; i++)
+        psoup__free(context, host[i]);
+}
+
+static psoup_status allocate(psoup_session *s, psoup_error *error) {
+    psoup_model *model = s->model;
+    psoup_context *context = model->context;
+    const psoup__ops *ops = model->be->ops;
+    size_t places = (size_t)s->places, chunk = (size_t)s->tape->chunk_rows, cells = 0;
+    if (!psoup__multiply((size_t)s->max_tokens, places, &cells) ||
+        !psoup__multiply(cells, (size_t)model->kv_width, &cells) ||
+        !psoup__multiply(cells, (size_t)model->config.num_hidden_layers, &cells))
+        return psoup__out_of_memory(error, SIZE_MAX);
+    bool whole =
+        (s->k = ops->alloc(model->be, cells, sizeof *s->k, error)) &&
+        (s->v = ops->alloc(model->be, cells, sizeof *s->v, error)) &&
+        (s->device_token = ops->alloc(model->be, chunk, sizeof *s->device_token, error)) &&
+        (s->device_logprob = ops->alloc(model->be, chunk, sizeof *s->device_logprob, error)) &&
+        (s->running = psoup__alloc(context, places, sizeof *s->running, error)) &&
+        (s->taken = psoup__alloc(context, places, sizeof *s->taken, error)) &&
+        (s->parts = psoup__alloc(context, places, sizeof *s->parts, error)) &&
+        (s->tokens = psoup__alloc(context, places + (size_t)s->prefill_rows, sizeof *s->tokens,
+                                  error)) &&
+        (s->start = psoup__alloc(context, places + 1, sizeof *s->start, error)) &&
+        (s->place = psoup__alloc(context, places, sizeof *s->place, error)) &&
+        (s->past = psoup__alloc(context, places, sizeof *s->past, error)) &&
+        (s->sample_row = psoup__alloc(context, places, sizeof *s->sample_row, error)) &&
+        (s->draws = psoup__alloc(context, places, sizeof *s->draws, error)) &&
+        (s->drawn = psoup__alloc(context, places, sizeof *s->drawn, error)) &&
+        (s->logprobs = psoup__alloc(context, places, sizeof *s->logprobs, error));
+    return whole ? PSOUP_OK : PSOUP_ERROR_MEMORY;
+}
+
+psoup_status psoup_session_create(psoup_model *model, const psoup_session_options *options,
+                                  psoup_session **out, psoup_error *error) {
+    psoup_session_options full = PSOUP_SESSION_OPTIONS_INIT;
+    psoup_session *session = NULL;
+    *out = NULL;
+    psoup_status status;
+    PSOUP__TRY(psoup__options(&full, sizeof full, options, "psoup_session_options", error));
+    if (full.max_sequences < 0 || full.max_tokens < 0 || full.prefill_rows < 0)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_session_options: max_sequences %d, max_tokens %d, prefill_rows "
+                           "%d: expected no negative number",
+                           (int)full.max_sequences, (int)full.max_tokens, (int)full.prefill_rows);
+    session = psoup__alloc(model->context, 1, sizeof *session, error);
+    if (!session)
+        return PSOUP_ERROR_MEMORY;
+    int32_t longest = model->config.max_position_embeddings;
+    session->model = model;
+    session->places = full.max_sequences ? full.max_sequences : 32;
+    session->prefill_rows = full.prefill_rows ? full.prefill_rows : 512;
+    session->max_tokens =
+        full.max_tokens && full.max_tokens < longest ? full.max_tokens : longest;
+    if (session->prefill_rows > INT32_MAX - session->places)
+        session->prefill_rows = INT32_MAX - session->places;
+    PSOUP__TRY(psoup__tape_create(model, &session->tape, error));
+    PSOUP__TRY(psoup__tape_chunk(session->tape, error));
+    PSOUP__TRY(allocate(session, error));
+    *out = session;
+    return PSOUP_OK;
+fail:
+    psoup_session_free(session);
+    return status;
+}
+
+/* ---- submit ----------------------------------------------------------------------------------- */
+
+static psoup_status check_sampling(const psoup_model *model, const psoup_sampling *s,
+                                   psoup_error *error) {
+    if (s->max_new_tokens < 1 || s->min_new_tokens < 0)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_sampling: max_new_tokens %d, min_new_tokens %d: expected at "
+                           "least 1 and at least 0",
+                           (int)s->max_new_tokens, (int)s->min_new_tokens);
+    if (!(s->temperature >= 0) || !isfinite(s->temperature))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_sampling: temperature is %g; expected 0 or more",
+                           (double)s->temperature);
+    if (!(s->top_p >= 0 && s->top_p <= 1) || s->top_k < 0 || s->no_repeat_ngram_size < 0)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_sampling: top_k %d, top_p %g, no_repeat_ngram_size %d: expected "
+                           "0 or more, 0 … 1, 0 or more",
+                           (int)s->top_k, (double)s->top_p, (int)s->no_repeat_ngram_size);
+    for (size_t i = 0; s->stop_tokens && i < s->n_stop_tokens; i++)
+        if (s->stop_tokens[i] < 0 || s->stop_tokens[i] >= model->config.vocab_size)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "psoup_sampling: stop token %d is out of range; the vocabulary has "
+                               "%d",
+                               (int)s->stop_tokens[i], (int)model->config.vocab_size);
+    return PSOUP_OK;
+}
+
+static psoup_status check_prompt(const psoup_session *session, int64_t id,
+                                 const psoup_prompt *prompt, psoup_error *error) {
+    const psoup_model *model = session->model;
+    if (!prompt->tokens || prompt->n == 0)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "prompt %lld has no tokens",
+                           (long long)id);
+    if (prompt->n >= (size_t)session->max_tokens)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "prompt %lld has %zu tokens; a place of this session holds %d, prompt "
+                           "and output together",
+                           (long long)id, prompt->n, (int)session->max_tokens);
+    for (size_t i = 0; i < prompt->n; i++)
+        if (prompt->tokens[i] < 0 || prompt->tokens[i] >= model->config.vocab_size)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "prompt %lld: token %d is out of range; the vocabulary has %d",
+                               (long long)id, (int)prompt->tokens[i],
+                               (int)model->config.vocab_size);
+    for (int32_t i = 0; prompt->mix && i < model->n_adapters; i++)
+        if (!isfinite(prompt->mix[i]))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "prompt %lld: the weight of adapter \"%s\" is %g", (long long)id,
+                               model->adapters[i]->name, (double)prompt->mix[i]);
+    return PSOUP_OK;
+}
+
+static psoup_status copy_sequence(psoup_session *session, const psoup_prompt *prompt,
+                                  sequence *s, psoup_error *error) {
+    psoup_model *model = session->model;
+    psoup_context *context = model->context;
+    const int32_t *stop = s->sampling.stop_tokens;
+    size_t n_stop = s->sampling.n_stop_tokens;
+    if (!stop) {
+        stop = &model->config.eos_token_id;
+        n_stop = *stop >= 0;
+    }
+    s->prompt = s->length = (int32_t)prompt->n;
+    s->room = session->max_tokens - s->prompt;
+    s->room = s->room < s->sampling.max_new_tokens ? s->room : s->sampling.max_new_tokens;
+    s->n_stop = (int32_t)n_stop;
+    s->n_adapters = model->n_adapters;
+    size_t most = (size_t)s->prompt + (size_t)s->room, adapters = (size_t)s->n_adapters;
+    size_t history = s->sampling.no_repeat_ngram_size > 0 ? most : 0;
+    bool whole = (s->tokens = psoup__alloc(context, most, sizeof *s->tokens, error)) &&
+                 (s->stop = psoup__alloc(context, n_stop, sizeof *s->stop, error)) &&
+                 (s->mix = psoup__alloc(context, adapters, sizeof *s->mix, error)) &&
+                 (s->banned = psoup__alloc(context, n_stop + history, sizeof *s->banned, error));
+    if (!whole)
+        return PSOUP_ERROR_MEMORY;
+    memcpy(s->tokens, prompt->tokens, prompt->n * sizeof *s->tokens);
+    if (n_stop)
+        memcpy(s->stop, stop, n_stop * sizeof *s->stop);
+    if (prompt->mix && adapters)
+        memcpy(s->mix, prompt->mix, adapters * sizeof *s->mix);
+    s->sampling.stop_tokens = s->stop;
+    return psoup__reserve(context, &session->mix, &session->mix_capacity,
+                          (size_t)session->places * adapters, sizeof *session->mix, error);
+}
+
+psoup_status psoup_session_submit(psoup_session *session, int64_t id, const psoup_prompt *prompt,
+                                  psoup_error *error) {
+    psoup_context *context = session->model->context;
+    psoup_sampling sampling = PSOUP_SAMPLING_INIT;
+    sequence *s = NULL;
+    psoup_status status;
+    PSOUP__TRY(psoup__options(&sampling, sizeof sampling, prompt->sampling, "psoup_sampling",
+                              error));
+    PSOUP__TRY(check_sampling(session->model, &sampling, error));
+    PSOUP__TRY(check_prompt(session, id, prompt, error));
+    s = psoup__alloc(context, 1, sizeof *s, error);
+    if (!s)
+        return PSOUP_ERROR_MEMORY;
+    s->id = id;
+    s->stream = prompt->sequence;
+    s->sampling = sampling;
+    PSOUP__TRY(copy_sequence(session, prompt, s, error));
+    if (session->last_waiting)
+        session->last_waiting->next = s;
+    else
+        session->first_waiting = s;
+    session->last_waiting = s;
+    session->n_waiting++;
+    return PSOUP_OK;
+fail:
+    free_sequence(context, s);
+    return status;
+}
+
+/* ---- one step --------------------------------------------------------------------------------- */
+
+static void admit(psoup_session *session) {
+    for (int32_t place = 0; place < session->places && session->first_waiting; place++) {
+        if (session->taken[place])
+            continue;
+        sequence *s = session->first_waiting;
+        session->first_waiting = s->next;
+        if (!s->next)
+            session->last_waiting = NULL;
+        session->n_waiting--;
+        session->taken[place] = true;
+        s->next = NULL;
+        s->place = place;
+        session->running[session->n_running++] = s;
+    }
+}
+
+/* Tokens that may not come next. No-repeat: a token that would complete an n-gram seen before
+ * (transformers' NoRepeatNGramLogitsProcessor). Min new tokens: the stop tokens. */
+static int32_t ban(sequence *s) {
+    int32_t n = 0, size = s->sampling.no_repeat_ngram_size;
+    if (s->length - s->prompt < s->sampling.min_new_tokens)
+        for (; n < s->n_stop; n++)
+            s->banned[n] = s->stop[n];
+    if (size == 0 || s->length + 1 < size)
+        return n;
+    const int32_t *last = s->tokens + s->length - (size - 1);
+    size_t width = (size_t)(size - 1) * sizeof *last;
+    for (int32_t i = 0; i + size <= s->length; i++)
+        if (memcmp(s->tokens + i, last, width) == 0)
+            s->banned[n++] = s->tokens[i + size - 1];
+    return n;
+}
+
+/* The batch of this step: who takes part with how many rows, and who gets a token. */
+static psoup_status gather(psoup_session *session, psoup__batch *batch, int32_t *samples,
+                           psoup_error *error) {
+    int32_t n = 0, rows = 0, budget = session->prefill_rows;
+    size_t adapters = (size_t)session->model->n_adapters;
+    *samples = 0;
+    for (int32_t i = 0; i < session->n_running; i++) {
+        sequence *s = session->running[i];
+        if (s->n_adapters != session->model->n_adapters)
+            return psoup__fail(error, PSOUP_ERROR_STATE,
+                               "adapters were added or removed while sequence %lld was under way",
+                               (long long)s->id);
+        int32_t pending = s->length - s->past, take = pending;
+        if (s->length == s->prompt) {
+            take = take < budget ? take : budget;
+            budget -= take;
+        }
+        if (take == 0)
+            continue;
+        session->start[n] = rows;
+        session->place[n] = s->place;
+        session->past[n] = s->past;
+        memcpy(session->tokens + rows, s->tokens + s->past, (size_t)take * sizeof *s->tokens);
+        if (adapters)
+            memcpy(session->mix + (size_t)n * adapters, s->mix, adapters * sizeof *s->mix);
+        rows += take;
+        session->parts[n] = (part){.s = s, .take = take, .sampled = -1};
+        if (take == pending) {
+            const psoup_sampling *sampling = &s->sampling;
+            session->parts[n].sampled = *samples;
+            session->sample_row[*samples] = rows - 1;
+            session->draws[(*samples)++] =
+                (psoup__draw){.temperature = sampling->temperature,
+                              .top_k = sampling->top_k,
+                              .top_p = sampling->top_p,
+                              .seed = sampling->seed,
+                              .sequence = s->stream,
+                              .position = (uint64_t)(s->length - s->prompt),
+                              .banned = s->banned,
+                              .n_banned = ban(s)};
+        }
+        n++;
+    }
+    session->start[n] = rows;
+    *batch = (psoup__batch){.n = n,
+                            .rows = rows,
+                            .tokens = session->tokens,
+                            .start = session->start,
+                            .mix = adapters ? session->mix : NULL};
+    return PSOUP_OK;
+}
+
+static psoup_status draw(psoup_session *session, int32_t samples, psoup_error *error) {
+    psoup_model *model = session->model;
+    const psoup__ops *ops = model->be->ops;
+    psoup__tape *tape = session->tape;
+    psoup_status status = PSOUP_OK;
+    for (int32_t first = 0; first < samples; first += tape->chunk_rows) {
+        int32_t rows = samples - first < tape->chunk_rows ? samples - first : tape->chunk_rows;
+        psoup__chunk_logits(tape, session->sample_row + first, rows);
+        ops->sample(model->be, session->device_token, session->device_logprob, tape->chunk.logits,
+                    session->draws + first, rows, model->config.vocab_size);
+        PSOUP__TRY(ops->read(model->be, session->drawn + first, session->device_token,
+                             (size_t)rows * sizeof(int32_t), error));
+        PSOUP__TRY(ops->read(model->be, session->logprobs + first, session->device_logprob,
+                             (size_t)rows * sizeof(float), error));
+    }
+fail:
+    return status;
+}
+
+/* Appends a token and says whether it was the last. */
+static psoup_finish take_token(sequence *s, int32_t token) {
+    if (token < 0)
+        return PSOUP_FINISH_ERROR;
+    s->tokens[s->length++] = token;
+    for (int32_t i = 0; !s->sampling.ignore_stop && i < s->n_stop; i++)
+        if (token == s->stop[i])
+            return PSOUP_FINISH_STOP;
+    return s->length == s->prompt + s->room ? PSOUP_FINISH_LENGTH : PSOUP_FINISH_NONE;
+}
+
+static void retire(psoup_session *session, sequence *s) {
+    int32_t i = 0;
+    while (session->running[i] != s)
+        i++;
+    session->n_running--;
+    memmove(session->running + i, session->running + i + 1,
+            (size_t)(session->n_running - i) * sizeof *session->running);
+    session->taken[s->place] = false;
+    free_sequence(session->model->context, s);
+}
+
+static psoup_status deliver(psoup_session *session, int32_t parts, psoup_token_fn on_token,
+                            void *user, psoup_error *error) {
+    for (int32_t i = 0; i < parts; i++) {
+        const part *p = &session->parts[i];
+        sequence *s = p->s;
+        s->past += p->take;
+        if (p->sampled < 0)
+            continue;
+        int32_t token = session->drawn[p->sampled];
+        int64_t id = s->id;
+        psoup_finish finish = take_token(s, token);
+        if (finish != PSOUP_FINISH_NONE)
+            retire(session, s);
+        if (on_token && on_token(user, id, token, session->logprobs[p->sampled], finish))
+            return psoup__fail(error, PSOUP_ERROR_CANCELLED, "stopped by the token callback");
+    }
+    return PSOUP_OK;
+}
+
+psoup_status psoup_session_step(psoup_session *session, psoup_token_fn on_token, void *user,
+                                size_t *running, psoup_error *error) {
+    psoup__batch batch;
+    int32_t samples = 0;
+    psoup_status status = PSOUP_OK;
+    admit(session);
+    if (session->n_running > 0) {
+        PSOUP__TRY(gather(session, &batch, &samples, error));
+        psoup__cache cache = {.k = session->k,
+                              .v = session->v,
+                              .places = session->places,
+                              .max_tokens = session->max_tokens,
+                              .place = session->place,
+                              .past = session->past};
+        PSOUP__TRY(psoup__forward_cached(session->model, session->tape, &batch, false, &cache,
+                                         error));
+        PSOUP__TRY(draw(session, samples, error));
+        PSOUP__TRY(deliver(session, batch.n, on_token, user, error));
+    }
+fail:
+    if (running)
+        *running = (size_t)session->n_running + session->n_waiting;
+    return status;
+}

@@ -1,0 +1,392 @@
+#include "model/tape.h"
+
+#include <math.h>
+#include <string.h>
+
+static const int32_t no_rows[1] = {0};
+const psoup__mix psoup__no_mix = {.n = 0, .first = no_rows};
+
+/* ---- slabs ------------------------------------------------------------------------------------ */
+
+void *psoup__slab_take(psoup__slab *slab, size_t count, size_t size) {
+    size_t bytes = 0, end = 0;
+    if (!psoup__multiply(count, size, &bytes) || !psoup__add(bytes, 63, &bytes) ||
+        !psoup__add(slab->used, bytes / 64 * 64, &end)) {
+        slab->overflow = true;
+        return NULL;
+    }
+    void *slice = slab->base ? slab->base + slab->used : NULL;
+    slab->used = end;
+    return slice;
+}
+
+static void release_slab(psoup__tape *tape, psoup__slab *slab, bool device) {
+    if (device)
+        tape->model->be->ops->release(tape->model->be, slab->memory);
+    else
+        psoup__free(tape->model->context, slab->memory);
+    *slab = (psoup__slab){.memory = NULL};
+}
+
+void psoup__slab_measure(psoup__slab *slab) {
+    slab->base = NULL;
+    slab->used = 0;
+    slab->overflow = false;
+}
+
+psoup_status psoup__slab_grow(psoup__tape *tape, psoup__slab *slab, bool device,
+                              psoup_error *error) {
+    psoup_model *model = tape->model;
+    size_t need = slab->used;
+    if (slab->overflow)
+        return psoup__out_of_memory(error, SIZE_MAX);
+    if (need > slab->capacity) {
+        release_slab(tape, slab, device);
+        size_t room = need < SIZE_MAX / 2 ? need + need / 8 : need; /* batches differ a little */
+        slab->memory = device ? model->be->ops->alloc(model->be, room, 1, error)
+                              : psoup__alloc(model->context, room, 1, error);
+        if (!slab->memory)
+            return PSOUP_ERROR_MEMORY;
+        slab->capacity = room;
+    }
+    slab->base = slab->memory;
+    slab->used = 0;
+    return PSOUP_OK;
+}
+
+/* ---- life ------------------------------------------------------------------------------------- */
+
+psoup_status psoup__tape_create(psoup_model *model, psoup__tape **out, psoup_error *error) {
+    *out = psoup__alloc(model->context, 1, sizeof **out, error);
+    if (!*out)
+        return PSOUP_ERROR_MEMORY;
+    (*out)->model = model;
+    /* Up to 256 rows of logits at a time, fewer for large vocabularies: at most 64 MB or 32 rows. */
+    int32_t rows = (1 << 24) / model->config.vocab_size;
+    (*out)->chunk_rows = rows < 32 ? 32 : rows > 256 ? 256 : rows;
+    return PSOUP_OK;
+}
+
+void psoup__tape_free(psoup__tape *tape) {
+    if (!tape)
+        return;
+    release_slab(tape, &tape->host, false);
+    release_slab(tape, &tape->device, true);
+    release_slab(tape, &tape->chunk_slab, true);
+    release_slab(tape, &tape->backward, true);
+    release_slab(tape, &tape->heads, true);
+    psoup__free(tape->model->context, tape);
+}
+
+const float *psoup__tape_hidden(const psoup__tape *tape) {
+    return tape->hidden;
+}
+
+/* ---- checks ----------------------------------------------------------------------------------- */
+
+static psoup_status check_batch(const psoup_model *model, const psoup__batch *batch,
+                                const psoup__cache *cache, psoup_error *error) {
+    if (batch->n < 1 || batch->rows < 1 || batch->start[0] != 0 ||
+        batch->start[batch->n] != batch->rows)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "a batch needs at least one sequence of at least one token");
+    int32_t longest = model->config.max_position_embeddings;
+    for (int32_t s = 0; s < batch->n; s++) {
+        int32_t length = batch->start[s + 1] - batch->start[s];
+        int64_t end = (int64_t)length + (cache ? cache->past[s] : 0);
+        if (length < 1)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "sequence %d is empty", (int)s);
+        if (end > longest)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "sequence %d has %lld tokens; max_position_embeddings is %d", (int)s,
+                               (long long)end, (int)longest);
+    }
+    for (int32_t i = 0; i < batch->rows; i++)
+        if (batch->tokens[i] < 0 || batch->tokens[i] >= model->config.vocab_size)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "token %d is out of range; the vocabulary has %d",
+                               (int)batch->tokens[i], (int)model->config.vocab_size);
+    size_t weights = batch->mix ? (size_t)batch->n * (size_t)model->n_adapters : 0;
+    for (size_t i = 0; i < weights; i++)
+        if (!isfinite(batch->mix[i]))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "mix of sequence %zu: the weight of adapter \"%s\" is %g",
+                               i / (size_t)model->n_adapters,
+                               model->adapters[i % (size_t)model->n_adapters]->name,
+                               (double)batch->mix[i]);
+    if (!(batch->dropout >= 0 && batch->dropout < 1))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "dropout is %g; expected 0 ≤ p < 1",
+                           (double)batch->dropout);
+    return PSOUP_OK;
+}
+
+psoup_status psoup__check_rows(const psoup__tape *tape, const int32_t *row, const int32_t *target,
+                               int32_t n, psoup_error *error) {
+    for (int32_t i = 0; i < n; i++) {
+        if (row[i] < 0 || row[i] >= tape->rows)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "row %d is out of range; the batch has %d",
+                               (int)row[i], (int)tape->rows);
+        if (target && (target[i] < 0 || target[i] >= tape->model->config.vocab_size))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "token %d is out of range; the vocabulary has %d", (int)target[i],
+                               (int)tape->model->config.vocab_size);
+    }
+    return PSOUP_OK;
+}
+
+/* ---- layout ----------------------------------------------------------------------------------- */
+
+static void lay_out_host(psoup__tape *t, bool cached) {
+    psoup__slab *s = &t->host;
+    size_t n = (size_t)t->n, rows = (size_t)t->rows, active = (size_t)t->active;
+    size_t layers = (size_t)t->model->config.num_hidden_layers;
+    size_t cells = 0;
+    if (!psoup__multiply(rows, active, &cells))
+        s->overflow = true;
+    t->adapter = psoup__slab_take(s, active, sizeof *t->adapter);
+    t->lora = psoup__slab_take(s, layers * PSOUP__LINEARS * active, sizeof *t->lora);
+    t->start = psoup__slab_take(s, n + 1, sizeof *t->start);
+    t->position_host = psoup__slab_take(s, rows, sizeof *t->position_host);
+    t->used_by = psoup__slab_take(s, cells, sizeof *t->used_by);
+    t->weight_host = psoup__slab_take(s, cells, sizeof *t->weight_host);
+    t->first = psoup__slab_take(s, active + 1, sizeof *t->first);
+    size_t dropped = t->dropout > 0 ? rows : 0;
+    t->drop_seed = psoup__slab_take(s, dropped, sizeof *t->drop_seed);
+    t->drop_stream = psoup__slab_take(s, dropped, sizeof *t->drop_stream);
+    t->drop_offset = psoup__slab_take(s, dropped, sizeof *t->drop_offset);
+    t->spans = psoup__slab_take(s, n, sizeof *t->spans);
+    t->k_to = psoup__slab_take(s, cached ? rows : 0, sizeof *t->k_to);
+    t->v_to = psoup__slab_take(s, cached ? rows : 0, sizeof *t->v_to);
+    t->layers = psoup__slab_take(s, layers + 1, sizeof *t->layers);
+}
+
+/* Floats of u for one linear: every active adapter's rows times its rank there. */
+static size_t u_count(const psoup__tape *t, int32_t layer, int linear) {
+    size_t count = 0;
+    for (int32_t i = 0; i < t->active; i++)
+        count += (size_t)(t->first[i + 1] - t->first[i]) *
+                 (size_t)t->model->adapters[t->adapter[i]]
+                     ->lora[layer * PSOUP__LINEARS + linear]
+                     .rank;
+    return count;
+}
+
+static float *take_rows(psoup__slab *s, size_t rows, int32_t width) {
+    size_t count = 0;
+    if (!psoup__multiply(rows, (size_t)width, &count))
+        s->overflow = true;
+    return psoup__slab_take(s, count, sizeof(float));
+}
+
+static void lay_out_layer(psoup__tape *t, psoup__layer_tape *layer) {
+    const psoup_model *m = t->model;
+    psoup__slab *s = &t->device;
+    size_t rows = (size_t)t->rows;
+    int32_t dim = m->config.hidden_size, ffn = m->config.intermediate_size;
+    layer->x = take_rows(s, rows, dim);
+    layer->rstd1 = take_rows(s, rows, 1);
+    layer->norm1 = take_rows(s, rows, dim);
+    layer->q = take_rows(s, rows, m->q_width);
+    layer->k = take_rows(s, rows, m->kv_width);
+    layer->v = take_rows(s, rows, m->kv_width);
+    layer->attended = take_rows(s, rows, m->q_width);
+    layer->lse = t->saved ? take_rows(s, rows, m->config.num_attention_heads) : NULL;
+    layer->middle = take_rows(s, rows, dim);
+    layer->rstd2 = take_rows(s, rows, 1);
+    layer->norm2 = take_rows(s, rows, dim);
+    layer->gate = take_rows(s, rows, ffn);
+    layer->up = take_rows(s, rows, ffn);
+}
+
+static void lay_out_device(psoup__tape *t) {
+    const psoup_model *m = t->model;
+    psoup__slab *s = &t->device;
+    size_t rows = (size_t)t->rows, cells = rows * (size_t)t->active;
+    int32_t layers = m->config.num_hidden_layers, dim = m->config.hidden_size;
+    t->token = psoup__slab_take(s, rows, sizeof *t->token);
+    t->position = psoup__slab_take(s, rows, sizeof *t->position);
+    t->mix_rows = psoup__slab_take(s, cells, sizeof *t->mix_rows);
+    t->mix_weight = psoup__slab_take(s, cells, sizeof *t->mix_weight);
+    t->act = take_rows(s, rows, m->config.intermediate_size);
+    int32_t widest = m->config.intermediate_size;
+    widest = widest > dim ? widest : dim;
+    widest = widest > m->q_width ? widest : m->q_width;
+    t->dropped = t->dropout > 0 ? take_rows(s, rows, widest) : NULL;
+    t->rstd = take_rows(s, rows, 1);
+    t->hidden = take_rows(s, rows, dim);
+    bool real = s->base != NULL;
+    psoup__layer_tape measured, shared = {0};
+    size_t most = 0;
+    for (int32_t l = 0; l < layers; l++)
+        for (int i = 0; i < PSOUP__LINEARS; i++) {
+            size_t count = u_count(t, l, i);
+            most = count > most ? count : most;
+        }
+    if (!t->saved) {
+        /* One layer's worth, used by all in turn. */
+        lay_out_layer(t, &shared);
+        float *u = psoup__slab_take(s, most, sizeof(float));
+        for (int i = 0; i < PSOUP__LINEARS; i++)
+            shared.u[i] = u;
+        for (int32_t l = 0; real && l <= layers; l++)
+            t->layers[l] = shared;
+        return;
+    }
+    for (int32_t l = 0; l < layers; l++) {
+        psoup__layer_tape *layer = real ? &t->layers[l] : &measured;
+        lay_out_layer(t, layer);
+        for (int i = 0; i < PSOUP__LINEARS; i++)
+            layer->u[i] = psoup__slab_take(s, u_count(t, l, i), sizeof(float));
+    }
+    float *last = take_rows(s, rows, dim);
+    if (real)
+        t->layers[layers] = (psoup__layer_tape){.x = last};
+}
+
+/* ---- the batch -------------------------------------------------------------------------------- */
+
+static int32_t count_active(const psoup_model *model, const psoup__batch *batch) {
+    int32_t active = 0;
+    for (int32_t i = 0; batch->mix && i < model->n_adapters; i++) {
+        bool used = false;
+        for (int32_t s = 0; s < batch->n && !used; s++)
+            used = batch->mix[(size_t)s * (size_t)model->n_adapters + (size_t)i] != 0;
+        active += used;
+    }
+    return active;
+}
+
+/* The mix per row over the active adapters, and the rows of each. */
+static void expand_mix(psoup__tape *t, const psoup__batch *batch) {
+    size_t n_adapters = (size_t)t->model->n_adapters, active = (size_t)t->active;
+    int32_t used = 0, slot = 0;
+    t->first[0] = 0;
+    for (size_t i = 0; t->active > 0 && i < n_adapters; i++) {
+        int32_t before = used;
+        for (int32_t s = 0; s < batch->n; s++) {
+            float weight = batch->mix[(size_t)s * n_adapters + i];
+            for (int32_t r = batch->start[s]; weight != 0 && r < batch->start[s + 1]; r++)
+                t->used_by[used++] = r;
+        }
+        if (used == before)
+            continue;
+        for (int32_t s = 0; s < batch->n; s++)
+            for (int32_t r = batch->start[s]; r < batch->start[s + 1]; r++)
+                t->weight_host[(size_t)r * active + (size_t)slot] =
+                    batch->mix[(size_t)s * n_adapters + i];
+        t->adapter[slot++] = (int32_t)i;
+        t->first[slot] = used;
+    }
+}
+
+void psoup__tape_collect(psoup__tape *t) {
+    psoup__lora *to = t->lora;
+    int32_t pairs = t->model->config.num_hidden_layers * PSOUP__LINEARS;
+    for (int32_t pair = 0; pair < pairs; pair++)
+        for (int32_t i = 0; i < t->active; i++)
+            *to++ = t->model->adapters[t->adapter[i]]->lora[pair];
+}
+
+static void expand_sequences(psoup__tape *t, const psoup__batch *batch, const psoup__cache *cache) {
+    memcpy(t->start, batch->start, ((size_t)batch->n + 1) * sizeof *t->start);
+    for (int32_t s = 0; s < batch->n; s++)
+        for (int32_t r = batch->start[s]; r < batch->start[s + 1]; r++) {
+            t->position_host[r] = r - batch->start[s] + (cache ? cache->past[s] : 0);
+            if (t->dropout > 0) {
+                t->drop_seed[r] = batch->dropout_seed[s];
+                t->drop_stream[r] = batch->dropout_stream[s];
+            }
+        }
+}
+
+psoup_status psoup__tape_prepare(psoup__tape *t, const psoup__batch *batch, bool save,
+                                 const psoup__cache *cache, psoup_error *error) {
+    psoup_model *model = t->model;
+    const psoup__ops *ops = model->be->ops;
+    psoup_status status;
+    t->rows = 0; /* until all is well there is no batch to ask about */
+    PSOUP__TRY(check_batch(model, batch, cache, error));
+    t->rows = batch->rows;
+    t->n = batch->n;
+    t->saved = save;
+    t->dropout = batch->dropout;
+    t->active = count_active(model, batch);
+    t->n_adapters = model->n_adapters;
+
+    psoup__slab_measure(&t->host);
+    lay_out_host(t, cache != NULL);
+    PSOUP__TRY(psoup__slab_grow(t, &t->host, false, error));
+    lay_out_host(t, cache != NULL);
+    expand_mix(t, batch);
+    expand_sequences(t, batch, cache);
+    psoup__tape_collect(t);
+
+    psoup__slab_measure(&t->device);
+    lay_out_device(t);
+    PSOUP__TRY(psoup__slab_grow(t, &t->device, true, error));
+    lay_out_device(t);
+    size_t rows = (size_t)t->rows, cells = rows * (size_t)t->active;
+    ops->write(model->be, t->token, batch->tokens, rows * sizeof *t->token);
+    ops->write(model->be, t->position, t->position_host, rows * sizeof *t->position);
+    ops->write(model->be, t->mix_weight, t->weight_host, cells * sizeof *t->mix_weight);
+    ops->write(model->be, t->mix_rows, t->used_by,
+               (size_t)t->first[t->active] * sizeof *t->mix_rows);
+    t->mix = (psoup__mix){
+        .n = t->active, .weight = t->mix_weight, .rows = t->mix_rows, .first = t->first};
+    return PSOUP_OK;
+fail:
+    t->rows = 0;
+    return status;
+}
+
+const psoup__lora *psoup__tape_lora(const psoup__tape *t, int32_t layer, int linear) {
+    const psoup__lora *lora =
+        t->lora + ((size_t)layer * PSOUP__LINEARS + (size_t)linear) * (size_t)t->active;
+    for (int32_t i = 0; i < t->active; i++)
+        if (lora[i].rank > 0)
+            return lora;
+    return NULL;
+}
+
+/* The pattern's place: layer and linear above bit 32, the token's position below. */
+psoup__dropout psoup__tape_dropout(psoup__tape *t, int32_t layer, int linear) {
+    uint64_t pair = (uint64_t)layer * PSOUP__LINEARS + (uint64_t)linear;
+    for (int32_t r = 0; r < t->rows; r++)
+        t->drop_offset[r] = pair << 32 | (uint64_t)t->position_host[r];
+    return (psoup__dropout){.p = t->dropout,
+                            .seed = t->drop_seed,
+                            .stream = t->drop_stream,
+                            .offset = t->drop_offset};
+}
+
+const float *psoup__tape_drop(psoup__tape *t, const float *x, int32_t layer, int linear) {
+    if (!(t->dropout > 0))
+        return x;
+    psoup__dropout dropout = psoup__tape_dropout(t, layer, linear);
+    psoup__backend *be = t->model->be;
+    be->ops->dropout(be, t->dropped, x, &dropout, t->rows,
+                     t->model->layers[layer].linear[linear].in);
+    return t->dropped;
+}
+
+static void lay_out_chunk(psoup__tape *t) {
+    psoup__slab *s = &t->chunk_slab;
+    size_t rows = (size_t)t->chunk_rows;
+    t->chunk.row = psoup__slab_take(s, rows, sizeof(int32_t));
+    t->chunk.target = psoup__slab_take(s, rows, sizeof(int32_t));
+    t->chunk.hidden = take_rows(s, rows, t->model->config.hidden_size);
+    t->chunk.logits = take_rows(s, rows, t->model->config.vocab_size);
+    t->chunk.logprob = take_rows(s, rows, 1);
+    t->chunk.lse = take_rows(s, rows, 1);
+}
+
+psoup_status psoup__tape_chunk(psoup__tape *t, psoup_error *error) {
+    if (t->chunk_slab.base)
+        return PSOUP_OK;
+    psoup__slab_measure(&t->chunk_slab);
+    lay_out_chunk(t);
+    psoup_status status = psoup__slab_grow(t, &t->chunk_slab, true, error);
+    if (status == PSOUP_OK)
+        lay_out_chunk(t);
+    return status;
+}

@@ -1,0 +1,124 @@
+/* The activations of one batch, and what forward and backward share. */
+#ifndef PSOUP__TAPE_H
+#define PSOUP__TAPE_H
+
+#include "model/model.h"
+
+/* One layer's activations; device memory. */
+typedef struct psoup__layer_tape {
+    float *x;               /* [rows, dim] the residual stream where it enters the layer */
+    float *rstd1, *norm1;   /* [rows], [rows, dim] */
+    float *q;               /* [rows, q_width], rotated */
+    float *k, *v;           /* [rows, kv_width], k rotated */
+    float *attended;        /* [rows, q_width] */
+    float *lse;             /* [rows, heads] */
+    float *middle;          /* [rows, dim] the stream after attention */
+    float *rstd2, *norm2;   /* [rows], [rows, dim] */
+    float *gate, *up;       /* [rows, ffn] */
+    float *u[PSOUP__LINEARS]; /* see ops.h, linear_mix */
+} psoup__layer_tape;
+
+/* A KV cache that a batch reads and appends to: layer l, place s, token t at
+ * ((l · places + s) · max_tokens + t) · kv_width. */
+typedef struct psoup__cache {
+    float *k, *v; /* device */
+    int32_t places, max_tokens;
+    const int32_t *place; /* host [batch n] */
+    const int32_t *past;  /* host [batch n]: tokens it already holds */
+} psoup__cache;
+
+/* Memory handed out in slices, by the same code twice: after `measure` slices are NULL and only
+ * counted; after `grow` they are real. */
+typedef struct psoup__slab {
+    char *memory, *base; /* base: memory, or NULL while measuring */
+    size_t used, capacity;
+    bool overflow;
+} psoup__slab;
+void psoup__slab_measure(psoup__slab *slab);
+
+/* A chunk of rows on their way through the lm head. */
+typedef struct psoup__chunk {
+    int32_t *row, *target;  /* device [chunk_rows] */
+    float *hidden;          /* [chunk_rows, dim] */
+    float *logits;          /* [chunk_rows, vocab] */
+    float *logprob, *lse;   /* [chunk_rows] */
+} psoup__chunk;
+
+struct psoup__tape {
+    psoup_model *model;
+    /* The batch. */
+    int32_t n, rows;
+    bool saved;       /* holds what a backward needs */
+    float dropout;
+    int32_t active;   /* adapters with a non-zero weight somewhere */
+    int32_t n_adapters;
+    int32_t *adapter; /* host [active]: their numbers, ascending */
+    psoup__lora *lora; /* host [layers · LINEARS, active] */
+    psoup__mix mix;   /* over the active adapters */
+    /* Host. */
+    int32_t *start;   /* [n + 1] */
+    int32_t *position_host, *used_by; /* [rows], [rows · active] */
+    float *weight_host;               /* [rows, active] */
+    int32_t *first;                   /* [active + 1] */
+    uint64_t *drop_seed, *drop_stream, *drop_offset; /* [rows] */
+    psoup__span *spans;               /* [n] */
+    float **k_to, **v_to;             /* [rows] */
+    psoup__layer_tape *layers;        /* [layers + 1]; the last has x alone */
+    psoup__slab host;
+    /* Device. */
+    int32_t *token, *position, *mix_rows;
+    float *mix_weight;
+    float *act;      /* [rows, ffn] */
+    float *dropped;  /* [rows, widest input]: an adapter's input after dropout */
+    float *rstd, *hidden; /* [rows], [rows, dim]: the last norm */
+    psoup__slab device;
+    /* Grown on their first use: */
+    int32_t chunk_rows;
+    psoup__chunk chunk;
+    psoup__slab chunk_slab;
+    psoup__slab backward;
+    psoup__slab heads;
+};
+
+void *psoup__slab_take(psoup__slab *slab, size_t count, size_t size);
+/* After the measuring pass: makes sure of the room. What was in it is lost. */
+psoup_status psoup__slab_grow(psoup__tape *tape, psoup__slab *slab, bool device,
+                              psoup_error *error);
+
+/* Checks the batch, expands the mix to rows, lays out memory and copies the batch to the device. */
+psoup_status psoup__tape_prepare(psoup__tape *tape, const psoup__batch *batch, bool save,
+                                 const psoup__cache *cache, psoup_error *error);
+/* Collects the active adapters' pairs, with their gradients of this moment, into tape->lora. */
+void psoup__tape_collect(psoup__tape *tape);
+/* The pairs of one linear, or NULL where no active adapter has one. */
+const psoup__lora *psoup__tape_lora(const psoup__tape *tape, int32_t layer, int linear);
+/* What the adapters of a linear see of x: x itself, or tape->dropped. */
+const float *psoup__tape_drop(psoup__tape *tape, const float *x, int32_t layer, int linear);
+psoup__dropout psoup__tape_dropout(psoup__tape *tape, int32_t layer, int linear);
+psoup_status psoup__tape_chunk(psoup__tape *tape, psoup_error *error);
+psoup_status psoup__check_rows(const psoup__tape *tape, const int32_t *row, const int32_t *target,
+                               int32_t n, psoup_error *error);
+
+/* psoup__forward over a cache: positions go on from what each place holds. */
+psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *tape,
+                                   const psoup__batch *batch, bool save,
+                                   const psoup__cache *cache, psoup_error *error);
+/* The lm head at `rows` ≤ chunk_rows rows of the batch: fills chunk.row, .hidden and .logits. */
+void psoup__chunk_logits(psoup__tape *tape, const int32_t *row, int32_t rows);
+
+extern const psoup__mix psoup__no_mix;
+
+/* What one list of head rows needs on the device. */
+typedef struct psoup__head_space {
+    int32_t *row, *identity; /* [n]: the rows; 0 … n−1 */
+    float *value;            /* [n] */
+    float *dweight;          /* [dim + 1]: gradients of a frozen head, which nobody reads */
+    float *gathered, *dropped; /* [n, dim], with dropout */
+} psoup__head_space;
+psoup_status psoup__head_prepare(psoup__tape *tape, const psoup__head_rows *heads,
+                                 psoup__head_space *space, psoup_error *error);
+/* The hidden states the head sees: the tape's own, or a dropped-out copy numbered 0 … n−1. */
+const float *psoup__head_hidden(psoup__tape *tape, const psoup__head_rows *heads,
+                                const psoup__head_space *space);
+
+#endif
