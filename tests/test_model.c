@@ -1,0 +1,580 @@
+/* The model against transformers, PEFT and autograd (golden files of tests/golden/model.py), and
+ * against its own definition.  `test_model --write DIR` writes what `model.py --verify DIR` reads.
+ */
+#include "model_case.h"
+
+/* ---- golden files ----------------------------------------------------------------------------- */
+
+typedef struct golden {
+    psoup__weights *file;
+    psoup_row row[4];
+    size_t total;
+} golden;
+
+static const float *golden_data(const golden *g, const char *name, size_t *count) {
+    const psoup__tensor *tensor = psoup__weights_find(g->file, name);
+    ck_assert_msg(tensor != NULL, "golden file without %s", name);
+    if (count)
+        ck_assert(psoup__tensor_elements(tensor, count));
+    return tensor->data;
+}
+
+static void open_golden(psoup_context *context, const char *path, golden *g) {
+    OK(psoup__weights_open(context, path, "golden", &g->file, &error));
+    const int32_t *tokens = (const void *)golden_data(g, "tokens", &g->total);
+    const int32_t *lengths = (const void *)golden_data(g, "lengths", NULL);
+    for (int i = 0; i < 4; tokens += lengths[i++])
+        g->row[i] = (psoup_row){.tokens = tokens, .n = (size_t)lengths[i]};
+}
+
+static void check_logits(psoup_model *model, const golden *g) {
+    size_t n = 0;
+    const float *expected = golden_data(g, "logits", &n);
+    ck_assert_uint_eq(n, (g->total + 7) / 8 * VOCAB);
+    float *logits = malloc(g->total * VOCAB * sizeof *logits);
+    OK(psoup_model_logits(model, g->row, 4, logits, &error));
+    for (size_t i = 0; i < g->total; i += 8)
+        ck_assert_double_lt(distance(logits + i * VOCAB, expected + i / 8 * VOCAB, VOCAB), 1e-4);
+    free(logits);
+}
+
+/* Every "grad:NAME" of the golden file within 1e-4 relative; returns how many. */
+static int check_gradients(psoup_model *model, const golden *g, uint32_t what) {
+    psoup_gradients *gradients = NULL;
+    int checked = 0;
+    OK(psoup_model_gradients(model, g->row, 4, golden_data(g, "weights", NULL), what, &gradients,
+                             &error));
+    for (size_t i = 0; i < psoup__weights_count(g->file); i++) {
+        const char *name = psoup__weights_name(g->file, i);
+        size_t n = 0, count = 0;
+        if (strncmp(name, "grad:", 5) != 0)
+            continue;
+        const float *expected = golden_data(g, name, &n);
+        const float *got = psoup_gradients_get(gradients, name + 5, &count);
+        ck_assert_msg(got && count == n, "%s: %zu elements, expected %zu", name, count, n);
+        double off = relative(got, expected, n);
+        ck_assert_msg(off < 1e-4, "%s: relative error %g", name, off);
+        checked++;
+    }
+    if (what & PSOUP_GRADIENT_MIX) {
+        size_t n = 0, count = 0;
+        const float *expected = golden_data(g, "mixgrad", &n);
+        const float *got = psoup_gradients_get(gradients, "mix", &count);
+        ck_assert_uint_eq(count, n);
+        ck_assert_double_lt(relative(got, expected, n), 1e-4);
+        for (size_t i = 0; i < n; i++)
+            ck_assert(expected[i] != 0 || got[i] == 0);
+    }
+    psoup_gradients_free(gradients);
+    return checked;
+}
+
+static void copy_file(const char *from, const char *to) {
+    char command[256];
+    snprintf(command, sizeof command, "cp '%s' '%s'", from, to);
+    ck_assert_int_eq(system(command), 0);
+}
+
+static const struct {
+    const char *kind;
+    int gradients; /* how many the golden file holds */
+} kinds[] = {{"plain", 21}, {"tied", 4}, {"biases", 11}, {"qwen2", 7},
+             {"llama3", 0}, {"linear", 0}, {"yarn", 0},  {"dynamic", 0}};
+
+START_TEST(golden_base) {
+    const char *kind = kinds[_i].kind;
+    char path[128], file[160], directory[64];
+    psoup_context *context = make_context(2);
+    psoup_model *model = NULL;
+    golden g;
+    snprintf(path, sizeof path, GOLDEN "%s", kind);
+    snprintf(file, sizeof file, "%s/golden.safetensors", path);
+    strcpy(directory, temporary_directory());
+    if (kinds[_i].gradients == 0) { /* the weights of "tied" under another config */
+        char config[160], to[128];
+        snprintf(config, sizeof config, "%s/config.json", path);
+        snprintf(to, sizeof to, "%s/config.json", directory);
+        copy_file(config, to);
+        snprintf(to, sizeof to, "%s/model.safetensors", directory);
+        copy_file(GOLDEN "tied/model.safetensors", to);
+        strcpy(path, directory);
+    }
+    OK(psoup_model_load(context, path, &model, &error));
+    open_golden(context, file, &g);
+    check_logits(model, &g);
+    if (kinds[_i].gradients)
+        ck_assert_int_eq(check_gradients(model, &g, PSOUP_GRADIENT_BASE), kinds[_i].gradients);
+    psoup__weights_free(g.file);
+    psoup_model_free(model);
+    psoup_context_free(context);
+    remove_directory(directory);
+}
+END_TEST
+
+START_TEST(golden_mix) {
+    psoup_context *context = make_context(2);
+    psoup_model *model = load_plain(context, true);
+    golden g;
+    open_golden(context, GOLDEN "mix.safetensors", &g);
+    const float *mix = golden_data(&g, "mix", NULL);
+    for (int i = 0; i < 4; i++)
+        g.row[i].mix = mix + 2 * i;
+    check_logits(model, &g);
+    /* 2 layers of 7 pairs, and 2 of 2. */
+    ck_assert_int_eq(check_gradients(model, &g, PSOUP_GRADIENT_ADAPTERS | PSOUP_GRADIENT_MIX), 36);
+    /* The mix alone, with everything else frozen. */
+    psoup_gradients *alone = NULL;
+    size_t n = 0;
+    OK(psoup_model_gradients(model, g.row, 4, golden_data(&g, "weights", NULL), PSOUP_GRADIENT_MIX,
+                             &alone, &error));
+    ck_assert_double_lt(
+        relative(psoup_gradients_get(alone, "mix", &n), golden_data(&g, "mixgrad", NULL), 8), 1e-4);
+    ck_assert_ptr_null(psoup_gradients_get(alone, "model.norm.weight", &n));
+    psoup_gradients_free(alone);
+    psoup__weights_free(g.file);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
+/* ---- finite differences ----------------------------------------------------------------------- */
+
+static double weighted_sum(psoup_model *model, const sample_rows *rows) {
+    float out[256];
+    double sum = 0;
+    OK(psoup_model_logprobs(model, rows->row, rows->n, out, &error));
+    for (size_t i = 0; i < rows->total - rows->n; i++)
+        sum += out[i];
+    return sum;
+}
+
+/* d f(p + t·direction) / dt at 0 against <gradient, direction>; the direction leans on the gradient,
+ * so that the derivative stands out of f32's rounding. */
+static void check_direction(psoup_model *model, const sample_rows *rows, float *p, const float *g,
+                            size_t n) {
+    double square = 0, expected = 0;
+    float *old = malloc(n * sizeof *old), *direction = malloc(n * sizeof *direction);
+    psoup__random random = {.seed = 3};
+    for (size_t i = 0; i < n; i++)
+        square += (double)g[i] * g[i];
+    for (size_t i = 0; i < n; i++) {
+        direction[i] = (float)(g[i] / sqrt(square) * 2 * psoup__random_uniform(&random));
+        expected += (double)g[i] * direction[i];
+        old[i] = p[i];
+    }
+    double t = 2e-3, sides[2];
+    for (int side = 0; side < 2; side++) {
+        for (size_t i = 0; i < n; i++)
+            p[i] = old[i] + (float)(side ? -t : t) * direction[i];
+        sides[side] = weighted_sum(model, rows);
+    }
+    memcpy(p, old, n * sizeof *p);
+    double measured = (sides[0] - sides[1]) / (2 * t);
+    ck_assert_msg(fabs(measured - expected) < 5e-3 * fabs(expected), "measured %g, gradient %g",
+                  measured, expected);
+    free(old);
+    free(direction);
+}
+
+START_TEST(finite_differences) {
+    psoup_context *context = make_context(2);
+    psoup_model *model = load_plain(context, true);
+    sample_rows rows;
+    float mix[5][2] = {{0.5f, 0.5f}, {1, 0}, {0, 0}, {0.25f, 0.75f}, {0, 1}};
+    fill_rows(&rows, 5, 11);
+    for (size_t i = 0; i < rows.n; i++)
+        rows.row[i].mix = mix[i];
+    psoup_gradients *g = NULL;
+    OK(psoup_model_gradients(model, rows.row, rows.n, NULL, 7, &g, &error));
+    size_t n = 0;
+    const float *first = psoup_gradients_get(g, "all/model.layers.0.self_attn.q_proj.lora_A", &n);
+    psoup__adapter *all = psoup__model_adapter(model, "all");
+    check_direction(model, &rows, all->data, first, all->count);
+    first = psoup_gradients_get(g, "qv/model.layers.0.self_attn.q_proj.lora_A", &n);
+    psoup__adapter *qv = psoup__model_adapter(model, "qv");
+    check_direction(model, &rows, qv->data, first, qv->count);
+    OK(psoup__model_train_base(model, true, &error));
+    check_direction(model, &rows, model->data,
+                    psoup_gradients_get(g, "model.embed_tokens.weight", &n), model->count);
+    /* The mix, by its own definition: only weights that are not zero have a gradient. */
+    const float *dmix = psoup_gradients_get(g, "mix", &n);
+    ck_assert_uint_eq(n, 10);
+    for (size_t i = 0; i < n; i++) {
+        float *w = &mix[i / 2][i % 2], old = *w, t = 5e-3f;
+        if (old == 0)
+            continue;
+        *w = old + t;
+        double up = weighted_sum(model, &rows);
+        *w = old - t;
+        double measured = (up - weighted_sum(model, &rows)) / (2 * (double)t);
+        *w = old;
+        ck_assert_msg(fabs(measured - dmix[i]) < 1e-2 * (fabs((double)dmix[i]) + 1),
+                      "mix %zu: measured %g, gradient %g", i, measured, (double)dmix[i]);
+    }
+    psoup_gradients_free(g);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
+/* ---- the mix ---------------------------------------------------------------------------------- */
+
+/* W += Σ mix_i s_i B_i A_i, densely, in f64. */
+static void fold(psoup_model *model, const float *mix) {
+    OK(psoup__model_train_base(model, true, &error));
+    for (int32_t l = 0; l < model->config.num_hidden_layers; l++)
+        for (int j = 0; j < PSOUP__LINEARS; j++) {
+            psoup__weight *w = &model->layers[l].linear[j];
+            float *data = (float *)(uintptr_t)w->data;
+            for (int32_t o = 0; o < w->out; o++)
+                for (int32_t i = 0; i < w->in; i++) {
+                    double sum = data[o * w->in + i];
+                    for (int32_t a = 0; a < model->n_adapters; a++) {
+                        const psoup__lora *lora = &model->adapters[a]->lora[l * PSOUP__LINEARS + j];
+                        for (int32_t r = 0; r < lora->rank; r++)
+                            sum += (double)mix[a] * lora->scale * lora->b[o * lora->rank + r] *
+                                   lora->a[r * w->in + i];
+                    }
+                    data[o * w->in + i] = (float)sum;
+                }
+        }
+}
+
+START_TEST(mixed_row_equals_merged_model) {
+    psoup_context *context = make_context(2);
+    psoup_model *model = load_plain(context, true), *merged = load_plain(context, true);
+    sample_rows rows;
+    const float mix[5][2] = {{1, 0}, {0.4f, 0.6f}, {0, 0}, {-0.5f, 1.5f}, {0, 1}};
+    float logits[80 * VOCAB], alone[40 * VOCAB];
+    fill_rows(&rows, 5, 12);
+    for (size_t i = 0; i < rows.n; i++)
+        rows.row[i].mix = mix[i];
+    OK(psoup_model_logits(model, rows.row, rows.n, logits, &error));
+    for (size_t i = 0, at = 0; i < rows.n; at += rows.row[i++].n) {
+        psoup_row row = {.tokens = rows.row[i].tokens, .n = rows.row[i].n};
+        psoup_model_free(merged);
+        merged = load_plain(context, true);
+        fold(merged, mix[i]);
+        OK(psoup_model_logits(merged, &row, 1, alone, &error));
+        double off = distance(alone, logits + at * VOCAB, row.n * VOCAB);
+        ck_assert_msg(off < 1e-5, "row %zu: %g", i, off);
+    }
+    psoup_model_free(merged);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
+START_TEST(zero_mix_is_the_base_and_nan_stays_home) {
+    psoup_context *context = make_context(2);
+    psoup_model *base = load_plain(context, false), *model = load_plain(context, true);
+    sample_rows rows;
+    const float mix[4][2] = {{0, 0}, {0, 1}, {1, 0}, {0, 0}};
+    float expected[60 * VOCAB], got[60 * VOCAB], clean[60 * VOCAB];
+    fill_rows(&rows, 4, 13);
+    OK(psoup_model_logits(base, rows.row, 4, expected, &error));
+    for (int i = 0; i < 4; i++)
+        rows.row[i].mix = i == 3 ? NULL : mix[i];
+    OK(psoup_model_logits(model, rows.row, 4, clean, &error));
+    psoup__adapter *all = psoup__model_adapter(model, "all");
+    for (size_t i = 0; i < all->count; i++)
+        all->data[i] = NAN;
+    OK(psoup_model_logits(model, rows.row, 4, got, &error));
+    size_t cells = VOCAB * sizeof *got;
+    ck_assert(memcmp(got, expected, 7 * cells) == 0);                    /* zeros */
+    ck_assert(memcmp(got + 27 * VOCAB, expected + 27 * VOCAB, 33 * cells) == 0); /* NULL */
+    ck_assert(memcmp(got + 7 * VOCAB, clean + 7 * VOCAB, 19 * cells) == 0);      /* the other one */
+    ck_assert(memcmp(got + 7 * VOCAB, expected + 7 * VOCAB, 19 * cells) != 0);
+    ck_assert(isnan(got[26 * VOCAB]));                                   /* the one that uses it */
+    /* Gradients of the healthy adapter carry no NaN either. */
+    psoup_gradients *g = NULL;
+    size_t n = 0;
+    OK(psoup_model_gradients(model, rows.row, 4, NULL, PSOUP_GRADIENT_ADAPTERS, &g, &error));
+    const float *dq = psoup_gradients_get(g, "qv/model.layers.0.self_attn.q_proj.lora_A", &n);
+    double sum = 0;
+    for (size_t i = 0; i < psoup__model_adapter(model, "qv")->count; i++)
+        sum += fabs((double)dq[i]);
+    ck_assert(isfinite(sum) && sum > 0);
+    psoup_gradients_free(g);
+    psoup_model_free(base);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
+/* ---- files ------------------------------------------------------------------------------------ */
+
+START_TEST(adapters_come_back) {
+    psoup_context *context = make_context(1);
+    psoup_model *model = load_plain(context, true);
+    char directory[64];
+    strcpy(directory, temporary_directory());
+    for (int32_t i = 0; i < 2; i++) {
+        const char *name = psoup_model_adapter_name(model, i);
+        OK(psoup_model_save_adapter(model, name, directory, NULL, &error));
+        OK(psoup_model_load_adapter(model, "again", directory, &error));
+        const psoup__adapter *a = model->adapters[i], *b = psoup__model_adapter(model, "again");
+        ck_assert_uint_eq(a->count, b->count);
+        ck_assert(memcmp(a->data, b->data, a->count * sizeof(float)) == 0);
+        ck_assert_int_eq(a->rank, b->rank);
+        ck_assert_int_eq(a->rslora, b->rslora);
+        for (int pair = 0; pair < 14; pair++) {
+            ck_assert_int_eq(a->lora[pair].rank, b->lora[pair].rank);
+            ck_assert(a->lora[pair].scale == b->lora[pair].scale);
+        }
+        OK(psoup_model_remove_adapter(model, "again", &error));
+    }
+    /* With a scalar head. */
+    psoup__adapter *qv = psoup__model_adapter(model, "qv");
+    size_t before = qv->count;
+    OK(psoup__adapter_add_head(model, qv, &error));
+    ck_assert_uint_eq(qv->count, before + 33);
+    for (int i = 0; i < 33; i++)
+        qv->head[i] = (float)i / 7;
+    OK(psoup__adapter_save(model, qv, directory, "base", true, &error));
+    OK(psoup_model_load_adapter(model, "critic", directory, &error));
+    const psoup__adapter *critic = psoup__model_adapter(model, "critic");
+    ck_assert_ptr_nonnull(critic->head);
+    ck_assert(memcmp(critic->data, qv->data, qv->count * sizeof(float)) == 0);
+    const float *data = NULL;
+    size_t count = 0;
+    OK(psoup_model_adapter_data(model, "critic", &data, &count, &error));
+    ck_assert_uint_eq(count, qv->count);
+    ck_assert(memcmp(data, qv->data, count * sizeof(float)) == 0);
+    remove_directory(directory);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
+static const psoup_dtype dtypes[] = {PSOUP_F32, PSOUP_F16, PSOUP_BF16};
+
+START_TEST(models_come_back) {
+    psoup_context *context = make_context(1);
+    char directory[64];
+    strcpy(directory, temporary_directory());
+    psoup_model_config config = PSOUP_MODEL_CONFIG_INIT;
+    config.vocab_size = VOCAB;
+    config.hidden_size = 24;
+    config.intermediate_size = 40;
+    config.num_hidden_layers = 2;
+    config.num_attention_heads = 3;
+    config.num_key_value_heads = 1;
+    config.max_position_embeddings = 64;
+    config.qkv_bias = _i == 1;
+    config.tie_word_embeddings = _i == 2;
+    config.torch_dtype = (int32_t)dtypes[_i];
+    config.initializer_range = 0.2f;
+    psoup_model *model = NULL, *again = NULL;
+    OK(psoup_model_create(context, &config, 5, &model, &error));
+    OK(psoup_model_save(model, directory, NULL, &error));
+    OK(psoup_model_load(context, directory, &again, &error));
+    ck_assert_int_eq(psoup_model_parameters(model), psoup_model_parameters(again));
+    psoup_model_config got = {.size = sizeof got};
+    OK(psoup_model_get_config(again, &got, &error));
+    ck_assert_int_eq(got.torch_dtype, config.torch_dtype);
+    ck_assert_int_eq(got.head_dim, 8);
+    sample_rows rows;
+    float a[64 * VOCAB], b[64 * VOCAB];
+    fill_rows(&rows, 4, 1);
+    OK(psoup_model_logits(model, rows.row, 4, a, &error));
+    OK(psoup_model_logits(again, rows.row, 4, b, &error));
+    ck_assert(memcmp(a, b, rows.total * VOCAB * sizeof *a) == 0);
+    ck_assert_double_gt(distance(a, a + 9 * VOCAB, VOCAB), 0.01);
+    /* Thawed and frozen again: the same bits. */
+    OK(psoup__model_train_base(again, true, &error));
+    OK(psoup_model_logits(again, rows.row, 4, b, &error));
+    ck_assert(memcmp(a, b, rows.total * VOCAB * sizeof *a) == 0);
+    OK(psoup__model_train_base(again, false, &error));
+    OK(psoup_model_logits(again, rows.row, 4, b, &error));
+    ck_assert(memcmp(a, b, rows.total * VOCAB * sizeof *a) == 0);
+    psoup_model_free(model);
+    psoup_model_free(again);
+    psoup_context_free(context);
+    remove_directory(directory);
+}
+END_TEST
+
+/* ---- bad input -------------------------------------------------------------------------------- */
+
+#define REFUSED(call, status, text)                                                                \
+    do {                                                                                           \
+        ck_assert_int_eq((call), (status));                                                        \
+        ck_assert_msg(strstr(error.message, (text)) != NULL, "message: %s", error.message);        \
+    } while (0)
+
+/* plain's weights with one tensor spoiled: 0 left out, 1 turned, 2 NaN, 3 one too many. */
+static void write_spoiled(psoup_context *context, const char *directory, int how) {
+    static const char name[] = "model.layers.1.mlp.up_proj.weight";
+    char path[128];
+    psoup__weights *weights = NULL;
+    psoup__safetensors_writer *writer = NULL;
+    static uint16_t values[48 * 32];
+    OK(psoup__weights_open(context, GOLDEN "plain", "model", &weights, &error));
+    snprintf(path, sizeof path, "%s/config.json", directory);
+    copy_file(GOLDEN "plain/config.json", path);
+    snprintf(path, sizeof path, "%s/model.safetensors", directory);
+    OK(psoup__safetensors_create(context, path, &writer, &error));
+    for (int pass = 0; pass < 2; pass++) {
+        for (size_t i = 0; i < psoup__weights_count(weights); i++) {
+            const psoup__tensor *t = psoup__weights_tensor(weights, i);
+            const char *n = psoup__weights_name(weights, i);
+            bool target = strcmp(n, name) == 0;
+            if (target && how == 0)
+                continue;
+            const int64_t turned[2] = {32, 48};
+            const void *data = t->data;
+            if (target && how == 2) {
+                memcpy(values, t->data, t->bytes);
+                values[777] = 0x7fc0;
+                data = values;
+            }
+            if (pass)
+                OK(psoup__safetensors_write(writer, data, t->bytes, &error));
+            else
+                OK(psoup__safetensors_declare(writer, n, t->dtype, t->rank,
+                                              target && how == 1 ? turned : t->shape, &error));
+        }
+        if (how == 3 && !pass)
+            OK(psoup__safetensors_declare(writer, "model.layers.2.extra", PSOUP_F32, 1,
+                                          (int64_t[]){2}, &error));
+        if (how == 3 && pass)
+            OK(psoup__safetensors_write(writer, (float[]){1, 2}, 8, &error));
+        if (!pass)
+            OK(psoup__safetensors_begin(writer, &error));
+    }
+    OK(psoup__safetensors_commit(writer, &error));
+    psoup__safetensors_writer_free(writer);
+    psoup__weights_free(weights);
+}
+
+START_TEST(bad_weights) {
+    static const char *const says[] = {"model.layers.1.mlp.up_proj.weight is missing",
+                                       "has shape [32, 48], config.json asks for [48, 32]",
+                                       "model.layers.1.mlp.up_proj.weight holds NaN",
+                                       "model.layers.2.extra belongs to no weight"};
+    psoup_context *context = make_context(1);
+    psoup_model *model = (psoup_model *)1;
+    char directory[64];
+    strcpy(directory, temporary_directory());
+    write_spoiled(context, directory, _i);
+    REFUSED(psoup_model_load(context, directory, &model, &error), PSOUP_ERROR_FORMAT, says[_i]);
+    ck_assert_ptr_null(model);
+    ck_assert_ptr_null(strchr(error.message, '\n'));
+    remove_directory(directory);
+    psoup_context_free(context);
+}
+END_TEST
+
+START_TEST(bad_arguments) {
+    psoup_context *context = make_context(1);
+    psoup_model *model = NULL;
+    psoup_status status = psoup_model_load(context, "no/such/place", &model, &error);
+    ck_assert(status != PSOUP_OK && !model && strstr(error.message, "no/such/place"));
+    model = load_plain(context, true);
+    float weights[2], out[8];
+    REFUSED(psoup_model_parse_mix(model, "all=0.5,nobody=0.5", 0, weights, &error),
+            PSOUP_ERROR_ARGUMENT, "nobody");
+    REFUSED(psoup_model_parse_mix(model, "all=0.5,qv=0.4", 0, weights, &error),
+            PSOUP_ERROR_ARGUMENT, "sum to 0.9");
+    REFUSED(psoup_model_parse_mix(model, "all=0.5,all=0.5", 0, weights, &error),
+            PSOUP_ERROR_ARGUMENT, "twice");
+    REFUSED(psoup_model_parse_mix(model, "all=half", 0, weights, &error), PSOUP_ERROR_ARGUMENT,
+            "NAME=NUMBER");
+    OK(psoup_model_parse_mix(model, "all=0.5,qv=0.4", 1, weights, &error));
+    OK(psoup_model_parse_mix(model, "qv=0.25,all=0.75", 0, weights, &error));
+    ck_assert(weights[0] == 0.75f && weights[1] == 0.25f);
+    OK(psoup_model_parse_mix(model, "", 0, weights, &error));
+    ck_assert(weights[0] == 0 && weights[1] == 0);
+
+    psoup_adapter_options options = PSOUP_ADAPTER_OPTIONS_INIT;
+    REFUSED(psoup_model_add_adapter(model, "qv", &options, &error), PSOUP_ERROR_ARGUMENT, "qv");
+    REFUSED(psoup_model_add_adapter(model, "a=b", &options, &error), PSOUP_ERROR_ARGUMENT, "a=b");
+    options.rank = 0;
+    REFUSED(psoup_model_add_adapter(model, "new", &options, &error), PSOUP_ERROR_ARGUMENT, "rank");
+    REFUSED(psoup_model_remove_adapter(model, "new", &error), PSOUP_ERROR_ARGUMENT, "new");
+    ck_assert(psoup_model_load_adapter(model, "new", "no/such/place", &error) != PSOUP_OK);
+
+    int32_t tokens[70] = {1, VOCAB};
+    psoup_row row = {.tokens = tokens, .n = 2};
+    REFUSED(psoup_model_logprobs(model, &row, 1, out, &error), PSOUP_ERROR_ARGUMENT, "token 80");
+    row.n = 0;
+    REFUSED(psoup_model_logprobs(model, &row, 1, out, &error), PSOUP_ERROR_ARGUMENT, "no tokens");
+    tokens[1] = 1;
+    row.n = 65;
+    REFUSED(psoup_model_logprobs(model, &row, 1, out, &error), PSOUP_ERROR_ARGUMENT,
+            "max_position_embeddings");
+    row = (psoup_row){.tokens = tokens, .n = 2, .mix = (float[]){NAN, 1}};
+    REFUSED(psoup_model_logprobs(model, &row, 1, out, &error), PSOUP_ERROR_ARGUMENT, "all");
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
+/* ---- run -------------------------------------------------------------------------------------- */
+
+/* What another program is to check: a random model and adapter of ours, and our logits. */
+static const char *written;
+
+START_TEST(write_for_peft) {
+    char path[256];
+    psoup_context *context = make_context(1);
+    psoup_model *model = load_plain(context, false);
+    psoup_adapter_options options = PSOUP_ADAPTER_OPTIONS_INIT;
+    options.rank = 3;
+    options.rslora = 1;
+    options.targets = PSOUP_ALL_LINEAR;
+    OK(psoup_model_add_adapter(model, "a", &options, &error));
+    psoup__adapter *adapter = psoup__model_adapter(model, "a");
+    psoup__random random = {.seed = 8};
+    for (size_t i = 0; i < adapter->count; i++)
+        adapter->data[i] = 0.2f * psoup__random_normal(&random);
+    snprintf(path, sizeof path, "%s/base", written);
+    OK(psoup_model_save(model, path, NULL, &error));
+    snprintf(path, sizeof path, "%s/adapter", written);
+    OK(psoup_model_save_adapter(model, "a", path, NULL, &error));
+    sample_rows rows;
+    fill_rows(&rows, 4, 2);
+    psoup_row row = {.tokens = rows.tokens, .n = rows.total, .mix = (float[]){1}};
+    static float logits[64 * VOCAB];
+    OK(psoup_model_logits(model, &row, 1, logits, &error));
+    psoup__safetensors_writer *w = NULL;
+    int64_t n = (int64_t)row.n;
+    snprintf(path, sizeof path, "%s/logits.safetensors", written);
+    OK(psoup__safetensors_create(context, path, &w, &error));
+    OK(psoup__safetensors_declare(w, "tokens", PSOUP_I32, 1, &n, &error));
+    OK(psoup__safetensors_declare(w, "logits", PSOUP_F32, 2, (int64_t[]){n, VOCAB}, &error));
+    OK(psoup__safetensors_begin(w, &error));
+    OK(psoup__safetensors_write(w, row.tokens, row.n * 4, &error));
+    OK(psoup__safetensors_write(w, logits, row.n * VOCAB * 4, &error));
+    OK(psoup__safetensors_commit(w, &error));
+    psoup__safetensors_writer_free(w);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
+int main(int argc, char **argv) {
+    Suite *suite = suite_create("model");
+    TCase *tests = tcase_create("model");
+    tcase_set_timeout(tests, 120);
+    if (argc == 3 && strcmp(argv[1], "--write") == 0) {
+        written = argv[2];
+        tcase_add_test(tests, write_for_peft);
+    }
+    tcase_add_loop_test(tests, golden_base, 0, (int)(sizeof kinds / sizeof *kinds));
+    tcase_add_test(tests, golden_mix);
+    tcase_add_test(tests, finite_differences);
+    tcase_add_test(tests, mixed_row_equals_merged_model);
+    tcase_add_test(tests, zero_mix_is_the_base_and_nan_stays_home);
+    tcase_add_test(tests, adapters_come_back);
+    tcase_add_loop_test(tests, models_come_back, 0, 3);
+    tcase_add_loop_test(tests, bad_weights, 0, 4);
+    tcase_add_test(tests, bad_arguments);
+    suite_add_tcase(suite, tests);
+    SRunner *runner = srunner_create(suite);
+    srunner_run_all(runner, CK_NORMAL);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed != 0;
+}
