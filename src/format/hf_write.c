@@ -27,7 +27,9 @@ static psoup_json *rope_json(const psoup_model_config *c) {
     psoup_json *rope = psoup_json_new_object();
     int failed = psoup_json_set(rope, "rope_type", psoup_json_new_string(names[c->rope_scaling]));
     failed |= psoup_json_set(rope, "factor", float_json(c->rope_factor));
-    if (c->rope_scaling == PSOUP_ROPE_LLAMA3 || c->rope_scaling == PSOUP_ROPE_YARN)
+    if (c->rope_scaling == PSOUP_ROPE_LLAMA3 ||
+        (c->rope_scaling == PSOUP_ROPE_YARN &&
+         c->rope_original_max_position != c->max_position_embeddings))
         failed |= psoup_json_set(rope, "original_max_position_embeddings",
                                  psoup_json_new_integer(c->rope_original_max_position));
     if (c->rope_scaling == PSOUP_ROPE_LLAMA3) {
