@@ -29,6 +29,12 @@ __attribute__((unused)) static void open_context(int threads) {
 __attribute__((unused)) static void set_up(void) { open_context(2); }
 __attribute__((unused)) static void tear_down(void) { psoup_context_free(context); }
 
+/* A pattern for mkstemp and mkdtemp. */
+__attribute__((unused)) static void temporary(char *path, size_t size) {
+    const char *place = getenv("TMPDIR");
+    snprintf(path, size, "%s/psoup-train-XXXXXX", place ? place : P_tmpdir);
+}
+
 /* ---- golden values ---------------------------------------------------------------------------- */
 
 __attribute__((unused)) static psoup_json *golden(const char *name) {
