@@ -274,7 +274,8 @@ typedef struct psoup_ppo_trace {
     const float *advantage;    /* [tokens] whitened */
     const float *returns;      /* [tokens] */
     const float *score;        /* [rollouts] as the reward gave it */
-    const float *first_ratio;  /* [tokens] ratio in the first pass, before any update: all 1 */
+    const float *first_ratio;  /* [tokens] ratio in the first pass, before any update: all 1; NaN
+                                * where a token's first pass came after an update */
     double kl_coefficient;     /* after the step */
 } psoup_ppo_trace;
 psoup_status psoup_ppo_get_trace(const psoup_ppo *ppo, size_t policy, psoup_ppo_trace *out,

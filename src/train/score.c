@@ -27,15 +27,24 @@ typedef struct scoring {
     size_t text_capacity;
 } scoring;
 
+/* Appends the text of n ids. Ids without a token, which a model's padded vocabulary can hold, are left
+ * out, as tokenizers' own decode does; they are sifted into the arena's free end. */
 static psoup_status decode(scoring *s, const int32_t *ids, size_t n, size_t *length,
                            psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    size_t more = 0;
+    size_t known = 0, more = 0;
     const psoup_tokenizer *tokenizer = s->options->tokenizer;
-    PSOUP__TRY(psoup_tokenizer_decode(tokenizer, ids, n, 1, NULL, 0, &more, error));
+    PSOUP__TRY(psoup__reserve(s->context, &s->arena, &s->arena_capacity, s->arena_length + n,
+                              sizeof(*s->arena), error));
+    int32_t *sifted = s->arena + s->arena_length;
+    for (size_t i = 0; i < n; i++)
+        if (psoup_tokenizer_token(tokenizer, ids[i]))
+            sifted[known++] = ids[i];
+    PSOUP__TRY(psoup_tokenizer_decode(tokenizer, sifted, known, 1, NULL, 0, &more, error));
     PSOUP__TRY(psoup__reserve(s->context, &s->text, &s->text_capacity, *length + more + 1, 1,
                               error));
-    PSOUP__TRY(psoup_tokenizer_decode(tokenizer, ids, n, 1, s->text + *length, more, &more, error));
+    PSOUP__TRY(psoup_tokenizer_decode(tokenizer, sifted, known, 1, s->text + *length, more, &more,
+                                      error));
     *length += more;
 fail:
     return status;
