@@ -42,7 +42,7 @@ psoup_status psoup_user_get(const psoup_preferences *preferences, size_t user, i
 
 /* Fills a prompt template: {instruction}, {input} and {preference} are replaced, surplus blanks
  * between them dropped. NULL template: Tulu's "<|user|>\n{instruction} {input} {preference}\n
- * <|assistant|>\n"; "alpaca" and "tulu" by name, anything with a '{' is taken as a template itself.
+ * <|assistant|>\n"; "alpaca" and "tulu" by name, anything with {instruction} is a template itself.
  * input and preference may be NULL. Free with psoup_text_free. */
 psoup_status psoup_template_fill(const char *name_or_template, const char *instruction,
                                  const char *input, const char *preference, char **out,

@@ -2,6 +2,7 @@
  * (Jang et al. 2023, section 2.1 and figure 1).
  */
 #include "eval/eval.h"
+#include "text/text.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -41,17 +42,34 @@ static psoup_status encode(run *r, const char *text, int32_t **ids, size_t *n, p
                                   capacity, n, error);
 }
 
+/* The text of a completion. Where it is not UTF-8 (it may be cut inside a character), and for a NUL,
+ * it holds U+FFFD. */
 static psoup_status decode(run *r, psoup_completion completion, char **out, psoup_error *error) {
+    psoup__buffer text = {.context = r->context};
     size_t length = 0;
     psoup_status status = psoup_tokenizer_decode(r->tokenizer, completion.tokens, completion.n, 1,
                                                  NULL, 0, &length, error);
     if (status != PSOUP_OK)
         return status;
-    *out = psoup__alloc(r->context, length + 1, 1, error);
-    if (!*out)
-        return PSOUP_ERROR_MEMORY;
-    return psoup_tokenizer_decode(r->tokenizer, completion.tokens, completion.n, 1, *out, length,
-                                  &length, error);
+    char *raw = psoup__alloc(r->context, length + 1, 1, error);
+    PSOUP__TRY(raw ? PSOUP_OK : PSOUP_ERROR_MEMORY);
+    PSOUP__TRY(psoup_tokenizer_decode(r->tokenizer, completion.tokens, completion.n, 1, raw, length,
+                                      &length, error));
+    psoup__buffer_append(&text, "", 0);
+    for (size_t at = 0; at < length;) {
+        uint32_t code;
+        char character[4];
+        at += psoup__utf8_next(raw + at, length - at, &code);
+        psoup__buffer_append(&text, character, psoup__utf8_put(code ? code : 0xFFFD, character));
+    }
+    if (text.failed) {
+        psoup__buffer_free(&text);
+        status = psoup__out_of_memory(error, length);
+    }
+    *out = text.data;
+fail:
+    psoup__free(r->context, raw);
+    return status;
 }
 
 /* The prompt of one candidate: with the preference, without, or with the opposite one. */
@@ -101,9 +119,16 @@ static psoup_status generate(run *r, pair *pairs, size_t n, psoup_error *error) 
     session.max_sequences = r->options.max_sequences ? r->options.max_sequences : 64;
     PSOUP__TRY(psoup_generate(r->generator, prompts, count, &sampling, &session, NULL, NULL,
                               &generation, error));
-    for (size_t i = 0; i < count; i++)
-        PSOUP__TRY(decode(r, psoup_generation_get(generation, i),
-                          &pairs[i / CANDIDATES].response[i % CANDIDATES], error));
+    for (size_t i = 0; i < count; i++) {
+        psoup_completion completion = psoup_generation_get(generation, i);
+        pair *p = &pairs[i / CANDIDATES];
+        if (completion.finish == PSOUP_FINISH_ERROR)
+            PSOUP__TRY(psoup__fail(error, PSOUP_ERROR_STATE,
+                                   "feedback: instruction %lld, %s: the generator's logits are not "
+                                   "numbers",
+                                   (long long)p->instruction->id, p->preference->symbol));
+        PSOUP__TRY(decode(r, completion, &p->response[i % CANDIDATES], error));
+    }
 fail:
     psoup_generation_free(generation);
     for (size_t i = 0; ids && i < count; i++)
@@ -125,46 +150,13 @@ static psoup_status write_row(run *r, const pair *p, const char *kind, const cha
     bad |= psoup_json_set(row, "completion_b", psoup_json_new_string(worse));
     psoup_status status =
         bad ? psoup__fail(error, PSOUP_ERROR_FORMAT,
-                          "feedback: instruction %lld, %s: a text is not UTF-8 or memory is out",
+                          "feedback: instruction %lld, %s: the instruction is not UTF-8 or memory is out",
                           (long long)p->instruction->id, p->preference->symbol)
             : psoup_jsonl_write(r->writer, row, error);
     psoup_json_free(row);
     if (status == PSOUP_OK)
         r->counts.written++;
     return status;
-}
-
-/* A response cut by its length limit can end inside a character: U+FFFD takes the fragment's place. */
-static psoup_status make_utf8(run *r, char **text, psoup_error *error) {
-    psoup_json *probe = psoup_json_new_string(*text);
-    if (probe) {
-        psoup_json_free(probe);
-        return PSOUP_OK;
-    }
-    psoup__buffer out = {.context = r->context};
-    for (const unsigned char *c = (const unsigned char *)*text; *c;) {
-        int length = *c < 0x80 ? 1 : *c < 0xE0 ? 2 : *c < 0xF0 ? 3 : 4;
-        char piece[5] = {0};
-        for (int i = 0; i < length && c[i]; i++)
-            piece[i] = (char)c[i];
-        probe = psoup_json_new_string(piece);
-        if (probe && strlen(piece) == (size_t)length) {
-            psoup__buffer_append(&out, piece, (size_t)length);
-            c += length;
-        } else {
-            psoup__buffer_append(&out, "\xEF\xBF\xBD", 3);
-            c++;
-        }
-        psoup_json_free(probe);
-    }
-    if (out.failed) {
-        psoup__buffer_free(&out);
-        return psoup__out_of_memory(error, out.length);
-    }
-    psoup__free(r->context, *text);
-    *text = psoup__strdup(r->context, out.data ? out.data : "", error);
-    psoup__buffer_free(&out);
-    return *text ? PSOUP_OK : PSOUP_ERROR_MEMORY;
 }
 
 static psoup_status judge_and_write(run *r, pair *pairs, size_t n, psoup_error *error) {
@@ -176,9 +168,7 @@ static psoup_status judge_and_write(run *r, pair *pairs, size_t n, psoup_error *
         goto fail;
     }
     for (size_t i = 0; i < n; i++) {
-        pair *p = &pairs[i];
-        for (int c = 0; c < CANDIDATES; c++)
-            PSOUP__TRY(make_utf8(r, &p->response[c], error));
+        const pair *p = &pairs[i];
         questions[i] = (psoup_question){.id = p->instruction->id,
                                         .prompt = p->instruction->instruction,
                                         .preference = p->preference,

@@ -22,8 +22,17 @@ typedef struct psoup__judge_process {
     char *name; /* argv[0], for messages */
     pid_t pid;
     int to, from;       /* our ends; −1 when closed */
+    int64_t next_id;    /* ids run on from ask to ask: a late answer is nobody else's */
     psoup__buffer line; /* output read so far that has no newline yet */
 } process;
+
+/* One call's questions, under the ids first … first + n − 1. */
+typedef struct ask {
+    int64_t first;
+    size_t n, lines; /* lines: how many came that are not about earlier questions */
+    bool *answered;    /* [n] */
+    int32_t *verdicts; /* [n] */
+} ask;
 
 static psoup_status spawn(process *p, const char *const *argv, psoup_error *error) {
     int in[2] = {-1, -1}, out[2] = {-1, -1};
@@ -111,15 +120,16 @@ static psoup_status write_questions(process *p, const psoup_question *questions,
                                     psoup__buffer *to, psoup_error *error) {
     for (size_t i = 0; i < n; i++) {
         const psoup_question *q = &questions[i];
+        const psoup_preference *preference = q->preference;
         psoup_json *row = psoup_json_new_object();
-        int bad = psoup_json_set(row, "id", psoup_json_new_integer((int64_t)i));
+        int bad = psoup_json_set(row, "id", psoup_json_new_integer(p->next_id + (int64_t)i));
         bad |= psoup_json_set(row, "prompt", psoup_json_new_string(q->prompt));
         bad |= psoup_json_set(row, "preference",
-                              q->preference ? psoup_json_new_string(q->preference->symbol)
-                                            : psoup_json_new_null());
+                              preference ? psoup_json_new_string(preference->symbol)
+                                         : psoup_json_new_null());
         bad |= psoup_json_set(row, "criterion",
-                              psoup_json_new_string(q->preference
-                                                        ? q->preference->criterion
+                              psoup_json_new_string(preference
+                                                        ? preference->criterion
                                                         : "Choose the more helpful response."));
         bad |= psoup_json_set(row, "a", psoup_json_new_string(q->a));
         bad |= psoup_json_set(row, "b", psoup_json_new_string(q->b));
@@ -135,37 +145,44 @@ static psoup_status write_questions(process *p, const psoup_question *questions,
     return to->failed ? psoup__out_of_memory(error, to->length) : PSOUP_OK;
 }
 
-/* Takes one answer line; true when it answers a question that had no answer yet. */
-static bool take_answer(const char *line, size_t length, size_t n, bool *answered,
-                        int32_t *verdicts) {
+/* Takes the line in p->line and empties it. Every line counts, understood or not, so that a judge
+ * which answers each question with one line has answered all when there are n; but an answer that
+ * comes after its own ask has ended does not stand for one of this. */
+static void take_line(process *p, ask *a) {
     psoup_json *row = NULL;
-    if (psoup_json_parse(line, length, "judge", &row, NULL) != PSOUP_OK)
-        return false;
-    int64_t id = psoup_json_integer(psoup_json_get(row, "id"), -1);
-    const char *verdict = psoup_json_string(psoup_json_get(row, "verdict"), "");
-    bool fresh = id >= 0 && (uint64_t)id < n && !answered[id];
-    if (fresh) {
-        answered[id] = true;
-        verdicts[id] = !strcmp(verdict, "a")     ? PSOUP_A_WINS
-                       : !strcmp(verdict, "b")   ? PSOUP_B_WINS
-                       : !strcmp(verdict, "tie") ? PSOUP_TIE
-                                                 : PSOUP_UNPARSED;
+    bool blank = strspn(p->line.data ? p->line.data : "", " \t\r") == p->line.length;
+    if (!blank &&
+        psoup_json_parse(p->line.data, p->line.length, "judge", &row, NULL) == PSOUP_OK) {
+        const char *verdict = psoup_json_string(psoup_json_get(row, "verdict"), "");
+        int64_t id = psoup_json_integer(psoup_json_get(row, "id"), a->first + (int64_t)a->n);
+        uint64_t i = (uint64_t)id - (uint64_t)a->first;
+        if (id >= 0 && id < a->first)
+            blank = true;
+        else if (i < a->n && !a->answered[i]) {
+            a->answered[i] = true;
+            a->verdicts[i] = !strcmp(verdict, "a")     ? PSOUP_A_WINS
+                             : !strcmp(verdict, "b")   ? PSOUP_B_WINS
+                             : !strcmp(verdict, "tie") ? PSOUP_TIE
+                                                       : PSOUP_UNPARSED;
+        }
+        psoup_json_free(row);
     }
-    psoup_json_free(row);
-    return fresh;
+    a->lines += !blank;
+    p->line.length = 0;
 }
 
-/* Reads what is there and takes whole lines. *lines counts every line, understood or not: a judge
- * that answers each question with one line has answered all when there are n. */
-static psoup_status read_answers(process *p, size_t n, bool *answered, int32_t *verdicts,
-                                 size_t *lines, psoup_error *error) {
+static psoup_status read_answers(process *p, ask *a, psoup_error *error) {
     char block[16384];
     ssize_t got = read(p->from, block, sizeof block);
     if (got < 0 && (errno == EAGAIN || errno == EINTR))
         return PSOUP_OK;
-    if (got <= 0)
-        return psoup__fail(error, PSOUP_ERROR_IO,
-                           "judge %s: it ended after %zu of %zu answers", p->name, *lines, n);
+    if (got <= 0) {
+        take_line(p, a); /* the last one need not have a newline */
+        return a->lines >= a->n
+                   ? PSOUP_OK
+                   : psoup__fail(error, PSOUP_ERROR_IO, "judge %s: it ended after %zu of %zu answers",
+                                 p->name, a->lines, a->n);
+    }
     for (char *at = block, *end = block + got; at < end;) {
         char *newline = memchr(at, '\n', (size_t)(end - at));
         psoup__buffer_append(&p->line, at, (size_t)((newline ? newline : end) - at));
@@ -174,48 +191,48 @@ static psoup_status read_answers(process *p, size_t n, bool *answered, int32_t *
                                p->name, LINE_LIMIT);
         if (!newline)
             break;
-        bool blank = strspn(p->line.data ? p->line.data : "", " \t\r") == p->line.length;
-        if (!blank) {
-            take_answer(p->line.data, p->line.length, n, answered, verdicts);
-            ++*lines;
-        }
-        psoup__buffer_free(&p->line);
-        p->line.context = p->context;
+        take_line(p, a);
         at = newline + 1;
     }
     return PSOUP_OK;
 }
 
+static psoup_status send_questions(process *p, const psoup__buffer *text, size_t *sent,
+                                   const ask *a, psoup_error *error) {
+    ssize_t put = send(p->to, text->data + *sent, text->length - *sent, MSG_NOSIGNAL);
+    if (put < 0 && errno != EAGAIN && errno != EINTR)
+        return psoup__fail(error, PSOUP_ERROR_IO,
+                           "judge %s: it stopped reading after %zu of %zu answers", p->name,
+                           a->lines, a->n);
+    *sent += put > 0 ? (size_t)put : 0;
+    return PSOUP_OK;
+}
+
+/* Writes and reads at once: neither side's pipe may fill up while the other waits. */
 psoup_status psoup__judge_process_ask(process *p, const psoup_question *questions, size_t n,
                                       int32_t *verdicts, psoup_error *error) {
     psoup__buffer text = {.context = p->context};
-    bool *answered = psoup__alloc(p->context, n, sizeof *answered, error);
-    psoup_status status = answered ? PSOUP_OK : PSOUP_ERROR_MEMORY;
-    if (status != PSOUP_OK)
-        goto fail;
+    ask a = {.first = p->next_id, .n = n, .verdicts = verdicts};
+    psoup_status status;
+    a.answered = psoup__alloc(p->context, n, sizeof *a.answered, error);
+    PSOUP__TRY(a.answered ? PSOUP_OK : PSOUP_ERROR_MEMORY);
     PSOUP__TRY(write_questions(p, questions, n, &text, error));
-    for (size_t sent = 0, lines = 0; lines < n;) {
+    p->next_id += (int64_t)n;
+    for (size_t sent = 0; a.lines < n;) {
         struct pollfd fds[2] = {{p->from, POLLIN, 0}, {p->to, POLLOUT, 0}};
-        if (poll(fds, sent < text.length ? 2 : 1, -1) < 0 && errno != EINTR) {
-            status = psoup__fail(error, PSOUP_ERROR_IO, "judge %s: %s", p->name, strerror(errno));
-            goto fail;
-        }
-        if (sent < text.length && fds[1].revents) {
-            ssize_t put = send(p->to, text.data + sent, text.length - sent, MSG_NOSIGNAL);
-            if (put > 0)
-                sent += (size_t)put;
-            else if (put < 0 && errno != EAGAIN && errno != EINTR) {
-                status = psoup__fail(error, PSOUP_ERROR_IO,
-                                     "judge %s: it stopped reading after %zu of %zu answers",
-                                     p->name, lines, n);
-                goto fail;
-            }
+        bool sending = sent < text.length;
+        if (poll(fds, sending ? 2 : 1, -1) < 0) {
+            if (errno == EINTR)
+                continue;
+            PSOUP__TRY(psoup__fail(error, PSOUP_ERROR_IO, "judge %s: %s", p->name, strerror(errno)));
         }
         if (fds[0].revents)
-            PSOUP__TRY(read_answers(p, n, answered, verdicts, &lines, error));
+            PSOUP__TRY(read_answers(p, &a, error));
+        if (sending && fds[1].revents)
+            PSOUP__TRY(send_questions(p, &text, &sent, &a, error));
     }
 fail:
     psoup__buffer_free(&text);
-    psoup__free(p->context, answered);
+    psoup__free(p->context, a.answered);
     return status;
 }

@@ -104,8 +104,11 @@ static psoup_status read_item(const psoup_json *row, const char *name, size_t in
         bool absent = psoup_json_kind(value) == PSOUP_JSON_NULL;
         if (absent ? fields[i].required : !*fields[i].to || !**fields[i].to)
             return psoup__fail(error, PSOUP_ERROR_FORMAT,
-                               "%s: preference %zu: \"%s\" is %s, expected a text that is not empty",
-                               name, index, fields[i].key, absent ? "missing" : "something else");
+                               "%s: preference %zu: \"%s\" is %s, expected a text", name, index + 1,
+                               fields[i].key,
+                               absent          ? "missing"
+                               : *fields[i].to ? "empty"
+                                               : "no text");
     }
     return PSOUP_OK;
 }

@@ -1,7 +1,6 @@
 /* Prompt templates: text with {instruction}, {input} and {preference} in it. */
 #include "eval/eval.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 /* allenai/open-instruct's Tulu format, with the paper's order of parts. */
@@ -11,54 +10,39 @@ static const char alpaca[] =
     "Below is an instruction that describes a task. Write a response that appropriately completes "
     "the request.\n\n### Instruction:\n{instruction} {input} {preference}\n\n### Response:\n";
 
-typedef struct text {
-    char *data; /* NULL while only measuring */
-    size_t length;
-} text;
+enum { PARTS = 3 };
+static const char *const keys[PARTS] = {"{instruction}", "{input}", "{preference}"};
 
-static void put(text *to, const char *from, size_t length) {
-    if (to->data)
-        memcpy(to->data + to->length, from, length);
-    to->length += length;
+static int part_at(const char *c) {
+    for (int i = 0; i < PARTS; i++)
+        if (!strncmp(c, keys[i], strlen(keys[i])))
+            return i;
+    return -1;
 }
 
-/* A part that is empty takes the blank before it away, or at the start of a line the one after. */
-static void fill(text *to, const char *template, const char *const *keys,
-                 const char *const *values) {
-    char last = '\n';
+/* An empty part takes the blank before it away, or at the start of a line the one after. */
+static void fill(psoup__buffer *to, const char *template, const char *const *values) {
     for (const char *c = template; *c;) {
-        int part = -1;
-        for (int i = 0; i < 3 && part < 0; i++)
-            if (!strncmp(c, keys[i], strlen(keys[i])))
-                part = i;
-        if (part < 0 && *c == ' ') { /* a blank stays only if something follows it on this line */
-            const char *next = c + 1;
-            for (int i = 0; i < 3; i++)
-                if (!strncmp(next, keys[i], strlen(keys[i])) && !*values[i])
-                    part = i;
-            if (part >= 0) {
-                c = next + strlen(keys[part]);
-                continue;
-            }
-        }
+        size_t blank = *c == ' ';
+        int part = part_at(c + blank);
         if (part < 0) {
-            put(to, c, 1);
-            last = *c++;
+            psoup__buffer_append(to, c++, 1);
             continue;
         }
-        c += strlen(keys[part]);
-        put(to, values[part], strlen(values[part]));
-        if (*values[part])
-            last = 'x';
-        else if (last == '\n' && *c == ' ')
+        const char *value = values[part];
+        if (*value) {
+            psoup__buffer_append(to, c, blank);
+            psoup__buffer_append(to, value, strlen(value));
+        }
+        c += blank + strlen(keys[part]);
+        if (!*value && !blank && *c == ' ' && (!to->length || to->data[to->length - 1] == '\n'))
             c++;
     }
 }
 
 psoup_status psoup_template_fill(const char *name, const char *instruction, const char *input,
                                  const char *preference, char **out, psoup_error *error) {
-    static const char *const keys[] = {"{instruction}", "{input}", "{preference}"};
-    const char *values[] = {instruction, input ? input : "", preference ? preference : ""};
+    const char *values[PARTS] = {instruction, input ? input : "", preference ? preference : ""};
     const char *template = name;
     *out = NULL;
     if (!instruction)
@@ -72,14 +56,14 @@ psoup_status psoup_template_fill(const char *name, const char *instruction, cons
                            "template \"%s\": expected \"tulu\", \"alpaca\" or a text that holds "
                            "{instruction}",
                            name);
-    text result = {NULL, 0};
-    fill(&result, template, keys, values);
-    size_t length = result.length;
-    result = (text){malloc(length + 1), 0};
-    if (!result.data)
-        return psoup__out_of_memory(error, length + 1);
-    fill(&result, template, keys, values);
-    result.data[length] = 0;
+    psoup__buffer result = {0}; /* without a context, as psoup_text_free expects */
+    psoup__buffer_append(&result, "", 0);
+    fill(&result, template, values);
+    if (result.failed) {
+        size_t length = result.length;
+        psoup__buffer_free(&result);
+        return psoup__out_of_memory(error, length);
+    }
     *out = result.data;
     return PSOUP_OK;
 }
