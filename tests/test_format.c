@@ -44,8 +44,11 @@ static void set_up(void) {
     options.threads = 1;
     options.allocator = (psoup_allocator){NULL, counted_alloc, counted_free};
     ck_assert_int_eq(psoup_context_create(&options, &context, &error), PSOUP_OK);
-    const char *keep = getenv("PSOUP_TEST_KEEP");
-    snprintf(scratch, sizeof scratch, "%s", keep != NULL ? keep : "/tmp/psoup-format-XXXXXX");
+    const char *keep = getenv("PSOUP_TEST_KEEP"), *parent = getenv("TMPDIR");
+    if (keep != NULL)
+        snprintf(scratch, sizeof scratch, "%s", keep);
+    else
+        snprintf(scratch, sizeof scratch, "%s/psoup-format-XXXXXX", parent != NULL ? parent : P_tmpdir);
     if (keep == NULL)
         ck_assert_ptr_nonnull(mkdtemp(scratch));
     else

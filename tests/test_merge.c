@@ -48,8 +48,11 @@ static psoup_context *new_context(int threads, const char *isa) {
 static void set_up(void) {
     context = new_context(2, NULL);
     ck_assert_ptr_nonnull(context);
-    const char *keep = getenv("PSOUP_TEST_KEEP");
-    snprintf(scratch, sizeof scratch, "%s", keep != NULL ? keep : "/tmp/psoup-merge-XXXXXX");
+    const char *keep = getenv("PSOUP_TEST_KEEP"), *parent = getenv("TMPDIR");
+    if (keep != NULL)
+        snprintf(scratch, sizeof scratch, "%s", keep);
+    else
+        snprintf(scratch, sizeof scratch, "%s/psoup-merge-XXXXXX", parent != NULL ? parent : P_tmpdir);
     if (keep == NULL)
         ck_assert_ptr_nonnull(mkdtemp(scratch));
 }
