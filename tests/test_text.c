@@ -147,7 +147,7 @@ static int check_rows(const char *name, const psoup_tokenizer *t) {
 
 START_TEST(golden_files) {
     psoup_tokenizer *t = load(golden[_i]);
-    ck_assert_int_gt(check_rows(golden[_i], t), 100);
+    ck_assert_int_gt(check_rows(golden[_i], t), 90);
     psoup_tokenizer_free(t);
 }
 END_TEST
@@ -162,9 +162,46 @@ START_TEST(saved_again) {
     ck_assert_int_eq(psoup_tokenizer_save(t, path, &error), PSOUP_OK);
     psoup_tokenizer_free(t);
     ck_assert_int_eq(psoup_tokenizer_load(context, path, &again, &error), PSOUP_OK);
-    ck_assert_int_gt(check_rows("llama2", again), 100);
+    ck_assert_int_gt(check_rows("llama2", again), 90);
     psoup_tokenizer_free(again);
     unlink(path);
+}
+END_TEST
+
+/* ---- real vocabularies ------------------------------------------------------------------------ */
+
+/* Made by tests/golden/vocab.py from llama.cpp's GGUF vocabularies; most machines do not have them. */
+START_TEST(real_vocabularies) {
+    static const char *const names[] = {"gpt-2", "llama-spm"};
+    char path[256];
+    psoup_error error = {0};
+    psoup_tokenizer *t;
+    psoup_jsonl_reader *reader;
+    psoup_json *row;
+    int rows = 0;
+    snprintf(path, sizeof path, "build/vocab/%s.json", names[_i]);
+    if (!psoup__file_exists(path)) {
+        printf("test_text: %s is not there, skipped (tests/golden/vocab.py makes it)\n", path);
+        return;
+    }
+    ck_assert_msg(psoup_tokenizer_load(context, path, &t, &error) == PSOUP_OK, "%s", error.message);
+    snprintf(path, sizeof path, "build/vocab/%s.jsonl", names[_i]);
+    ck_assert_int_eq(psoup_jsonl_open(context, path, &reader, &error), PSOUP_OK);
+    while (psoup_jsonl_next(reader, &row, &error) == PSOUP_OK && row != NULL) {
+        char *text, where[300];
+        int32_t ids[4096];
+        size_t n, length = unhex(psoup_json_string(psoup_json_get(row, "text"), ""), &text);
+        snprintf(where, sizeof where, "%s, row %d, \"%.100s\"", names[_i], ++rows, text);
+        ck_assert_int_eq(psoup_tokenizer_encode(t, text, length, 0, ids, NULL, 4096, &n, &error),
+                         PSOUP_OK);
+        check_ids(ids, n, psoup_json_get(row, "ids"), where);
+        check_decoded(t, ids, n, 0, psoup_json_string(psoup_json_get(row, "decoded"), ""), where);
+        free(text);
+        psoup_json_free(row);
+    }
+    ck_assert_int_gt(rows, 40);
+    psoup_jsonl_reader_free(reader);
+    psoup_tokenizer_free(t);
 }
 END_TEST
 
@@ -289,6 +326,33 @@ START_TEST(long_word) {
     free(text);
     free(back);
     free(ids);
+}
+END_TEST
+
+/* Oniguruma's reading where PCRE2's is another; checked by hand against tokenizers 0.20.3. */
+START_TEST(ruby_syntax) {
+    static const struct {
+        const char *pattern, *text;
+        size_t spans;
+    } cases[] = {{"a{1,3}+|b", "aaaaaaab", 2},
+                 {"[^\\S\n]+|\\h", "x  f\ny", 4},
+                 {"\\s", "a\xe1\xa0\x8e z", 3}, /* U+180E is no space */
+                 {"^b$", "a\nb\nc", 3}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        psoup__pattern *pattern;
+        psoup__spans spans = {.context = context};
+        psoup_error error = {0};
+        ck_assert_msg(psoup__pattern_create(context, "test", cases[i].pattern, false, &pattern,
+                                            &error) == PSOUP_OK,
+                      "%s", error.message);
+        ck_assert_int_eq(psoup__pattern_spans(pattern, cases[i].text, strlen(cases[i].text), &spans,
+                                              &error),
+                         PSOUP_OK);
+        ck_assert_msg(spans.n == cases[i].spans, "%s: %zu spans, expected %zu", cases[i].pattern,
+                      spans.n, cases[i].spans);
+        psoup__spans_free(&spans);
+        psoup__pattern_free(pattern);
+    }
 }
 END_TEST
 
@@ -502,11 +566,13 @@ int main(void) {
     tcase_add_checked_fixture(tests, setup, teardown);
     tcase_set_timeout(tests, 60);
     tcase_add_loop_test(tests, golden_files, 0, (int)(sizeof golden / sizeof *golden));
+    tcase_add_loop_test(tests, real_vocabularies, 0, 2);
     tcase_add_test(tests, saved_again);
     tcase_add_test(tests, training);
     tcase_add_test(tests, training_refuses);
     tcase_add_test(tests, threads);
     tcase_add_test(tests, long_word);
+    tcase_add_test(tests, ruby_syntax);
     tcase_add_test(tests, hostile_patterns);
     tcase_add_test(tests, growing_text);
     tcase_add_loop_test(tests, refusals, 0, (int)(sizeof refused / sizeof *refused));

@@ -328,7 +328,7 @@ psoup_status psoup_tokenizer_train(psoup_context *context, const char *const *te
                                    const char *pattern, psoup_tokenizer **out, psoup_error *error) {
     psoup_status status = PSOUP_ERROR_MEMORY;
     psoup__trie trie = {0};
-    trainer t = {.context = context, .error = error, .vocab_size = vocab_size, .index = {context}};
+    trainer t = {.context = context, .error = error, .vocab_size = vocab_size};
     psoup__added *added = NULL;
     *out = NULL;
     if (vocab_size < 256 || (size_t)vocab_size - 256 < n_special || vocab_size > PSOUP__MAX_ID)
@@ -336,6 +336,7 @@ psoup_status psoup_tokenizer_train(psoup_context *context, const char *const *te
                            "vocab_size %d: expected at least 256 bytes + %zu special tokens, at "
                            "most %d",
                            vocab_size, n_special, PSOUP__MAX_ID);
+    t.index.context = context;
     t.names = psoup__alloc(context, (size_t)vocab_size, sizeof *t.names, error);
     added = psoup__alloc(context, n_special, sizeof *added, error); /* ids: any, not negative */
     if (t.names == NULL || added == NULL)

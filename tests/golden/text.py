@@ -230,7 +230,7 @@ def main():
         with open(os.path.join(HERE, name + ".json"), "w") as f:
             f.write(slim(name, tok.to_str()))
         tok = Tokenizer.from_file(os.path.join(HERE, name + ".json"))
-        texts = TEXTS + fuzz(120)
+        texts = TEXTS + fuzz(20 if name.startswith("split") else 100)
         with open(os.path.join(HERE, name + ".jsonl"), "w") as f:
             for data in texts:
                 f.write(json.dumps(record(tok, data), separators=(",", ":")) + "\n")

@@ -39,7 +39,7 @@ print(f"""/* Canonical decompositions, compositions and combining classes of Uni
 
 /* character, first, second (0: none), by character */
 static const uint32_t decompositions[][3] = {{
-{table([d[:3] for d in decomposed], "{0x%X,0x%X,0x%X},", 120)}
+{table([d[:3] for d in decomposed], "{%d,%d,%d},", 120)}
 }};
 
 /* rows of decompositions that compose again, by first and second */
@@ -49,7 +49,7 @@ static const uint16_t compositions[] = {{
 
 /* first and last of a range, class */
 static const uint32_t classes[][3] = {{
-{table(classes, "{0x%X,0x%X,%d},", 120)}
+{table(classes, "{%d,%d,%d},", 120)}
 }};
 
 #define COUNT(table) (sizeof(table) / sizeof *(table))
