@@ -207,7 +207,7 @@ START_TEST(test_values) {
     psoup_context *context = context_of(isas[_i], 2);
     if (context == NULL)
         return;
-    for (int trial = 0; trial < 120; trial++) {
+    for (int trial = 0; trial < 64; trial++) {
         state = (uint64_t)trial * 977 + 1;
         problem x = random_problem(any_size(), any_size(), trial % 16 ? any_size() : 0, trial > 9);
         float *c = result(context, &x, false);
@@ -225,7 +225,7 @@ START_TEST(test_company) {
                   *five = context_of(isas[_i], 5);
     if (one == NULL)
         return;
-    for (int trial = 0; trial < 60; trial++) {
+    for (int trial = 0; trial < 32; trial++) {
         state = (uint64_t)trial * 131 + 7;
         /* now and then more than one step, chunk and tile */
         int k = trial % 8 ? any_size() : 1500, n = trial % 6 ? any_size() : 1100;
@@ -387,7 +387,7 @@ typedef struct caller {
 
 static void *call_often(void *arg) {
     caller *me = arg;
-    for (int repeat = 0; repeat < 40; repeat++) {
+    for (int repeat = 0; repeat < 16; repeat++) {
         float *c = result(me->context, me->x, repeat % 4 == 0);
         me->wrong += memcmp(c, me->expected, me->x->c_size * sizeof *c) != 0;
         free(c);
@@ -501,7 +501,7 @@ int main(void) {
     const int variants = sizeof isas / sizeof isas[0];
     Suite *suite = suite_create("gemm");
     TCase *tcase = tcase_create("gemm");
-    tcase_set_timeout(tcase, 120);
+    tcase_set_timeout(tcase, 300);
     tcase_add_loop_test(tcase, test_values, 0, variants);
     tcase_add_loop_test(tcase, test_company, 0, variants);
     tcase_add_loop_test(tcase, test_columns, 0, variants);

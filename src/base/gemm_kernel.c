@@ -31,6 +31,7 @@
 #define VECTORS 2
 #endif
 #define COLUMNS (VECTORS * VECTOR)
+#define AHEAD 8 /* depths: B streams from the L2 cache, whose latency is about as many steps */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -113,6 +114,9 @@ INLINE void tile(const psoup__gemm_strip *s, const float *const *a_rows, float *
     for (int64_t p = s->depth; p > 0; p--, at += a_step, b += b_step) {
         vec row[VECTORS];
 #pragma GCC unroll 4
+        for (size_t line = 0; line < (size_t)(vectors * VECTOR) * size; line += 64)
+            __builtin_prefetch(b + AHEAD * b_step + line);
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
             row[v] = load_as_f32(b + (size_t)v * VECTOR * size, dtype);
 #pragma GCC unroll 6
@@ -133,8 +137,13 @@ INLINE void tile(const psoup__gemm_strip *s, const float *const *a_rows, float *
 /* All rows of a strip whose columns are whole vectors. */
 INLINE void walk_rows(const psoup__gemm_strip *s, const float *const *a, float *const *c,
                       int64_t first, int64_t rows, const int vectors, const psoup_dtype dtype) {
-    for (; rows >= ROWS; rows -= ROWS, a += ROWS, c += ROWS)
+    for (; rows >= ROWS; rows -= ROWS, a += ROWS, c += ROWS) {
+        const int64_t next = rows - ROWS < ROWS ? rows - ROWS : ROWS;
+        for (int64_t i = ROWS; i < ROWS + next; i++) /* C comes from far; ask before it is due */
+            for (int v = 0; v < vectors; v++)
+                __builtin_prefetch(c[i] + first + v * VECTOR, 1);
         tile(s, a, c, first, ROWS, vectors, dtype);
+    }
     switch (rows) {
     case 5: tile(s, a, c, first, 5, vectors, dtype); break;
     case 4: tile(s, a, c, first, 4, vectors, dtype); break;

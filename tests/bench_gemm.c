@@ -1,0 +1,231 @@
+/* Our matrix product beside OpenBLAS' sgemm and the machine's limit, all in one run.
+ *
+ *   shape  ours  openblas  limit  ratio      GFLOP/s; the median of the ratios of neighbouring pairs
+ *
+ * Shapes are m × n × k. The limit is two threads multiplying and adding in registers, for one row
+ * (GB/s of B instead) two threads reading memory.
+ */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "base/base.h"
+
+/* cblas.h and its build-time configuration are not needed for these. */
+extern void cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int n, int k,
+                        float alpha, const float *a, int lda, const float *b, int ldb, float beta,
+                        float *c, int ldc);
+extern void openblas_set_num_threads(int threads);
+enum { ROW_MAJOR = 101, AS_IT_IS = 111, TRANSPOSED = 112 };
+
+enum { THREADS = 2, PAIRS = 11 };
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* ---- limits ---------------------------------------------------------------------------------- */
+
+#if defined(__x86_64__)
+#define WIDEST __attribute__((target_clones("avx512f", "avx2,fma", "default")))
+#define LANES 16
+#else
+#define WIDEST
+#define LANES 4
+#endif
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+
+enum { ROUNDS = 2000000, CHAINS = 12 };
+
+/* Each chain waits for itself only; twelve hide the latency. */
+WIDEST static float multiply_add_often(float x) {
+    lanes sum[CHAINS], factor = {0}, step = {0};
+    for (int l = 0; l < LANES; l++)
+        factor[l] = x, step[l] = 1 - x;
+    for (int i = 0; i < CHAINS; i++)
+        sum[i] = step * (float)i;
+    for (int r = 0; r < ROUNDS; r++)
+#pragma GCC unroll 12
+        for (int i = 0; i < CHAINS; i++)
+            sum[i] = sum[i] * factor + step;
+    for (int i = 1; i < CHAINS; i++)
+        sum[0] += sum[i];
+    return sum[0][0];
+}
+WIDEST static float read_all(const float *x, size_t n) {
+    float sum = 0;
+    lanes part[8] = {{0}};
+    for (size_t i = 0; i + 8 * LANES <= n; i += 8 * LANES)
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; c++) {
+            lanes value;
+            memcpy(&value, x + i + c * LANES, sizeof value);
+            part[c] += value;
+        }
+    for (int c = 0; c < 8; c++)
+        sum += part[c][0];
+    return sum;
+}
+
+typedef struct limit_arg {
+    const float *x; /* NULL: arithmetic */
+    size_t n;
+    float out;
+} limit_arg;
+
+static void *limit_thread(void *arg) {
+    limit_arg *me = arg;
+    me->out = me->x != NULL ? read_all(me->x, me->n) : multiply_add_often(0.5f);
+    return NULL;
+}
+
+/* Seconds that THREADS threads take, the best of seven. */
+static double limit_time(const float *x, size_t n) {
+    double best = 1e9;
+    for (int repeat = 0; repeat < 7; repeat++) {
+        pthread_t threads[THREADS];
+        limit_arg args[THREADS];
+        double start = now();
+        for (int t = 0; t < THREADS; t++) {
+            args[t] = (limit_arg){x == NULL ? NULL : x + t * (n / THREADS), n / THREADS, 0};
+            pthread_create(&threads[t], NULL, limit_thread, &args[t]);
+        }
+        for (int t = 0; t < THREADS; t++)
+            pthread_join(threads[t], NULL);
+        double elapsed = now() - start;
+        best = elapsed < best ? elapsed : best;
+    }
+    return best;
+}
+
+/* ---- shapes ---------------------------------------------------------------------------------- */
+
+typedef struct shape {
+    int m, n, k;
+    enum { X_WT, X_W, DYT_X } kind; /* A·Bᵀ (forward), A·B, Aᵀ·B (gradient of a weight) */
+    bool packed;
+    psoup_dtype dtype; /* of the packed B */
+} shape;
+
+static const shape shapes[] = {
+    {2048, 2048, 2048, X_WT, false, PSOUP_F32}, {1024, 1024, 1024, X_WT, false, PSOUP_F32},
+    {1024, 1024, 1024, X_W, false, PSOUP_F32},  {512, 512, 512, X_WT, false, PSOUP_F32},
+    {512, 512, 512, X_W, false, PSOUP_F32},     {2048, 64, 64, X_WT, false, PSOUP_F32},
+    {2048, 256, 256, X_WT, false, PSOUP_F32},   {2048, 688, 256, X_WT, false, PSOUP_F32},
+    {2048, 256, 688, X_W, false, PSOUP_F32},    {1024, 2048, 48, X_WT, false, PSOUP_F32},
+    {2048, 16, 256, X_WT, false, PSOUP_F32},    {2048, 256, 16, X_WT, false, PSOUP_F32},
+    {2048, 256, 16, X_W, false, PSOUP_F32},     {256, 256, 2048, DYT_X, false, PSOUP_F32},
+    {688, 256, 2048, DYT_X, false, PSOUP_F32},  {16, 256, 2048, DYT_X, false, PSOUP_F32},
+    {256, 16, 2048, DYT_X, false, PSOUP_F32},   {128, 64, 128, X_W, false, PSOUP_F32},
+    {128, 128, 64, X_WT, false, PSOUP_F32},     {16, 2048, 2048, X_WT, true, PSOUP_F32},
+    {16, 2048, 2048, X_WT, true, PSOUP_BF16},   {64, 2048, 2048, X_WT, true, PSOUP_F32},
+    {64, 2048, 2048, X_WT, true, PSOUP_BF16},   {16, 688, 256, X_WT, true, PSOUP_F32},
+    {1, 4096, 4096, X_WT, true, PSOUP_F32},     {1, 4096, 4096, X_WT, true, PSOUP_BF16},
+    {1, 4096, 4096, X_WT, true, PSOUP_F16},
+};
+
+static float *numbers(size_t n) {
+    float *x = aligned_alloc(64, (n * sizeof *x + 63) / 64 * 64);
+    uint32_t word = 1;
+    for (size_t i = 0; i < n; i++) {
+        word = word * 1664525u + 1013904223u;
+        x[i] = (float)(word >> 8) * 0x1p-24f - 0.5f;
+    }
+    return x;
+}
+
+static void peer(const shape *s, const float *a, const float *b, float *c) {
+    cblas_sgemm(ROW_MAJOR, s->kind == DYT_X ? TRANSPOSED : AS_IT_IS,
+                s->kind == X_WT ? TRANSPOSED : AS_IT_IS, s->m, s->n, s->k, 1, a,
+                s->kind == DYT_X ? s->m : s->k, b, s->kind == X_WT ? s->k : s->n, 0, c, s->n);
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+static double median(double *x) {
+    qsort(x, PAIRS, sizeof *x, by_value);
+    return x[PAIRS / 2];
+}
+
+static void bench(psoup_context *context, const shape *s, double peak, double bandwidth) {
+    static const char *const kinds[] = {"x·Wᵀ", "x·W ", "dyᵀ·x"};
+    const size_t m = (size_t)s->m, n = (size_t)s->n, k = (size_t)s->k;
+    float *a = numbers(m * k), *b = numbers(k * n), *c = numbers(m * n), *d = numbers(m * n);
+    void *half = NULL;
+    psoup__gemm_b *packed = NULL;
+    psoup__gemm_args args = {.m = s->m, .n = s->n, .k = s->k, .c = c, .c_stride = s->n, .a = a,
+                             .a_row = s->kind == DYT_X ? 1 : s->k,
+                             .a_col = s->kind == DYT_X ? s->m : 1, .alpha = 1, .b = b,
+                             .b_row = s->kind == X_WT ? 1 : s->n,
+                             .b_col = s->kind == X_WT ? s->k : 1};
+    if (s->packed) {
+        half = malloc(n * k * 4);
+        psoup__from_f32(context, half, s->dtype, b, n * k);
+        if (psoup__gemm_pack(context, half, s->dtype, s->k, s->n, args.b_row, args.b_col, &packed,
+                             NULL) != PSOUP_OK)
+            exit(1);
+        args.packed = packed;
+    }
+    const double flop = 2.0 * (double)m * (double)n * (double)k;
+    const int calls = 1 + (int)(4e8 / flop);
+    double ours[PAIRS], theirs[PAIRS], ratio[PAIRS];
+    for (int pair = -1; pair < PAIRS; pair++) { /* the first warms up */
+        nanosleep(&(struct timespec){0, 30000000}, NULL); /* the peer's idle threads spin so long */
+        double t0 = now();
+        for (int call = 0; call < calls; call++)
+            psoup__gemm(context, &args);
+        double t1 = now();
+        for (int call = 0; call < calls; call++)
+            peer(s, a, b, d);
+        double t2 = now();
+        if (pair < 0)
+            continue;
+        ours[pair] = (t1 - t0) / calls;
+        theirs[pair] = (t2 - t1) / calls;
+        ratio[pair] = theirs[pair] / ours[pair];
+    }
+    if (s->m == 1) {
+        const double bytes = (double)(n * k);
+        printf("%5d %5d %5d %s %-4s %8.1f %8.1f %8.1f  %5.2f  GB/s\n", s->m, s->n, s->k,
+               kinds[s->kind], psoup_dtype_name(s->dtype),
+               1e-9 * bytes * (double)psoup_dtype_size(s->dtype) / median(ours),
+               1e-9 * bytes * 4 / median(theirs), bandwidth, median(ratio));
+    } else {
+        printf("%5d %5d %5d %s %-4s %8.1f %8.1f %8.1f  %5.2f  GFLOP/s\n", s->m, s->n, s->k,
+               kinds[s->kind], s->packed ? psoup_dtype_name(s->dtype) : "",
+               1e-9 * flop / median(ours), 1e-9 * flop / median(theirs), peak, median(ratio));
+    }
+    fflush(stdout);
+    psoup__gemm_b_free(context, packed);
+    free(half), free(a), free(b), free(c), free(d);
+}
+
+int main(void) {
+    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    psoup_context *context;
+    psoup_error error;
+    options.threads = THREADS;
+    if (psoup_context_create(&options, &context, &error) != PSOUP_OK) {
+        fprintf(stderr, "%s\n", error.message);
+        return 1;
+    }
+    openblas_set_num_threads(THREADS);
+    const size_t n = 1u << 26;
+    float *x = numbers(n);
+    const double peak = 2.0 * ROUNDS * CHAINS * LANES * THREADS / limit_time(NULL, 0) * 1e-9;
+    const double bandwidth = 4.0 * (double)n / limit_time(x, n) * 1e-9;
+    free(x);
+    printf("%d threads, %s. Packed: B's dtype named, packed once; the peer has it as f32.\n",
+           THREADS, psoup_context_isa(context));
+    printf("    m     n     k                ours openblas    limit  ratio\n");
+    for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
+        bench(context, &shapes[i], peak, bandwidth);
+    psoup_context_free(context);
+    return 0;
+}
