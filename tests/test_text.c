@@ -334,7 +334,7 @@ START_TEST(ruby_syntax) {
     static const struct {
         const char *pattern, *text;
         size_t spans;
-    } cases[] = {{"a{1,3}+|b", "aaaaaaab", 2},
+    } cases[] = {{"\\p{L}+|b", "aaaaaaa1", 2},
                  {"[^\\S\n]+|\\h", "x  f\ny", 4},
                  {"\\s", "a\xe1\xa0\x8e z", 3}, /* U+180E is no space */
                  {"^b$", "a\nb\nc", 3}};
@@ -448,6 +448,9 @@ static const struct {
     {WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"behavior\":\"Isolated\","
           "\"pattern\":{\"Regex\":\"[a[b]]\"}}"),
      "inside another"},
+    {WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"behavior\":\"Isolated\","
+          "\"pattern\":{\"Regex\":\"a{1,3}+\"}}"),
+     "{n,m}+"},
     {WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"behavior\":\"Isolated\","
           "\"pattern\":{\"Regex\":\"(*SKIP)\"}}"),
      "(*"},

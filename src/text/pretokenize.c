@@ -68,7 +68,7 @@ static psoup_status rewrite_escape(char letter, bool in_class, const char *where
 static psoup_status rewrite(const char *text, const char *where, psoup__buffer *out,
                             psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    bool in_class = false;
+    bool in_class = false, counted = false;
     for (const char *p = text; *p; p++) {
         if (*p == '\\') {
             if (p[1] == '\0' || strchr("QECK", p[1]))
@@ -99,13 +99,16 @@ static psoup_status rewrite(const char *text, const char *where, psoup__buffer *
                 psoup__buffer_append(out, ++p, 1);
             if (p[1] == ']')
                 psoup__buffer_print(out, "\\%c", *++p);
-        } else if (*p == '}' && p[1] == '+') {
-            p++; /* Ruby: repeated again, not possessive */
-            psoup__buffer_print(out, "}{1,}");
+        } else if (*p == '}' && p[1] == '+' && counted) {
+            /* Ruby repeats the repetition; PCRE2 would make it possessive. */
+            return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                               "%s: \"{n,m}+\" in a regular expression is not supported", where);
         } else if (*p == '(' && p[1] == '*') {
             return psoup__fail(error, PSOUP_ERROR_FORMAT,
                                "%s: \"(*\": there is nothing to repeat", where);
         } else {
+            if (*p == '{') /* a count, not the name in \p{…} */
+                counted = p < text + 2 || p[-2] != '\\' || strchr("pPx", p[-1]) == NULL;
             psoup__buffer_append(out, p, 1);
         }
     }
