@@ -372,6 +372,55 @@ START_TEST(cancelled_and_resumed) {
 }
 END_TEST
 
+/* Adapters that change under a running session would change the meaning of its mixes. */
+START_TEST(adapters_change_under_way) {
+    psoup_context *context = make_context(1);
+    psoup_model *model = load_plain(context, true);
+    psoup_session *session = NULL;
+    sample_rows rows;
+    size_t running = 0;
+    mixed_rows(&rows, 30);
+    psoup_prompt prompt = prompt_of(&rows.row[0], 0);
+    OK(psoup_session_create(model, NULL, &session, &error));
+    OK(psoup_session_submit(session, 1, &prompt, &error));
+    OK(psoup_session_step(session, NULL, NULL, &running, &error));
+    OK(psoup_model_remove_adapter(model, "qv", &error));
+    OK(psoup_model_load_adapter(model, "qv", GOLDEN "adapter_qv", &error));
+    ck_assert_int_eq(psoup_session_step(session, NULL, NULL, &running, &error), PSOUP_ERROR_STATE);
+    ck_assert_uint_eq(running, 1);
+    psoup_session_free(session);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
+/* The table of positions grows to what is run, and what it held stays the same. */
+START_TEST(long_rows) {
+    psoup_context *context = make_context(2);
+    psoup_model_config config = PSOUP_MODEL_CONFIG_INIT;
+    config.vocab_size = VOCAB;
+    config.hidden_size = config.intermediate_size = 16;
+    config.num_hidden_layers = 1;
+    config.num_attention_heads = 2;
+    config.max_position_embeddings = 1 << 28; /* a promise that costs nothing */
+    psoup_model *model = NULL;
+    OK(psoup_model_create(context, &config, 3, &model, &error));
+    static int32_t tokens[1500];
+    static float before[1500], after[1500];
+    for (int i = 0; i < 1500; i++)
+        tokens[i] = i * i % VOCAB;
+    psoup_row row = {.tokens = tokens, .n = 300};
+    OK(psoup_model_logprobs(model, &row, 1, before, &error));
+    row.n = 1500;
+    OK(psoup_model_logprobs(model, &row, 1, after, &error));
+    ck_assert(memcmp(before, after, 299 * sizeof *before) == 0);
+    for (int i = 0; i < 1499; i++)
+        ck_assert(isfinite(after[i]) && after[i] < 0);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
 START_TEST(refused_sampling) {
     psoup_context *context = make_context(1);
     psoup_model *model = load_plain(context, false);
@@ -491,6 +540,8 @@ int main(void) {
     tcase_add_test(tests, seeds_and_sequences);
     tcase_add_test(tests, a_diverged_adapter_ends_its_own_rows);
     tcase_add_test(tests, cancelled_and_resumed);
+    tcase_add_test(tests, adapters_change_under_way);
+    tcase_add_test(tests, long_rows);
     tcase_add_test(tests, refused_sampling);
     tcase_add_test(tests, allocations_fail);
     suite_add_tcase(suite, tests);

@@ -101,8 +101,10 @@ static psoup_status append(psoup_model *model, psoup__adapter *adapter, psoup_er
     psoup_status status =
         psoup__reserve(model->context, &model->adapters, &model->adapters_capacity,
                        (size_t)model->n_adapters + 1, sizeof *model->adapters, error);
-    if (status == PSOUP_OK)
+    if (status == PSOUP_OK) {
         model->adapters[model->n_adapters++] = adapter;
+        model->edition++;
+    }
     return status;
 }
 
@@ -441,6 +443,7 @@ psoup_status psoup_model_remove_adapter(psoup_model *model, const char *name, ps
         return status;
     int32_t index = psoup_model_find_adapter(model, name);
     model->n_adapters--;
+    model->edition++;
     memmove(model->adapters + index, model->adapters + index + 1,
             (size_t)(model->n_adapters - index) * sizeof *model->adapters);
     free_adapter(model, adapter);

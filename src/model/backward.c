@@ -250,7 +250,7 @@ static psoup_status check_loss(const psoup__tape *t, const psoup__loss_gradient 
     if (!t->saved || t->rows == 0)
         return psoup__fail(error, PSOUP_ERROR_STATE,
                            "a backward needs a forward that saved its activations, once each");
-    if (t->n_adapters != t->model->n_adapters)
+    if (t->edition != t->model->edition)
         return psoup__fail(error, PSOUP_ERROR_STATE,
                            "adapters were added or removed between forward and backward");
     return psoup__check_rows(t, loss->row, loss->target, loss->n, error);

@@ -20,7 +20,6 @@ static void shape_layer(const psoup_model *model, psoup__layer *layer) {
 static psoup_status create_empty(psoup_context *context, const psoup_model_config *config,
                                  psoup_model **out, psoup_error *error) {
     psoup_status status;
-    float *table = NULL;
     psoup_model *model = psoup__alloc(context, 1, sizeof *model, error);
     if (!model)
         return PSOUP_ERROR_MEMORY;
@@ -34,23 +33,14 @@ static psoup_status create_empty(psoup_context *context, const psoup_model_confi
     PSOUP__TRY(psoup__cpu_create(context, &model->be, error));
     size_t layers = (size_t)config->num_hidden_layers;
     model->layers = psoup__alloc(context, layers, sizeof *model->layers, error);
-    size_t cells = (size_t)config->max_position_embeddings * (size_t)config->head_dim;
-    table = model->layers ? psoup__alloc(context, cells, sizeof(float), error) : NULL;
-    if (table)
-        model->cos_sin = model->be->ops->alloc(model->be, cells, sizeof(float), error);
-    if (!model->cos_sin) {
-        status = PSOUP_ERROR_MEMORY;
+    status = PSOUP_ERROR_MEMORY;
+    if (!model->layers)
         goto fail;
-    }
     for (size_t i = 0; i < layers; i++)
         shape_layer(model, &model->layers[i]);
-    psoup__rope_table(config, table);
-    model->be->ops->write(model->be, model->cos_sin, table, cells * sizeof(float));
-    psoup__free(context, table);
     *out = model;
     return PSOUP_OK;
 fail:
-    psoup__free(context, table);
     psoup_model_free(model);
     return status;
 }

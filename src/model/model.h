@@ -56,7 +56,8 @@ struct psoup_model {
     float *norm;               /* [dim] */
     float *dembed, *dlm_head, *dnorm;
     psoup__layer *layers;
-    float *cos_sin; /* [max_position, head_dim]: see ops.h, rope */
+    float *cos_sin; /* [positions, head_dim]: see ops.h, rope */
+    int32_t positions; /* grows to what is run: configurations promise a million */
     /* While the base itself trains: all weights as f32 in one flat buffer, and their gradients. */
     float *data, *grad; /* [count]; NULL while frozen */
     size_t count;
@@ -67,6 +68,7 @@ struct psoup_model {
     psoup__adapter **adapters;
     int32_t n_adapters;
     size_t adapters_capacity;
+    uint64_t edition; /* counts adapters added and removed: what a mix's columns mean */
 };
 
 /* ---- parameters.c: the base's weights, one by one -------------------------------------------------- */
@@ -103,9 +105,8 @@ psoup_status psoup__model_read(psoup_model *model, const char *directory, psoup_
 
 /* ---- rope.c ---------------------------------------------------------------------------------------- */
 
-/* table (host) [max_position, head_dim]: head_dim/2 cosines, then as many sines, times the scaling's
- * attention factor. */
-void psoup__rope_table(const psoup_model_config *config, float *table);
+/* Makes sure that model->cos_sin covers positions 0 … n − 1. */
+psoup_status psoup__model_positions(psoup_model *model, int32_t n, psoup_error *error);
 
 /* ---- adapter.c -------------------------------------------------------------------------------- */
 

@@ -117,8 +117,6 @@ static size_t aligned(size_t bytes) {
     return (bytes + 63) / 64 * 64;
 }
 
-/* Sizes never overflow: psoup__config_check bounds every product of two sizes, and a sum over layers
- * that overflowed could not have been mapped or allocated layer by layer. */
 static psoup_status allocate_store(psoup_model *model, void **storage, float **vectors,
                                    psoup_error *error) {
     const psoup__ops *ops = model->be->ops;

@@ -61,7 +61,9 @@ static float inverse_frequency(const psoup_model_config *config, int32_t pair) {
     }
 }
 
-void psoup__rope_table(const psoup_model_config *config, float *table) {
+/* table (host) [positions, head_dim]: head_dim/2 cosines, then as many sines, times the scaling's
+ * attention factor. */
+static void fill_table(const psoup_model_config *config, float *table, int32_t positions) {
     double scale = 1;
     if (config->rope_scaling == PSOUP_ROPE_YARN)
         scale = config->rope_attention_factor > 0 ? config->rope_attention_factor
@@ -69,11 +71,34 @@ void psoup__rope_table(const psoup_model_config *config, float *table) {
     int32_t half = config->head_dim / 2;
     for (int32_t pair = 0; pair < half; pair++) {
         float frequency = inverse_frequency(config, pair);
-        for (int32_t position = 0; position < config->max_position_embeddings; position++) {
+        for (int32_t position = 0; position < positions; position++) {
             float angle = frequency * (float)position;
             float *row = table + (size_t)position * (size_t)config->head_dim;
             row[pair] = (float)(cos(angle) * scale);
             row[half + pair] = (float)(sin(angle) * scale);
         }
     }
+}
+
+psoup_status psoup__model_positions(psoup_model *model, int32_t n, psoup_error *error) {
+    const psoup__ops *ops = model->be->ops;
+    int32_t longest = model->config.max_position_embeddings, positions = 512;
+    if (n <= model->positions)
+        return PSOUP_OK;
+    while (positions < n)
+        positions = positions < longest / 2 ? 2 * positions : n;
+    positions = positions < longest ? positions : longest;
+    size_t cells = (size_t)positions * (size_t)model->config.head_dim;
+    float *device = NULL, *table = psoup__alloc(model->context, cells, sizeof *table, error);
+    if (table)
+        device = ops->alloc(model->be, cells, sizeof *device, error);
+    if (device) {
+        fill_table(&model->config, table, positions);
+        ops->write(model->be, device, table, cells * sizeof *table);
+        ops->release(model->be, model->cos_sin);
+        model->cos_sin = device;
+        model->positions = positions;
+    }
+    psoup__free(model->context, table);
+    return device ? PSOUP_OK : PSOUP_ERROR_MEMORY;
 }

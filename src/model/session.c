@@ -20,7 +20,7 @@ typedef struct sequence {
     int32_t past; /* tokens whose keys and values the cache holds */
     int32_t place;
     float *mix; /* [n_adapters] */
-    int32_t n_adapters;
+    uint64_t edition; /* of the model's adapters */
     int32_t *banned; /* [n_stop + prompt + room] */
 } sequence;
 
@@ -141,8 +141,10 @@ psoup_status psoup_session_create(psoup_model *model, const psoup_session_option
     session->prefill_rows = full.prefill_rows ? full.prefill_rows : 512;
     session->max_tokens =
         full.max_tokens && full.max_tokens < longest ? full.max_tokens : longest;
-    if (session->prefill_rows > INT32_MAX - session->places)
-        session->prefill_rows = INT32_MAX - session->places;
+    /* More than the places hold is never pending. */
+    int64_t most = (int64_t)session->places * session->max_tokens;
+    most = most < INT32_MAX / 2 ? most : INT32_MAX / 2;
+    session->prefill_rows = session->prefill_rows < most ? session->prefill_rows : (int32_t)most;
     PSOUP__TRY(psoup__tape_create(model, &session->tape, error));
     PSOUP__TRY(psoup__tape_chunk(session->tape, error));
     PSOUP__TRY(allocate(session, error));
@@ -219,8 +221,8 @@ static psoup_status copy_sequence(psoup_session *session, const psoup_prompt *pr
     s->room = session->max_tokens - s->prompt;
     s->room = s->room < s->sampling.max_new_tokens ? s->room : s->sampling.max_new_tokens;
     s->n_stop = (int32_t)n_stop;
-    s->n_adapters = model->n_adapters;
-    size_t most = (size_t)s->prompt + (size_t)s->room, adapters = (size_t)s->n_adapters;
+    s->edition = model->edition;
+    size_t most = (size_t)s->prompt + (size_t)s->room, adapters = (size_t)model->n_adapters;
     size_t history = s->sampling.no_repeat_ngram_size > 0 ? most : 0;
     bool whole = (s->tokens = psoup__alloc(context, most, sizeof *s->tokens, error)) &&
                  (s->stop = psoup__alloc(context, n_stop, sizeof *s->stop, error)) &&
@@ -310,7 +312,7 @@ static psoup_status gather(psoup_session *session, psoup__batch *batch, int32_t 
     *samples = 0;
     for (int32_t i = 0; i < session->n_running; i++) {
         sequence *s = session->running[i];
-        if (s->n_adapters != session->model->n_adapters)
+        if (s->edition != session->model->edition)
             return psoup__fail(error, PSOUP_ERROR_STATE,
                                "adapters were added or removed while sequence %lld was under way",
                                (long long)s->id);

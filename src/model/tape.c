@@ -85,12 +85,14 @@ const float *psoup__tape_hidden(const psoup__tape *tape) {
 /* ---- checks ----------------------------------------------------------------------------------- */
 
 static psoup_status check_batch(const psoup_model *model, const psoup__batch *batch,
-                                const psoup__cache *cache, psoup_error *error) {
+                                const psoup__cache *cache, int32_t *positions,
+                                psoup_error *error) {
     if (batch->n < 1 || batch->rows < 1 || batch->start[0] != 0 ||
         batch->start[batch->n] != batch->rows)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "a batch needs at least one sequence of at least one token");
     int32_t longest = model->config.max_position_embeddings;
+    *positions = 0;
     for (int32_t s = 0; s < batch->n; s++) {
         int32_t length = batch->start[s + 1] - batch->start[s];
         int64_t end = (int64_t)length + (cache ? cache->past[s] : 0);
@@ -100,6 +102,7 @@ static psoup_status check_batch(const psoup_model *model, const psoup__batch *ba
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "sequence %d has %lld tokens; max_position_embeddings is %d", (int)s,
                                (long long)end, (int)longest);
+        *positions = end > *positions ? (int32_t)end : *positions;
     }
     for (int32_t i = 0; i < batch->rows; i++)
         if (batch->tokens[i] < 0 || batch->tokens[i] >= model->config.vocab_size)
@@ -304,14 +307,17 @@ psoup_status psoup__tape_prepare(psoup__tape *t, const psoup__batch *batch, bool
     psoup_model *model = t->model;
     const psoup__ops *ops = model->be->ops;
     psoup_status status;
+    int32_t positions = 0;
     t->rows = 0; /* until all is well there is no batch to ask about */
-    PSOUP__TRY(check_batch(model, batch, cache, error));
+    PSOUP__TRY(check_batch(model, batch, cache, &positions, error));
+    PSOUP__TRY(psoup__model_positions(model, positions, error));
     t->rows = batch->rows;
     t->n = batch->n;
     t->saved = save;
     t->dropout = batch->dropout;
     t->active = count_active(model, batch);
     t->n_adapters = model->n_adapters;
+    t->edition = model->edition;
 
     psoup__slab_measure(&t->host);
     lay_out_host(t, cache != NULL);

@@ -52,6 +52,7 @@ struct psoup__tape {
     float dropout;
     int32_t active;   /* adapters with a non-zero weight somewhere */
     int32_t n_adapters;
+    uint64_t edition;
     int32_t *adapter; /* host [active]: their numbers, ascending */
     psoup__lora *lora; /* host [layers · LINEARS, active] */
     psoup__mix mix;   /* over the active adapters */
