@@ -47,6 +47,12 @@ static inline void remove_directory(const char *path) {
     ck_assert_int_eq(system(command), 0);
 }
 
+static inline void copy_file(const char *from, const char *to) {
+    char command[512];
+    snprintf(command, sizeof command, "cp '%s' '%s'", from, to);
+    ck_assert_int_eq(system(command), 0);
+}
+
 static inline double distance(const float *a, const float *b, size_t n) {
     double worst = 0;
     for (size_t i = 0; i < n; i++) {
