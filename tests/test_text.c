@@ -153,7 +153,7 @@ START_TEST(golden_files) {
 END_TEST
 
 START_TEST(saved_again) {
-    char path[] = "/tmp/psoup-text-XXXXXX";
+    char path[] = "test_text.XXXXXX";
     int file = mkstemp(path);
     ck_assert_int_ge(file, 0);
     close(file);
