@@ -144,7 +144,10 @@ START_TEST(trace_is_what_was_computed) {
     psoup_ppo_options o = plain();
     o.micro_batch_tokens = _i ? 20 : 4096;
     o.max_sequences = _i ? 3 : 0;
+    o.kl_horizon = 20.0f; /* so that it moves */
     psoup_ppo *ppo = create(model, p, 2, &o);
+    psoup__moments moments = {0}; /* both run on from step to step */
+    double beta = o.kl_coefficient;
     for (int step = 0; step < 2; step++) {
         float mix[2] = {0.0f, 1.0f}, *logprob = NULL, *reference = NULL;
         psoup_ppo_trace t = {.size = sizeof(t)};
@@ -160,6 +163,8 @@ START_TEST(trace_is_what_was_computed) {
         OK(psoup_ppo_get_trace(ppo, 1, &t, &error));
         ck_assert_uint_eq(t.rollouts, 8);
         ck_assert_int_eq(t.start[8], (int32_t)t.tokens);
+        psoup__moments_update(&moments, t.score, t.rollouts);
+        double kl = 0.0;
         logprob = calloc(t.tokens, sizeof(float));
         reference = calloc(t.tokens, sizeof(float));
         for (size_t i = 0; i < t.rollouts; i++) {
@@ -176,16 +181,16 @@ START_TEST(trace_is_what_was_computed) {
             OK(psoup_model_logprobs(before, &rows, 1, out, &error));
             memcpy(reference + t.start[i], out + prompt->n - 1, n * sizeof(float));
             double sum = 0.0;
-            for (size_t k = 0; k < n; k++)
-                sum += t.reward[(size_t)t.start[i] + k] +
-                       0.2 * (t.logprob[(size_t)t.start[i] + k] -
-                              t.ref_logprob[(size_t)t.start[i] + k]);
-            if (step == 0) { /* the first batch's scores are whitened by its own moments */
-                psoup__moments m = {0};
-                psoup__moments_update(&m, t.score, t.rollouts);
-                near(sum, (t.score[i] - m.mean) / psoup__moments_deviation(&m), 1e-4, "score", i);
+            for (size_t k = (size_t)t.start[i]; k < (size_t)t.start[i] + n; k++) {
+                sum += t.reward[k] + beta * (t.logprob[k] - t.ref_logprob[k]);
+                kl += (double)t.logprob[k] - t.ref_logprob[k];
             }
+            near(sum, (t.score[i] - moments.mean) / psoup__moments_deviation(&moments), 1e-4,
+                 "score", i);
         }
+        beta = psoup__kl_coefficient(beta, kl / 8.0, o.kl_target, o.kl_horizon, 8.0);
+        ck_assert_double_eq(t.kl_coefficient, beta);
+        ck_assert_uint_eq(ppo->policies[1].state.rollouts, 8 * ((uint64_t)step + 1));
         ck_assert_mem_eq(logprob, t.logprob, t.tokens * sizeof(float));
         ck_assert_mem_eq(reference, t.ref_logprob, t.tokens * sizeof(float));
         if (step == 0)

@@ -92,7 +92,7 @@ psoup_status psoup_reward_load(psoup_model *model, const char *name, const char 
 psoup_status psoup_reward_save(const psoup_reward *reward, const char *directory,
                                const char *base_name, psoup_error *error);
 const char *psoup_reward_name(const psoup_reward *reward);
-/* Frees the handle; the adapter stays in the model. */
+/* Frees the handle, which must go before its model; the adapter stays in the model. */
 void psoup_reward_free(psoup_reward *reward);
 /* out[i] = score of rows[i] (its mix is not read). The same bits for any batch. */
 psoup_status psoup_reward_score(psoup_reward *reward, const psoup_row *rows, size_t n, float *out,
