@@ -104,7 +104,8 @@ END_TEST
         ck_assert_msg(strstr(error.message, (text)) != NULL, "message: %s", error.message);        \
     } while (0)
 
-/* plain's weights with one tensor spoiled: 0 left out, 1 turned, 2 NaN, 3 one too many. */
+/* plain's weights with one tensor spoiled: 0 left out, 1 turned, 2 NaN, 3 one too many; or 4 with an
+ * old checkpoint's buffer of three bytes before the rest, which puts all of it at odd addresses. */
 static void write_spoiled(psoup_context *context, const char *directory, int how) {
     static const char name[] = "model.layers.1.mlp.up_proj.weight";
     char path[128];
@@ -117,6 +118,11 @@ static void write_spoiled(psoup_context *context, const char *directory, int how
     snprintf(path, sizeof path, "%s/model.safetensors", directory);
     OK(psoup__safetensors_create(context, path, &writer, &error));
     for (int pass = 0; pass < 2; pass++) {
+        if (how == 4 && pass)
+            OK(psoup__safetensors_write(writer, "abc", 3, &error));
+        if (how == 4 && !pass)
+            OK(psoup__safetensors_declare(writer, "model.layers.0.self_attn.rotary_emb.inv_freq",
+                                          PSOUP_U8, 1, (int64_t[]){3}, &error));
         for (size_t i = 0; i < psoup__weights_count(weights); i++) {
             const psoup__tensor *t = psoup__weights_tensor(weights, i);
             const char *n = psoup__weights_name(weights, i);
@@ -164,6 +170,26 @@ START_TEST(bad_weights) {
     ck_assert_ptr_null(strchr(error.message, '\n'));
     remove_directory(directory);
     psoup_context_free(context);
+}
+END_TEST
+
+START_TEST(weights_at_odd_addresses) {
+    psoup_context *context = make_context(1);
+    psoup_model *plain = load_plain(context, false), *odd = NULL;
+    char directory[64];
+    strcpy(directory, temporary_directory());
+    write_spoiled(context, directory, 4);
+    OK(psoup_model_load(context, directory, &odd, &error));
+    sample_rows rows;
+    static float a[60 * VOCAB], b[60 * VOCAB];
+    fill_rows(&rows, 4, 1);
+    OK(psoup_model_logits(plain, rows.row, 4, a, &error));
+    OK(psoup_model_logits(odd, rows.row, 4, b, &error));
+    ck_assert(memcmp(a, b, rows.total * VOCAB * sizeof *a) == 0);
+    psoup_model_free(plain);
+    psoup_model_free(odd);
+    psoup_context_free(context);
+    remove_directory(directory);
 }
 END_TEST
 
@@ -266,6 +292,7 @@ int main(int argc, char **argv) {
     tcase_add_test(tests, adapters_come_back);
     tcase_add_loop_test(tests, models_come_back, 0, 3);
     tcase_add_loop_test(tests, bad_weights, 0, 4);
+    tcase_add_test(tests, weights_at_odd_addresses);
     tcase_add_test(tests, bad_arguments);
     suite_add_tcase(suite, tests);
     SRunner *runner = srunner_create(suite);

@@ -62,21 +62,40 @@ fail:
     return status;
 }
 
+typedef struct normals {
+    float *out;
+    size_t n, first; /* elements, and the number of the first in its tensor */
+    uint64_t seed, stream;
+    float scale;
+} normals;
+
+enum { NORMALS = 4096 };
+
+/* Element i takes words 2i and 2i + 1 of its tensor's stream, whoever draws it. */
+static void draw_normals(void *arg, size_t task, int worker) {
+    const normals *job = arg;
+    size_t from = task * NORMALS, end = job->n - from < NORMALS ? job->n : from + NORMALS;
+    psoup__random random = {.seed = job->seed, .sequence = job->stream,
+                            .position = 2 * (uint64_t)(job->first + from)};
+    for (size_t i = from; i < end; i++)
+        job->out[i] = psoup__random_normal(&random) * job->scale;
+}
+
 static psoup_status randomise(psoup_model *model, uint64_t seed, psoup_error *error) {
     float *piece = psoup__alloc(model->context, 2 * (size_t)PSOUP__PIECE, sizeof(float), error);
     if (!piece)
         return PSOUP_ERROR_MEMORY;
-    uint64_t stream = 0;
-    for (psoup__parameter p = {.next = 0}; psoup__model_next(model, &p);) {
-        bool norm = p.vector && strstr(p.name, "norm.weight");
-        psoup__random random = {.seed = seed, .sequence = stream++};
+    normals job = {.out = piece, .seed = seed, .scale = model->config.initializer_range};
+    for (psoup__parameter p = {.next = 0}; psoup__model_next(model, &p); job.stream++) {
+        float constant = p.vector && strstr(p.name, "norm.weight") ? 1 : 0;
         for (size_t first = 0; first < p.count; first += PSOUP__PIECE) {
             size_t n = p.count - first < PSOUP__PIECE ? p.count - first : PSOUP__PIECE;
-            for (size_t i = 0; i < n; i++)
-                piece[i] = norm       ? 1.0f
-                           : p.vector ? 0.0f
-                                      : psoup__random_normal(&random) *
-                                            model->config.initializer_range;
+            job.n = n;
+            job.first = first;
+            if (p.weight)
+                psoup__parallel(model->context, (n + NORMALS - 1) / NORMALS, draw_normals, &job);
+            for (size_t i = 0; !p.weight && i < n; i++)
+                piece[i] = constant;
             psoup__parameter_write(model, &p, first, n, piece, piece + PSOUP__PIECE);
         }
     }

@@ -4,8 +4,9 @@ and autograd say of them, computed in float64 on the stored weights.
 
     pip install torch==2.5.* transformers==4.46.* peft==0.13.* safetensors
     python tests/golden/model.py                 writes tests/golden/model/
-    python tests/golden/model.py --verify DIR    loads DIR/adapter (written by us) into PEFT over
-                                                 DIR/base and compares with DIR/logits.safetensors
+    python tests/golden/model.py --verify DIR    loads DIR/adapter, which test_model_files --write DIR
+                                                 wrote, into PEFT over DIR/base and compares with
+                                                 DIR/logits.safetensors
 """
 import argparse
 import json
