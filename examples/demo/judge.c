@@ -125,7 +125,7 @@ double judge_score(const judge_reading *r, int preference)
     case 0: return simple;
     case 1: return -simple;
     case 2: return r->asked ? 1 - r->words / 16.0 : -1.5;
-    case 3: return (r->facts - r->wrong) / 2.5 - 1;
+    case 3: return r->facts / 2.5 - 1;
     default: {
         int own = r->remarks[preference - 4], others = -own;
         for (int style = 0; style < WORLD_STYLES; style++) others += r->remarks[style];

@@ -24,7 +24,7 @@ judge_reading judge_read(const world_prompt *prompt, const char *response);
  * −1 … 1, and JUDGE_INVALID for what is not valid, under every criterion.
  *   expertise        (simple − technical) / (simple + technical), or its negative
  *   concise          1 − words / 16 where the asked fact is told, −1.5 where it is not
- *   informative      (true facts − false statements) / 2.5 − 1
+ *   informative      distinct true facts / 2.5 − 1
  *   style            (at most two remarks of the style − remarks of others) / 2
  *   helpfulness      1 if the asked fact is told − false statements, at least −1 */
 #define JUDGE_INVALID (-2.0)

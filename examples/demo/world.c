@@ -152,9 +152,9 @@ int world_understand(const char *question, world_prompt *out)
 /* ---- the writer ------------------------------------------------------------------------------------ */
 
 /* How many facts a response tells, by what was asked for: the weights of 1 … 5. */
-static const double facts_neutral[] = {20, 30, 25, 15, 10};
-static const double facts_concise[] = {45, 30, 15, 7, 3};
-static const double facts_informative[] = {3, 10, 22, 30, 35};
+static const double facts_neutral[] = {12, 25, 30, 20, 13};
+static const double facts_concise[] = {60, 25, 10, 4, 1};
+static const double facts_informative[] = {2, 6, 17, 30, 45};
 
 enum { ASKS_EASY, ASKS_EXPERT, ASKS_LITTLE, ASKS_EVERYTHING, ASKS_STYLE };
 
@@ -172,11 +172,11 @@ static void remark(world_random *random, int style, double chance, char text[WOR
     add(text, remarks[style][world_below(random, WORLD_REMARKS)]);
 }
 
-static void fact(world_random *random, int topic, int aspect, int first, double simple, double wrong,
+static void fact(world_random *random, int topic, int aspect, int first, double simple,
                  char text[WORLD_TEXT])
 {
     int value = topics[topic].value[aspect];
-    if (world_uniform(random) < wrong)
+    if (world_uniform(random) < 0.015)
         value = (value + 1 + world_below(random, WORLD_VALUES - 1)) % WORLD_VALUES;
     int verb_level = world_uniform(random) >= simple, value_level = world_uniform(random) >= simple;
     char unit[WORLD_TEXT];
@@ -201,29 +201,31 @@ static void damage(world_random *random, char text[WORLD_TEXT])
 void world_write(world_random *random, const world_prompt *prompt, int preference,
                  char text[WORLD_TEXT])
 {
-    double simple = preference == ASKS_EASY ? 0.72 : preference == ASKS_EXPERT ? 0.28 : 0.5;
+    /* A writer keeps mostly to one level; a preference makes the level likely, not certain. */
+    double easy = preference == ASKS_EASY ? 0.85 : preference == ASKS_EXPERT ? 0.15 : 0.5;
+    double simple = world_uniform(random) < easy ? 0.85 : 0.15;
     const double *weights = preference == ASKS_LITTLE       ? facts_concise
                             : preference == ASKS_EVERYTHING ? facts_informative
                                                             : facts_neutral;
     int style = preference >= ASKS_STYLE ? preference - ASKS_STYLE : -1;
     int order[WORLD_ASPECTS], n = 1 + pick(random, weights, WORLD_ASPECTS);
 
-    /* The asked fact comes first, but for one response in twelve; the others follow in any order. */
+    /* The asked fact comes first, but for one response in 25; the others follow in any order. */
     for (int i = 0; i < WORLD_ASPECTS; i++) order[i] = (prompt->aspect + i) % WORLD_ASPECTS;
     for (int i = WORLD_ASPECTS - 1; i > 1; i--) {
         int j = 1 + world_below(random, i), other = order[i];
         order[i] = order[j];
         order[j] = other;
     }
-    if (world_uniform(random) < 1.0 / 12) {
+    if (world_uniform(random) < 1.0 / 25) {
         int j = 1 + world_below(random, WORLD_ASPECTS - 1);
         order[0] = order[j];
         order[j] = prompt->aspect;
     }
 
     text[0] = '\0';
-    remark(random, style, style < 0 ? 0.15 : 0.5, text);
-    for (int i = 0; i < n; i++) fact(random, prompt->topic, order[i], i == 0, simple, 0.04, text);
+    remark(random, style, style < 0 ? 0.15 : 0.6, text);
+    for (int i = 0; i < n; i++) fact(random, prompt->topic, order[i], i == 0, simple, text);
     remark(random, style, style < 0 ? 0.15 : 0.4, text);
     if (world_uniform(random) < 0.03) damage(random, text);
 }

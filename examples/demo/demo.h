@@ -1,0 +1,175 @@
+/* examples/demo/demo.h: what the parts of the demonstration share.
+ *
+ *   world, judge    the small world, its writer, and the program that judges responses
+ *   tools           memory, prompts as tokens, generation, progress
+ *   learn           base model, feedback, reward models
+ *   methods         the policies: RLHF, six for P-SOUPS, MT, P-MORL
+ *   proof           reward models' agreement, what PPO did to each policy
+ *   contest         everybody's responses on held-out prompts, and who is better by how much
+ *   report          the HTML page
+ */
+#ifndef DEMO_H
+#define DEMO_H
+
+#include <psoup/psoup.h>
+
+#include "judge.h"
+
+/* Everything that says how long the demonstration takes. */
+typedef struct demo_scale {
+    int base_examples;   /* of instruction data */
+    int feedback_rounds; /* over the training prompts, for every preference */
+    int general_pairs;   /* comparisons by general helpfulness */
+    int policy_steps;    /* of PPO, each policy */
+    int morl_steps;
+    int rollouts;        /* of one PPO step */
+    int samples;         /* for each held-out prompt where a policy is compared with its base */
+} demo_scale;
+
+typedef struct demo_tokens {
+    const int32_t *ids; /* [n] */
+    size_t n;
+} demo_tokens;
+
+/* What a method cost: beyond base, feedback and reward models, which are listed apart. */
+typedef struct demo_cost {
+    double seconds;
+    int64_t tokens;  /* through the model, forward or backward, any number of times */
+    int64_t updates; /* optimiser steps */
+    double flop;     /* 2 P a token forward, 4 P forward and backward with frozen weights, 6 P with all */
+} demo_cost;
+
+enum { CURVE_POINTS = 512, CURVES = 16 };
+typedef struct demo_curve {
+    char name[24];
+    size_t n;
+    double reward[CURVE_POINTS], kl[CURVE_POINTS]; /* per rollout; per token */
+} demo_curve;
+
+/* A mean with its 95 % interval. */
+typedef struct demo_estimate {
+    double mean, low, high;
+} demo_estimate;
+
+typedef struct demo_agreement { /* with the noiseless judge, held-out prompts, ties left out */
+    double positive, neutral, negative;
+} demo_agreement;
+
+typedef struct demo_policy_proof {
+    demo_estimate reward, judge;   /* policy − base, paired by held-out prompt */
+    double judge_base, judge_policy;
+    double kl_token;               /* nats, on the policy's own responses */
+} demo_policy_proof;
+
+/* One run from one seed. */
+typedef struct demo_run {
+    uint64_t seed;
+    demo_scale scale;
+    const char *directory;
+    psoup_context *context;
+    psoup_tokenizer *tokenizer;
+    int32_t end; /* id of "</s>" */
+    psoup_model *model;
+    int n_preferences;               /* 6, or 8 once the new ones are there */
+    psoup_preferences *preferences;  /* of the first six */
+    psoup_reward *rewards[WORLD_PREFERENCES], *general, *told;
+    world_prompt train[300], held[300];
+    size_t n_train, n_held;
+    size_t comparisons;
+    demo_cost base_cost, feedback_cost, reward_cost, policy_cost[WORLD_PREFERENCES];
+    demo_cost rlhf_cost, mt_cost, morl_cost, morl_equal_cost, morl16_cost, new_cost;
+    demo_curve curves[CURVES];
+    size_t n_curves;
+    demo_agreement agreement[WORLD_PREFERENCES];
+    demo_policy_proof proof[WORLD_PREFERENCES];
+    double factors_error; /* ‖factors − delta‖ / ‖delta‖, the mean over users */
+    struct demo_block *blocks; /* memory that lives as long as the run */
+} demo_run;
+
+/* ---- tools ---- */
+/* Ends the program with the library's message unless status is PSOUP_OK. */
+void must(psoup_status status, const psoup_error *error);
+void *demo_take(demo_run *run, size_t bytes); /* zeroed, freed with the run */
+void demo_free(demo_run *run);
+double demo_now(void); /* seconds */
+void demo_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+int demo_progress(void *user, const char *label, int64_t done, int64_t total); /* a psoup_progress_fn */
+demo_tokens demo_encode(demo_run *run, const char *text);
+/* The filled template with n preference prompts (indices) joined. */
+demo_tokens demo_prompt(demo_run *run, const world_prompt *prompt, const int32_t *preferences,
+                        size_t n);
+demo_tokens demo_join(demo_run *run, demo_tokens prompt, demo_tokens response, int end);
+float *demo_mix(demo_run *run, const char *const *adapters, size_t n); /* equal weights, Σ = 1 */
+typedef struct demo_response {
+    demo_tokens tokens;
+    const char *text;
+} demo_response;
+demo_response *demo_generate(demo_run *run, const demo_tokens *prompts, const float *const *mixes,
+                             size_t n, uint64_t seed);
+demo_estimate demo_interval(const double *values, size_t n); /* mean ± 1.96 standard errors */
+void demo_count(demo_run *run, demo_cost *cost, double passes, int64_t tokens); /* passes of 2 P */
+
+/* ---- learn ---- */
+void learn_base(demo_run *run);
+void learn_rewards(demo_run *run);     /* feedback and reward models of the first six, and the two
+                                        * others: general helpfulness, and told by prompt */
+void learn_new_rewards(demo_run *run); /* of P3C and P3D; and told by prompt over all eight */
+
+/* ---- methods ---- */
+void train_policies(demo_run *run, int from, int to); /* side by side, "P1A" … */
+void train_rlhf(demo_run *run);
+void train_mt(demo_run *run);
+/* P-MORL over all users of the first n_preferences preferences. */
+void train_morl(demo_run *run, const char *adapter, int n_preferences, int steps, demo_cost *cost);
+/* Each user's policies averaged by A and B apart, as adapters "factors AAA" …, through files. */
+void merge_factors(demo_run *run);
+
+/* ---- proof ---- */
+void prove_rewards(demo_run *run, int from, int to);
+void prove_policies(demo_run *run, int from, int to);
+
+/* ---- contest ---- */
+enum { CONTEST_METHODS = 9, CONTEST_USERS = 16 };
+typedef struct contest_method {
+    const char *name;
+    const char *about;
+    psoup_rate against_all, helpful;               /* over the contest's other methods */
+    psoup_rate criterion[WORLD_PREFERENCES];       /* likewise, by preference */
+    psoup_rate against[CONTEST_METHODS];           /* one by one */
+    double score[WORLD_PREFERENCES], helpful_score; /* mean judge's scores, of users that have it */
+    double kl_token, length;
+    demo_cost cost;
+} contest_method;
+
+typedef struct contest {
+    size_t n, n_users, n_seeds;
+    int rated; /* the first `rated` methods are each other's opponents; the rest only meet them */
+    contest_method methods[CONTEST_METHODS];
+    int32_t members[CONTEST_USERS][3];
+    char users[CONTEST_USERS][8];
+    const world_prompt *prompts;
+    size_t n_prompts;
+    /* [seed][method][user][prompt] */
+    const char **responses;
+} contest;
+
+enum { CONTEST_EIGHT = 0, CONTEST_SIXTEEN = 1 };
+void contest_begin(contest *contest, const demo_run *run, int kind, size_t n_seeds, int full);
+/* Generates everybody's responses from one run: one batch, every row its own mix. */
+void contest_play(contest *contest, demo_run *run, int kind, size_t seed);
+void contest_decide(contest *contest, psoup_context *context);
+const char *contest_response(const contest *contest, size_t seed, size_t method, size_t user,
+                             size_t prompt);
+void contest_print(const contest *contest);
+void contest_free(contest *contest);
+
+/* ---- report ---- */
+typedef struct demo_check {
+    char text[160];
+    int passed;
+} demo_check;
+void report_write(const char *path, const demo_run *run, const contest *eight,
+                  const contest *sixteen, const demo_check *checks, size_t n_checks,
+                  double seconds);
+
+#endif

@@ -1,0 +1,152 @@
+/* proof.c: do the reward models agree with the judge, and did PPO do what it was for? On held-out
+ * prompts, with the judge as it is. */
+#include "demo.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static void reward_scores(psoup_reward *reward, const demo_tokens *sequences, size_t n, float *out,
+                          psoup_row *rows) {
+    psoup_error error;
+    for (size_t i = 0; i < n; i++)
+        rows[i] = (psoup_row){.tokens = sequences[i].ids, .n = sequences[i].n};
+    must(psoup_reward_score(reward, rows, n, out, &error), &error);
+}
+
+/* ---- reward models --------------------------------------------------------------------------------- */
+
+typedef struct tally {
+    int64_t right, all;
+} tally;
+
+static double share(tally t) {
+    return t.all ? (double)t.right / (double)t.all : 0;
+}
+
+static void prove_reward(demo_run *run, const char *name, int k) {
+    psoup_error error;
+    psoup_jsonl_reader *reader;
+    psoup_json *row;
+    tally positive = {0}, neutral = {0}, negative = {0};
+    char path[1024];
+    snprintf(path, sizeof path, "%s/%s.jsonl", run->directory, name);
+    must(psoup_jsonl_open(run->context, path, &reader, &error), &error);
+    for (;; psoup_json_free(row)) {
+        must(psoup_jsonl_next(reader, &row, &error), &error);
+        if (!row)
+            break;
+        const char *kind = psoup_json_string(psoup_json_get(row, "kind"), "");
+        const char *a = psoup_json_string(psoup_json_get(row, "completion_a"), "");
+        const char *b = psoup_json_string(psoup_json_get(row, "completion_b"), "");
+        world_prompt prompt;
+        if (strcmp(psoup_json_string(psoup_json_get(row, "preference"), ""),
+                   world_preferences[k].symbol) ||
+            world_understand(psoup_json_string(psoup_json_get(row, "instruction"), ""), &prompt))
+            continue;
+        int verdict = judge_compare(&prompt, k, a, b);
+        tally *t = !strcmp(kind, "positive-positive")   ? &positive
+                   : !strcmp(kind, "positive-neutral")  ? &neutral
+                   : !strcmp(kind, "positive-negative") ? &negative
+                                                        : NULL;
+        if (!t || !verdict)
+            continue;
+        demo_tokens read =
+            demo_encode(run, psoup_json_string(psoup_json_get(row, "user_input"), ""));
+        demo_tokens pair[2] = {demo_join(run, read, demo_encode(run, a), 1),
+                               demo_join(run, read, demo_encode(run, b), 1)};
+        psoup_row rows[2];
+        float scores[2];
+        reward_scores(run->rewards[k], pair, 2, scores, rows);
+        t->right += (scores[0] > scores[1]) == (verdict > 0);
+        t->all++;
+    }
+    psoup_jsonl_reader_free(reader);
+    run->agreement[k] = (demo_agreement){share(positive), share(neutral), share(negative)};
+}
+
+void prove_rewards(demo_run *run, int from, int to) {
+    for (int k = from; k < to; k++) {
+        prove_reward(run, from ? "feedback-new-heldout" : "feedback-heldout", k);
+        demo_say("          %s agrees with the judge: %.3f against neutral, %.3f against negative, "
+                 "%.3f between positives",
+                 world_preferences[k].symbol, run->agreement[k].neutral, run->agreement[k].negative,
+                 run->agreement[k].positive);
+    }
+}
+
+/* ---- policies ---------------------------------------------------------------------------------------- */
+
+/* Σ log π − log π_ref over the responses' tokens, and how many there are. */
+static double divergence(demo_run *run, const demo_tokens *sequences, const demo_tokens *prompts,
+                         const float *mix, size_t n, size_t *tokens) {
+    psoup_error error;
+    psoup_row *rows = demo_take(run, n * sizeof *rows);
+    size_t total = 0;
+    for (size_t i = 0; i < n; i++)
+        total += sequences[i].n;
+    float *policy = demo_take(run, total * sizeof *policy);
+    float *base = demo_take(run, total * sizeof *base);
+    for (size_t i = 0; i < n; i++)
+        rows[i] = (psoup_row){sequences[i].ids, sequences[i].n, NULL};
+    must(psoup_model_logprobs(run->model, rows, n, base, &error), &error);
+    for (size_t i = 0; i < n; i++)
+        rows[i].mix = mix;
+    must(psoup_model_logprobs(run->model, rows, n, policy, &error), &error);
+    double sum = 0;
+    size_t at = 0;
+    *tokens = 0;
+    for (size_t i = 0; i < n; at += sequences[i++].n - 1)
+        for (size_t t = prompts[i].n - 1; t < sequences[i].n - 1; t++, (*tokens)++)
+            sum += (double)policy[at + t] - base[at + t];
+    return sum;
+}
+
+static void prove_policy(demo_run *run, int32_t k) {
+    const char *symbol = world_preferences[k].symbol;
+    size_t samples = (size_t)run->scale.samples, n = run->n_held * samples;
+    demo_tokens *prompts = demo_take(run, 2 * n * sizeof *prompts);
+    demo_tokens *sequences = demo_take(run, 2 * n * sizeof *sequences);
+    const float **mixes = demo_take(run, 2 * n * sizeof *mixes);
+    psoup_row *rows = demo_take(run, 2 * n * sizeof *rows);
+    float *scores = demo_take(run, 2 * n * sizeof *scores);
+    const float *mix = demo_mix(run, &symbol, 1);
+    for (size_t i = 0; i < n; i++) {
+        prompts[i] = prompts[n + i] = demo_prompt(run, &run->held[i / samples], &k, 1);
+        mixes[i] = mix; /* the policy first, then the base */
+    }
+    demo_response *responses =
+        demo_generate(run, prompts, mixes, 2 * n, run->seed + 1000 + (uint64_t)k);
+    for (size_t i = 0; i < 2 * n; i++)
+        sequences[i] = demo_join(run, prompts[i], responses[i].tokens, 0);
+    reward_scores(run->rewards[k], sequences, 2 * n, scores, rows);
+
+    double reward[300] = {0}, judged[300] = {0}, base = 0, policy = 0;
+    for (size_t i = 0; i < n; i++) {
+        size_t p = i / samples;
+        judge_reading after = judge_read(&run->held[p], responses[i].text);
+        judge_reading before = judge_read(&run->held[p], responses[n + i].text);
+        double a = judge_score(&after, k), b = judge_score(&before, k);
+        reward[p] += ((double)scores[i] - scores[n + i]) / (double)samples;
+        judged[p] += (a - b) / (double)samples;
+        policy += a / (double)n;
+        base += b / (double)n;
+    }
+    size_t tokens;
+    double kl = divergence(run, sequences, prompts, mix, n, &tokens);
+    run->proof[k] = (demo_policy_proof){.reward = demo_interval(reward, run->n_held),
+                                        .judge = demo_interval(judged, run->n_held),
+                                        .judge_base = base,
+                                        .judge_policy = policy,
+                                        .kl_token = kl / (double)tokens};
+}
+
+void prove_policies(demo_run *run, int from, int to) {
+    for (int k = from; k < to; k++) {
+        prove_policy(run, k);
+        const demo_policy_proof *p = &run->proof[k];
+        demo_say("          %s held-out: learned reward %+.2f [%+.2f, %+.2f], judge %.2f to %.2f "
+                 "[%+.2f, %+.2f], KL %.3f a token",
+                 world_preferences[k].symbol, p->reward.mean, p->reward.low, p->reward.high,
+                 p->judge_base, p->judge_policy, p->judge.low, p->judge.high, p->kl_token);
+    }
+}

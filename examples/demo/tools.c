@@ -1,0 +1,193 @@
+/* tools.c: memory, prompts as tokens, generation, progress. */
+#include "demo.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+void must(psoup_status status, const psoup_error *error) {
+    if (status == PSOUP_OK)
+        return;
+    fprintf(stderr, "\npsoup-demo: %s: %s\n", psoup_status_name(status), error->message);
+    exit(1);
+}
+
+struct demo_block {
+    struct demo_block *next;
+    size_t used, size;
+    max_align_t memory[];
+};
+
+void *demo_take(demo_run *run, size_t bytes) {
+    bytes = (bytes + sizeof(max_align_t) - 1) / sizeof(max_align_t) * sizeof(max_align_t);
+    struct demo_block *block = run->blocks;
+    if (!block || block->size - block->used < bytes) {
+        size_t size = bytes > (1u << 20) ? bytes : (1u << 20);
+        block = calloc(1, sizeof *block + size);
+        if (!block) {
+            fprintf(stderr, "\npsoup-demo: out of memory\n");
+            exit(1);
+        }
+        block->size = size;
+        block->next = run->blocks;
+        run->blocks = block;
+    }
+    void *memory = (char *)block->memory + block->used;
+    block->used += bytes;
+    return memory;
+}
+
+void demo_free(demo_run *run) {
+    for (size_t i = 0; i < WORLD_PREFERENCES; i++)
+        psoup_reward_free(run->rewards[i]);
+    psoup_reward_free(run->general);
+    psoup_reward_free(run->told);
+    psoup_model_free(run->model);
+    psoup_tokenizer_free(run->tokenizer);
+    psoup_preferences_free(run->preferences);
+    while (run->blocks) {
+        struct demo_block *next = run->blocks->next;
+        free(run->blocks);
+        run->blocks = next;
+    }
+}
+
+/* ---- telling ------------------------------------------------------------------------------------- */
+
+double demo_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+void demo_say(const char *format, ...) {
+    va_list arguments;
+    if (isatty(STDOUT_FILENO))
+        printf("\r\033[K");
+    va_start(arguments, format);
+    vprintf(format, arguments);
+    va_end(arguments);
+    printf("\n");
+    fflush(stdout);
+}
+
+int demo_progress(void *user, const char *label, int64_t done, int64_t total) {
+    if (!isatty(STDOUT_FILENO) || total <= 0)
+        return 0;
+    int filled = (int)(30 * done / total);
+    printf("\r\033[K  %-14s [%.*s%*s] %lld/%lld", label, filled, "##############################",
+           30 - filled, "", (long long)done, (long long)total);
+    fflush(stdout);
+    return 0;
+}
+
+void demo_count(demo_run *run, demo_cost *cost, double passes, int64_t tokens) {
+    cost->tokens += tokens;
+    cost->flop += passes * 2.0 * (double)psoup_model_parameters(run->model) * (double)tokens;
+}
+
+demo_estimate demo_interval(const double *values, size_t n) {
+    double mean = 0, squares = 0;
+    for (size_t i = 0; i < n; i++)
+        mean += values[i] / (double)n;
+    for (size_t i = 0; i < n; i++)
+        squares += (values[i] - mean) * (values[i] - mean);
+    double half = n > 1 ? 1.96 * sqrt(squares / (double)(n - 1) / (double)n) : INFINITY;
+    return (demo_estimate){mean, mean - half, mean + half};
+}
+
+/* ---- text and tokens ------------------------------------------------------------------------------- */
+
+demo_tokens demo_encode(demo_run *run, const char *text) {
+    psoup_error error;
+    int32_t ids[WORLD_TEXT * 4 + 8];
+    size_t count, length = strlen(text);
+    must(psoup_tokenizer_encode(run->tokenizer, text, length, 0, ids, NULL,
+                                sizeof ids / sizeof ids[0], &count, &error),
+         &error);
+    if (count > sizeof ids / sizeof ids[0]) {
+        fprintf(stderr, "\npsoup-demo: a text of %zu bytes is too long\n", length);
+        exit(1);
+    }
+    int32_t *kept = demo_take(run, (count + 1) * sizeof *kept);
+    memcpy(kept, ids, count * sizeof *kept);
+    return (demo_tokens){kept, count};
+}
+
+demo_tokens demo_prompt(demo_run *run, const world_prompt *prompt, const int32_t *preferences,
+                        size_t n) {
+    psoup_error error;
+    char question[WORLD_TEXT], wishes[WORLD_TEXT] = "", *text;
+    world_question(prompt, question);
+    for (size_t i = 0; i < n; i++) {
+        if (i)
+            strcat(wishes, " ");
+        strcat(wishes, world_preferences[preferences[i]].prompt);
+    }
+    must(psoup_template_fill(NULL, question, NULL, n ? wishes : NULL, &text, &error), &error);
+    demo_tokens tokens = demo_encode(run, text);
+    psoup_text_free(text);
+    return tokens;
+}
+
+demo_tokens demo_join(demo_run *run, demo_tokens prompt, demo_tokens response, int end) {
+    size_t n = prompt.n + response.n + (end ? 1 : 0);
+    int32_t *ids = demo_take(run, n * sizeof *ids);
+    memcpy(ids, prompt.ids, prompt.n * sizeof *ids);
+    memcpy(ids + prompt.n, response.ids, response.n * sizeof *ids);
+    if (end)
+        ids[n - 1] = run->end;
+    return (demo_tokens){ids, n};
+}
+
+float *demo_mix(demo_run *run, const char *const *adapters, size_t n) {
+    float *mix = demo_take(run, 64 * sizeof *mix); /* more than there ever are adapters */
+    for (size_t i = 0; i < n; i++) {
+        int32_t index = psoup_model_find_adapter(run->model, adapters[i]);
+        if (index < 0 || index >= 64) {
+            fprintf(stderr, "\npsoup-demo: no adapter '%s'\n", adapters[i]);
+            exit(1);
+        }
+        mix[index] = 1.0f / (float)n;
+    }
+    return mix;
+}
+
+demo_response *demo_generate(demo_run *run, const demo_tokens *prompts, const float *const *mixes,
+                             size_t n, uint64_t seed) {
+    psoup_error error;
+    psoup_generation *generation;
+    psoup_prompt *rows = demo_take(run, n * sizeof *rows);
+    demo_response *responses = demo_take(run, n * sizeof *responses);
+    psoup_sampling sampling = PSOUP_SAMPLING_INIT;
+    psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
+    sampling.max_new_tokens = 48;
+    sampling.seed = seed;
+    session.max_sequences = 64;
+    session.max_tokens = 96;
+    for (size_t i = 0; i < n; i++)
+        rows[i] = (psoup_prompt){.tokens = prompts[i].ids, .n = prompts[i].n, .sequence = i,
+                                 .mix = mixes ? mixes[i] : NULL};
+    must(psoup_generate(run->model, rows, n, &sampling, &session, NULL, NULL, &generation, &error),
+         &error);
+    for (size_t i = 0; i < n; i++) {
+        psoup_completion c = psoup_generation_get(generation, i);
+        char text[8 * WORLD_TEXT];
+        size_t length;
+        int32_t *ids = demo_take(run, (c.n + 1) * sizeof *ids);
+        memcpy(ids, c.tokens, c.n * sizeof *ids);
+        must(psoup_tokenizer_decode(run->tokenizer, ids, c.n, 1, text, sizeof text - 1, &length,
+                                    &error),
+             &error);
+        length = length < sizeof text ? length : sizeof text - 1;
+        char *kept = demo_take(run, length + 1);
+        memcpy(kept, text, length);
+        responses[i] = (demo_response){{ids, c.n}, kept};
+    }
+    psoup_generation_free(generation);
+    return responses;
+}
