@@ -54,6 +54,7 @@ OBJ      = $(SRC:%.c=$B/%.o) \
 MERGE_OBJ = $(filter $B/src/base/% $B/src/format/% $B/src/merge/%,$(OBJ))
 
 TESTS    = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
+HELPERS  = judge make_tiny
 BENCHES  = $(patsubst tests/%.c,%,$(wildcard tests/bench_*.c))
 FUZZERS  = $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 
@@ -125,7 +126,7 @@ $B/tests/%: $B/tests/%.o $B/libpsoup.a
 LIBS_bench_gemm = -l:libopenblas.so.0
 
 # The tests of one build; every program prints Check's own line of counts.
-run-tests: $(TESTS:%=$B/tests/%) $B/psoup
+run-tests: $(TESTS:%=$B/tests/%) $(HELPERS:%=$B/tests/%) $B/psoup
 	@set -e; for t in $(TESTS); do echo "== $$t"; $B/tests/$$t; done
 	@echo "== the program"; sh tests/cli.sh $B/psoup
 

@@ -71,7 +71,7 @@ static bool read_number(const char *name, const char *text, double low, double h
     *out = strtod(text, &end);
     if (errno || end == text || *end || !isfinite(*out) || *out < low || *out > high ||
         (integer && *out != floor(*out))) {
-        cli_complain("%s: \"%s\", expected %s from %g to %g", name, text,
+        cli_complain("%s: \"%s\", expected %s from %.10g to %.10g", name, text,
                      integer ? "a whole number" : "a number", low, high);
         return false;
     }
@@ -212,73 +212,4 @@ int cli_training_step(void *user, const psoup_step *step) {
     } else if (isatty(STDERR_FILENO))
         draw_bar(step->subject, note, step->step, step->total);
     return 0;
-}
-
-/* ---- models and texts -------------------------------------------------------------------------- */
-
-void cli_close(cli_model *opened) {
-    psoup_tokenizer_free(opened->tokenizer);
-    psoup_model_free(opened->model);
-    psoup_context_free(opened->context);
-    *opened = (cli_model){0};
-}
-
-static psoup_status load_adapter(psoup_model *model, const char *text, psoup_error *error) {
-    const char *equal = strchr(text, '=');
-    if (!equal || equal == text || !equal[1])
-        return cli_error(error, PSOUP_ERROR_ARGUMENT, "--adapter \"%s\": expected NAME=DIR", text);
-    char *name = strndup(text, (size_t)(equal - text));
-    if (!name)
-        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    psoup_status status = psoup_model_load_adapter(model, name, equal + 1, error);
-    free(name);
-    return status;
-}
-
-psoup_status cli_open(const char *directory, int32_t threads, const cli_list *adapters,
-                      bool need_tokenizer, cli_model *out, psoup_error *error) {
-    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
-    psoup_status status;
-    *out = (cli_model){0};
-    if (!directory)
-        return cli_error(error, PSOUP_ERROR_ARGUMENT, "no model given: --model DIR");
-    options.threads = threads;
-    options.log = cli_log;
-    status = psoup_context_create(&options, &out->context, error);
-    if (status == PSOUP_OK)
-        status = psoup_model_load(out->context, directory, &out->model, error);
-    for (size_t i = 0; status == PSOUP_OK && adapters && i < adapters->n; i++)
-        status = load_adapter(out->model, adapters->items[i], error);
-    if (status == PSOUP_OK) {
-        psoup_error quiet;
-        psoup_status found = psoup_tokenizer_load(out->context, directory, &out->tokenizer,
-                                                  need_tokenizer ? error : &quiet);
-        if (need_tokenizer)
-            status = found;
-    }
-    if (status != PSOUP_OK)
-        cli_close(out);
-    return status;
-}
-
-psoup_status cli_encode(const psoup_tokenizer *tokenizer, const char *text, size_t length,
-                        uint32_t flags, int32_t **ids, size_t *n, psoup_error *error) {
-    size_t capacity = 4 * length + 8;
-    *ids = malloc(capacity * sizeof **ids);
-    if (!*ids)
-        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    return psoup_tokenizer_encode(tokenizer, text, length, flags, *ids, NULL, capacity, n, error);
-}
-
-psoup_status cli_decode(const psoup_tokenizer *tokenizer, const int32_t *ids, size_t n, char **text,
-                        psoup_error *error) {
-    size_t length = 0;
-    *text = NULL;
-    psoup_status status = psoup_tokenizer_decode(tokenizer, ids, n, 1, NULL, 0, &length, error);
-    if (status != PSOUP_OK)
-        return status;
-    *text = calloc(length + 1, 1);
-    if (!*text)
-        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    return psoup_tokenizer_decode(tokenizer, ids, n, 1, *text, length, &length, error);
 }

@@ -57,6 +57,11 @@ int cli_fail(const psoup_error *error);
 __attribute__((format(printf, 1, 2)))
 #endif
 int cli_complain(const char *format, ...); /* the same from a format; returns 2 */
+/* Fills *error and returns the status. */
+#if defined(__GNUC__)
+__attribute__((format(printf, 3, 4)))
+#endif
+psoup_status cli_error(psoup_error *error, psoup_status status, const char *format, ...);
 void cli_log(void *user, psoup_log_level level, const char *line); /* for psoup_context_options */
 
 /* A progress bar on standard error, only where that is a terminal. */
@@ -85,16 +90,22 @@ psoup_status cli_open(const char *directory, int32_t threads, const cli_list *ad
                       bool need_tokenizer, cli_model *out, psoup_error *error);
 void cli_close(cli_model *opened);
 
-/* Encodes a text with the special tokens that the tokenizer adds. Free *ids with free(). */
+/* Encodes a text; flags as for psoup_tokenizer_encode. Free *ids with free(). */
 psoup_status cli_encode(const psoup_tokenizer *tokenizer, const char *text, size_t length,
                         uint32_t flags, int32_t **ids, size_t *n, psoup_error *error);
-/* Decodes into a NUL-terminated text, to be freed with free(). */
+/* "1 15 27", the value of an option. Free *ids with free(), also on failure. */
+psoup_status cli_parse_ids(const char *option, const char *text, int32_t **ids, size_t *n,
+                           psoup_error *error);
+/* Decodes without special tokens into *length bytes and a NUL, to be freed with free(). A model's
+ * answer need not be UTF-8: it may end inside a character. */
 psoup_status cli_decode(const psoup_tokenizer *tokenizer, const int32_t *ids, size_t n, char **text,
-                        psoup_error *error);
-psoup_status cli_error(psoup_error *error, psoup_status status, const char *format, ...)
-#if defined(__GNUC__)
-    __attribute__((format(printf, 3, 4)))
-#endif
-    ;
+                        size_t *length, psoup_error *error);
+/* Bytes of the UTF-8 character that text[0, length), length > 0, begins with; 0 where it is none. */
+size_t cli_character(const char *text, size_t length);
+/* The text with U+FFFD for every byte that is not UTF-8, and for NUL. Free with free(). */
+char *cli_utf8(const char *text, size_t length);
+/* A row's {"NAME": W, …} into mix [adapters], all 0 before; path and line for messages. */
+psoup_status cli_read_mix(const cli_model *m, const psoup_json *object, bool any_sum,
+                          const char *path, int64_t line, float *mix, psoup_error *error);
 
 #endif

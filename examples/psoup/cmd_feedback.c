@@ -38,16 +38,19 @@ static const psoup_field feedback_fields[] = {
     {0}};
 #undef FIELD
 
-static psoup_status open_judge(psoup_context *context, const psoup_json *words, psoup_judge **out,
-                               psoup_error *error) {
+static psoup_status open_judge(psoup_context *context, const char *config_path,
+                               const psoup_json *words, psoup_judge **out, psoup_error *error) {
     const char *argv[64] = {0};
     size_t n = psoup_json_size(words);
     if (psoup_json_kind(words) != PSOUP_JSON_ARRAY || n == 0 || n > 63)
         return cli_error(error, PSOUP_ERROR_ARGUMENT,
-                         "judge: expected a list of 1 to 63 texts, the program and its arguments");
+                         "%s: judge: expected a list of 1 to 63 texts, the program and its "
+                         "arguments",
+                         config_path);
     for (size_t i = 0; i < n; i++)
         if (!(argv[i] = psoup_json_string(psoup_json_at(words, i), NULL)))
-            return cli_error(error, PSOUP_ERROR_ARGUMENT, "judge[%zu]: expected a text", i);
+            return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: judge[%zu]: expected a text",
+                             config_path, i);
     return psoup_judge_command(context, argv, out, error);
 }
 
@@ -65,8 +68,27 @@ static psoup_status read_instructions(const feedback_run *run, const psoup_json 
     return status;
 }
 
-static psoup_status feedback(const feedback_run *run, bool json, psoup_feedback_counts *counts,
-                             psoup_error *error) {
+static psoup_status load_adapters(const feedback_run *run, const char *config_path,
+                                  psoup_model *model, psoup_error *error) {
+    psoup_json_type kind = psoup_json_kind(run->adapters);
+    psoup_status status = PSOUP_OK;
+    const psoup_json *directory;
+    const char *name = NULL;
+    if (kind != PSOUP_JSON_NULL && kind != PSOUP_JSON_OBJECT)
+        return cli_error(error, PSOUP_ERROR_ARGUMENT,
+                         "%s: adapters: expected an object {\"NAME\": \"DIR\", …}", config_path);
+    while (status == PSOUP_OK && (directory = psoup_json_next(run->adapters, &name)))
+        status = psoup_json_string(directory, NULL)
+                     ? psoup_model_load_adapter(model, name, psoup_json_string(directory, ""),
+                                                error)
+                     : cli_error(error, PSOUP_ERROR_ARGUMENT,
+                                 "%s: adapters: \"%s\" is no text, expected a directory",
+                                 config_path, name);
+    return status;
+}
+
+static psoup_status feedback(const feedback_run *run, const config *c,
+                             psoup_feedback_counts *counts, psoup_error *error) {
     cli_model m = {0};
     psoup_json *rows = NULL;
     psoup_instruction *instructions = NULL;
@@ -75,16 +97,15 @@ static psoup_status feedback(const feedback_run *run, bool json, psoup_feedback_
     float *mix = NULL;
     psoup_sampling sampling = PSOUP_SAMPLING_INIT;
     psoup_feedback_options options = PSOUP_FEEDBACK_OPTIONS_INIT;
-    psoup_status status = PSOUP_OK;
-    const char *name = NULL;
-    const psoup_json *directory;
+    psoup_status status;
     if (!run->prompts || !run->output)
-        return cli_error(error, PSOUP_ERROR_ARGUMENT, "expected \"prompts\" and \"output\"");
+        return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: expected \"prompts\" and \"output\"",
+                         c->path);
     status = run_open(run->model, run->tokenizer, run->threads, &m, error);
-    while (status == PSOUP_OK && (directory = psoup_json_next(run->adapters, &name)))
-        status = psoup_model_load_adapter(m.model, name, psoup_json_string(directory, ""), error);
     if (status == PSOUP_OK)
-        status = open_judge(m.context, run->judge, &judge, error);
+        status = load_adapters(run, c->path, m.model, error);
+    if (status == PSOUP_OK)
+        status = open_judge(m.context, c->path, run->judge, &judge, error);
     if (status == PSOUP_OK)
         status =
             run->preferences
@@ -111,7 +132,7 @@ static psoup_status feedback(const feedback_run *run, bool json, psoup_feedback_
         options.mix = mix;
         options.max_sequences = run->max_sequences;
         options.seed = run->seed;
-        options.progress = json ? NULL : cli_progress;
+        options.progress = c->json ? NULL : cli_progress;
         status = psoup_feedback(m.model, m.tokenizer, preferences, instructions,
                                 psoup_json_size(rows), judge, &options, run->output, counts, error);
     }
@@ -132,19 +153,18 @@ int cmd_feedback(int argc, char **argv) {
     int status;
     if (!config_read(
             argc, argv,
-            "Usage: psoup feedback --config FILE.json\n\nFor each prompt and preference: samples "
-            "two "
-            "positives, a neutral and a negative, asks the\njudge which positive is better, and "
-            "writes four comparisons for psoup reward.\n\nThe judge is any program that reads, "
-            "line "
-            "by line,\n  {\"id\": 7, \"prompt\": \"…\", \"preference\": \"P1A\", \"criterion\": "
-            "\"…\", "
-            "\"a\": \"…\", \"b\": \"…\"}\nand answers {\"id\": 7, \"verdict\": \"a\" | \"b\" | "
-            "\"tie\"}.\n",
+            "Usage: psoup feedback --config FILE.json\n\n"
+            "For each prompt and preference: samples two positives, a neutral and a negative, asks "
+            "the\njudge which positive is better, and writes four comparisons for psoup reward.\n\n"
+            "The judge is any program that reads, line by line,\n"
+            "  {\"id\": 7, \"prompt\": \"…\", \"preference\": \"P1A\", \"criterion\": \"…\", "
+            "\"a\": \"…\", \"b\": \"…\"}\n"
+            "and answers each with {\"id\": 7, \"verdict\": \"a\" | \"b\" | \"tie\"}, in any order, "
+            "without\nwaiting for its input to end (flush every line).\n",
             sections, 1, &c, &status))
         return status;
     psoup_error error = {0};
-    if (feedback(&run, c.json, &counts, &error) != PSOUP_OK)
+    if (feedback(&run, &c, &counts, &error) != PSOUP_OK)
         status = cli_fail(&error);
     else if (c.json) {
         psoup_json *row = psoup_json_new_object();

@@ -20,41 +20,6 @@ typedef struct generate_args {
     psoup_sampling sampling;
 } generate_args;
 
-/* Weights from a row's "mix" object, or from --mix. */
-static psoup_status read_mix(const generate_args *args, const cli_model *m, const psoup_json *row,
-                             int64_t line, float *mix, psoup_error *error) {
-    const psoup_json *object = psoup_json_get(row, "mix"), *weight;
-    const char *name = NULL;
-    if (!object)
-        return psoup_model_parse_mix(m->model, args->mix ? args->mix : "", args->any_sum, mix,
-                                     error);
-    double sum = 0;
-    size_t n = 0;
-    while ((weight = psoup_json_next(object, &name))) {
-        int32_t index = psoup_model_find_adapter(m->model, name);
-        double w = psoup_json_real(weight, 1e300);
-        if (index < 0)
-            return cli_error(error, PSOUP_ERROR_ARGUMENT,
-                             "%s:%lld: mix: no adapter is named \"%s\" (--adapter NAME=DIR)",
-                             args->prompts, (long long)line, name);
-        if (!(w > -1e30 && w < 1e30))
-            return cli_error(error, PSOUP_ERROR_ARGUMENT,
-                             "%s:%lld: mix: the weight of \"%s\" is not a number", args->prompts,
-                             (long long)line, name);
-        mix[index] = (float)w;
-        sum += w;
-        n++;
-    }
-    if (psoup_json_kind(object) != PSOUP_JSON_OBJECT)
-        return cli_error(error, PSOUP_ERROR_FORMAT, "%s:%lld: mix: expected an object of weights",
-                         args->prompts, (long long)line);
-    if (n > 0 && !args->any_sum && (sum > 1 + 1e-6 || sum < 1 - 1e-6))
-        return cli_error(error, PSOUP_ERROR_ARGUMENT,
-                         "%s:%lld: mix: the weights sum to %.9g, expected 1 (or --any-sum)",
-                         args->prompts, (long long)line, sum);
-    return PSOUP_OK;
-}
-
 static psoup_status read_job(const generate_args *args, const cli_model *m, psoup_json *row,
                              int64_t line, job *out, psoup_error *error) {
     const char *text = row ? psoup_json_string(psoup_json_get(row, "prompt"), NULL) : args->prompt;
@@ -82,11 +47,17 @@ static psoup_status read_job(const generate_args *args, const cli_model *m, psou
     if (status != PSOUP_OK)
         return status;
     if (out->n == 0)
-        return cli_error(error, PSOUP_ERROR_ARGUMENT, "the prompt has no tokens");
+        return line ? cli_error(error, PSOUP_ERROR_ARGUMENT, "%s:%lld: the prompt has no tokens",
+                                args->prompts, (long long)line)
+                    : cli_error(error, PSOUP_ERROR_ARGUMENT, "--prompt: it has no tokens");
     out->mix = calloc((size_t)psoup_model_adapters(m->model) + 1, sizeof *out->mix);
     if (!out->mix)
         return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    return read_mix(args, m, row, line, out->mix, error);
+    if (psoup_json_get(row, "mix"))
+        return cli_read_mix(m, psoup_json_get(row, "mix"), args->any_sum, args->prompts, line,
+                            out->mix, error);
+    return psoup_model_parse_mix(m->model, args->mix ? args->mix : "", args->any_sum, out->mix,
+                                 error);
 }
 
 static psoup_status read_jobs(const generate_args *args, const cli_model *m, job **jobs, size_t *n,
@@ -118,32 +89,43 @@ static psoup_status read_jobs(const generate_args *args, const cli_model *m, job
     return status;
 }
 
-/* Prints one answer while it grows: whole characters only. */
+/* Prints one answer while it grows, whole characters only. */
 typedef struct stream {
     const cli_model *m;
     int32_t *tokens;
-    size_t n, printed;
+    size_t n, capacity, printed; /* printed: bytes of the text so far */
 } stream;
 
 static int on_stream(void *user, int64_t id, int32_t token, float logprob, psoup_finish finish) {
     stream *s = user;
     psoup_error error;
-    char *text = NULL;
-    (void)id;
-    (void)logprob;
+    char *text = NULL, *piece = NULL;
+    size_t length, end = s->printed;
+    (void)id, (void)logprob;
+    if (s->n == s->capacity) {
+        int32_t *grown = realloc(s->tokens, (2 * s->capacity + 64) * sizeof *grown);
+        if (!grown)
+            return 1;
+        s->tokens = grown;
+        s->capacity = 2 * s->capacity + 64;
+    }
     if (token >= 0)
         s->tokens[s->n++] = token;
-    if (cli_decode(s->m->tokenizer, s->tokens, s->n, &text, &error) == PSOUP_OK) {
-        size_t length = strlen(text), end = length;
-        while (finish == PSOUP_FINISH_NONE && end > s->printed && (text[end - 1] & 0x80) &&
-               length - end < 4)
-            end--;
-        if (end > s->printed) {
-            fwrite(text + s->printed, 1, end - s->printed, stdout);
-            fflush(stdout);
-            s->printed = end;
+    if (cli_decode(s->m->tokenizer, s->tokens, s->n, &text, &length, &error) == PSOUP_OK) {
+        while (end < length) { /* what is no character now may become one, within 4 bytes */
+            size_t n = cli_character(text + end, length - end);
+            if (n == 0 && length - end < 4 && finish == PSOUP_FINISH_NONE)
+                break;
+            end += n ? n : 1;
         }
+        piece = end > s->printed ? cli_utf8(text + s->printed, end - s->printed) : NULL;
     }
+    if (piece) {
+        fputs(piece, stdout);
+        fflush(stdout);
+        s->printed = end;
+    }
+    free(piece);
     free(text);
     return 0;
 }
@@ -163,23 +145,22 @@ static int on_count(void *user, int64_t id, int32_t token, float logprob, psoup_
 static psoup_json *result_row(const cli_model *m, const job *j, psoup_completion c,
                               const char *prompt, psoup_error *error) {
     static const char *const finishes[] = {"none", "stop", "length", "error"};
-    char *text = NULL;
-    if (cli_decode(m->tokenizer, c.tokens, c.n, &text, error) != PSOUP_OK)
+    char *text = NULL, *clean = NULL;
+    size_t length;
+    if (cli_decode(m->tokenizer, c.tokens, c.n, &text, &length, error) == PSOUP_OK &&
+        !(clean = cli_utf8(text, length)))
+        cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    free(text);
+    if (!clean)
         return NULL;
     psoup_json *row = j->row ? psoup_json_copy(j->row) : psoup_json_new_object();
     if (!j->row)
         psoup_json_set(row, "prompt", psoup_json_new_string(prompt));
-    psoup_json *completion = psoup_json_new_string(text);
-    if (!completion) /* cut inside a character */
-        for (size_t end = strlen(text); !completion && end > 0;) {
-            text[--end] = 0;
-            completion = psoup_json_new_string(text);
-        }
-    free(text);
     double logprob = 0;
     for (size_t i = 0; i < c.n; i++)
         logprob += c.logprobs[i];
-    psoup_json_set(row, "completion", completion);
+    psoup_json_set(row, "completion", psoup_json_new_string(clean));
+    free(clean);
     psoup_json_set(row, "finish", psoup_json_new_string(finishes[c.finish]));
     psoup_json_set(row, "tokens", psoup_json_new_integer((int64_t)c.n));
     psoup_json_set(row, "logprob", psoup_json_new_real(logprob));
@@ -214,13 +195,12 @@ static psoup_status run(const generate_args *args, const cli_model *m, job *jobs
                         psoup_error *error) {
     bool streaming = args->prompt && !args->json && !args->out;
     psoup_prompt *prompts = calloc(n ? n : 1, sizeof *prompts);
-    stream s = {.m = m,
-                .tokens = calloc((size_t)args->sampling.max_new_tokens + 1, sizeof *s.tokens)};
+    stream s = {.m = m};
     counter count = {0, (int64_t)n};
     psoup_generation *generation = NULL;
     psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
     psoup_status status = PSOUP_OK;
-    if (!prompts || !s.tokens)
+    if (!prompts)
         status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     for (size_t i = 0; prompts && i < n; i++)
         prompts[i] = (psoup_prompt){
@@ -234,6 +214,12 @@ static psoup_status run(const generate_args *args, const cli_model *m, job *jobs
         putchar('\n');
     else if (status == PSOUP_OK)
         status = write_results(args, m, jobs, n, generation, error);
+    for (size_t i = 0; status == PSOUP_OK && i < n; i++)
+        if (psoup_generation_get(generation, i).finish == PSOUP_FINISH_ERROR)
+            status = cli_error(error, PSOUP_ERROR_STATE,
+                               "prompt %zu: its logits are not numbers: a weight or an adapter of "
+                               "its mix diverged",
+                               i + 1);
     psoup_generation_free(generation);
     free(s.tokens);
     free(prompts);
@@ -277,6 +263,8 @@ int cmd_generate(int argc, char **argv) {
         return status;
     if (arguments.n)
         return cli_complain("generate: unexpected \"%s\"", arguments.items[0]);
+    if (!a.model)
+        return cli_complain("generate: expected --model DIR");
     if (!a.prompt == !a.prompts)
         return cli_complain("generate: expected either --prompt TEXT or --prompts FILE");
     if (a.sampling.max_new_tokens < 1)

@@ -55,6 +55,11 @@ static psoup_json *adapter_json(psoup_context *context, const char *path, psoup_
     psoup_json *config = NULL, *out = NULL;
     if (psoup_json_read(context, path, &config, error) != PSOUP_OK)
         return NULL;
+    if (psoup_json_kind(config) != PSOUP_JSON_OBJECT) {
+        psoup_json_free(config);
+        cli_error(error, PSOUP_ERROR_FORMAT, "%s: expected an object", path);
+        return NULL;
+    }
     out = psoup_json_new_object();
     psoup_json_set(out, "kind", psoup_json_new_string("adapter"));
     for (size_t i = 0; i < sizeof kept / sizeof *kept; i++)
@@ -103,7 +108,7 @@ int cmd_info(int argc, char **argv) {
         fclose(adapter);
         if (psoup_context_create(NULL, &opened.context, &error) == PSOUP_OK)
             out = adapter_json(opened.context, path, &error);
-    } else if (cli_open(directory, 0, NULL, false, &opened, &error) == PSOUP_OK)
+    } else if (cli_open(directory, 1, NULL, false, &opened, &error) == PSOUP_OK)
         out = model_json(&opened, &error);
     free(path);
     cli_close(&opened);
@@ -113,6 +118,62 @@ int cmd_info(int argc, char **argv) {
 }
 
 /* ---- tokenize ---------------------------------------------------------------------------------- */
+
+static psoup_status print_text(const psoup_tokenizer *tokenizer, const char *list,
+                               psoup_error *error) {
+    int32_t *ids = NULL;
+    size_t n, length;
+    char *text = NULL;
+    psoup_status status = cli_parse_ids("--decode", list, &ids, &n, error);
+    if (status == PSOUP_OK)
+        status = cli_decode(tokenizer, ids, n, &text, &length, error);
+    if (status == PSOUP_OK) {
+        fwrite(text, 1, length, stdout);
+        putchar('\n');
+    }
+    free(text);
+    free(ids);
+    return status;
+}
+
+static psoup_json *tokens_json(const psoup_tokenizer *tokenizer, const int32_t *ids,
+                               const psoup_offset *offsets, size_t n) {
+    psoup_json *out = psoup_json_new_object(), *all_ids = psoup_json_new_array();
+    psoup_json *tokens = psoup_json_new_array(), *spans = psoup_json_new_array();
+    for (size_t i = 0; i < n; i++) {
+        const char *name = psoup_tokenizer_token(tokenizer, ids[i]);
+        psoup_json *span = psoup_json_new_array();
+        psoup_json_append(all_ids, psoup_json_new_integer(ids[i]));
+        psoup_json_append(tokens, psoup_json_new_string(name ? name : ""));
+        psoup_json_append(span, psoup_json_new_integer((int64_t)offsets[i].begin));
+        psoup_json_append(span, psoup_json_new_integer((int64_t)offsets[i].end));
+        psoup_json_append(spans, span);
+    }
+    psoup_json_set(out, "ids", all_ids);
+    psoup_json_set(out, "tokens", tokens);
+    psoup_json_set(out, "offsets", spans);
+    return out;
+}
+
+static psoup_status print_tokens(const psoup_tokenizer *tokenizer, const char *text, uint32_t flags,
+                                 bool json, psoup_error *error) {
+    size_t length = strlen(text), capacity = 4 * length + 8, n = 0;
+    int32_t *ids = malloc(capacity * sizeof *ids);
+    psoup_offset *offsets = malloc(capacity * sizeof *offsets);
+    psoup_status status =
+        ids && offsets ? psoup_tokenizer_encode(tokenizer, text, length, flags, ids, offsets,
+                                                capacity, &n, error)
+                       : cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    if (status == PSOUP_OK && json && cli_print_json(tokens_json(tokenizer, ids, offsets, n)) != 0)
+        status = cli_error(error, PSOUP_ERROR_IO, "cannot write the result");
+    for (size_t i = 0; status == PSOUP_OK && !json && i < n; i++)
+        printf("%s%d", i ? " " : "", ids[i]);
+    if (status == PSOUP_OK && !json)
+        putchar('\n');
+    free(ids);
+    free(offsets);
+    return status;
+}
 
 int cmd_tokenize(int argc, char **argv) {
     bool json = false, plain = false;
@@ -135,70 +196,14 @@ int cmd_tokenize(int argc, char **argv) {
     psoup_error error = {0};
     psoup_context *context = NULL;
     psoup_tokenizer *tokenizer = NULL;
-    int32_t *ids = NULL;
-    psoup_offset *offsets = NULL;
-    status = 1;
-    if (psoup_context_create(NULL, &context, &error) != PSOUP_OK ||
-        psoup_tokenizer_load(context, model, &tokenizer, &error) != PSOUP_OK)
-        goto fail;
-    const char *text = decode ? decode : arguments.items[0];
-    size_t length = strlen(text), capacity = 4 * length + 8, n = 0;
-    ids = malloc(capacity * sizeof *ids);
-    offsets = malloc(capacity * sizeof *offsets);
-    if (!ids || !offsets) {
-        cli_error(&error, PSOUP_ERROR_MEMORY, "out of memory");
-        goto fail;
-    }
-    if (decode) {
-        char *end, *out = NULL;
-        for (const char *at = decode; at[strspn(at, " ")]; at = end) {
-            long id = strtol(at, &end, 10);
-            if (end == at || id < 0 || id > INT32_MAX) {
-                cli_error(&error, PSOUP_ERROR_ARGUMENT, "--decode \"%s\": expected ids", decode);
-                goto fail;
-            }
-            ids[n++] = (int32_t)id;
-        }
-        if (cli_decode(tokenizer, ids, n, &out, &error) != PSOUP_OK) {
-            free(out);
-            goto fail;
-        }
-        puts(out);
-        free(out);
-        status = 0;
-        goto fail;
-    }
-    if (psoup_tokenizer_encode(tokenizer, text, length, plain ? 0 : PSOUP_ADD_SPECIAL, ids, offsets,
-                               capacity, &n, &error) != PSOUP_OK)
-        goto fail;
-    status = 0;
-    if (!json) {
-        for (size_t i = 0; i < n; i++)
-            printf("%s%d", i ? " " : "", ids[i]);
-        putchar('\n');
-        goto fail;
-    }
-    psoup_json *out = psoup_json_new_object(), *all_ids = psoup_json_new_array();
-    psoup_json *tokens = psoup_json_new_array(), *spans = psoup_json_new_array();
-    for (size_t i = 0; i < n; i++) {
-        const char *name = psoup_tokenizer_token(tokenizer, ids[i]);
-        psoup_json *span = psoup_json_new_array();
-        psoup_json_append(all_ids, psoup_json_new_integer(ids[i]));
-        psoup_json_append(tokens, psoup_json_new_string(name ? name : ""));
-        psoup_json_append(span, psoup_json_new_integer((int64_t)offsets[i].begin));
-        psoup_json_append(span, psoup_json_new_integer((int64_t)offsets[i].end));
-        psoup_json_append(spans, span);
-    }
-    psoup_json_set(out, "ids", all_ids);
-    psoup_json_set(out, "tokens", tokens);
-    psoup_json_set(out, "offsets", spans);
-    status = cli_print_json(out);
-fail:
-    if (error.status != PSOUP_OK)
-        status = cli_fail(&error);
-    free(ids);
-    free(offsets);
+    psoup_status done = psoup_context_create(NULL, &context, &error);
+    if (done == PSOUP_OK)
+        done = psoup_tokenizer_load(context, model, &tokenizer, &error);
+    if (done == PSOUP_OK)
+        done = decode ? print_text(tokenizer, decode, &error)
+                      : print_tokens(tokenizer, arguments.items[0], plain ? 0 : PSOUP_ADD_SPECIAL,
+                                     json, &error);
     psoup_tokenizer_free(tokenizer);
     psoup_context_free(context);
-    return status;
+    return done == PSOUP_OK ? 0 : cli_fail(&error);
 }

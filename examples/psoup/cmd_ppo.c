@@ -47,6 +47,7 @@ typedef struct policy_run {
 
 typedef struct ppo_state {
     ppo_run *run;
+    const char *config_path;
     cli_model m;
     psoup_preferences *preferences;
     psoup_json *rows[2];
@@ -68,25 +69,27 @@ static psoup_status read_policies(ppo_state *s, psoup_error *error) {
     s->n = psoup_json_size(list);
     if (psoup_json_kind(list) != PSOUP_JSON_ARRAY || s->n == 0 || s->n > MAX_POLICIES) {
         s->n = 0;
-        return cli_error(error, PSOUP_ERROR_ARGUMENT, "policies: expected a list of 1 to %d",
-                         MAX_POLICIES);
+        return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: policies: expected a list of 1 to %d",
+                         s->config_path, MAX_POLICIES);
     }
     for (size_t i = 0; status == PSOUP_OK && i < s->n; i++) {
         policy_run *p = &s->policies[i];
         const psoup_json *object = psoup_json_at(list, i);
-        status = psoup_fields_check(tables, 1, object, "policies", error);
+        char where[512];
+        snprintf(where, sizeof where, "%s: policies[%zu]", s->config_path, i);
+        status = psoup_fields_check(tables, 1, object, where, error);
         if (status == PSOUP_OK)
-            status = psoup_fields_read(members, object, "policies", p, error);
+            status = psoup_fields_read(members, object, where, p, error);
         if (status == PSOUP_OK && (!p->name || !*p->name || strchr(p->name, '/') ||
                                    p->name[0] == '.' || !p->reward_directory))
             status = cli_error(error, PSOUP_ERROR_ARGUMENT,
-                               "policies[%zu]: expected a \"name\" that can name a directory, and "
-                               "\"reward\", a directory",
-                               i);
+                               "%s: expected a \"name\" that can name a directory, and \"reward\", "
+                               "a directory",
+                               where);
         if (status == PSOUP_OK && p->preference && strcmp(p->preference, "all") != 0 &&
             psoup_preferences_find(s->preferences, p->preference) < 0)
             status = cli_error(error, PSOUP_ERROR_ARGUMENT,
-                               "policies[%zu]: preference \"%s\" is not in the catalogue", i,
+                               "%s: preference \"%s\" is not in the catalogue", where,
                                p->preference);
     }
     return status;
@@ -225,13 +228,13 @@ static psoup_status train(ppo_state *s, psoup_error *error) {
     return status;
 }
 
-static psoup_status ppo(ppo_state *s, const char *config_path, psoup_error *error) {
+static psoup_status ppo(ppo_state *s, psoup_error *error) {
     ppo_run *run = s->run;
     psoup_status status = PSOUP_OK;
     if (!run->prompts || !run->output)
         return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: expected \"prompts\" and \"output\"",
-                         config_path);
-    status = adapter_config_finish(&run->lora, config_path, error);
+                         s->config_path);
+    status = adapter_config_finish(&run->lora, s->config_path, error);
     if (status == PSOUP_OK)
         status = run_open(run->model, run->tokenizer, run->threads, &s->m, error);
     if (status == PSOUP_OK)
@@ -284,7 +287,7 @@ int cmd_ppo(int argc, char **argv) {
         if (!name)
             argv[kept++] = argv[i];
         else if (psoup_ppo_preset(name, &run.options, &error) != PSOUP_OK)
-            return cli_fail(&error);
+            return cli_complain("%s", error.message);
     }
     const config_section sections[] = {{"Files", ppo_run_fields, &run},
                                        {"New adapters", adapter_fields, &run.lora},
@@ -307,9 +310,10 @@ int cmd_ppo(int argc, char **argv) {
     if (!s)
         return cli_complain("out of memory"), 1;
     s->run = &run;
+    s->config_path = c.path;
     run.options.on_step = cli_training_step;
     run.options.user = &training;
-    status = ppo(s, c.path, &error) == PSOUP_OK ? run_print_output(run.output, c.json)
+    status = ppo(s, &error) == PSOUP_OK ? run_print_output(run.output, c.json)
                                                 : cli_fail(&error);
     ppo_close(s);
     free(s);

@@ -1,6 +1,7 @@
 /* psoup score: log-probabilities of given tokens. */
 #include "cli.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -10,22 +11,6 @@ typedef struct score_args {
     bool any_sum, json;
     int32_t threads;
 } score_args;
-
-static psoup_status parse_tokens(const char *text, int32_t **ids, size_t *n, psoup_error *error) {
-    char *end;
-    *ids = malloc((strlen(text) + 1) * sizeof **ids);
-    if (!*ids)
-        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    for (const char *at = text; at[strspn(at, " ,")]; at = end) {
-        at += strspn(at, " ,");
-        long id = strtol(at, &end, 10);
-        if (end == at || id < 0 || id > INT32_MAX)
-            return cli_error(error, PSOUP_ERROR_ARGUMENT,
-                             "--tokens: \"%.40s\", expected token ids separated by blanks", at);
-        (*ids)[(*n)++] = (int32_t)id;
-    }
-    return PSOUP_OK;
-}
 
 /* A line's tokens: its own "tokens", or "prompt" and "completion" as text. */
 static psoup_status row_tokens(const score_args *args, const cli_model *m, const psoup_json *row,
@@ -62,11 +47,16 @@ static psoup_status row_tokens(const score_args *args, const cli_model *m, const
     return status;
 }
 
-static psoup_status print_scores(const score_args *args, const int32_t *ids, size_t n,
-                                 const float *logprobs, psoup_error *error) {
+static psoup_status print_scores(const score_args *args, size_t number, const int32_t *ids,
+                                 size_t n, const float *logprobs, psoup_error *error) {
     double sum = 0;
     for (size_t i = 0; i + 1 < n; i++)
         sum += logprobs[i];
+    if (isnan(sum))
+        return cli_error(error, PSOUP_ERROR_STATE,
+                         "row %zu: its log-probabilities are not numbers: a weight or an adapter "
+                         "of its mix diverged",
+                         number);
     if (!args->json) {
         for (size_t i = 0; i + 1 < n; i++)
             printf("%d %.9g\n", ids[i + 1], logprobs[i]);
@@ -108,7 +98,7 @@ static psoup_status score(const score_args *args, const cli_model *m, const psou
             status = psoup_safetensors_write(m->context, args->logits, &tensor, 1, error);
     }
     for (size_t i = 0; status == PSOUP_OK && i < n; i++) {
-        status = print_scores(args, rows[i].tokens, rows[i].n, logprobs + at, error);
+        status = print_scores(args, i + 1, rows[i].tokens, rows[i].n, logprobs + at, error);
         at += rows[i].n ? rows[i].n - 1 : 0;
     }
     free(logits);
@@ -116,48 +106,55 @@ static psoup_status score(const score_args *args, const cli_model *m, const psou
     return status;
 }
 
+/* One more row, from a line of the file or (line NULL) from --tokens, with its own mix or --mix. */
+static psoup_status add_row(const score_args *args, const cli_model *m, const psoup_json *line,
+                            int64_t number, psoup_row **rows, size_t *n, psoup_error *error) {
+    psoup_row *grown = realloc(*rows, (*n + 1) * sizeof *grown);
+    float *mix = calloc((size_t)psoup_model_adapters(m->model) + 1, sizeof *mix);
+    const psoup_json *own = psoup_json_get(line, "mix");
+    int32_t *ids = NULL;
+    if (grown)
+        *rows = grown;
+    if (!grown || !mix) {
+        free(mix);
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    }
+    psoup_row *row = &grown[(*n)++];
+    *row = (psoup_row){.mix = mix};
+    psoup_status status = line ? row_tokens(args, m, line, number, &ids, &row->n, error)
+                               : cli_parse_ids("--tokens", args->tokens, &ids, &row->n, error);
+    row->tokens = ids;
+    if (status == PSOUP_OK && row->n == 0)
+        status = cli_error(error, PSOUP_ERROR_ARGUMENT, "row %zu has no tokens", *n);
+    if (status != PSOUP_OK)
+        return status;
+    if (own)
+        return cli_read_mix(m, own, args->any_sum, args->prompts, number, mix, error);
+    return psoup_model_parse_mix(m->model, args->mix ? args->mix : "", args->any_sum, mix, error);
+}
+
 static psoup_status run(const score_args *args, const cli_model *m, psoup_error *error) {
     psoup_jsonl_reader *reader = NULL;
     psoup_row *rows = NULL;
     size_t n = 0;
-    psoup_status status = PSOUP_OK;
-    float *mix = calloc((size_t)psoup_model_adapters(m->model) + 1, sizeof *mix);
-    if (!mix)
-        status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    if (status == PSOUP_OK)
-        status =
-            psoup_model_parse_mix(m->model, args->mix ? args->mix : "", args->any_sum, mix, error);
-    if (status == PSOUP_OK && args->prompts)
-        status = psoup_jsonl_open(m->context, args->prompts, &reader, error);
-    for (bool more = true; status == PSOUP_OK && more; more = reader != NULL) {
-        psoup_json *row = NULL;
-        int32_t *ids = NULL;
-        size_t count = 0;
-        if (reader) {
-            status = psoup_jsonl_next(reader, &row, error);
-            if (status != PSOUP_OK || !row)
-                break;
-            status = row_tokens(args, m, row, psoup_jsonl_line(reader), &ids, &count, error);
-            psoup_json_free(row);
-        } else
-            status = parse_tokens(args->tokens, &ids, &count, error);
-        psoup_row *grown = realloc(rows, (n + 1) * sizeof *rows);
-        if (!grown) {
-            free(ids);
-            status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    psoup_status status = args->prompts
+                              ? psoup_jsonl_open(m->context, args->prompts, &reader, error)
+                              : add_row(args, m, NULL, 0, &rows, &n, error);
+    while (status == PSOUP_OK && reader) {
+        psoup_json *line = NULL;
+        status = psoup_jsonl_next(reader, &line, error);
+        if (status != PSOUP_OK || !line)
             break;
-        }
-        rows = grown;
-        rows[n++] = (psoup_row){.tokens = ids, .n = count, .mix = mix};
-        if (status == PSOUP_OK && count == 0)
-            status = cli_error(error, PSOUP_ERROR_ARGUMENT, "row %zu has no tokens", n);
+        status = add_row(args, m, line, psoup_jsonl_line(reader), &rows, &n, error);
+        psoup_json_free(line);
     }
     if (status == PSOUP_OK)
         status = score(args, m, rows, n, error);
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         free((void *)rows[i].tokens);
+        free((void *)rows[i].mix);
+    }
     free(rows);
-    free(mix);
     psoup_jsonl_reader_free(reader);
     return status;
 }
@@ -173,7 +170,7 @@ int cmd_score(int argc, char **argv) {
         {"--any-sum", CLI_FLAG, &a.any_sum, NULL, "accept weights that do not sum to 1"},
         {"--tokens", CLI_TEXT, &a.tokens, "IDS", "token ids, separated by blanks"},
         {"--prompts", CLI_TEXT, &a.prompts, "FILE",
-         "JSON Lines of \"tokens\", or of \"prompt\" and \"completion\""},
+         "JSON Lines of \"tokens\", or of \"prompt\" and \"completion\", and \"mix\" if any"},
         {"--logits", CLI_TEXT, &a.logits, "FILE",
          "write the logits, f32 [tokens, vocabulary], as "
          "safetensors"},
@@ -188,6 +185,8 @@ int cmd_score(int argc, char **argv) {
         return status;
     if (arguments.n)
         return cli_complain("score: unexpected \"%s\"", arguments.items[0]);
+    if (!a.model)
+        return cli_complain("score: expected --model DIR");
     if (!a.tokens == !a.prompts)
         return cli_complain("score: expected either --tokens IDS or --prompts FILE");
     psoup_error error = {0};

@@ -31,11 +31,11 @@ static int64_t number_of(char ***names, size_t *n, const char *name) {
 
 static bool read_verdict(const psoup_json *value, int32_t *verdict) {
     const char *text = psoup_json_string(value, "");
-    int64_t number = psoup_json_integer(value, PSOUP_UNPARSED);
-    *verdict = !strcmp(text, "a")     ? PSOUP_A_WINS
-               : !strcmp(text, "b")   ? PSOUP_B_WINS
-               : !strcmp(text, "tie") ? PSOUP_TIE
-                                      : (int32_t)number;
+    int64_t number = !strcmp(text, "a")     ? PSOUP_A_WINS
+                     : !strcmp(text, "b")   ? PSOUP_B_WINS
+                     : !strcmp(text, "tie") ? PSOUP_TIE
+                                            : psoup_json_integer(value, INT64_MAX);
+    *verdict = (int32_t)number;
     return number >= PSOUP_B_WINS && number <= PSOUP_UNPARSED;
 }
 
@@ -58,6 +58,11 @@ static psoup_status read_duel(duels *d, const psoup_json *row, const char *path,
     psoup_duel *duel = &d->items[d->n];
     const psoup_json *criteria = psoup_json_get(row, "criteria"), *value;
     const char *key = NULL;
+    psoup_json_type kind = psoup_json_kind(psoup_json_get(row, "prompt"));
+    if (kind != PSOUP_JSON_INTEGER && kind != PSOUP_JSON_STRING)
+        return cli_error(error, PSOUP_ERROR_FORMAT,
+                         "%s:%lld: \"prompt\": expected an integer or a text", path,
+                         (long long)line);
     char *prompt = psoup_json_text(psoup_json_get(row, "prompt"), 0);
     *duel = (psoup_duel){.helpfulness = PSOUP_UNPARSED};
     duel->prompt = prompt ? number_of(&d->prompts, &d->n_prompts, prompt) : -1;
@@ -65,8 +70,7 @@ static psoup_status read_duel(duels *d, const psoup_json *row, const char *path,
     duel->user =
         number_of(&d->users, &d->n_users, psoup_json_string(psoup_json_get(row, "user"), ""));
     if (duel->prompt < 0 || duel->user < 0)
-        return cli_error(error, PSOUP_ERROR_FORMAT, "%s:%lld: \"prompt\" is missing", path,
-                         (long long)line);
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     while ((value = psoup_json_next(criteria, &key))) {
         int32_t name = 0;
         while (name < d->n_names && strcmp(d->names[name], key) != 0)

@@ -54,7 +54,10 @@ bool config_read(int argc, char **argv, const char *about, const config_section 
             print = true;
         else if (!strcmp(argv[i], "--json"))
             out->json = true;
-        else if (!strcmp(argv[i], "--config") && i + 1 < argc)
+        else if (!strcmp(argv[i], "--config") && i + 1 == argc) {
+            cli_complain("--config needs a value: FILE");
+            return false;
+        } else if (!strcmp(argv[i], "--config"))
             out->path = argv[++i];
         else if (!strncmp(argv[i], "--config=", 9))
             out->path = argv[i] + 9;
@@ -224,6 +227,8 @@ psoup_status read_rows(psoup_context *context, const char *path, psoup_json **ou
             status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     }
     psoup_jsonl_reader_free(reader);
+    if (path && status == PSOUP_OK && psoup_json_size(*out) == 0)
+        status = cli_error(error, PSOUP_ERROR_FORMAT, "%s: no rows in it", path);
     return status;
 }
 
@@ -252,8 +257,7 @@ psoup_status run_open(const char *model, const char *tokenizer, int32_t threads,
     psoup_status status = cli_open(model, threads, NULL, tokenizer == NULL, out, error);
     if (status != PSOUP_OK || !tokenizer)
         return status;
-    psoup_tokenizer_free(out->tokenizer);
-    out->tokenizer = NULL;
+    psoup_tokenizer_free(out->tokenizer); /* the model's own, where it has one */
     return psoup_tokenizer_load(out->context, tokenizer, &out->tokenizer, error);
 }
 

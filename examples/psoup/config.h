@@ -45,7 +45,7 @@ psoup_status pool_encode_pair(token_pool *pool, const psoup_tokenizer *tokenizer
                               const int32_t **ids, size_t *n, size_t *n_prompt, psoup_error *error);
 void pool_free(token_pool *pool);
 
-/* All rows of a JSON Lines file as one array; NULL path gives an empty one. */
+/* All rows of a JSON Lines file, at least one, as one array; NULL path gives an empty one. */
 psoup_status read_rows(psoup_context *context, const char *path, psoup_json **out,
                        psoup_error *error);
 /* A member that must be a text; `path` and the row's number for the message. */

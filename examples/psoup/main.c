@@ -28,6 +28,13 @@ static void usage(FILE *to) {
         to);
 }
 
+/* Output that could not be written is a failure too: a full disk, a closed pipe. */
+static int finish(int status) {
+    if (fflush(stdout) == 0 && !ferror(stdout))
+        return status;
+    return status ? status : (cli_complain("standard output: cannot write the result"), 1);
+}
+
 int main(int argc, char **argv) {
     if (argc < 2) {
         usage(stderr);
@@ -43,6 +50,6 @@ int main(int argc, char **argv) {
     }
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
         if (!strcmp(argv[1], commands[i].name))
-            return commands[i].run(argc - 1, argv + 1);
+            return finish(commands[i].run(argc - 1, argv + 1));
     return cli_complain("unknown command \"%s\" (see psoup --help)", argv[1]);
 }

@@ -1,0 +1,496 @@
+#!/bin/sh
+# Every command of the psoup program for real, on a tiny world of its own, and what it says to bad
+# input: one line, exit status 1 (2 for a wrong command line), nothing half-written.
+#   sh tests/cli.sh PATH_TO_PSOUP        its helpers are beside it, in tests/
+
+psoup=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
+helpers=$(dirname "$psoup")/tests
+T=$(mktemp -d "${TMPDIR:-/tmp}/psoup-cli-XXXXXX") || exit 1
+trap 'rm -rf "$T"' EXIT
+trap 'exit 1' HUP INT TERM
+LC_ALL=C.UTF-8
+export LC_ALL
+cd "$T" || exit 1
+passed=0 failed=0
+
+pass() { passed=$((passed + 1)); }
+fail() {
+    failed=$((failed + 1))
+    echo "cli: FAILED: $1"
+    sed 's/^/    /' out err | head -8
+}
+# check WHAT COMMAND…: the command succeeds; for tests of what the last one printed.
+check() {
+    what=$1
+    shift
+    if "$@"; then pass; else fail "$what"; fi
+}
+# ok COMMAND…: psoup succeeds and says nothing on standard error.
+ok() {
+    if "$psoup" "$@" >out 2>err && ! test -s err; then pass; else fail "psoup $*"; fi
+}
+# trains COMMAND…: the same, with lines of validation on standard error.
+trains() {
+    if "$psoup" "$@" >out 2>err && ! grep -q '^psoup:' err; then pass; else fail "psoup $*"; fi
+}
+# no STATUS PATTERN COMMAND…: psoup exits with STATUS, prints nothing but one line that matches, and
+# leaves nothing in left/.
+no() {
+    status=$1 pattern=$2
+    shift 2
+    "$psoup" "$@" >out 2>err
+    got=$?
+    if test $got -eq "$status" && ! test -s out && test "$(wc -l <err)" -eq 1 &&
+        grep -q '^psoup: ' err && grep -q -e "$pattern" err && test -z "$(ls -A left)"; then
+        pass
+    else
+        fail "psoup $* (status $got, expected $status and \"$pattern\"; left: $(ls -A left))"
+        rm -rf left
+        mkdir left
+    fi
+}
+has() { grep -q -e "$1" out; }
+lines() { test "$(wc -l <"$1")" -eq "$2"; }
+# near A B: the numbers in "logprobs" of two files agree within 1e-4, and there are some.
+near() {
+    for f in "$1" "$2"; do
+        sed 's/.*"logprobs": \[\([^]]*\)\].*/\1/' "$f" | tr -d ' ' | tr ',' '\n' >"$f.numbers"
+    done
+    paste "$1.numbers" "$2.numbers" |
+        awk '{ d = $1 - $2; n++; if (d > 1e-4 || d < -1e-4 || NF != 2) bad = 1 }
+             END { exit bad || n < 3 }'
+}
+differ() { ! cmp -s "$1" "$2"; }
+put() { printf '%b' "$2" >"$1"; }
+# patch FILE OFFSET BYTES: in place
+patch() { printf "$3" | dd of="$1" bs=1 seek="$2" conv=notrunc 2>/dev/null; }
+size() { wc -c <"$1" | tr -d ' '; }
+
+mkdir left
+: >out
+: >err
+check "make_tiny" "$helpers/make_tiny" .
+A="--adapter P1A=P1A --adapter P2A=P2A"
+
+# ---- the command line ---------------------------------------------------------------------------
+"$psoup" >out 2>err
+check "no command: 2" test $? -eq 2
+ok --version
+check "version" has '^psoup [0-9]'
+ok --help
+commands="info tokenize generate score feedback sft reward ppo merge winrate"
+for c in $commands; do check "help lists $c" has "^  $c "; done
+for c in $commands; do
+    ok $c --help
+    check "$c --help: usage" has "^Usage: psoup $c"
+    check "$c --help: --json" has '^  --json'
+    no 2 "--nonsense" $c --nonsense
+done
+for pair in "tokenize --model --no-special --decode" "merge --out --base --method --dtype --any-sum" \
+    "generate --model --adapter --mix --any-sum --prompt --prompts --template --preference \
+     --max-new-tokens --min-new-tokens --temperature --top-k --top-p --no-repeat-ngram --seed --batch --out" \
+    "score --model --adapter --mix --any-sum --tokens --prompts --logits" "winrate --seed"; do
+    set -- $pair
+    c=$1
+    shift
+    "$psoup" $c --help >out
+    for option; do check "$c --help: $option" has "^  $option"; done
+done
+no 2 'unknown command "soup"' soup
+no 2 'expected one directory' info
+no 2 '--model needs a value' generate --model
+no 2 '--seed: "x"' generate --seed x
+no 2 '--top-k: "1.5"' generate --top-k 1.5
+no 2 '--temperature: "nan"' generate --temperature nan
+no 2 'takes no value' generate --json=1
+no 2 'expected --model' generate --prompt x
+no 2 'expected --model' score --tokens 1
+no 2 'either --prompt' generate --model base
+no 2 'either --prompt' generate --model base --prompt x --prompts y
+no 2 'either --tokens' score --model base
+no 2 'expected --model DIR and one TEXT' tokenize --model base
+no 2 'expected one file' winrate
+
+# ---- info ---------------------------------------------------------------------------------------
+ok info base
+check "model" has '^kind  *model'
+ok info base --json
+check "json" has '"kind": "model", "parameters": 14800, "vocab_size": 300, "hidden_size": 16'
+check "tokens" has '"tokenizer_tokens": 300'
+ok info P1A --json
+check "adapter" has '"kind": "adapter".*"r": 2, .*"target_modules": \["q_proj", "v_proj"\]'
+no 1 'none' info none
+cp -r base broken
+put broken/tokenizer.json '{"model": '
+no 1 'broken/tokenizer.json' info broken
+
+# ---- tokenize -----------------------------------------------------------------------------------
+ok tokenize --model base "Why does it rain? é</s>"
+ids=$(cat out)
+check "ids" has '^[0-9 ]* 256$'
+ok tokenize --model base --decode "$ids"
+check "round trip" has '^Why does it rain? é$'
+ok tokenize --model base/tokenizer.json --json "é</s>"
+check "offsets" has '"tokens": \[.*"</s>"\], "offsets": \[.*\[2, 6\]\]'
+no 1 '300' tokenize --model base --decode 300
+no 1 '"x2"' tokenize --model base --decode "1 x2"
+no 1 'none' tokenize --model none x
+
+# ---- generate -----------------------------------------------------------------------------------
+sample="--max-new-tokens 12 --seed 5"
+ok generate --model base --prompt "Why?" $sample
+mv out one
+ok generate --model base --prompt "Why?" $sample --threads 1
+check "one thread, the same text" cmp -s out one
+ok generate --model base --prompt "Why?" --max-new-tokens 12 --seed 6
+check "another seed, another text" differ out one
+ok generate --model base $A --mix P1A=0.5,P2A=0.5 --prompt "Why?" $sample
+check "a soup, another text" differ out one
+ok generate --model base --prompt "Why?" $sample --json
+check "json" has '"prompt": "Why?", "completion": ".*", "finish": "[a-z]*", "tokens": [0-9]*, "logprob": -'
+put prompts.jsonl '{"prompt": "Why?", "mix": {"P1A": 1}}\n
+{"instruction": "Why?", "input": "Rain", "preference": "Be kind.", "mix": {"P1A": 0.25, "P2A": 0.75}, "mark": [7]}
+{"prompt": "Why?", "mix": {}}\n{"prompt": "Why?"}\n'
+ok generate --model base $A --mix P2A=1 --prompts prompts.jsonl $sample --out mixed.jsonl.zst
+check "nothing printed" lines out 0
+ok generate --model base $A --mix P2A=1 --prompts prompts.jsonl $sample --batch 1
+mv out mixed.jsonl
+check "four rows" lines mixed.jsonl 4
+check "rows keep their members" grep -q '"mark": \[7\], "completion"' mixed.jsonl
+put head.jsonl '{"prompt": "Why?", "mix": {"P1A": 1}}\n'
+ok generate --model base $A --prompts head.jsonl $sample
+head -n 1 mixed.jsonl >first
+check "a row alone, the same text" cmp -s out first
+# written rows are prompts again: their "prompt" is still there
+ok generate --model base $A --prompts mixed.jsonl.zst --temperature 0 --max-new-tokens 2
+check "compressed rows are read" lines out 4
+ok generate --model base --template tulu --preference "Be kind." --prompt "Why?" $sample
+no 1 'none/adapter_config.json' generate --model base --adapter P1A=none --prompt x
+no 1 'expected NAME=DIR' generate --model base --adapter P1A --prompt x
+no 1 'P1A' generate --model base --adapter P1A=P1A --adapter P1A=P2A --prompt x
+no 1 'P3A' generate --model base $A --mix P3A=1 --prompt x
+no 1 'sum to 1.25' generate --model base $A --mix P1A=0.5,P2A=0.75 --prompt x
+no 1 'mix' generate --model base $A --mix P1A=x --prompt x
+no 1 'mix' generate --model base $A --mix P1A --prompt x
+ok generate --model base $A --mix P1A=0.5,P2A=0.75 --any-sum --prompt x $sample
+for bad in '{"prompt": "a", "mix": {"P9Z": 1}}|:2: mix: no adapter is named "P9Z"' \
+    '{"prompt": "a", "mix": {"P1A": 0.5}}|:2: mix: the weights sum to 0.5' \
+    '{"prompt": "a", "mix": {"P1A": "x"}}|:2: mix: the weight of "P1A"' \
+    '{"prompt": "a", "mix": "P1A"}|:2: mix: expected an object' \
+    '{"text": "a"}|:2: expected a text "prompt"' '{"prompt": ""}|:2: the prompt has no tokens' '{"prompt": |:2' '[1]|:2'; do
+    put bad.jsonl '{"prompt": "Why?"}\n'
+    printf '%s\n' "${bad%|*}" >>bad.jsonl
+    no 1 "${bad##*|}" generate --model base $A --prompts bad.jsonl --out left/g.jsonl
+done
+no 1 'none.jsonl' generate --model base --prompts none.jsonl --out left/g.jsonl
+no 1 'left/no/g.jsonl' generate --model base --prompt x --out left/no/g.jsonl
+no 1 'temperature' generate --model base --prompt x --temperature -1 --out left/g.jsonl
+no 2 'max-new-tokens' generate --model base --prompt x --max-new-tokens 0
+
+# ---- score --------------------------------------------------------------------------------------
+tokens="5 17 262 88 30"
+ok score --model base --tokens "$tokens"
+check "four scores and their sum" lines out 5
+check "the sum is last" grep -q '^sum -' out
+ok score --model base $A --mix P1A=0.5,P2A=0.5 --tokens "$tokens" --json --logits logits.safetensors
+mv out soup
+header=$(od -An -tu8 -N8 logits.safetensors | tr -d ' ')
+check "logits: f32 [5, 300]" test "$(size logits.safetensors)" -eq $((8 + header + 4 * 5 * 300))
+check "their shape" grep -q '"shape": *\[5, *300\]' logits.safetensors
+put score.jsonl '{"tokens": [5, 17, 262, 88, 30], "mix": {"P1A": 0.5, "P2A": 0.5}}
+{"prompt": "Why", "completion": " does it rain?"}\n{"tokens": [5]}\n'
+ok score --model base $A --prompts score.jsonl --json
+head -n 1 out >first
+check "a row's own mix, the same bits" cmp -s first soup
+check "three rows" lines out 3
+ok score --model base $A --prompts score.jsonl --json --threads 1
+head -n 1 out >first
+check "one thread, the same bits" cmp -s first soup
+no 1 '300' score --model base --tokens "5 300" --logits left/l.safetensors
+no 1 '"-1"' score --model base --tokens "5 -1"
+no 1 'no tokens' score --model base --tokens ""
+no 1 'unknown\|no adapter' score --model base $A --mix X=1 --tokens "$tokens" --logits left/l
+put bad.jsonl '{"tokens": [1, "x"]}\n'
+no 1 'bad.jsonl:1: tokens\[1\]' score --model base --prompts bad.jsonl
+
+# ---- bad files ----------------------------------------------------------------------------------
+# spoil NAME: a fresh copy of the base to break
+spoil() {
+    rm -rf broken
+    cp -r base broken
+}
+weights=broken/model.safetensors
+use="score --model broken --tokens 1 --logits left/l"
+spoil; rm $weights; no 1 'model.safetensors' $use
+spoil; rm broken/config.json; no 1 'config.json' $use
+spoil; put broken/config.json '{"hidden_size": 16'; no 1 'config.json' $use
+spoil; put broken/config.json '[]'; no 1 'config.json' $use
+spoil; sed -i 's/"hidden_size": 16/"hidden_size": 32/' broken/config.json; no 1 'shape\|expected' $use
+spoil; sed -i 's/"hidden_size": 16/"hidden_size": -16/' broken/config.json; no 1 'hidden_size' $use
+spoil; sed -i 's/"hidden_size": 16/"hidden_size": "x"/' broken/config.json; no 1 'hidden_size' $use
+spoil; sed -i 's/"num_attention_heads": 2/"num_attention_heads": 0/' broken/config.json
+no 1 'num_attention_heads' $use
+spoil; head -c 30000 base/model.safetensors >$weights; no 1 'model.safetensors' $use
+spoil; head -c 5 base/model.safetensors >$weights; no 1 'model.safetensors' $use
+spoil; : >$weights; no 1 'model.safetensors' $use
+spoil; patch $weights 0 '\377\377\377\377\377\377\377\177'; no 1 'model.safetensors' $use
+spoil; patch $weights 8 'xx'; no 1 'model.safetensors' $use
+spoil; echo more >>$weights; no 1 'model.safetensors' $use
+spoil; LC_ALL=C sed -i 's/"shape":\( *\)\[300/"shape":\1[301/' $weights; no 1 'model.safetensors' $use
+spoil; LC_ALL=C sed -i 's/"data_offsets":\( *\)\[0,/"data_offsets":\1[4,/' $weights
+no 1 'model.safetensors' $use
+spoil; patch $weights $(($(size $weights) - 4)) '\377\377\377\377'; no 1 'NaN' $use
+spoil; put broken/tokenizer.json '{"model": {"type": "WordPiece"}}'
+no 1 'tokenizer.json' generate --model broken --prompt x
+spoil; rm broken/tokenizer.json; no 1 'tokenizer.json' generate --model broken --prompt x
+ok score --model broken --tokens "1 2"
+
+adapt() {
+    rm -rf bent
+    cp -r P1A bent
+}
+bent=bent/adapter_model.safetensors
+use="score --model base --adapter bent=bent --mix bent=1 --logits left/l --tokens 1"
+adapt; rm $bent; no 1 'bent' $use
+adapt; rm bent/adapter_config.json; no 1 'adapter_config.json' $use
+adapt; put bent/adapter_config.json '{}'; no 1 'adapter_config.json' $use
+adapt; sed -i 's/"r": 2/"r": 3/' bent/adapter_config.json; no 1 'bent' $use
+adapt; sed -i 's/"r": 2/"r": 0/' bent/adapter_config.json; no 1 'adapter_config.json' $use
+adapt; sed -i 's/"LORA"/"LOHA"/' bent/adapter_config.json; no 1 'LOHA' $use
+adapt; head -c 1500 P1A/adapter_model.safetensors >$bent; no 1 'adapter_model.safetensors' $use
+adapt; LC_ALL=C sed -i 's/\[16,\( *\)2\]/[2,\116]/' $bent; no 1 'lora_B \[2, 16\]' $use
+# An adapter that diverged: only who uses it hears of it.
+adapt; patch $bent $(($(size $bent) - 4)) '\377\377\377\377'
+bent="--adapter P1A=P1A --adapter P2A=P2A --adapter bent=bent"
+ok score --model base $bent --mix P1A=0.5,P2A=0.5 --tokens "$tokens" --json
+check "a NaN beside, the same bits" cmp -s out soup
+no 1 'not numbers\|NaN' score --model base $bent --mix bent=1 --tokens "1 2 3"
+put prompts.nan '{"prompt": "Why?", "mix": {"P1A": 1}}\n{"prompt": "Why?", "mix": {"bent": 1}}\n'
+"$psoup" generate --model base $bent --prompts prompts.nan $sample >out 2>err
+check "a diverged row: status 1" test $? -eq 1
+check "a diverged row: it is named" grep -q '^psoup: prompt 2: its logits are not numbers' err
+head -n 1 out >first
+"$psoup" generate --model base $A --prompts head.jsonl $sample >out
+check "a diverged row: its neighbour is well" cmp -s out first
+
+# ---- merge --------------------------------------------------------------------------------------
+ok merge --out m-delta P1A=0.5 P2A=0.5 --json
+check "report" has '"tensors": 8, "worst_error": 0'
+ok score --model base --adapter m=m-delta --mix m=1 --tokens "$tokens" --json
+check "the merged adapter is the mix" near out soup
+ok merge --base base --out m-base P1A=0.5 P2A=0.5
+ok score --model m-base --tokens "$tokens" --json
+check "the folded model is the mix" near out soup
+ok merge --method svd:4 --out m-svd4 P1A=0.5 P2A=0.5
+ok score --model base --adapter m=m-svd4 --mix m=1 --tokens "$tokens" --json
+check "svd of the full rank is the mix" near out soup
+ok merge --method svd:2 --out m-svd P1A=0.5 P2A=0.5 --json
+check "svd:2 loses something" has '"worst_error": 0\.[0-9]*[1-9]'
+ok merge --method factors --out m-factors P1A=0.5 P2A=0.5
+check "factors says what it loses" has 'mean 0\.[0-9]*, worst 0\.'
+for m in svd factors; do
+    ok score --model base --adapter m=m-$m --mix m=1 --tokens "$tokens"
+done
+ok merge --out m-models --dtype bf16 base=0.5 m-base=0.5
+ok info m-models --json
+check "bf16" has '"dtype": "bf16"'
+no 1 'sum' merge --out left/m P1A=0.5 P2A=0.6
+ok merge --any-sum --out m-any P1A=0.5 P2A=0.6
+no 1 'expected DIR=WEIGHT' merge --out left/m P1A
+no 1 'expected DIR=WEIGHT' merge --out left/m P1A=x
+no 1 'none' merge --out left/m none=1
+no 1 'expected delta' merge --method mean --out left/m P1A=1
+no 1 'svd:RANK' merge --method svd:0 --out left/m P1A=1
+no 1 'f31' merge --dtype f31 --out left/m P1A=1
+no 1 'base\|kind' merge --out left/m P1A=0.5 base=0.5
+no 1 'bent' merge --out left/m P1A=0.5 bent/none=0.5
+no 2 'expected --out' merge P1A=1
+
+# ---- configurations -----------------------------------------------------------------------------
+for c in feedback sft reward ppo; do
+    ok $c --print-config
+    mv out $c.config
+    ok $c --print-config --config $c.config
+    check "$c: printed configurations are read" cmp -s out $c.config
+    ok $c --help
+    for name in $(sed -n 's/^  "\([a-z_0-9]*\)":.*/\1/p' $c.config); do
+        check "$c: $name is documented" has "^  $name  *[A-Za-z0-9\"\\[{].*[.;:].*("
+    done
+    no 2 'expected --config' $c
+    no 2 'needs a value' $c --config
+    no 1 'none.json' $c --config none.json
+    put bad.json '{"modle": "base"}'
+    no 1 'bad.json: unknown member "modle"; the nearest known one is "model"' $c --config bad.json
+    put bad.json '{"threads": "two"}'
+    no 1 'bad.json: member "threads"' $c --config bad.json
+    put bad.json '{"threads": 1'
+    no 1 'bad.json' $c --config bad.json
+    put bad.json '[]'
+    no 1 'bad.json: expected an object' $c --config bad.json
+    put bad.json '{}'
+    no 1 'expected\|names no' $c --config bad.json
+done
+ok ppo --preset rlphf --print-config
+check "the preset" has '"ignore_stop": true'
+check "the preset's draw" has '"draw_new_tokens_from": 32'
+no 2 'rlphg' ppo --preset rlphg --print-config
+
+# ---- feedback -----------------------------------------------------------------------------------
+put instructions.jsonl '{"id": 3, "instruction": "Why does it rain?"}
+{"id": 4, "prompt": "Name a colour.", "input": "Not red."}\n{"id": 5, "prompt": "Why?"}\n{"id": 6, "prompt": "What?"}\n'
+feedback() { # OUTPUT MORE MEMBERS
+    put feedback.json "{\"model\": \"base\", \"prompts\": \"instructions.jsonl\", \"output\": \"$1\",
+        \"max_new_tokens\": 6, \"seed\": 2, \"threads\": 2, \"judge\": [\"$helpers/judge\", \"first\"] $2}"
+}
+feedback comparisons.jsonl
+ok feedback --config feedback.json
+check "four comparisons of 4 prompts and 6 preferences" lines comparisons.jsonl 96
+check "counts" has '^comparisons.jsonl: 96 comparisons, 0 ties'
+for kind in positive-positive positive-neutral positive-negative neutral-negative; do
+    check "$kind" test "$(grep -c "\"kind\": \"$kind\"" comparisons.jsonl)" -eq 24
+done
+check "the input is in the prompt" grep -q \
+    '"id": 4, .*"user_input": "<|user|>\\nName a colour. Not red. Generate .*\\n<|assistant|>\\n"' comparisons.jsonl
+feedback soup.jsonl.zst ', "adapters": {"P1A": "P1A", "P2A": "P2A"}, "mix": "P1A=0.5,P2A=0.5"'
+ok feedback --config feedback.json --json
+check "json" has '{"output": "soup.jsonl.zst", "written": 96, "ties": 0, "unparsed": 0}'
+for bad in ', "prompts": "none.jsonl"|none.jsonl' ', "adapters": ["P1A"]|adapters: expected an object' \
+    ', "adapters": {"P1A": 1}|adapters: "P1A"' ', "mix": "P1A=1"|P1A' \
+    ', "adapters": {"nan": "bent"}, "mix": "nan=1"|not numbers' ', "template": "none"|template' \
+    ', "temperature": -1|temperature' ', "preferences": "none.json"|none.json' ', "model": "none"|none'; do
+    feedback left/f.jsonl
+    # later members would be duplicates: the bad one takes the first's place
+    key=${bad#, }
+    key=${key%%:*}
+    sed -i "s|$key: \"[^\"]*\",||" feedback.json
+    sed -i "s|\\]  *}|] ${bad%|*}}|" feedback.json
+    no 1 "${bad##*|}" feedback --config feedback.json
+done
+for judge in '"none-such-judge"' '"/etc/passwd"' "\"$helpers/judge\", \"dies\"" '1' ''; do
+    feedback left/f.jsonl
+    sed -i "s|\"judge\": \\[.*\\]|\"judge\": [$judge]|" feedback.json
+    no 1 'judge' feedback --config feedback.json
+done
+
+# ---- sft ----------------------------------------------------------------------------------------
+put sft.jsonl '{"prompt": "Why?", "completion": " Rain."}\n{"instruction": "Name a colour.", "output": "Red", "preference": "Be kind."}
+{"instruction": "Why?", "input": "Sun", "output": "Light."}\n'
+put sft.json '{"model": "base", "data": "sft.jsonl", "validation": "sft.jsonl", "output": "sft-adapter",
+    "adapter": "mt", "rank": 2, "targets": ["q_proj", "down_proj"], "learning_rate": 0.02, "max_steps": 20,
+    "epochs": 20, "batch_tokens": 64, "metrics": "sft-metrics.jsonl"}'
+trains sft --config sft.json
+check "prints where it is" has '^sft-adapter$'
+check "validation on standard error" grep -q 'mt: step .* validation: loss' err
+check "metrics" grep -q '"loss": [0-9]' sft-metrics.jsonl
+ok info sft-adapter --json
+check "its targets" has '"r": 2, .*"target_modules": \["q_proj", "down_proj"\]'
+ok tokenize --model base "Why? Rain."
+rain=$(cat out)
+sum() { sed -n 's/^sum //p' out; }
+better() { awk "BEGIN { exit !($1 > $2 + 0.1) }"; }
+ok score --model base --tokens "$rain"
+before=$(sum)
+ok score --model base --adapter mt=sft-adapter --mix mt=1 --tokens "$rain"
+check "the adapter has learned" better "$(sum)" "$before"
+sed -i 's/"adapter": "mt", "rank": 2, "targets": \[[^]]*\],//; s/sft-adapter/sft-base/; s/sft-metrics/sft-metrics-base/' sft.json
+trains sft --config sft.json --json
+check "json" has '{"output": "sft-base"}'
+ok score --model sft-base --tokens "$rain"
+check "the base has learned" better "$(sum)" "$before"
+ok generate --model sft-base --prompt "Why?" $sample
+sft() { put bad.json "{\"model\": \"base\", \"output\": \"left/s\", $1}"; }
+put empty.jsonl ''
+put odd.jsonl '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n'
+sft '"data": "none.jsonl"'; no 1 'none.jsonl' sft --config bad.json
+sft '"data": "odd.jsonl"'; no 1 'odd.jsonl: row 2: "completion"' sft --config bad.json
+sft '"data": "empty.jsonl"'; no 1 'empty.jsonl: no rows' sft --config bad.json
+sft '"data": "sft.jsonl", "init": "P1A"'; no 1 '"init" needs' sft --config bad.json
+sft '"data": "sft.jsonl", "targets": ["x_proj"]'; no 1 'targets\[0\]' sft --config bad.json
+sft '"data": "sft.jsonl", "targets": []'; no 1 'targets' sft --config bad.json
+sft '"data": "sft.jsonl", "adapter": "a", "rank": 0'; no 1 'rank' sft --config bad.json
+sft '"data": "sft.jsonl", "learning_rate": -1'; no 1 'learning_rate' sft --config bad.json
+sft '"data": "sft.jsonl", "schedule": "square"'; no 1 'constant|linear|cosine' sft --config bad.json
+
+# ---- reward -------------------------------------------------------------------------------------
+put reward.json '{"model": "base", "data": "comparisons.jsonl", "output": "rewards", "learning_rate": 0.01,
+    "rank": 2, "validation_fraction": 0.25, "max_tokens": 0}'
+trains reward --config reward.json
+check "accuracy on held-out prompts" has '^accuracy [01]\.[0-9]*, loss .* on 24 held-out comparisons'
+check "one for each preference" test "$(ls rewards | tr '\n' ' ')" = "P1A P1B P2A P2B P3A P3B "
+ok info rewards/P1A --json
+check "a scalar head" has '"task_type": "SEQ_CLS"'
+put reward.json '{"model": "base", "data": "comparisons.jsonl", "validation": "soup.jsonl.zst", "output": "rewards",
+    "per_preference": false, "name": "all", "learning_rate": 0.01, "rank": 2, "max_tokens": 0}'
+trains reward --config reward.json --json
+check "json" has '{"output": "rewards"}'
+check "one for all" test -f rewards/all/adapter_model.safetensors
+put odd.jsonl '{"user_input": "a", "completion_a": "b", "completion_b": "c"}\n'
+reward() { put bad.json "{\"model\": \"base\", \"output\": \"left/r\", $1}"; }
+reward '"data": "none.jsonl"'; no 1 'none.jsonl' reward --config bad.json
+reward '"data": "odd.jsonl"'; no 1 'odd.jsonl: row 1: "preference"' reward --config bad.json
+reward '"data": "comparisons.jsonl", "validation_fraction": 1.5'; no 1 'validation_fraction' reward --config bad.json
+reward '"data": "empty.jsonl"'; no 1 'empty.jsonl: no rows' reward --config bad.json
+reward '"data": "comparisons.jsonl", "batch_size": 0'; no 1 'batch_size' reward --config bad.json
+put odd.jsonl '{"user_input": "a", "completion_a": "b", "completion_b": "c", "preference": "../x"}\n'
+reward '"data": "odd.jsonl"'; no 1 '"../x" cannot name' reward --config bad.json
+
+# ---- ppo ----------------------------------------------------------------------------------------
+small='"model": "base", "prompts": "instructions.jsonl", "rank": 2, "steps": 2, "batch_size": 4, "ppo_epochs": 2,
+    "max_new_tokens": 6, "seed": 4, "learning_rate": 0.001'
+ppo() { put ppo.json "{$small, \"output\": \"$1\", \"policies\": [$2] $3}"; }
+ppo policies '{"name": "P1A", "reward": "rewards/P1A", "preference": "P1A"},
+    {"name": "P2A", "reward": "rewards/P2A", "preference": "P2A"}' \
+    ', "validation": "instructions.jsonl", "metrics": "ppo.jsonl"'
+trains ppo --config ppo.json
+check "both policies" test "$(ls policies | tr '\n' ' ')" = "P1A P2A "
+check "metrics of both" test "$(grep -c '"subject": "P2A"\|"P2A"' ppo.jsonl)" -ge 2
+ok generate --model base --adapter P1A=policies/P1A --adapter P2A=policies/P2A --mix P1A=0.5,P2A=0.5 \
+    --prompt "Why?" $sample
+ppo alone '{"name": "P1A", "reward": "rewards/P1A", "preference": "P1A"}' \
+    ', "validation": "instructions.jsonl"'
+trains ppo --config ppo.json
+check "alone, the same bits" cmp -s alone/P1A/adapter_model.safetensors policies/P1A/adapter_model.safetensors
+ppo morl '{"name": "morl", "reward": "rewards/all", "preference": "all", "init": "sft-adapter"}, {"name": "rlhf", "reward": "rewards/all"}'
+trains ppo --config ppo.json --json
+check "P-MORL and RLHF" test -f morl/morl/adapter_config.json -a -f morl/rlhf/adapter_config.json
+ppo rlphf '{"name": "P1B", "reward": "rewards/P1B", "preference": "P1B"}' ', "draw_new_tokens_from": 2, "mini_batch_size": 2'
+trains ppo --preset rlphf --config ppo.json
+check "preset rlphf" test -f rlphf/P1B/adapter_config.json
+ppo left/p ''; no 1 'ppo.json: policies: expected a list' ppo --config ppo.json
+ppo left/p '{"name": "a"}'; no 1 'policies\[0\]: expected a "name"' ppo --config ppo.json
+ppo left/p '{"name": "../a", "reward": "rewards/P1A"}'; no 1 'expected a "name"' ppo --config ppo.json
+ppo left/p '{"name": "a", "reward": "P1A"}'; no 1 'P1A' ppo --config ppo.json
+ppo left/p '{"name": "a", "reward": "none"}'; no 1 'none' ppo --config ppo.json
+ppo left/p '{"name": "a", "reward": "rewards/P1A", "preference": "P9"}'; no 1 '"P9"' ppo --config ppo.json
+ppo left/p '{"name": "a", "rewards": "rewards/P1A"}'; no 1 'nearest known one is "reward"' ppo --config ppo.json
+ppo left/p '{"name": "a", "reward": "rewards/P1A"}, {"name": "a", "reward": "rewards/P1A"}'
+no 1 '"a"' ppo --config ppo.json
+ppo left/p '{"name": "a", "reward": "rewards/P1A"}' ', "clip_range": -1'; no 1 'clip_range' ppo --config ppo.json
+
+# ---- winrate ------------------------------------------------------------------------------------
+put duels.jsonl '{"prompt": 7, "user": "AA", "criteria": {"P1A": 1, "P2A": "tie"}, "helpfulness": "a"}
+{"prompt": 7, "user": "AB", "criteria": {"P1A": "b", "P2B": -1}, "helpfulness": "b"}
+{"prompt": "seven", "user": "AA", "criteria": {"P1A": "a", "P2A": 2}, "helpfulness": 0}
+{"prompt": "seven", "criteria": {"P2B": 0}}\n'
+ok winrate duels.jsonl
+check "aggregate" has '^aggregate  *66.7 %  \[.*\]  *2 won  *1 tied  *1 lost  *1 unparsed'
+check "criterion" has '^P1A  *66.7 %.* 2 won'
+check "helpfulness" has '^helpfulness  *50.0 %'
+ok winrate duels.jsonl --json --seed 3
+check "json" has '"aggregate": {"rate": 0.6666666666666666, .*"P2A": {"rate": null, '
+for bad in '{"prompt": 1, "criteria": {"P1A": "maybe"}}|:1: criterion "P1A"' '{"prompt": 1, "criteria": {"P1A": 3}}|"P1A"' \
+    '{"prompt": 1}|"criteria"' '{"criteria": {"P1A": 1}}|"prompt"' '{"prompt": 1, "helpfulness": "x"}|helpfulness' 'x|:1'; do
+    printf '%s\n' "${bad%|*}" >bad.jsonl
+    no 1 "${bad##*|}" winrate bad.jsonl
+done
+no 1 'none.jsonl' winrate none.jsonl
+
+# ---- output that cannot be written ----------------------------------------------------------------
+if test -w /dev/full; then
+    "$psoup" info base >/dev/full 2>err
+    check "a full disk: status 1" test $? -eq 1
+    check "a full disk: one line" grep -q '^psoup: standard output' err
+fi
+
+echo "cli: $passed passed, $failed failed"
+test $failed -eq 0
