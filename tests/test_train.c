@@ -296,7 +296,7 @@ START_TEST(presets_are_the_papers) {
     o.steps = 3;
     OK(psoup_ppo_preset("rlphf", &o, &error));
     ck_assert(o.steps == 3 && o.max_grad_norm == 0.0f && o.early_stop == PSOUP_EARLY_STOP_LAST);
-    ck_assert(o.skipped_step == 1 && o.whiten_groups == 4 && o.lora_dropout == 0.05f);
+    ck_assert(o.skipped_step == 1 && o.whiten_groups == 4 && o.loss_group == 2 && o.lora_dropout == 0.05f);
     ck_assert(o.head_dropout == 0.1f && o.draw_new_tokens_from == 32 && o.max_new_tokens == 511);
     ck_assert(o.draw_group == 4 && o.ignore_stop == 1 && o.reward_text == 1);
     ck_assert(o.reward_max_tokens == 512 && o.truncation_penalty == 0.0f && o.batch_size == 64);

@@ -102,6 +102,11 @@ static int watch(void *user, const psoup_step *step) {
     return s->stop_at == step->step;
 }
 
+static int keep_grad_norm(void *user, const psoup_step *step) {
+    *(double *)user = value_of(step, "grad_norm");
+    return 0;
+}
+
 static psoup_ppo *create(psoup_model *model, const psoup_ppo_policy *policies, size_t n,
                          const psoup_ppo_options *o) {
     psoup_ppo *ppo;
@@ -256,6 +261,45 @@ START_TEST(side_by_side_is_alone) {
         free(expected[p]);
         free(advantage[p]);
     }
+}
+END_TEST
+
+/* One group of the whole batch is no group, bit for bit. Groups of one response weigh a short response's
+ * tokens more: another gradient where lengths differ, the same where they do not. */
+static double first_grad_norm(int32_t loss_group, int32_t ignore_stop, float *data, size_t capacity) {
+    psoup_model *model = fresh(1);
+    psoup_ppo_policy p = policy(0);
+    psoup_ppo_options o = plain();
+    double norm = -1.0;
+    const float *now;
+    size_t count;
+    o.steps = 1;
+    o.ppo_epochs = 1;
+    o.max_grad_norm = 0.0f;
+    o.loss_group = loss_group;
+    o.ignore_stop = ignore_stop;
+    o.min_new_tokens = ignore_stop ? o.max_new_tokens : 0; /* no end token, so equal lengths */
+    o.on_step = keep_grad_norm;
+    o.user = &norm;
+    psoup_ppo *ppo = create(model, &p, 1, &o);
+    OK(psoup_ppo_step(ppo, NULL, &error));
+    OK(psoup_model_adapter_data(model, names[0], &now, &count, &error));
+    ck_assert_uint_le(count, capacity);
+    memcpy(data, now, count * sizeof(*now));
+    psoup_ppo_free(ppo);
+    psoup_model_free(model);
+    return norm;
+}
+
+START_TEST(loss_groups_share_the_mean) {
+    enum { MOST = 1 << 16 };
+    static float none[MOST], whole[MOST], single[MOST];
+    double all = first_grad_norm(0, 0, none, MOST);
+    ck_assert(first_grad_norm(8, 0, whole, MOST) == all);
+    ck_assert_mem_eq(none, whole, sizeof(none));
+    ck_assert_double_gt(fabs(first_grad_norm(1, 0, single, MOST) - all), 1e-4 * all);
+    all = first_grad_norm(0, 1, none, MOST);
+    ck_assert_double_le(fabs(first_grad_norm(1, 1, single, MOST) - all), 1e-5 * all);
 }
 END_TEST
 
@@ -655,6 +699,7 @@ int main(void) {
     tcase_add_checked_fixture(tests, set_up, tear_down);
     tcase_add_test(tests, reward_rises);
     tcase_add_loop_test(tests, trace_is_what_was_computed, 0, 2);
+    tcase_add_test(tests, loss_groups_share_the_mean);
     tcase_add_test(tests, side_by_side_is_alone);
     tcase_add_loop_test(tests, early_stop_leaves_the_batch, 0, 2);
     tcase_add_loop_test(tests, guard_leaves_the_optimiser_alone, 0, 2);

@@ -191,7 +191,7 @@ typedef struct psoup_ppo_policy {
 typedef enum psoup_early_stop {
     PSOUP_EARLY_STOP_OFF = 0,
     PSOUP_EARLY_STOP_ALL = 1, /* on the mean over all mini-batches of an epoch */
-    PSOUP_EARLY_STOP_LAST = 2 /* on the epoch's last mini-batch, as the paper's code did */
+    PSOUP_EARLY_STOP_LAST = 2 /* on the epoch's last loss group, as the paper's code did */
 } psoup_early_stop;
 
 typedef struct psoup_ppo_options {
@@ -199,6 +199,9 @@ typedef struct psoup_ppo_options {
     int32_t steps;           /* 0: one epoch over the prompts */
     int32_t batch_size;      /* rollouts of one step, per policy */
     int32_t mini_batch_size; /* rollouts of one optimiser step; 0: the whole batch */
+    int32_t loss_group; /* > 0: the loss is the mean over the tokens of each so many rollouts, averaged
+                         * over these groups (the paper's code: micro-batches of 2); 0: over all tokens
+                         * of the mini-batch */
     int32_t ppo_epochs;
     int32_t micro_batch_tokens; /* tokens of one packed pass; changes memory, not results' meaning */
     float learning_rate, beta1, beta2, epsilon, weight_decay;

@@ -73,6 +73,8 @@ static const psoup_field ppo_fields[] = {
     INT(steps, "PPO steps; 0 makes one epoch over the prompts."),
     INT(batch_size, "Responses sampled in one step, per policy."),
     INT(mini_batch_size, "Responses of one optimiser step; 0 takes the whole batch."),
+    INT(loss_group, "Above 0, the loss is the mean over the tokens of so many responses, averaged over "
+                    "such groups; 0 takes the mean over all tokens of the mini-batch."),
     INT(ppo_epochs, "Passes over a batch at most."),
     INT(micro_batch_tokens, "Tokens of one packed pass; bounds memory."),
     ADAM,
@@ -82,7 +84,7 @@ static const psoup_field ppo_fields[] = {
     FLOAT(clip_range_value, "How far from its old prediction a value may be driven."),
     FLOAT(value_coefficient, "Weight of the value loss."),
     {"early_stop", PSOUP_FIELD_ENUM, offsetof(OPTIONS, early_stop), "off|all|last",
-     "Which mini-batches of an epoch decide whether its KL ends the updates on this batch."},
+     "What decides whether KL ends the updates on a batch: all of an epoch, or its last loss group."},
     FLOAT(target_kl, "The updates on a batch end after an epoch of more than 1.5 times this KL per "
                      "token."),
     FLOAT(kl_coefficient, "Weight of the KL penalty at the start."),
@@ -137,6 +139,7 @@ psoup_status psoup_ppo_preset(const char *name, psoup_ppo_options *options, psou
         from.early_stop = PSOUP_EARLY_STOP_LAST;
         from.skipped_step = 1;
         from.whiten_groups = 4;
+        from.loss_group = 2;
         from.lora_dropout = 0.05f;
         from.head_dropout = 0.1f;
         from.draw_new_tokens_from = 32;
@@ -150,6 +153,7 @@ psoup_status psoup_ppo_preset(const char *name, psoup_ppo_options *options, psou
     full.early_stop = from.early_stop;
     full.skipped_step = from.skipped_step;
     full.whiten_groups = from.whiten_groups;
+    full.loss_group = from.loss_group;
     full.lora_dropout = from.lora_dropout;
     full.head_dropout = from.head_dropout;
     full.draw_new_tokens_from = from.draw_new_tokens_from;
@@ -224,6 +228,7 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         RANGE(steps, 0, COUNTS),
         RANGE(batch_size, 1, COUNTS),
         RANGE(mini_batch_size, 0, o->batch_size),
+        RANGE(loss_group, 0, o->batch_size),
         RANGE(ppo_epochs, 1, COUNTS),
         RANGE(micro_batch_tokens, 1, COUNTS),
         ADAM_RANGES,

@@ -9,7 +9,9 @@ typedef struct item {
     size_t policy; /* place in the list of policies */
     size_t rollout;
     uint64_t stream;
+    double scale; /* of a token's loss in an update: its share of the mini-batch's mean */
     bool reference;
+    bool last; /* in the mini-batch's last loss group */
 } item;
 
 typedef struct work {
@@ -173,8 +175,8 @@ typedef struct progress {
     bool stopped, updated;
     size_t tokens;           /* of the mini-batch */
     psoup__ppo_terms terms;  /* of the mini-batch */
-    double epoch_kl, last_kl;
-    size_t epoch_tokens;
+    double epoch_kl, last_kl; /* sums of log π_old − log π: of an epoch, of its last loss group */
+    size_t epoch_tokens, last_tokens;
     /* For the report: sums over mini-batches. */
     double policy_loss, value_loss, clipped, value_clipped, ratio_max, norm, kl;
     int32_t mini_batches, skipped, epochs;
@@ -187,15 +189,19 @@ static void lose(work *w, const item *it, progress *g, size_t read, size_t head)
     psoup__experience *x = experience_of(w, it);
     size_t begin = (size_t)x->rollouts.start[it->rollout];
     size_t n = (size_t)x->rollouts.start[it->rollout + 1] - begin;
-    double scale = 1.0 / (double)g->tokens; /* means over the tokens of the mini-batch */
     if (!g->updated && g->epochs == 0)
         for (size_t t = 0; t < n; t++)
             x->first_ratio[begin + t] = expf(pack->logprob[read + t] - x->logprob[begin + t]);
+    double kl_before = g->terms.kl;
     psoup__policy_loss(pack->dlogprob + read, pack->logprob + read, x->logprob + begin,
-                       x->advantage + begin, n, o->clip_range, scale, &g->terms);
+                       x->advantage + begin, n, o->clip_range, it->scale, &g->terms);
     psoup__value_loss(pack->dvalue + head, pack->value + head, x->value + begin,
-                      x->returns + begin, n, o->clip_range_value, o->value_coefficient * scale,
+                      x->returns + begin, n, o->clip_range_value, o->value_coefficient * it->scale,
                       &g->terms);
+    if (it->last) {
+        g->last_kl += g->terms.kl - kl_before;
+        g->last_tokens += n;
+    }
 }
 
 /* Ends a policy's mini-batch: its step, or not. A mini-batch that drives the mean ratio too far, or
@@ -229,13 +235,38 @@ static psoup_status step_policy(psoup_ppo *ppo, psoup__policy *policy, progress 
     if (terms->finite) {
         g->epoch_kl += terms->kl;
         g->epoch_tokens += g->tokens;
-        g->last_kl = terms->kl / n;
     }
     if (!(terms->ratio_max <= g->ratio_max))
         g->ratio_max = terms->ratio_max;
     g->mini_batches++;
 fail:
     return status;
+}
+
+static size_t response_tokens(const psoup__rollouts *r, int32_t rollout) {
+    return (size_t)(r->start[rollout + 1] - r->start[rollout]);
+}
+
+/* Adds rollouts [begin, end) of a policy's permutation. Their loss is the mean over tokens of each
+ * loss_group of them, averaged over the groups; or over all tokens, where there are no groups. */
+static void add_mini_batch(work *w, size_t p, progress *g, size_t begin, size_t end) {
+    const psoup__rollouts *r = &w->policies[p]->experience.rollouts;
+    size_t wanted = (size_t)w->ppo->options.loss_group, size = wanted ? wanted : end - begin;
+    double groups = (double)((end - begin + size - 1) / size);
+    g->tokens = g->last_tokens = 0;
+    g->last_kl = 0.0;
+    for (size_t first = begin; first < end; first += size) {
+        size_t last = first + size < end ? first + size : end, tokens = 0;
+        for (size_t i = first; i < last; i++)
+            tokens += response_tokens(r, g->order[i]);
+        for (size_t i = first; i < last; i++)
+            add_item(w, (item){.policy = p,
+                               .rollout = (size_t)g->order[i],
+                               .stream = w->policies[p]->next.updates++,
+                               .scale = 1.0 / (groups * (double)tokens),
+                               .last = last == end});
+        g->tokens += tokens;
+    }
 }
 
 /* One mini-batch of every policy that has not stopped: rollouts [begin, end) of its permutation. */
@@ -246,18 +277,10 @@ static psoup_status run_mini_batch(work *w, progress *all, size_t n, size_t begi
     w->n = 0;
     for (size_t p = 0; p < n; p++) {
         progress *g = &all[p];
-        const psoup__rollouts *r = &w->policies[p]->experience.rollouts;
         if (g->stopped)
             continue;
         g->terms = (psoup__ppo_terms){.finite = true};
-        g->tokens = 0;
-        for (size_t i = begin; i < end; i++) {
-            size_t rollout = (size_t)g->order[i];
-            g->tokens += (size_t)(r->start[rollout + 1] - r->start[rollout]);
-            add_item(w, (item){.policy = p,
-                               .rollout = rollout,
-                               .stream = w->policies[p]->next.updates++});
-        }
+        add_mini_batch(w, p, g, begin, end);
         psoup__optimizer_zero(&w->policies[p]->optimizer);
     }
     PSOUP__TRY(plan(w, error));
@@ -269,10 +292,9 @@ static psoup_status run_mini_batch(work *w, progress *all, size_t n, size_t begi
         for (size_t i = 0; i < w->n; i++) {
             if (w->pass[i] != pass)
                 continue;
-            const psoup__rollouts *r = &experience_of(w, &w->items[i])->rollouts;
-            size_t rollout = w->items[i].rollout;
-            lose(w, &w->items[i], &all[w->items[i].policy], read, read);
-            read += (size_t)(r->start[rollout + 1] - r->start[rollout]);
+            const item *it = &w->items[i];
+            lose(w, it, &all[it->policy], read, read);
+            read += response_tokens(&experience_of(w, it)->rollouts, (int32_t)it->rollout);
         }
         PSOUP__TRY(psoup__pack_backward(w->ppo->pack, error));
     }
@@ -286,9 +308,11 @@ fail:
 /* trl's rule: past 1.5 · target_kl. The estimate of an epoch is mean(log π_old − log π) as its
  * mini-batches saw it. */
 static bool stops(const psoup_ppo_options *o, const progress *g) {
-    double kl = o->early_stop == PSOUP_EARLY_STOP_LAST ? g->last_kl
-                : g->epoch_tokens ? g->epoch_kl / (double)g->epoch_tokens : 0.0;
-    return o->early_stop != PSOUP_EARLY_STOP_OFF && kl > 1.5 * o->target_kl;
+    bool last = o->early_stop == PSOUP_EARLY_STOP_LAST;
+    double sum = last ? g->last_kl : g->epoch_kl;
+    size_t tokens = last ? g->last_tokens : g->epoch_tokens;
+    return o->early_stop != PSOUP_EARLY_STOP_OFF && tokens &&
+           sum > 1.5 * o->target_kl * (double)tokens;
 }
 
 static void report_progress(psoup__policy *policy, const progress *g) {

@@ -1,0 +1,106 @@
+/* psoup/merge.h: merging models and adapters, from files to files and in the caller's memory.
+ *
+ * The merger stands alone: libpsoup-merge.a holds it without the model, and a program that only
+ * merges needs nothing else. Sums are accumulated in f32 and rounded once, to nearest even; results
+ * carry the same bits for any number of threads.
+ *
+ * What "merging the LoRAs" means, by name (w_i weights, s_i scales):
+ *   delta    Σ w_i s_i B_i A_i, the weighted sum of the policies' effective parameters (Jang et al.
+ *            2023, equation 5). As an adapter: exact, of rank Σ r_i (PEFT calls it "cat").
+ *   factors  s (Σ w_i B_i)(Σ w_j A_j): what the paper's released code and LoRAX do. Has cross terms;
+ *            needs equal ranks and equal scales.
+ *   svd(r)   the best rank-r approximation of delta in the Frobenius norm, computed from the small
+ *            factors.
+ */
+#ifndef PSOUP_MERGE_H
+#define PSOUP_MERGE_H
+
+#include "psoup/common.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum psoup_merge_method {
+    PSOUP_MERGE_DELTA = 0,
+    PSOUP_MERGE_FACTORS = 1,
+    PSOUP_MERGE_SVD = 2
+} psoup_merge_method;
+
+typedef struct psoup_merger_options {
+    size_t size;
+    int32_t method;   /* psoup_merge_method; full models know only PSOUP_MERGE_DELTA, others are
+                       * refused */
+    int32_t svd_rank; /* for PSOUP_MERGE_SVD */
+    int32_t any_sum;  /* accept weights that do not sum to 1 within 1e-6 */
+    int32_t dtype;    /* psoup_dtype of the output; −1: that of the base or first source */
+    psoup_progress_fn progress;
+    void *progress_user;
+} psoup_merger_options;
+#define PSOUP_MERGER_OPTIONS_INIT {.size = sizeof(psoup_merger_options), .dtype = -1}
+
+typedef struct psoup_merger psoup_merger;
+
+psoup_status psoup_merger_create(psoup_context *context, const psoup_merger_options *options,
+                                 psoup_merger **out, psoup_error *error);
+void psoup_merger_free(psoup_merger *merger);
+
+/* Sets the base that adapters are folded into: a model directory or .safetensors file. With a base
+ * and adapters the result is a full model; without a base, one adapter. */
+psoup_status psoup_merger_set_base(psoup_merger *merger, const char *path, psoup_error *error);
+/* Adds a source and its weight: a PEFT directory, a model directory or .safetensors file. All sources
+ * are of one kind. They stay mapped until the merger is freed. */
+psoup_status psoup_merger_add(psoup_merger *merger, const char *path, double weight,
+                              psoup_error *error);
+/* New weights for the sources in the order they were added; nothing is read again. */
+psoup_status psoup_merger_set_weights(psoup_merger *merger, const double *weights, size_t n,
+                                      psoup_error *error);
+
+/* Merges into a directory: model.safetensors with the config and tokenizer files of the base (or of
+ * the first source), or a PEFT directory. */
+psoup_status psoup_merger_write(psoup_merger *merger, const char *directory, psoup_error *error);
+
+/* How good a lossy result is, after a run. */
+typedef struct psoup_merge_report {
+    size_t size;
+    size_t tensors;       /* results written */
+    double worst_error;   /* the largest ‖merged − exact‖ / ‖exact‖ over the adapters' linears, */
+    char worst_name[256]; /* and where; 0 and "" when the method is exact */
+    double mean_error;
+} psoup_merge_report;
+psoup_status psoup_merger_report(const psoup_merger *merger, psoup_merge_report *out,
+                                 psoup_error *error);
+
+/* In memory. out[j] = Σ_i weights[i] · in[i][j] for j < n: f32 accumulation in the order of i,
+ * rounded once to out_dtype. Each in[i] has dtype in_dtype (F32, F16, BF16). out may be one of the
+ * inputs where their dtypes are equal. A weight of zero skips its input. */
+psoup_status psoup_merge_sum(psoup_context *context, void *out, psoup_dtype out_dtype,
+                             const void *const *in, psoup_dtype in_dtype, const double *weights,
+                             size_t count, size_t n, psoup_error *error);
+
+/* One adapter's factors for one linear, f32. */
+typedef struct psoup_lora_factors {
+    const float *a; /* [rank, in] */
+    const float *b; /* [out, rank] */
+    int32_t rank;
+    float scale;
+} psoup_lora_factors;
+/* out[out_features, in_features] = base + Σ_i weights[i] · scale_i · B_i A_i, rounded once. Always
+ * from the pristine base: there is no unmerge. out may be base. */
+psoup_status psoup_merge_fold(psoup_context *context, void *out, const void *base,
+                              psoup_dtype dtype, int64_t out_features, int64_t in_features,
+                              const psoup_lora_factors *factors, const double *weights,
+                              size_t count, psoup_error *error);
+/* Merges factors into factors a_out [rank, in], b_out [out, rank], to be used with scale 1.
+ * PSOUP_MERGE_DELTA: rank = Σ rank_i. PSOUP_MERGE_FACTORS: rank = the common rank.
+ * PSOUP_MERGE_SVD: any rank ≥ 1. *relative_error (may be NULL) receives ‖merged − exact‖/‖exact‖. */
+psoup_status psoup_merge_factors(psoup_context *context, psoup_merge_method method, float *a_out,
+                                 float *b_out, int32_t rank, int64_t out_features,
+                                 int64_t in_features, const psoup_lora_factors *factors,
+                                 const double *weights, size_t count, double *relative_error,
+                                 psoup_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,244 @@
+/* Speed of training, generation and side-by-side policies at a small size, with plain PyTorch taking
+ * turns in the same run where python3 has it.
+ *
+ *   bench_model [PYTHON SCRIPT]     e.g. bench_model python3 tests/bench_torch.py
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "psoup/psoup.h"
+
+enum { DIM = 256, LAYERS = 6, HEADS = 4, VOCAB = 4096, FFN = 688, BATCH = 16, LENGTH = 128 };
+enum { PROMPT = 16, TURNS = 3, POLICIES = 6 };
+
+static void must(psoup_status status, const psoup_error *error) {
+    if (status != PSOUP_OK) {
+        fprintf(stderr, "bench_model: %s\n", error->message);
+        exit(1);
+    }
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int32_t tokens[BATCH][LENGTH];
+
+static psoup_model *make_model(psoup_context *context) {
+    psoup_model_config config = PSOUP_MODEL_CONFIG_INIT;
+    psoup_error error;
+    psoup_model *model;
+    config.vocab_size = VOCAB;
+    config.hidden_size = DIM;
+    config.intermediate_size = FFN;
+    config.num_hidden_layers = LAYERS;
+    config.num_attention_heads = HEADS;
+    config.max_position_embeddings = LENGTH;
+    must(psoup_model_create(context, &config, 1, &model, &error), &error);
+    return model;
+}
+
+/* ---- ours ----------------------------------------------------------------------------------------- */
+
+typedef struct clock_span {
+    double first, last;
+    int64_t steps;
+} clock_span;
+
+static int on_step(void *user, const psoup_step *step) {
+    clock_span *span = user;
+    if (strcmp(step->phase, "train") != 0)
+        return 0;
+    if (step->step == 1)
+        span->first = now();
+    span->last = now();
+    span->steps = step->step;
+    return 0;
+}
+
+/* Tokens a second of LoRA training, r = 16 on q and v; the first step warms up. */
+static double train(psoup_model *model) {
+    psoup_example examples[BATCH];
+    psoup_sft_options options = PSOUP_SFT_OPTIONS_INIT;
+    psoup_error error;
+    clock_span span = {0};
+    for (int i = 0; i < BATCH; i++)
+        examples[i] = (psoup_example){.tokens = tokens[i], .n = LENGTH, .n_prompt = 1};
+    options.max_steps = 4;
+    options.epochs = 4;
+    options.batch_tokens = BATCH * LENGTH;
+    options.learning_rate = 1e-4f;
+    options.keep_best = 0;
+    options.on_step = on_step;
+    options.user = &span;
+    must(psoup_sft(model, "lora", examples, BATCH, NULL, 0, &options, &error), &error);
+    return (double)(BATCH * LENGTH * (span.steps - 1)) / (span.last - span.first);
+}
+
+/* New tokens a second of sampling LENGTH − PROMPT tokens for each of BATCH prompts. */
+static double generate(psoup_model *model, const float *mix) {
+    psoup_prompt prompts[BATCH];
+    psoup_sampling sampling = PSOUP_SAMPLING_INIT;
+    psoup_generation *generation;
+    psoup_error error;
+    sampling.max_new_tokens = LENGTH - PROMPT;
+    sampling.ignore_stop = 1;
+    for (int i = 0; i < BATCH; i++)
+        prompts[i] = (psoup_prompt){
+            .tokens = tokens[i], .n = PROMPT, .mix = mix, .sequence = (uint64_t)i};
+    double start = now();
+    must(psoup_generate(model, prompts, BATCH, &sampling, NULL, NULL, NULL, &generation, &error),
+         &error);
+    double seconds = now() - start;
+    psoup_generation_free(generation);
+    return BATCH * (LENGTH - PROMPT) / seconds;
+}
+
+static int reward(void *user, const psoup_rollout *rollouts, size_t n, float *scores) {
+    (void)user;
+    for (size_t i = 0; i < n; i++)
+        scores[i] = (float)(rollouts[i].response[0] % 7);
+    return 0;
+}
+
+/* Seconds of one PPO step of n policies, 16 rollouts of 48 new tokens each. */
+static double ppo(psoup_model *model, size_t first, size_t n) {
+    static const char *const names[POLICIES] = {"p0", "p1", "p2", "p3", "p4", "p5"};
+    psoup_ppo_prompt prompts[BATCH];
+    psoup_ppo_policy policies[POLICIES];
+    psoup_ppo_options options = PSOUP_PPO_OPTIONS_INIT;
+    psoup_ppo *run;
+    psoup_error error;
+    int64_t left;
+    for (int i = 0; i < BATCH; i++)
+        prompts[i] = (psoup_ppo_prompt){.tokens = tokens[i], .n = PROMPT, .id = i};
+    for (size_t k = 0; k < n; k++)
+        policies[k] = (psoup_ppo_policy){.adapter = names[first + k],
+                                         .reward_fn = reward,
+                                         .prompts = prompts,
+                                         .n_prompts = BATCH,
+                                         .seed = first + k};
+    options.steps = 1;
+    options.batch_size = BATCH;
+    options.max_new_tokens = 48;
+    options.ignore_stop = 1;
+    options.ppo_epochs = 2;
+    options.early_stop = PSOUP_EARLY_STOP_OFF;
+    must(psoup_ppo_create(model, policies, n, &options, &run, &error), &error);
+    double start = now();
+    must(psoup_ppo_step(run, &left, &error), &error);
+    double seconds = now() - start;
+    psoup_ppo_free(run);
+    return seconds;
+}
+
+/* ---- the peer --------------------------------------------------------------------------------------- */
+
+typedef struct peer {
+    FILE *to, *from;
+} peer;
+
+static peer start_peer(char **command) {
+    int in[2], out[2];
+    char line[128];
+    peer p = {0};
+    if (!command || pipe(in) != 0 || pipe(out) != 0)
+        return p;
+    if (fork() == 0) {
+        dup2(in[0], STDIN_FILENO);
+        dup2(out[1], STDOUT_FILENO);
+        close(in[1]);
+        close(out[0]);
+        execvp(command[0], command);
+        _exit(127);
+    }
+    close(in[0]);
+    close(out[1]);
+    p.to = fdopen(in[1], "w");
+    p.from = fdopen(out[0], "r");
+    if (!fgets(line, sizeof line, p.from))
+        return (peer){0};
+    printf("peer: %s", line);
+    return p;
+}
+
+static double ask(peer *p, const char *what) {
+    char line[128] = "0";
+    if (!p->to)
+        return 0;
+    fprintf(p->to, "%s\n", what);
+    fflush(p->to);
+    return fgets(line, sizeof line, p->from) ? atof(line) : 0;
+}
+
+static int ascending(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *values, int n) {
+    qsort(values, (size_t)n, sizeof *values, ascending);
+    return values[n / 2];
+}
+
+static void line(const char *what, const char *unit, double *ours, double *theirs, double *ratio,
+                 double goal) {
+    if (theirs[0] > 0)
+        printf("%-34s ours %9.1f  theirs %9.1f %s  ratio %6.2f (goal %.2f)\n", what,
+               median(ours, TURNS), median(theirs, TURNS), unit, median(ratio, TURNS), goal);
+    else
+        printf("%-34s ours %9.1f %s  (no PyTorch here: pip install torch)\n", what,
+               median(ours, TURNS), unit);
+}
+
+int main(int argc, char **argv) {
+    psoup_context *context;
+    psoup_error error;
+    psoup_adapter_options lora = PSOUP_ADAPTER_OPTIONS_INIT;
+    double ours[TURNS], theirs[TURNS], ratio[TURNS];
+    const char *const work[] = {"train", "generate"};
+    const double goals[] = {2.0, 5.0};
+    must(psoup_context_create(NULL, &context, &error), &error);
+    for (int i = 0; i < BATCH * LENGTH; i++)
+        tokens[i / LENGTH][i % LENGTH] = (int32_t)((uint32_t)i * 2654435761u >> 20) % VOCAB;
+    psoup_model *model = make_model(context);
+    must(psoup_model_add_adapter(model, "lora", &lora, &error), &error);
+    const float mix[POLICIES + 1] = {1.0f};
+    printf("dim 256, 6 layers, vocabulary 4096, LoRA r 16 on q and v, 16 x 128 tokens, f32; %d "
+           "threads, %s\n",
+           psoup_context_threads(context), psoup_context_isa(context));
+    peer p = start_peer(argc > 2 ? argv + 1 : NULL);
+    for (int w = 0; w < 2; w++) {
+        for (int t = 0; t < TURNS; t++) {
+            ours[t] = w ? generate(model, mix) : train(model);
+            theirs[t] = ask(&p, work[w]);
+            ratio[t] = theirs[t] > 0 ? ours[t] / theirs[t] : 0;
+        }
+        line(w ? "generation, 16 sequences" : "LoRA training", "tokens/s", ours, theirs, ratio,
+             goals[w]);
+    }
+    if (p.to)
+        fclose(p.to);
+    for (int k = 0; k < POLICIES; k++) {
+        char name[8];
+        snprintf(name, sizeof name, "p%d", k);
+        must(psoup_model_add_adapter(model, name, &lora, &error), &error);
+    }
+    for (int t = 0; t < 3; t++) {
+        ours[t] = ppo(model, 0, POLICIES);
+        theirs[t] = 0;
+        for (size_t k = 0; k < POLICIES; k++)
+            theirs[t] += ppo(model, k, 1);
+        ratio[t] = theirs[t] / ours[t];
+    }
+    printf("%-34s side by side %.2f s  in turn %.2f s  ratio %.2f\n", "PPO step of six policies",
+           median(ours, 3), median(theirs, 3), median(ratio, 3));
+    psoup_model_free(model);
+    psoup_context_free(context);
+    return 0;
+}
