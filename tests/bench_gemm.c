@@ -10,6 +10,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #include "base/base.h"
 
@@ -30,43 +36,82 @@ static double now(void) {
 
 /* ---- limits ---------------------------------------------------------------------------------- */
 
+enum { ROUNDS = 2000000, CHAINS = 12 }; /* independent sums: they hide the latency of one */
+
+/* Each returns how many floating-point operations it did. */
+typedef double arithmetic(volatile float *out);
+
 #if defined(__x86_64__)
-#define WIDEST __attribute__((target_clones("avx512f", "avx2,fma", "default")))
-#define LANES 16
-#else
-#define WIDEST
-#define LANES 4
-#endif
-typedef float lanes __attribute__((vector_size(4 * LANES)));
-
-enum { ROUNDS = 2000000, CHAINS = 12 };
-
-/* Each chain waits for itself only; twelve hide the latency. */
-WIDEST static float multiply_add_often(float x) {
-    lanes sum[CHAINS], factor = {0}, step = {0};
-    for (int l = 0; l < LANES; l++)
-        factor[l] = x, step[l] = 1 - x;
+#define WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
+__attribute__((target("avx512f"))) static double fuse_512(volatile float *out) {
+    __m512 sum[CHAINS], x = _mm512_set1_ps(*out);
     for (int i = 0; i < CHAINS; i++)
-        sum[i] = step * (float)i;
+        sum[i] = _mm512_set1_ps((float)i);
     for (int r = 0; r < ROUNDS; r++)
 #pragma GCC unroll 12
         for (int i = 0; i < CHAINS; i++)
-            sum[i] = sum[i] * factor + step;
-    for (int i = 1; i < CHAINS; i++)
-        sum[0] += sum[i];
-    return sum[0][0];
+            sum[i] = _mm512_fmadd_ps(sum[i], x, x);
+    for (int i = 0; i < CHAINS; i++)
+        *out += _mm512_cvtss_f32(sum[i]);
+    return 2.0 * ROUNDS * CHAINS * 16;
 }
+__attribute__((target("avx2,fma"))) static double fuse_256(volatile float *out) {
+    __m256 sum[CHAINS], x = _mm256_set1_ps(*out);
+    for (int i = 0; i < CHAINS; i++)
+        sum[i] = _mm256_set1_ps((float)i);
+    for (int r = 0; r < ROUNDS; r++)
+#pragma GCC unroll 12
+        for (int i = 0; i < CHAINS; i++)
+            sum[i] = _mm256_fmadd_ps(sum[i], x, x);
+    for (int i = 0; i < CHAINS; i++)
+        *out += _mm256_cvtss_f32(sum[i]);
+    return 2.0 * ROUNDS * CHAINS * 8;
+}
+#else
+#define WIDEST
+#endif
+
+typedef float lanes __attribute__((vector_size(16)));
+
+static double multiply_and_add(volatile float *out) {
+    lanes sum[CHAINS], x = {*out, *out, *out, *out};
+    for (int i = 0; i < CHAINS; i++)
+        sum[i] = x * (float)i;
+    for (int r = 0; r < ROUNDS; r++)
+#pragma GCC unroll 12
+        for (int i = 0; i < CHAINS; i++) {
+#if defined(__aarch64__)
+            sum[i] = vfmaq_f32(x, sum[i], x);
+#else
+            sum[i] = sum[i] * x + x;
+#endif
+        }
+    for (int i = 0; i < CHAINS; i++)
+        *out += sum[i][0];
+    return 2.0 * ROUNDS * CHAINS * 4;
+}
+
+static arithmetic *widest(void) {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f"))
+        return fuse_512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return fuse_256;
+#endif
+    return multiply_and_add;
+}
+
 WIDEST static float read_all(const float *x, size_t n) {
-    float sum = 0;
-    lanes part[8] = {{0}};
-    for (size_t i = 0; i + 8 * LANES <= n; i += 8 * LANES)
-#pragma GCC unroll 8
-        for (int c = 0; c < 8; c++) {
+    lanes part[32] = {{0}};
+    for (size_t i = 0; i + 128 <= n; i += 128)
+#pragma GCC unroll 32
+        for (int c = 0; c < 32; c++) {
             lanes value;
-            memcpy(&value, x + i + c * LANES, sizeof value);
+            memcpy(&value, x + i + c * 4, sizeof value);
             part[c] += value;
         }
-    for (int c = 0; c < 8; c++)
+    float sum = 0;
+    for (int c = 0; c < 32; c++)
         sum += part[c][0];
     return sum;
 }
@@ -74,30 +119,40 @@ WIDEST static float read_all(const float *x, size_t n) {
 typedef struct limit_arg {
     const float *x; /* NULL: arithmetic */
     size_t n;
-    float out;
+    volatile float out;
+    double done; /* operations or bytes */
 } limit_arg;
 
 static void *limit_thread(void *arg) {
     limit_arg *me = arg;
-    me->out = me->x != NULL ? read_all(me->x, me->n) : multiply_add_often(0.5f);
+    if (me->x == NULL) {
+        me->done = widest()(&me->out);
+    } else {
+        me->out = read_all(me->x, me->n);
+        me->done = 4.0 * (double)me->n;
+    }
     return NULL;
 }
 
-/* Seconds that THREADS threads take, the best of seven. */
-static double limit_time(const float *x, size_t n) {
-    double best = 1e9;
+/* What THREADS threads do in a nanosecond, the best of seven. */
+static double limit(const float *x, size_t n) {
+    double best = 0;
     for (int repeat = 0; repeat < 7; repeat++) {
         pthread_t threads[THREADS];
         limit_arg args[THREADS];
-        double start = now();
+        double done = 0, start = now();
         for (int t = 0; t < THREADS; t++) {
-            args[t] = (limit_arg){x == NULL ? NULL : x + t * (n / THREADS), n / THREADS, 0};
-            pthread_create(&threads[t], NULL, limit_thread, &args[t]);
+            args[t] = (limit_arg){x == NULL ? NULL : x + (size_t)t * (n / THREADS), n / THREADS,
+                                  0.5f, 0};
+            if (pthread_create(&threads[t], NULL, limit_thread, &args[t]) != 0)
+                exit(1);
         }
-        for (int t = 0; t < THREADS; t++)
+        for (int t = 0; t < THREADS; t++) {
             pthread_join(threads[t], NULL);
-        double elapsed = now() - start;
-        best = elapsed < best ? elapsed : best;
+            done += args[t].done;
+        }
+        double rate = 1e-9 * done / (now() - start);
+        best = rate > best ? rate : best;
     }
     return best;
 }
@@ -176,7 +231,7 @@ static void bench(psoup_context *context, const shape *s, double peak, double ba
     const int calls = 1 + (int)(4e8 / flop);
     double ours[PAIRS], theirs[PAIRS], ratio[PAIRS];
     for (int pair = -1; pair < PAIRS; pair++) { /* the first warms up */
-        nanosleep(&(struct timespec){0, 30000000}, NULL); /* the peer's idle threads spin so long */
+        nanosleep(&(struct timespec){0, 3000000}, NULL); /* until the peer's idle threads sleep */
         double t0 = now();
         for (int call = 0; call < calls; call++)
             psoup__gemm(context, &args);
@@ -206,7 +261,13 @@ static void bench(psoup_context *context, const shape *s, double peak, double ba
     free(half), free(a), free(b), free(c), free(d);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
+    /* The peer's idle threads spin for 2^28 ticks, a tenth of a second, in which they would take our
+     * processors; 2^20 still spans the pauses between its own calls. It reads this when loaded. */
+    if (getenv("OPENBLAS_THREAD_TIMEOUT") == NULL) {
+        setenv("OPENBLAS_THREAD_TIMEOUT", "20", 1);
+        execv("/proc/self/exe", argv);
+    }
     psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
     psoup_context *context;
     psoup_error error;
@@ -218,8 +279,7 @@ int main(void) {
     openblas_set_num_threads(THREADS);
     const size_t n = 1u << 26;
     float *x = numbers(n);
-    const double peak = 2.0 * ROUNDS * CHAINS * LANES * THREADS / limit_time(NULL, 0) * 1e-9;
-    const double bandwidth = 4.0 * (double)n / limit_time(x, n) * 1e-9;
+    const double peak = limit(NULL, 0), bandwidth = limit(x, n);
     free(x);
     printf("%d threads, %s. Packed: B's dtype named, packed once; the peer has it as f32.\n",
            THREADS, psoup_context_isa(context));
