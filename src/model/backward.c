@@ -279,6 +279,11 @@ psoup_status psoup__backward(psoup_model *model, psoup__tape *t, const psoup__lo
     lay_out(t, &s, loss->dmix != NULL);
     PSOUP__TRY(psoup__slab_grow(t, &t->backward, true, error));
     lay_out(t, &s, loss->dmix != NULL);
+    for (int32_t i = 0; i < loss->n_heads; i++) { /* what can fail does so before any gradient */
+        psoup__head_space space;
+        if (loss->heads[i].n > 0)
+            PSOUP__TRY(psoup__head_prepare(t, &loss->heads[i], &space, error));
+    }
     psoup__tape_collect(t);
     t->saved = false; /* one backward */
     if (s.dweight)
