@@ -36,7 +36,7 @@ static inline psoup_model *load_plain(psoup_context *context, bool adapters) {
 
 static inline char *temporary_directory(void) {
     static char path[64];
-    strcpy(path, "/tmp/psoup-test-XXXXXX");
+    strcpy(path, P_tmpdir "/psoup-test-XXXXXX");
     ck_assert_ptr_nonnull(mkdtemp(path));
     return path;
 }
