@@ -422,7 +422,7 @@ check "a scalar head" has '"task_type": "SEQ_CLS"'
 put reward.json '{"model": "base", "data": "comparisons.jsonl", "validation": "soup.jsonl.zst", "output": "rewards",
     "per_preference": false, "name": "all", "learning_rate": 0.01, "rank": 2, "max_tokens": 0}'
 trains reward --config reward.json --json
-check "json" has '{"output": "rewards"}'
+check "json" has '{"output": "rewards", "held_out": 96, "accuracy": [01]\.'
 check "one for all" test -f rewards/all/adapter_model.safetensors
 put odd.jsonl '{"user_input": "a", "completion_a": "b", "completion_b": "c"}\n'
 reward() { put bad.json "{\"model\": \"base\", \"output\": \"left/r\", $1}"; }

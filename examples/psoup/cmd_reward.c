@@ -82,15 +82,17 @@ static psoup_status read_comparisons(const reward_run *run, const cli_model *m, 
     return status;
 }
 
-/* Moves every k-th prompt's comparisons to the end, k = 1 / fraction; returns how many stay. Rows
- * of one prompt stand together and have one "id", or where they have none, one "user_input". */
-static size_t hold_out(const psoup_json *rows, float fraction, psoup_comparison *all) {
+/* Moves the comparisons of a fraction of the prompts to the end; *stay receives how many others
+ * there are. Rows of one prompt stand together and have one "id", or where they have none, one
+ * "user_input". */
+static psoup_status hold_out(const psoup_json *rows, float fraction, psoup_comparison *all,
+                             size_t *stay, psoup_error *error) {
     size_t n = psoup_json_size(rows), kept = 0, held = 0;
-    psoup_comparison *out = fraction > 0 ? malloc((n + 1) * sizeof *out) : NULL;
+    psoup_comparison *out = malloc((n + 1) * sizeof *out);
     int64_t group = -1;
     char *last = NULL;
     if (!out)
-        return n;
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     for (size_t i = 0; i < n; i++) {
         const psoup_json *row = psoup_json_at(rows, i), *id = psoup_json_get(row, "id");
         char *key = psoup_json_text(id ? id : psoup_json_get(row, "user_input"), 0);
@@ -106,10 +108,17 @@ static size_t hold_out(const psoup_json *rows, float fraction, psoup_comparison 
     memcpy(all + kept, out, held * sizeof *out);
     psoup_text_free(last);
     free(out);
-    return kept;
+    *stay = kept;
+    return PSOUP_OK;
 }
 
-static psoup_status reward(reward_run *run, const char *config_path, bool json,
+/* How the trained models do on what was held out. */
+typedef struct reward_result {
+    size_t held_out;
+    double accuracy, loss;
+} reward_result;
+
+static psoup_status reward(reward_run *run, const char *config_path, reward_result *result,
                            psoup_error *error) {
     cli_model m = {0};
     token_pool pool = {0};
@@ -145,9 +154,8 @@ static psoup_status reward(reward_run *run, const char *config_path, bool json,
     if (status == PSOUP_OK)
         status = read_comparisons(run, &m, run->validation, held, &set, &pool, all + n, error);
     if (status == PSOUP_OK && !run->validation) {
-        size_t kept = hold_out(rows, run->validation_fraction, all);
-        n_held = n - kept;
-        n = kept;
+        status = hold_out(rows, run->validation_fraction, all, &n, error);
+        n_held = psoup_json_size(rows) - n;
     }
     if (status == PSOUP_OK)
         status =
@@ -159,13 +167,10 @@ static psoup_status reward(reward_run *run, const char *config_path, bool json,
                       : cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
         free(path);
     }
-    if (status == PSOUP_OK && n_held > 0 && !json) {
-        double accuracy, loss;
-        status = psoup_reward_accuracy(set.items, set.n, all + n, n_held, &accuracy, &loss, error);
-        if (status == PSOUP_OK)
-            printf("accuracy %.4f, loss %.4f on %zu held-out comparisons\n", accuracy, loss,
-                   n_held);
-    }
+    result->held_out = n_held;
+    if (status == PSOUP_OK && n_held > 0)
+        status = psoup_reward_accuracy(set.items, set.n, all + n, n_held, &result->accuracy,
+                                       &result->loss, error);
     for (size_t i = 0; i < set.n; i++)
         psoup_reward_free(set.items[i]);
     psoup_json_free(rows);
@@ -174,6 +179,23 @@ static psoup_status reward(reward_run *run, const char *config_path, bool json,
     pool_free(&pool);
     cli_close(&m);
     return status;
+}
+
+static int print_result(const char *output, const reward_result *result, bool json) {
+    if (!json) {
+        if (result->held_out)
+            printf("accuracy %.4f, loss %.4f on %zu held-out comparisons\n", result->accuracy,
+                   result->loss, result->held_out);
+        return run_print_output(output, false);
+    }
+    psoup_json *row = psoup_json_new_object();
+    psoup_json_set(row, "output", psoup_json_new_string(output));
+    psoup_json_set(row, "held_out", psoup_json_new_integer((int64_t)result->held_out));
+    if (result->held_out) {
+        psoup_json_set(row, "accuracy", psoup_json_new_real(result->accuracy));
+        psoup_json_set(row, "loss", psoup_json_new_real(result->loss));
+    }
+    return cli_print_json(row);
 }
 
 int cmd_reward(int argc, char **argv) {
@@ -200,8 +222,10 @@ int cmd_reward(int argc, char **argv) {
     psoup_error error = {0};
     run.options.on_step = cli_training_step;
     run.options.user = &training;
-    status = reward(&run, c.path, c.json, &error) == PSOUP_OK ? run_print_output(run.output, c.json)
-                                                              : cli_fail(&error);
+    reward_result result = {0};
+    status = reward(&run, c.path, &result, &error) == PSOUP_OK
+                 ? print_result(run.output, &result, c.json)
+                 : cli_fail(&error);
     config_free(&c);
     return status;
 }

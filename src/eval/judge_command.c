@@ -68,31 +68,6 @@ static psoup_status spawn(process *p, const char *const *argv, psoup_error *erro
     return PSOUP_OK;
 }
 
-psoup_status psoup_judge_command(psoup_context *context, const char *const *argv,
-                                 psoup_judge **out, psoup_error *error) {
-    psoup_status status;
-    *out = NULL;
-    if (!argv || !argv[0] || !*argv[0])
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "judge: the command is empty");
-    psoup_judge *judge = psoup__alloc(context, 1, sizeof *judge, error);
-    process *p = psoup__alloc(context, 1, sizeof *p, error);
-    if (!judge || !p) {
-        psoup__free(context, judge);
-        psoup__free(context, p);
-        return PSOUP_ERROR_MEMORY;
-    }
-    *p = (process){.context = context, .to = -1, .from = -1, .line = {.context = context}};
-    *judge = (psoup_judge){.context = context, .process = p};
-    p->name = psoup__strdup(context, argv[0], error);
-    PSOUP__TRY(p->name ? PSOUP_OK : PSOUP_ERROR_MEMORY);
-    PSOUP__TRY(spawn(p, argv, error));
-    *out = judge;
-    return PSOUP_OK;
-fail:
-    psoup_judge_free(judge);
-    return status;
-}
-
 /* Closes its input, by which it should end by itself; one that does not is terminated. */
 void psoup__judge_process_free(process *p) {
     if (!p)
@@ -114,6 +89,24 @@ void psoup__judge_process_free(process *p) {
     psoup__buffer_free(&p->line);
     psoup__free(p->context, p->name);
     psoup__free(p->context, p);
+}
+
+psoup_status psoup__judge_process_start(psoup_context *context, const char *const *argv,
+                                        process **out, psoup_error *error) {
+    psoup_status status;
+    process *p = psoup__alloc(context, 1, sizeof *p, error);
+    *out = NULL;
+    if (!p)
+        return PSOUP_ERROR_MEMORY;
+    *p = (process){.context = context, .to = -1, .from = -1, .line = {.context = context}};
+    p->name = psoup__strdup(context, argv[0], error);
+    PSOUP__TRY(p->name ? PSOUP_OK : PSOUP_ERROR_MEMORY);
+    PSOUP__TRY(spawn(p, argv, error));
+    *out = p;
+    return PSOUP_OK;
+fail:
+    psoup__judge_process_free(p);
+    return status;
 }
 
 static psoup_status write_questions(process *p, const psoup_question *questions, size_t n,
@@ -186,7 +179,11 @@ static psoup_status read_answers(process *p, ask *a, psoup_error *error) {
     for (char *at = block, *end = block + got; at < end;) {
         char *newline = memchr(at, '\n', (size_t)(end - at));
         psoup__buffer_append(&p->line, at, (size_t)((newline ? newline : end) - at));
-        if (p->line.failed || p->line.length > LINE_LIMIT)
+        if (p->line.failed) {
+            psoup__buffer_free(&p->line);
+            return psoup__out_of_memory(error, (size_t)got);
+        }
+        if (p->line.length > LINE_LIMIT)
             return psoup__fail(error, PSOUP_ERROR_FORMAT, "judge %s: a line of over %d bytes",
                                p->name, LINE_LIMIT);
         if (!newline)
