@@ -21,6 +21,8 @@ struct psoup_judge {
     struct psoup__judge_process *process; /* judge_command.c; NULL for a callback */
 };
 
+psoup_status psoup__judge_process_start(psoup_context *context, const char *const *argv,
+                                        struct psoup__judge_process **out, psoup_error *error);
 psoup_status psoup__judge_process_ask(struct psoup__judge_process *process,
                                       const psoup_question *questions, size_t n, int32_t *verdicts,
                                       psoup_error *error);

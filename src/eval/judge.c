@@ -16,6 +16,25 @@ psoup_status psoup_judge_create(psoup_context *context, psoup_judge_fn fn, void 
     return PSOUP_OK;
 }
 
+psoup_status psoup_judge_command(psoup_context *context, const char *const *argv,
+                                 psoup_judge **out, psoup_error *error) {
+    *out = NULL;
+    if (!argv || !argv[0] || !*argv[0])
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "judge: the command is empty");
+    psoup_judge *judge = psoup__alloc(context, 1, sizeof *judge, error);
+    if (!judge)
+        return PSOUP_ERROR_MEMORY;
+    judge->context = context;
+    psoup_status status =
+        psoup__judge_process_start(context, argv, &judge->process, error);
+    if (status != PSOUP_OK) {
+        psoup__free(context, judge);
+        return status;
+    }
+    *out = judge;
+    return PSOUP_OK;
+}
+
 void psoup_judge_free(psoup_judge *judge) {
     if (!judge)
         return;

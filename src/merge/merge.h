@@ -61,7 +61,7 @@ int64_t psoup__fold_block(int64_t out, int64_t in);
 int32_t psoup__merge_rank(psoup_merge_method method, int32_t svd_rank,
                           const psoup_lora_factors *factors, size_t count, psoup_error *error);
 
-/* ---- merger.c, merge_adapters.c, merge_models.c ------------------------------------------------ */
+/* ---- module.c; merge_adapters.c and merge_models.c, which merger.c calls --------------------------- */
 
 typedef struct psoup__merge_source {
     psoup__weights *model; /* one of the two */
