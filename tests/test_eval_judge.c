@@ -404,7 +404,7 @@ START_TEST(feedback_seeds) {
     memory m = {.script = script};
     psoup_sampling sampling = PSOUP_SAMPLING_INIT;
     psoup_feedback_options options = PSOUP_FEEDBACK_OPTIONS_INIT;
-    char *text[3];
+    char *text[3], *response[3];
     size_t length;
     sampling.max_new_tokens = 6;
     options.sampling = &sampling;
@@ -414,12 +414,15 @@ START_TEST(feedback_seeds) {
         sampling.seed = (uint64_t)i; /* not read */
         OK(collect(&m, &options, at("f.jsonl"), NULL));
         text[i] = get(at("f.jsonl"), &length);
+        response[i] = strdup(m.a[0]);
         forget(&m);
     }
     ck_assert_str_eq(text[0], text[1]);
-    ck_assert_str_ne(text[0], text[2]);
-    for (int i = 0; i < 3; i++)
+    ck_assert_str_ne(response[0], response[2]);
+    for (int i = 0; i < 3; i++) {
         psoup__free(context, text[i]);
+        free(response[i]);
+    }
 }
 END_TEST
 
