@@ -1,6 +1,7 @@
 /* A judge for the tests of psoup_judge_command: JSON Lines questions on standard input, verdicts on
  * standard output. Its argument says how it behaves.
  */
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -41,9 +42,10 @@ int main(int argc, char **argv) {
         if (!strcmp(how, "good"))
             answer(id, good(line));
         else if (!strcmp(how, "first") || !strcmp(how, "banner")) {
-            if (!strcmp(how, "banner") && id == 11)
+            bool late = !strcmp(how, "banner") && id == 11;
+            if (late)
                 usleep(200000);
-            answer(id, "a");
+            answer(id, late ? "b" : "a");
         } else if (!strcmp(how, "pairs")) { /* the second before the first; odd ids are for a */
             if (n % 2 == 0) {
                 kept = strdup(line);

@@ -98,8 +98,10 @@ START_TEST(judge_misunderstood) {
     for (int times = 0; times < 3; times++) {
         OK(psoup_judge_ask(judge, ask_about("a", "b"), ASKED, verdicts, &error));
         for (int i = 0; i < ASKED; i++)
-            ck_assert_int_eq(verdicts[i],
-                             times == 0 && i == ASKED - 1 ? PSOUP_UNPARSED : PSOUP_A_WINS);
+            if (times == 0 && i == ASKED - 1) /* "b", where it was in time after all */
+                ck_assert(verdicts[i] == PSOUP_UNPARSED || verdicts[i] == PSOUP_B_WINS);
+            else
+                ck_assert_int_eq(verdicts[i], PSOUP_A_WINS);
     }
     psoup_judge_free(judge);
 }
