@@ -42,10 +42,10 @@ int main(int argc, char **argv) {
         if (!strcmp(how, "good"))
             answer(id, good(line));
         else if (!strcmp(how, "first") || !strcmp(how, "banner")) {
-            bool late = !strcmp(how, "banner") && id == 11;
+            bool late = !strcmp(how, "banner") && id % 12 == 11; /* the last of each ask of 12 */
             if (late)
                 usleep(200000);
-            answer(id, late ? "b" : "a");
+            answer(id, late && id == 11 ? "b" : "a");
         } else if (!strcmp(how, "pairs")) { /* the second before the first; odd ids are for a */
             if (n % 2 == 0) {
                 kept = strdup(line);
