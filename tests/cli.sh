@@ -161,6 +161,8 @@ put head.jsonl '{"prompt": "Why?", "mix": {"P1A": 1}}\n'
 ok generate --model base $A --prompts head.jsonl $sample
 head -n 1 mixed.jsonl >first
 check "a row alone, the same text" cmp -s out first
+ok generate --model base --prompt "$(printf 'a\377')" $sample --json
+check "a prompt that is not UTF-8" has '"prompt": "a�", "completion"'
 # written rows are prompts again: their "prompt" is still there
 ok generate --model base $A --prompts mixed.jsonl.zst --temperature 0 --max-new-tokens 2
 check "compressed rows are read" lines out 4
@@ -268,7 +270,7 @@ no 1 'not numbers\|NaN' score --model base $bent --mix bent=1 --tokens "1 2 3"
 put prompts.nan '{"prompt": "Why?", "mix": {"P1A": 1}}\n{"prompt": "Why?", "mix": {"bent": 1}}\n'
 "$psoup" generate --model base $bent --prompts prompts.nan $sample >out 2>err
 check "a diverged row: status 1" test $? -eq 1
-check "a diverged row: it is named" grep -q '^psoup: prompt 2: its logits are not numbers' err
+check "a diverged row: it is named" grep -q '^psoup: prompts.nan:2: the logits are not numbers' err
 head -n 1 out >first
 "$psoup" generate --model base $A --prompts head.jsonl $sample >out
 check "a diverged row: its neighbour is well" cmp -s out first

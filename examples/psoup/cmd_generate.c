@@ -6,7 +6,8 @@
 #include <unistd.h>
 
 typedef struct job {
-    psoup_json *row; /* the line of the prompts file; NULL for --prompt */
+    psoup_json *row; /* of the prompts file; NULL for --prompt */
+    int64_t line;    /* and where; 0 */
     int32_t *tokens;
     size_t n;
     float *mix;
@@ -28,6 +29,7 @@ static psoup_status read_job(const generate_args *args, const cli_model *m, psou
     char *filled = NULL;
     psoup_status status = PSOUP_OK;
     out->row = row;
+    out->line = line;
     if (!text && !instruction)
         return cli_error(error, PSOUP_ERROR_FORMAT,
                          "%s:%lld: expected a text \"prompt\" or \"instruction\"", args->prompts,
@@ -154,8 +156,11 @@ static psoup_json *result_row(const cli_model *m, const job *j, psoup_completion
     if (!clean)
         return NULL;
     psoup_json *row = j->row ? psoup_json_copy(j->row) : psoup_json_new_object();
-    if (!j->row)
-        psoup_json_set(row, "prompt", psoup_json_new_string(prompt));
+    if (!j->row) {
+        char *asked = cli_utf8(prompt, strlen(prompt));
+        psoup_json_set(row, "prompt", psoup_json_new_string(asked ? asked : ""));
+        free(asked);
+    }
     double logprob = 0;
     for (size_t i = 0; i < c.n; i++)
         logprob += c.logprobs[i];
@@ -191,6 +196,14 @@ static psoup_status write_results(const generate_args *args, const cli_model *m,
     return status;
 }
 
+static psoup_status diverged(const generate_args *args, const job *j, psoup_error *error) {
+    const char *what = "the logits are not numbers: a weight or an adapter of the mix diverged";
+    if (!j->line)
+        return cli_error(error, PSOUP_ERROR_STATE, "--prompt: %s", what);
+    return cli_error(error, PSOUP_ERROR_STATE, "%s:%lld: %s", args->prompts, (long long)j->line,
+                     what);
+}
+
 static psoup_status run(const generate_args *args, const cli_model *m, job *jobs, size_t n,
                         psoup_error *error) {
     bool streaming = args->prompt && !args->json && !args->out;
@@ -216,10 +229,7 @@ static psoup_status run(const generate_args *args, const cli_model *m, job *jobs
         status = write_results(args, m, jobs, n, generation, error);
     for (size_t i = 0; status == PSOUP_OK && i < n; i++)
         if (psoup_generation_get(generation, i).finish == PSOUP_FINISH_ERROR)
-            status = cli_error(error, PSOUP_ERROR_STATE,
-                               "prompt %zu: its logits are not numbers: a weight or an adapter of "
-                               "its mix diverged",
-                               i + 1);
+            status = diverged(args, &jobs[i], error);
     psoup_generation_free(generation);
     free(s.tokens);
     free(prompts);
