@@ -22,8 +22,8 @@ typedef struct demo_scale {
     int general_pairs;   /* comparisons by general helpfulness */
     int policy_steps;    /* of PPO, each policy */
     int morl_steps;
-    int rollouts;        /* of one PPO step */
-    int samples;         /* for each held-out prompt where a policy is compared with its base */
+    int rollouts; /* of one PPO step */
+    int samples;  /* for each held-out prompt where a policy is compared with its base */
 } demo_scale;
 
 typedef struct demo_tokens {
@@ -36,7 +36,8 @@ typedef struct demo_cost {
     double seconds;
     int64_t tokens;  /* through the model, forward or backward, any number of times */
     int64_t updates; /* optimiser steps */
-    double flop;     /* 2 P a token forward, 4 P forward and backward with frozen weights, 6 P with all */
+    double
+        flop; /* 2 P a token forward, 4 P forward and backward with frozen weights, 6 P with all */
 } demo_cost;
 
 enum { CURVE_POINTS = 512, CURVES = 16 };
@@ -56,9 +57,9 @@ typedef struct demo_agreement { /* with the noiseless judge, held-out prompts, t
 } demo_agreement;
 
 typedef struct demo_policy_proof {
-    demo_estimate reward, judge;   /* policy − base, paired by held-out prompt */
+    demo_estimate reward, judge; /* policy − base, paired by held-out prompt */
     double judge_base, judge_policy;
-    double kl_token;               /* nats, on the policy's own responses */
+    double kl_token; /* nats, on the policy's own responses */
 } demo_policy_proof;
 
 /* One run from one seed. */
@@ -70,8 +71,8 @@ typedef struct demo_run {
     psoup_tokenizer *tokenizer;
     int32_t end; /* id of "</s>" */
     psoup_model *model;
-    int n_preferences;               /* 6, or 8 once the new ones are there */
-    psoup_preferences *preferences;  /* of the first six */
+    int n_preferences;              /* 6, or 8 once the new ones are there */
+    psoup_preferences *preferences; /* of the first six */
     psoup_reward *rewards[WORLD_PREFERENCES], *general, *told;
     world_prompt train[300], held[300];
     size_t n_train, n_held;
@@ -82,7 +83,7 @@ typedef struct demo_run {
     size_t n_curves;
     demo_agreement agreement[WORLD_PREFERENCES];
     demo_policy_proof proof[WORLD_PREFERENCES];
-    double factors_error; /* ‖factors − delta‖ / ‖delta‖, the mean over users */
+    double factors_error;      /* ‖factors − delta‖ / ‖delta‖, the mean over users */
     struct demo_block *blocks; /* memory that lives as long as the run */
 } demo_run;
 
@@ -93,7 +94,8 @@ void *demo_take(demo_run *run, size_t bytes); /* zeroed, freed with the run */
 void demo_free(demo_run *run);
 double demo_now(void); /* seconds */
 void demo_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
-int demo_progress(void *user, const char *label, int64_t done, int64_t total); /* a psoup_progress_fn */
+int demo_progress(void *user, const char *label, int64_t done,
+                  int64_t total); /* a psoup_progress_fn */
 demo_tokens demo_encode(demo_run *run, const char *text);
 /* The filled template with n preference prompts (indices) joined. */
 demo_tokens demo_prompt(demo_run *run, const world_prompt *prompt, const int32_t *preferences,
@@ -108,6 +110,18 @@ demo_response *demo_generate(demo_run *run, const demo_tokens *prompts, const fl
                              size_t n, uint64_t seed);
 demo_estimate demo_interval(const double *values, size_t n); /* mean ± 1.96 standard errors */
 void demo_count(demo_run *run, demo_cost *cost, double passes, int64_t tokens); /* passes of 2 P */
+
+/* Mean log π − log π_ref of the responses' tokens under each row's mix. */
+double demo_divergence(demo_run *run, const demo_tokens *prompts, const demo_response *responses,
+                       const float *const *mixes, size_t n);
+/* Preferences from … to − 1 of the world as a catalogue, through its file. */
+psoup_preferences *demo_catalogue(demo_run *run, int from, int to);
+/* The judge as a psoup_judge_fn; user: a demo_noise, or NULL for the judge as it is. */
+typedef struct demo_noise {
+    world_random random;
+    double share; /* of verdicts that are turned round */
+} demo_noise;
+int demo_answer(void *user, const psoup_question *questions, size_t n, int32_t *verdicts);
 
 /* ---- learn ---- */
 void learn_base(demo_run *run);
@@ -133,11 +147,11 @@ enum { CONTEST_METHODS = 9, CONTEST_USERS = 16 };
 typedef struct contest_method {
     const char *name;
     const char *about;
-    psoup_rate against_all, helpful;               /* over the contest's other methods */
-    psoup_rate criterion[WORLD_PREFERENCES];       /* likewise, by preference */
-    psoup_rate against[CONTEST_METHODS];           /* one by one */
+    psoup_rate against_all, helpful;                /* over the contest's other methods */
+    psoup_rate criterion[WORLD_PREFERENCES];        /* likewise, by preference */
+    psoup_rate against[CONTEST_METHODS];            /* one by one */
     double score[WORLD_PREFERENCES], helpful_score; /* mean judge's scores, of users that have it */
-    double kl_token, length;
+    double kl_token, length, valid;
     demo_cost cost;
 } contest_method;
 
@@ -147,7 +161,7 @@ typedef struct contest {
     contest_method methods[CONTEST_METHODS];
     int32_t members[CONTEST_USERS][3];
     char users[CONTEST_USERS][8];
-    const world_prompt *prompts;
+    world_prompt prompts[300];
     size_t n_prompts;
     /* [seed][method][user][prompt] */
     const char **responses;
@@ -157,7 +171,7 @@ enum { CONTEST_EIGHT = 0, CONTEST_SIXTEEN = 1 };
 void contest_begin(contest *contest, const demo_run *run, int kind, size_t n_seeds, int full);
 /* Generates everybody's responses from one run: one batch, every row its own mix. */
 void contest_play(contest *contest, demo_run *run, int kind, size_t seed);
-void contest_decide(contest *contest, psoup_context *context);
+void contest_decide(contest *contest, demo_run *run);
 const char *contest_response(const contest *contest, size_t seed, size_t method, size_t user,
                              size_t prompt);
 void contest_print(const contest *contest);

@@ -1,7 +1,8 @@
 /* examples/demo/judge.h: what a response says, and how good that is by each preference.
  *
- * The judge is a program that knows the world. It labels the reward models' training data, with some
- * of its verdicts flipped, and it is kept without noise for evaluation; no policy ever sees it.
+ * The judge is a program that knows the world. It labels the reward models' training data, with
+ * some of its verdicts flipped, and it is kept without noise for evaluation; no policy ever sees
+ * it.
  */
 #ifndef DEMO_JUDGE_H
 #define DEMO_JUDGE_H

@@ -1,4 +1,5 @@
-/* learn.c: the tokenizer and the base model from nothing, the judge's feedback, the reward models. */
+/* learn.c: the tokenizer and the base model from nothing, the judge's feedback, the reward models.
+ */
 #include "demo.h"
 
 #include <stdio.h>
@@ -7,9 +8,11 @@
 
 enum { VOCABULARY = 640, TOKENIZER_TEXTS = 3000, VALIDATION = 200 };
 
-/* ---- base ---------------------------------------------------------------------------------------- */
+/* ---- base
+ * ---------------------------------------------------------------------------------------- */
 
-/* Three examples in eleven carry no preference prompt, the others one of the eight; none has two. */
+/* Three examples in eleven carry no preference prompt, the others one of the eight; none has two.
+ */
 static int draw_preference(world_random *random) {
     int drawn = world_below(random, WORLD_PREFERENCES + 3);
     return drawn < WORLD_PREFERENCES ? drawn : -1;
@@ -79,7 +82,7 @@ void learn_base(demo_run *run) {
 
     psoup_sft_options options = PSOUP_SFT_OPTIONS_INIT;
     options.batch_tokens = 512;
-    options.learning_rate = 5e-3f;
+    options.learning_rate = 4e-3f;
     options.schedule = PSOUP_SCHEDULE_LINEAR;
     options.warmup_steps = 30;
     options.seed = run->seed;
@@ -92,51 +95,8 @@ void learn_base(demo_run *run) {
              (long long)psoup_model_parameters(run->model), n, tokens, run->base_cost.seconds);
 }
 
-/* ---- feedback -------------------------------------------------------------------------------------- */
-
-/* The judge as the trainer meets it: `noise` of its verdicts are the wrong way round. */
-typedef struct noisy_judge {
-    world_random random;
-    double noise;
-} noisy_judge;
-
-static int answer(void *user, const psoup_question *questions, size_t n, int32_t *verdicts) {
-    noisy_judge *judge = user;
-    for (size_t i = 0; i < n; i++) {
-        int32_t preference = -1;
-        world_prompt prompt;
-        if (world_understand(questions[i].prompt, &prompt))
-            return -1;
-        for (int k = 0; questions[i].preference && k < WORLD_PREFERENCES; k++)
-            if (!strcmp(questions[i].preference->symbol, world_preferences[k].symbol))
-                preference = k;
-        int verdict = judge_compare(&prompt, preference, questions[i].a, questions[i].b);
-        verdicts[i] = world_uniform(&judge->random) < judge->noise ? -verdict : verdict;
-    }
-    return 0;
-}
-
-/* Writes preferences from … to − 1 as a catalogue and reads it. Where an opposite is not in it, the
- * neighbour stands in. */
-static psoup_preferences *catalogue(demo_run *run, int from, int to) {
-    psoup_error error;
-    psoup_preferences *preferences;
-    psoup_json *list = psoup_json_new_array();
-    char path[1024];
-    for (int k = from; k < to; k++) {
-        psoup_json *one = psoup_json_new_object();
-        psoup_json_set(one, "symbol", psoup_json_new_string(world_preferences[k].symbol));
-        psoup_json_set(one, "dimension", psoup_json_new_string(world_preferences[k].dimension));
-        psoup_json_set(one, "prompt", psoup_json_new_string(world_preferences[k].prompt));
-        psoup_json_set(one, "opposite", psoup_json_new_string(world_preferences[k ^ 1].symbol));
-        psoup_json_append(list, one);
-    }
-    snprintf(path, sizeof path, "%s/preferences-%d-%d.json", run->directory, from, to);
-    must(psoup_json_write(run->context, path, list, &error), &error);
-    must(psoup_preferences_load(run->context, path, &preferences, &error), &error);
-    psoup_json_free(list);
-    return preferences;
-}
+/* ---- feedback
+ * -------------------------------------------------------------------------------------- */
 
 /* The candidates of `rounds` over the prompts, judged, and written to a file of this name. */
 static void give_feedback(demo_run *run, const psoup_preferences *preferences,
@@ -144,7 +104,7 @@ static void give_feedback(demo_run *run, const psoup_preferences *preferences,
                           uint64_t seed, const char *name) {
     psoup_error error;
     psoup_judge *judge;
-    noisy_judge noisy = {{seed * 7919u + 1}, noise};
+    demo_noise noisy = {{seed * 7919u + 1}, noise};
     size_t n = n_prompts * (size_t)rounds;
     psoup_instruction *instructions = demo_take(run, n * sizeof *instructions);
     char path[1024];
@@ -161,7 +121,7 @@ static void give_feedback(demo_run *run, const psoup_preferences *preferences,
     options.seed = seed;
     options.progress = demo_progress;
     snprintf(path, sizeof path, "%s/%s.jsonl", run->directory, name);
-    must(psoup_judge_create(run->context, answer, &noisy, &judge, &error), &error);
+    must(psoup_judge_create(run->context, demo_answer, &noisy, &judge, &error), &error);
     must(psoup_feedback(run->model, run->tokenizer, preferences, instructions, n, judge, &options,
                         path, &counts, &error),
          &error);
@@ -169,8 +129,8 @@ static void give_feedback(demo_run *run, const psoup_preferences *preferences,
     psoup_judge_free(judge);
 }
 
-/* The file's comparisons, appended to a list; each trains the reward model of its preference, or, with
- * `told`, all train number 0. */
+/* The file's comparisons, appended to a list; each trains the reward model of its preference, or,
+ * with `told`, all train number 0. */
 typedef struct comparison_list {
     psoup_comparison *items;
     size_t n, capacity;
@@ -206,10 +166,10 @@ static void read_feedback(demo_run *run, const char *name, int first, int told,
         for (int k = 0; !told && k < WORLD_PREFERENCES; k++)
             if (!strcmp(symbol, world_preferences[k].symbol))
                 reward = k - first;
-        append(run, list,
-               demo_encode(run, psoup_json_string(psoup_json_get(row, "user_input"), "")),
-               demo_encode(run, psoup_json_string(psoup_json_get(row, "completion_a"), "")),
-               demo_encode(run, psoup_json_string(psoup_json_get(row, "completion_b"), "")), reward);
+        append(
+            run, list, demo_encode(run, psoup_json_string(psoup_json_get(row, "user_input"), "")),
+            demo_encode(run, psoup_json_string(psoup_json_get(row, "completion_a"), "")),
+            demo_encode(run, psoup_json_string(psoup_json_get(row, "completion_b"), "")), reward);
         psoup_json_free(row);
     }
     psoup_jsonl_reader_free(reader);
@@ -220,7 +180,7 @@ static void general_feedback(demo_run *run, int32_t reward, comparison_list *lis
     psoup_error error;
     psoup_judge *judge;
     world_random random = {run->seed * 52711u};
-    noisy_judge noisy = {{run->seed * 15485863u}, 0.1};
+    demo_noise noisy = {{run->seed * 15485863u}, 0.1};
     size_t n = (size_t)run->scale.general_pairs;
     demo_tokens *prompts = demo_take(run, 2 * n * sizeof *prompts);
     psoup_question *questions = demo_take(run, n * sizeof *questions);
@@ -238,7 +198,7 @@ static void general_feedback(demo_run *run, int32_t reward, comparison_list *lis
         questions[i].a = responses[2 * i].text;
         questions[i].b = responses[2 * i + 1].text;
     }
-    must(psoup_judge_create(run->context, answer, &noisy, &judge, &error), &error);
+    must(psoup_judge_create(run->context, demo_answer, &noisy, &judge, &error), &error);
     must(psoup_judge_ask(judge, questions, n, verdicts, &error), &error);
     psoup_judge_free(judge);
     for (size_t i = 0; i < n; i++)
@@ -250,7 +210,8 @@ static void general_feedback(demo_run *run, int32_t reward, comparison_list *lis
         }
 }
 
-/* ---- reward models ----------------------------------------------------------------------------------- */
+/* ---- reward models
+ * ----------------------------------------------------------------------------------- */
 
 static psoup_reward *make_reward(demo_run *run, const char *symbol, uint64_t seed) {
     psoup_error error;
@@ -272,7 +233,7 @@ static void train_rewards(demo_run *run, psoup_reward *const *rewards, size_t n,
     psoup_reward_options options = PSOUP_REWARD_OPTIONS_INIT;
     int64_t tokens = 0;
     options.batch_size = 32;
-    options.learning_rate = 5e-3f;
+    options.learning_rate = 4e-3f;
     options.centering = 0.01f;
     options.max_grad_norm = 1.0f;
     options.warmup_steps = 10;
@@ -289,7 +250,7 @@ void learn_rewards(demo_run *run) {
     psoup_reward *side_by_side[7];
     comparison_list each = {0}, all = {0};
     run->n_preferences = 6;
-    run->preferences = catalogue(run, 0, 6);
+    run->preferences = demo_catalogue(run, 0, 6);
     give_feedback(run, run->preferences, run->train, run->n_train, run->scale.feedback_rounds, 0.1,
                   run->seed + 11, "feedback");
     read_feedback(run, "feedback", 0, 0, &each);
@@ -313,14 +274,15 @@ void learn_rewards(demo_run *run) {
     give_feedback(run, run->preferences, run->held, run->n_held, 4, 0, run->seed + 12,
                   "feedback-heldout");
     run->comparisons = before;
-    demo_say("rewards   six side by side with one of general helpfulness, one told by prompt, %.0f s",
-             run->reward_cost.seconds);
+    demo_say(
+        "rewards   six side by side with one of general helpfulness, one told by prompt, %.0f s",
+        run->reward_cost.seconds);
 }
 
 void learn_new_rewards(demo_run *run) {
     psoup_error error;
     comparison_list each = {0}, all = {0};
-    psoup_preferences *both = catalogue(run, 6, 8);
+    psoup_preferences *both = demo_catalogue(run, 6, 8);
     run->n_preferences = 8;
     give_feedback(run, both, run->train, run->n_train, run->scale.feedback_rounds, 0.1,
                   run->seed + 13, "feedback-new");

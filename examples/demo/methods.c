@@ -15,7 +15,8 @@ static void add_adapter(demo_run *run, const char *name, uint64_t seed) {
     must(psoup_model_add_adapter(run->model, name, &options, &error), &error);
 }
 
-/* ---- PPO ------------------------------------------------------------------------------------------- */
+/* ---- PPO
+ * ------------------------------------------------------------------------------------------- */
 
 /* What the trainer's reports are gathered into. */
 typedef struct watch {
@@ -45,8 +46,8 @@ static int watch_step(void *user, const psoup_step *step) {
             curve->reward[curve->n] = metric(step, "reward");
             curve->kl[curve->n++] = metric(step, "kl_token");
         }
-        /* Forward: sampling, log π, log π_ref, and the reward models; forward and backward, with the
-         * base's weights frozen: every epoch. */
+        /* Forward: sampling, log π, log π_ref, and the reward models; forward and backward, with
+         * the base's weights frozen: every epoch. */
         double rollouts = w->run->scale.rollouts, response = metric(step, "tokens");
         double own = rollouts * w->prompt_tokens + response, epochs = metric(step, "epochs");
         double scored = rollouts * w->scored_tokens + w->reward_passes * response;
@@ -165,18 +166,26 @@ void train_morl(demo_run *run, const char *adapter, int n_preferences, int steps
             demo_tokens read = demo_prompt(run, asked, &wishes[d], 1);
             inputs[3 * i + (size_t)d] = (psoup_reward_input){0, 1.0f / 3, read.ids, read.n};
         }
-        prompts[i] = (psoup_ppo_prompt){.tokens = tokens.ids, .n = tokens.n, .id = (int64_t)i,
-                                        .inputs = &inputs[3 * i], .n_inputs = 3};
+        prompts[i] = (psoup_ppo_prompt){.tokens = tokens.ids,
+                                        .n = tokens.n,
+                                        .id = (int64_t)i,
+                                        .inputs = &inputs[3 * i],
+                                        .n_inputs = 3};
     }
     add_adapter(run, adapter, 30 + (uint64_t)n_preferences + (uint64_t)steps);
-    psoup_ppo_policy policy = {.adapter = adapter, .rewards = &run->told, .n_rewards = 1,
-                               .prompts = prompts, .n_prompts = n,
+    psoup_ppo_policy policy = {.adapter = adapter,
+                               .rewards = &run->told,
+                               .n_rewards = 1,
+                               .prompts = prompts,
+                               .n_prompts = n,
                                .seed = run->seed * 100 + 30};
     run_ppo(run, &policy, 1, steps, &w);
-    demo_say("P-MORL    one policy over %d users, %d PPO steps, %.0f s", users, steps, cost->seconds);
+    demo_say("P-MORL    one policy over %d users, %d PPO steps, %.0f s", users, steps,
+             cost->seconds);
 }
 
-/* ---- multi-task ------------------------------------------------------------------------------------- */
+/* ---- multi-task
+ * ------------------------------------------------------------------------------------- */
 
 static int watch_sft(void *user, const psoup_step *step) {
     demo_cost *cost = user;
@@ -228,7 +237,8 @@ void train_mt(demo_run *run) {
     demo_say("MT        supervised on %zu better positives, %.0f s", n, run->mt_cost.seconds);
 }
 
-/* ---- the other sum ------------------------------------------------------------------------------------ */
+/* ---- the other sum
+ * ------------------------------------------------------------------------------------ */
 
 void merge_factors(demo_run *run) {
     psoup_error error;

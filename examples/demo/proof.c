@@ -13,7 +13,8 @@ static void reward_scores(psoup_reward *reward, const demo_tokens *sequences, si
     must(psoup_reward_score(reward, rows, n, out, &error), &error);
 }
 
-/* ---- reward models --------------------------------------------------------------------------------- */
+/* ---- reward models
+ * --------------------------------------------------------------------------------- */
 
 typedef struct tally {
     int64_t right, all;
@@ -74,32 +75,8 @@ void prove_rewards(demo_run *run, int from, int to) {
     }
 }
 
-/* ---- policies ---------------------------------------------------------------------------------------- */
-
-/* Σ log π − log π_ref over the responses' tokens, and how many there are. */
-static double divergence(demo_run *run, const demo_tokens *sequences, const demo_tokens *prompts,
-                         const float *mix, size_t n, size_t *tokens) {
-    psoup_error error;
-    psoup_row *rows = demo_take(run, n * sizeof *rows);
-    size_t total = 0;
-    for (size_t i = 0; i < n; i++)
-        total += sequences[i].n;
-    float *policy = demo_take(run, total * sizeof *policy);
-    float *base = demo_take(run, total * sizeof *base);
-    for (size_t i = 0; i < n; i++)
-        rows[i] = (psoup_row){sequences[i].ids, sequences[i].n, NULL};
-    must(psoup_model_logprobs(run->model, rows, n, base, &error), &error);
-    for (size_t i = 0; i < n; i++)
-        rows[i].mix = mix;
-    must(psoup_model_logprobs(run->model, rows, n, policy, &error), &error);
-    double sum = 0;
-    size_t at = 0;
-    *tokens = 0;
-    for (size_t i = 0; i < n; at += sequences[i++].n - 1)
-        for (size_t t = prompts[i].n - 1; t < sequences[i].n - 1; t++, (*tokens)++)
-            sum += (double)policy[at + t] - base[at + t];
-    return sum;
-}
+/* ---- policies
+ * ---------------------------------------------------------------------------------------- */
 
 static void prove_policy(demo_run *run, int32_t k) {
     const char *symbol = world_preferences[k].symbol;
@@ -131,13 +108,12 @@ static void prove_policy(demo_run *run, int32_t k) {
         policy += a / (double)n;
         base += b / (double)n;
     }
-    size_t tokens;
-    double kl = divergence(run, sequences, prompts, mix, n, &tokens);
-    run->proof[k] = (demo_policy_proof){.reward = demo_interval(reward, run->n_held),
-                                        .judge = demo_interval(judged, run->n_held),
-                                        .judge_base = base,
-                                        .judge_policy = policy,
-                                        .kl_token = kl / (double)tokens};
+    run->proof[k] =
+        (demo_policy_proof){.reward = demo_interval(reward, run->n_held),
+                            .judge = demo_interval(judged, run->n_held),
+                            .judge_base = base,
+                            .judge_policy = policy,
+                            .kl_token = demo_divergence(run, prompts, responses, mixes, n)};
 }
 
 void prove_policies(demo_run *run, int from, int to) {

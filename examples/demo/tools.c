@@ -56,7 +56,8 @@ void demo_free(demo_run *run) {
     }
 }
 
-/* ---- telling ------------------------------------------------------------------------------------- */
+/* ---- telling
+ * ------------------------------------------------------------------------------------- */
 
 double demo_now(void) {
     struct timespec now;
@@ -100,7 +101,8 @@ demo_estimate demo_interval(const double *values, size_t n) {
     return (demo_estimate){mean, mean - half, mean + half};
 }
 
-/* ---- text and tokens ------------------------------------------------------------------------------- */
+/* ---- text and tokens
+ * ------------------------------------------------------------------------------- */
 
 demo_tokens demo_encode(demo_run *run, const char *text) {
     psoup_error error;
@@ -170,7 +172,9 @@ demo_response *demo_generate(demo_run *run, const demo_tokens *prompts, const fl
     session.max_sequences = 64;
     session.max_tokens = 96;
     for (size_t i = 0; i < n; i++)
-        rows[i] = (psoup_prompt){.tokens = prompts[i].ids, .n = prompts[i].n, .sequence = i,
+        rows[i] = (psoup_prompt){.tokens = prompts[i].ids,
+                                 .n = prompts[i].n,
+                                 .sequence = i,
                                  .mix = mixes ? mixes[i] : NULL};
     must(psoup_generate(run->model, rows, n, &sampling, &session, NULL, NULL, &generation, &error),
          &error);
@@ -190,4 +194,66 @@ demo_response *demo_generate(demo_run *run, const demo_tokens *prompts, const fl
     }
     psoup_generation_free(generation);
     return responses;
+}
+
+double demo_divergence(demo_run *run, const demo_tokens *prompts, const demo_response *responses,
+                       const float *const *mixes, size_t n) {
+    psoup_error error;
+    psoup_row *rows = demo_take(run, n * sizeof *rows);
+    size_t total = 0, tokens = 0, at = 0;
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        demo_tokens all = demo_join(run, prompts[i], responses[i].tokens, 0);
+        rows[i] = (psoup_row){all.ids, all.n, NULL};
+        total += all.n;
+    }
+    float *base = demo_take(run, 2 * total * sizeof *base), *policy = base + total;
+    must(psoup_model_logprobs(run->model, rows, n, base, &error), &error);
+    for (size_t i = 0; i < n; i++)
+        rows[i].mix = mixes[i];
+    must(psoup_model_logprobs(run->model, rows, n, policy, &error), &error);
+    for (size_t i = 0; i < n; at += rows[i++].n - 1)
+        for (size_t t = prompts[i].n - 1; t < rows[i].n - 1; t++, tokens++)
+            sum += (double)policy[at + t] - base[at + t];
+    return sum / (double)tokens;
+}
+
+/* ---- preferences and the judge ------------------------------------------------------------------
+ */
+
+psoup_preferences *demo_catalogue(demo_run *run, int from, int to) {
+    psoup_error error;
+    psoup_preferences *preferences;
+    psoup_json *list = psoup_json_new_array();
+    char path[1024];
+    for (int k = from; k < to; k++) {
+        psoup_json *one = psoup_json_new_object();
+        psoup_json_set(one, "symbol", psoup_json_new_string(world_preferences[k].symbol));
+        psoup_json_set(one, "dimension", psoup_json_new_string(world_preferences[k].dimension));
+        psoup_json_set(one, "prompt", psoup_json_new_string(world_preferences[k].prompt));
+        psoup_json_set(one, "opposite", psoup_json_new_string(world_preferences[k].opposite));
+        psoup_json_append(list, one);
+    }
+    snprintf(path, sizeof path, "%s/preferences-%d-%d.json", run->directory, from, to);
+    must(psoup_json_write(run->context, path, list, &error), &error);
+    must(psoup_preferences_load(run->context, path, &preferences, &error), &error);
+    psoup_json_free(list);
+    return preferences;
+}
+
+int demo_answer(void *user, const psoup_question *questions, size_t n, int32_t *verdicts) {
+    demo_noise *noise = user;
+    for (size_t i = 0; i < n; i++) {
+        int preference = -1;
+        world_prompt prompt;
+        if (world_understand(questions[i].prompt, &prompt))
+            return -1;
+        for (int k = 0; questions[i].preference && k < WORLD_PREFERENCES; k++)
+            if (!strcmp(questions[i].preference->symbol, world_preferences[k].symbol))
+                preference = k;
+        int verdict = judge_compare(&prompt, preference, questions[i].a, questions[i].b);
+        int turned = noise && world_uniform(&noise->random) < noise->share;
+        verdicts[i] = turned ? -verdict : verdict;
+    }
+    return 0;
 }
