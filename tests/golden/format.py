@@ -2,7 +2,8 @@
 
     pip install torch==2.5.1 transformers==4.46.3 peft==0.13.2 safetensors numpy
     python tests/golden/format.py               writes tests/golden/format/
-    python tests/golden/format.py --check DIR   loads what test_format wrote with PSOUP_TEST_KEEP=DIR
+    python tests/golden/format.py --check DIR   loads what test_format and test_format_hf wrote
+                                                with PSOUP_TEST_KEEP=DIR
 """
 import json
 import os

@@ -1,9 +1,9 @@
-"""Golden files for tests/test_merge.c: three adapters of a tiny base, and what PEFT and numpy merge
+"""Golden files for tests/test_merge_files.c: three adapters of a tiny base, and what PEFT and numpy merge
 them to.
 
     pip install torch==2.5.1 transformers==4.46.3 peft==0.13.2 safetensors numpy
     python tests/golden/merge.py               writes tests/golden/merge/
-    python tests/golden/merge.py --check DIR   loads what test_merge wrote with PSOUP_TEST_KEEP=DIR
+    python tests/golden/merge.py --check DIR   loads what test_merge_files wrote with PSOUP_TEST_KEEP=DIR
 """
 import json
 import os

@@ -23,12 +23,12 @@ composable = sorted((d[1], d[2], i) for i, d in enumerate(decomposed) if d[3])
 
 
 def table(rows, form, columns):
-    out, line = [], "   "
+    out, line = [], "    "
     for row in rows:
-        item = " " + form % tuple(row)
+        item = form % tuple(row)
         if len(line) + len(item) > columns:
             out.append(line)
-            line = "   "
+            line = "    "
         line += item
     return "\n".join(out + [line])
 

@@ -1,0 +1,132 @@
+/* Matrix products called at once, and memory that fails. */
+#include "gemm_case.h"
+
+typedef struct caller {
+    psoup_context *context;
+    const problem *x;
+    const float *expected;
+    int wrong;
+} caller;
+
+static void *call_often(void *arg) {
+    caller *me = arg;
+    for (int repeat = 0; repeat < 16; repeat++) {
+        float *c = result(me->context, me->x, repeat % 4 == 0);
+        me->wrong += memcmp(c, me->expected, me->x->c_size * sizeof *c) != 0;
+        free(c);
+    }
+    return NULL;
+}
+static void call_task(void *arg, size_t task, int worker) {
+    call_often((caller *)arg + task);
+}
+
+/* Handles share a context: calls at once, and from inside parallel tasks. */
+START_TEST(test_concurrent) {
+    enum { CALLERS = 7 };
+    psoup_context *context = context_of(isas[_i], 2);
+    if (context == NULL)
+        return;
+    problem x[CALLERS];
+    caller callers[CALLERS];
+    pthread_t threads[CALLERS];
+    for (int i = 0; i < CALLERS; i++) {
+        state = (uint64_t)i + 50;
+        x[i] = random_problem(40 + 30 * i, 170 + 11 * i, 400, false);
+        callers[i] = (caller){context, &x[i], result(context, &x[i], false), 0};
+    }
+    for (int i = 0; i < CALLERS; i++)
+        ck_assert_int_eq(pthread_create(&threads[i], NULL, call_often, &callers[i]), 0);
+    for (int i = 0; i < CALLERS; i++)
+        pthread_join(threads[i], NULL);
+    psoup__parallel(context, CALLERS, call_task, callers);
+    for (int i = 0; i < CALLERS; i++) {
+        ck_assert_int_eq(callers[i].wrong, 0);
+        free((float *)callers[i].expected);
+        problem_free(&x[i]);
+    }
+    psoup_context_free(context);
+}
+END_TEST
+
+/* ---- failing memory --------------------------------------------------------------------------- */
+
+typedef struct counter {
+    int left, live; /* allocations until the first failure; blocks not yet freed */
+} counter;
+
+static void *counted_alloc(void *user, size_t bytes, size_t alignment) {
+    counter *count = user;
+    if (count->left-- <= 0)
+        return NULL;
+    __atomic_add_fetch(&count->live, 1, __ATOMIC_SEQ_CST);
+    return aligned_alloc(64, (bytes + 63) / 64 * 64);
+}
+static void counted_free(void *user, void *memory) {
+    if (memory != NULL)
+        __atomic_sub_fetch(&((counter *)user)->live, 1, __ATOMIC_SEQ_CST);
+    free(memory);
+}
+
+START_TEST(test_memory) {
+    counter count = {1000, 0};
+    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    options.threads = 2;
+    options.allocator = (psoup_allocator){&count, counted_alloc, counted_free};
+    psoup_context *context;
+    psoup_error error;
+    psoup__gemm_b *packed;
+    float b[6] = {1, 2, 3, 4, 5, 6};
+    ck_assert_int_eq(psoup_context_create(&options, &context, &error), PSOUP_OK);
+    int live = count.live;
+    for (count.left = 0;; count.left++) {
+        int tried = count.left;
+        packed = (psoup__gemm_b *)b;
+        psoup_status status = psoup__gemm_pack(context, b, PSOUP_F32, 2, 3, 3, 1, &packed, &error);
+        if (status == PSOUP_OK) {
+            ck_assert_int_eq(tried, 2);
+            break;
+        }
+        ck_assert_int_eq(status, PSOUP_ERROR_MEMORY);
+        ck_assert_int_eq(error.status, PSOUP_ERROR_MEMORY);
+        ck_assert_ptr_null(packed);
+        ck_assert_int_eq(count.live, live);
+        count.left = tried;
+    }
+    psoup__gemm_b_free(context, packed);
+    psoup__gemm_b_free(context, NULL);
+    ck_assert_int_eq(count.live, live);
+    struct psoup__gemm_space *space = NULL;
+    for (int left = 0; space == NULL; left++) {
+        count.left = left;
+        space = psoup__gemm_space_create(context, &error);
+        ck_assert(space != NULL || (error.status == PSOUP_ERROR_MEMORY && count.live == live));
+        ck_assert_int_le(left, 8);
+    }
+    psoup__gemm_space_free(context, space);
+    psoup__gemm_space_free(context, NULL);
+    ck_assert_int_eq(count.live, live);
+    count.left = 1000;
+    ck_assert_int_eq(psoup__gemm_pack(context, b, PSOUP_I8, 2, 3, 3, 1, &packed, &error),
+                     PSOUP_ERROR_ARGUMENT);
+    ck_assert_int_eq(psoup__gemm_pack(context, b, PSOUP_F32, INT64_MAX, INT64_MAX / 2, 3, 1, &packed,
+                                      &error), PSOUP_ERROR_MEMORY);
+    ck_assert_ptr_null(packed);
+    ck_assert_int_eq(psoup__gemm_pack(context, b, PSOUP_F32, 0, 3, 3, 1, &packed, &error),
+                     PSOUP_OK);
+    psoup__gemm_b_free(context, packed);
+    psoup_context_free(context);
+    ck_assert_int_eq(count.live, 0);
+}
+END_TEST
+
+int main(void) {
+    const int variants = sizeof isas / sizeof isas[0];
+    Suite *suite = suite_create("gemm_shared");
+    TCase *tcase = tcase_create("gemm_shared");
+    tcase_set_timeout(tcase, 300);
+    tcase_add_loop_test(tcase, test_concurrent, 0, variants);
+    tcase_add_test(tcase, test_memory);
+    suite_add_tcase(suite, tcase);
+    return run_suite(suite);
+}
