@@ -256,7 +256,7 @@ START_TEST(jsonl_refused) {
         const char *says;
     } cases[] = {
         {"{\"i\":0}\n{\"i\":\n", 1, "r.jsonl:2:"},
-        {"{\"i\":0}\n\n{\"i\":1,\"i\":1}\n", 1, "r.jsonl:3:10: duplicate object key near '\"i\"'"},
+        {"{\"i\":0}\n\n{\"i\":1,\"i\":1}\n", 1, "r.jsonl:3:8: duplicate object key near '\"i\"'"},
         {"{\"i\":0}\n7\n", 1, "r.jsonl:2: expected an object, found an integer"},
         {"{\"i\":0} {}\n", 0, "r.jsonl:1:"},
         {"[{\"i\":0},\n{\"i\":\n x}]", 1, "r.jsonl:3:"},

@@ -81,6 +81,16 @@ psoup_status psoup__map_set(psoup__map *map, const void *key, size_t length, int
 bool psoup__map_get(const psoup__map *map, const void *key, size_t length, int64_t *value);
 void psoup__map_free(psoup__map *map);
 
+/* ---- utf8.c -------------------------------------------------------------------------------- */
+
+/* Reads one character of text[0, length), length > 0: returns its bytes. What is not UTF-8 reads as
+ * U+FFFD, one for each maximal ill-formed part (Unicode 15, section 3.9; so does Python). */
+size_t psoup__utf8_next(const char *text, size_t length, uint32_t *code);
+size_t psoup__utf8_put(uint32_t code, char out[4]); /* returns its bytes */
+bool psoup__is_utf8(const char *text);
+/* Whether the bytes are U+FFFD itself, and not what is read as it. */
+bool psoup__is_replacement(const char *bytes, size_t length);
+
 /* ---- tensor.c ------------------------------------------------------------------------------ */
 
 #define PSOUP__MAX_RANK 8

@@ -17,7 +17,7 @@ psoup_status psoup__isa_parse(const char *name /* NULL: the best */, psoup__isa 
                               psoup_error *error);
 const char *psoup__isa_name(psoup__isa isa);
 
-/* ---- json.c */
+/* ---- json.c, json_parse.c */
 
 /* psoup_json_parse for text that starts at `line` of its file. */
 psoup_status psoup__json_parse_at(const char *text, size_t length, const char *name, int64_t line,

@@ -1,14 +1,13 @@
 /* src/base/json.c: the one file that knows the JSON library (Jansson). A psoup_json is a json_t. */
 #include "base/internal.h"
 
-#include <inttypes.h>
 #include <jansson.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { DEPTH = 512, SCALAR = 512 };
+enum { SCALAR = 512 };
 static const size_t FILE_LIMIT = (size_t)1 << 29;
 
 static json_t *of(const psoup_json *value) {
@@ -20,59 +19,6 @@ static psoup_json *as(json_t *value) {
 }
 
 /* ---- reading ----------------------------------------------------------------------------- */
-
-/* Refuses what the parser would not: deep nesting, which it meets by recursion, and a NUL byte,
- * which it takes for the end. */
-static psoup_status check_text(const char *text, size_t length, const char *name, int64_t line,
-                               psoup_error *error) {
-    bool quoted = false;
-    size_t start = 0;
-    int depth = 0;
-    for (size_t i = 0; i < length; i++) {
-        char c = text[i];
-        if (c == '\n') {
-            line++;
-            start = i + 1;
-        } else if (c == '\0') {
-            return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s:%" PRId64 ":%zu: a NUL byte", name,
-                               line, i - start + 1);
-        } else if (quoted) {
-            if (c == '\\' && i + 1 < length && text[i + 1] != '\n' && text[i + 1] != '\0')
-                i++;
-            else if (c == '"')
-                quoted = false;
-        } else if (c == '"') {
-            quoted = true;
-        } else if (c == '[' || c == '{') {
-            if (++depth > DEPTH)
-                return psoup__fail(error, PSOUP_ERROR_FORMAT,
-                                   "%s:%" PRId64 ":%zu: nested deeper than %d", name, line,
-                                   i - start + 1, DEPTH);
-        } else if (c == ']' || c == '}') {
-            depth--;
-        }
-    }
-    return PSOUP_OK;
-}
-
-psoup_status psoup__json_parse_at(const char *text, size_t length, const char *name, int64_t line,
-                                  psoup_json **out, psoup_error *error) {
-    *out = NULL;
-    psoup_status status = check_text(text, length, name, line, error);
-    if (status != PSOUP_OK)
-        return status;
-    json_error_t failure;
-    json_t *value = json_loadb(text, length, JSON_REJECT_DUPLICATES | JSON_DECODE_ANY, &failure);
-    if (value != NULL) {
-        *out = as(value);
-        return PSOUP_OK;
-    }
-    if (json_error_code(&failure) == json_error_out_of_memory)
-        return psoup__fail(error, PSOUP_ERROR_MEMORY, "%s: out of memory for its JSON", name);
-    return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s:%" PRId64 ":%d: %s", name,
-                       line + (failure.line > 0 ? failure.line - 1 : 0),
-                       failure.column > 0 ? failure.column : 1, failure.text);
-}
 
 psoup_status psoup_json_parse(const char *text, size_t length, const char *name, psoup_json **out,
                               psoup_error *error) {

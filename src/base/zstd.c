@@ -2,6 +2,7 @@
 #include "base/internal.h"
 
 #include <zstd.h>
+#include <zstd_errors.h>
 
 struct psoup__unzstd {
     psoup_context *context;
@@ -33,6 +34,9 @@ psoup_status psoup__unzstd_step(psoup__unzstd *z, const unsigned char **in, size
     ZSTD_inBuffer from = {*in, *in_length, 0};
     ZSTD_outBuffer to = {out, capacity, 0};
     size_t result = ZSTD_decompressStream(z->stream, &to, &from);
+    if (ZSTD_isError(result) && ZSTD_getErrorCode(result) == ZSTD_error_memory_allocation)
+        return psoup__fail(error, PSOUP_ERROR_MEMORY, "%s: out of memory for decompression",
+                           z->path);
     if (ZSTD_isError(result))
         return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: not valid Zstandard: %s", z->path,
                            ZSTD_getErrorName(result));

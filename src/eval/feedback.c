@@ -140,6 +140,10 @@ fail:
 
 static psoup_status write_row(run *r, const pair *p, const char *kind, const char *better,
                               const char *worse, psoup_error *error) {
+    if (!psoup__is_utf8(p->instruction->instruction) || !psoup__is_utf8(p->user_input))
+        return psoup__fail(error, PSOUP_ERROR_FORMAT,
+                           "feedback: instruction %lld, %s: the instruction is not UTF-8",
+                           (long long)p->instruction->id, p->preference->symbol);
     psoup_json *row = psoup_json_new_object();
     int bad = psoup_json_set(row, "id", psoup_json_new_integer(p->instruction->id));
     bad |= psoup_json_set(row, "preference", psoup_json_new_string(p->preference->symbol));
@@ -148,11 +152,8 @@ static psoup_status write_row(run *r, const pair *p, const char *kind, const cha
     bad |= psoup_json_set(row, "user_input", psoup_json_new_string(p->user_input));
     bad |= psoup_json_set(row, "completion_a", psoup_json_new_string(better));
     bad |= psoup_json_set(row, "completion_b", psoup_json_new_string(worse));
-    psoup_status status =
-        bad ? psoup__fail(error, PSOUP_ERROR_FORMAT,
-                          "feedback: instruction %lld, %s: the instruction is not UTF-8 or memory is out",
-                          (long long)p->instruction->id, p->preference->symbol)
-            : psoup_jsonl_write(r->writer, row, error);
+    psoup_status status = bad ? psoup__out_of_memory(error, 0)
+                              : psoup_jsonl_write(r->writer, row, error);
     psoup_json_free(row);
     if (status == PSOUP_OK)
         r->counts.written++;

@@ -34,6 +34,12 @@ typedef struct ask {
     int32_t *verdicts; /* [n] */
 } ask;
 
+static psoup_status fail_with(int code, const char *name, const char *what, psoup_error *error) {
+    errno = code;
+    return psoup__fail(error, code == ENOMEM ? PSOUP_ERROR_MEMORY : PSOUP_ERROR_IO,
+                       "judge %s: %s: %m", name, what);
+}
+
 static psoup_status spawn(process *p, const char *const *argv, psoup_error *error) {
     int in[2] = {-1, -1}, out[2] = {-1, -1};
     posix_spawn_file_actions_t actions;
@@ -41,7 +47,7 @@ static psoup_status spawn(process *p, const char *const *argv, psoup_error *erro
         int code = errno;
         if (in[0] >= 0)
             close(in[0]), close(in[1]);
-        return psoup__fail(error, PSOUP_ERROR_IO, "judge %s: %s", p->name, strerror(code));
+        return fail_with(code, p->name, "no pipe to it", error);
     }
     int code = posix_spawn_file_actions_init(&actions);
     if (code == 0) {
@@ -58,8 +64,7 @@ static psoup_status spawn(process *p, const char *const *argv, psoup_error *erro
         close(in[0]);
         close(out[0]);
         p->pid = 0;
-        return psoup__fail(error, PSOUP_ERROR_IO, "judge %s: cannot start it: %s", p->name,
-                           strerror(code));
+        return fail_with(code, p->name, "cannot start it", error);
     }
     p->to = in[0];
     p->from = out[0];
@@ -109,11 +114,19 @@ fail:
     return status;
 }
 
+static bool is_text(const char *text) {
+    return text && psoup__is_utf8(text);
+}
+
 static psoup_status write_questions(process *p, const psoup_question *questions, size_t n,
                                     psoup__buffer *to, psoup_error *error) {
     for (size_t i = 0; i < n; i++) {
         const psoup_question *q = &questions[i];
         const psoup_preference *preference = q->preference;
+        if (!is_text(q->prompt) || !is_text(q->a) || !is_text(q->b) ||
+            (preference && (!is_text(preference->symbol) || !is_text(preference->criterion))))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "judge %s: question %zu is not UTF-8",
+                               p->name, i);
         psoup_json *row = psoup_json_new_object();
         int bad = psoup_json_set(row, "id", psoup_json_new_integer(p->next_id + (int64_t)i));
         bad |= psoup_json_set(row, "prompt", psoup_json_new_string(q->prompt));
@@ -129,8 +142,7 @@ static psoup_status write_questions(process *p, const psoup_question *questions,
         char *text = bad ? NULL : psoup_json_text(row, 0);
         psoup_json_free(row);
         if (!text)
-            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                               "judge %s: question %zu is not UTF-8 or memory is out", p->name, i);
+            return psoup__out_of_memory(error, 0);
         psoup__buffer_append(to, text, strlen(text));
         psoup__buffer_append(to, "\n", 1);
         psoup_text_free(text);
@@ -141,11 +153,14 @@ static psoup_status write_questions(process *p, const psoup_question *questions,
 /* Takes the line in p->line and empties it. Every line counts, understood or not, so that a judge
  * which answers each question with one line has answered all when there are n; but an answer that
  * comes after its own ask has ended does not stand for one of this. */
-static void take_line(process *p, ask *a) {
+static psoup_status take_line(process *p, ask *a, psoup_error *error) {
     psoup_json *row = NULL;
     bool blank = strspn(p->line.data ? p->line.data : "", " \t\r") == p->line.length;
-    if (!blank &&
-        psoup_json_parse(p->line.data, p->line.length, "judge", &row, NULL) == PSOUP_OK) {
+    psoup_status status =
+        blank ? PSOUP_OK : psoup_json_parse(p->line.data, p->line.length, "judge", &row, NULL);
+    if (status == PSOUP_ERROR_MEMORY)
+        return psoup__out_of_memory(error, p->line.length);
+    if (row) {
         const char *verdict = psoup_json_string(psoup_json_get(row, "verdict"), "");
         int64_t id = psoup_json_integer(psoup_json_get(row, "id"), a->first + (int64_t)a->n);
         uint64_t i = (uint64_t)id - (uint64_t)a->first;
@@ -162,6 +177,7 @@ static void take_line(process *p, ask *a) {
     }
     a->lines += !blank;
     p->line.length = 0;
+    return PSOUP_OK;
 }
 
 static psoup_status read_answers(process *p, ask *a, psoup_error *error) {
@@ -170,7 +186,9 @@ static psoup_status read_answers(process *p, ask *a, psoup_error *error) {
     if (got < 0 && (errno == EAGAIN || errno == EINTR))
         return PSOUP_OK;
     if (got <= 0) {
-        take_line(p, a); /* the last one need not have a newline */
+        /* the last one need not have a newline */
+        if (take_line(p, a, error) != PSOUP_OK)
+            return PSOUP_ERROR_MEMORY;
         return a->lines >= a->n
                    ? PSOUP_OK
                    : psoup__fail(error, PSOUP_ERROR_IO, "judge %s: it ended after %zu of %zu answers",
@@ -188,7 +206,8 @@ static psoup_status read_answers(process *p, ask *a, psoup_error *error) {
                                p->name, LINE_LIMIT);
         if (!newline)
             break;
-        take_line(p, a);
+        if (take_line(p, a, error) != PSOUP_OK)
+            return PSOUP_ERROR_MEMORY;
         at = newline + 1;
     }
     return PSOUP_OK;
@@ -221,7 +240,7 @@ psoup_status psoup__judge_process_ask(process *p, const psoup_question *question
         if (poll(fds, sending ? 2 : 1, -1) < 0) {
             if (errno == EINTR)
                 continue;
-            PSOUP__TRY(psoup__fail(error, PSOUP_ERROR_IO, "judge %s: %s", p->name, strerror(errno)));
+            PSOUP__TRY(fail_with(errno, p->name, "cannot wait for it", error));
         }
         if (fds[0].revents)
             PSOUP__TRY(read_answers(p, &a, error));

@@ -50,11 +50,10 @@ psoup_status psoup__safetensors_metadata_set(psoup__safetensors_writer *writer, 
     if (writer->begun)
         return psoup__fail(error, PSOUP_ERROR_STATE, "%s: metadata after the header was written",
                            writer->path);
-    psoup_json *text = psoup_json_new_string(value);
-    if (text == NULL)
+    if (!psoup__is_utf8(key) || !psoup__is_utf8(value))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: metadata %.100s is not UTF-8 text",
                            writer->path, key);
-    return psoup_json_set(writer->metadata, key, text) == 0
+    return psoup_json_set(writer->metadata, key, psoup_json_new_string(value)) == 0
                ? PSOUP_OK
                : psoup__out_of_memory(error, strlen(value));
 }
@@ -65,6 +64,9 @@ psoup_status psoup__safetensors_declare(psoup__safetensors_writer *writer, const
     psoup__tensor tensor = {.dtype = dtype, .rank = rank};
     size_t elements, bytes, end;
     const char *dtype_name = psoup__safetensors_dtype_name(dtype);
+    if (!psoup__is_utf8(name))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "%s: tensor %.200s: the name is not UTF-8 text", writer->path, name);
     if (writer->begun || psoup_json_get(writer->header, name) != NULL)
         return psoup__fail(error, PSOUP_ERROR_STATE, "%s: tensor %.200s declared %s", writer->path,
                            name, writer->begun ? "after the header was written" : "twice");
@@ -97,8 +99,7 @@ psoup_status psoup__safetensors_declare(psoup__safetensors_writer *writer, const
         return psoup__out_of_memory(error, 256);
     }
     if (psoup_json_set(writer->header, name, object) != 0)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "%s: tensor %.200s: the name is not UTF-8 text", writer->path, name);
+        return psoup__out_of_memory(error, 256);
     writer->declared = end;
     return PSOUP_OK;
 }

@@ -5,19 +5,21 @@
 #include <string.h>
 
 /* A number as JSON writes it: the same in every locale. */
-static bool parse_number(const char *text, size_t length, double *out) {
+static psoup_status parse_number(const char *text, size_t length, double *out, bool *one) {
     char list[64] = "[";
     psoup_json *value = NULL;
+    *one = false;
     if (length == 0 || length > sizeof list - 3)
-        return false;
+        return PSOUP_OK;
     memcpy(list + 1, text, length);
     list[length + 1] = ']';
-    if (psoup_json_parse(list, length + 2, "mix", &value, NULL) != PSOUP_OK)
-        return false;
+    psoup_status status = psoup_json_parse(list, length + 2, "mix", &value, NULL);
+    if (status != PSOUP_OK)
+        return status == PSOUP_ERROR_MEMORY ? status : PSOUP_OK;
     *out = psoup_json_real(psoup_json_at(value, 0), NAN);
-    bool one = psoup_json_size(value) == 1 && isfinite(*out);
+    *one = psoup_json_size(value) == 1 && isfinite(*out);
     psoup_json_free(value);
-    return one;
+    return PSOUP_OK;
 }
 
 static psoup_status parse_part(const psoup_model *model, const char *part, size_t length,
@@ -25,7 +27,10 @@ static psoup_status parse_part(const psoup_model *model, const char *part, size_
     const char *equals = memchr(part, '=', length);
     size_t name = equals ? (size_t)(equals - part) : 0;
     double weight = 0;
-    if (!equals || !parse_number(equals + 1, length - name - 1, &weight))
+    bool is_number = false;
+    if (equals && parse_number(equals + 1, length - name - 1, &weight, &is_number) != PSOUP_OK)
+        return psoup__out_of_memory(error, length);
+    if (!is_number)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "mix: \"%.*s\": expected NAME=NUMBER", (int)length, part);
     int32_t index = -1;

@@ -1,21 +1,20 @@
 /* Writes what training found as a tokenizer.json. */
 #include "text/text.h"
 
-
-static psoup_json *of_type(const char *type) {
-    psoup_json *object = psoup_json_new_object();
-    psoup_json_set(object, "type", psoup_json_new_string(type));
-    return object;
-}
-
 /* The builders hand a NULL on, but a failed set inside a list would go unseen: every call is counted. */
 static int failed(int *failures, int result) {
     *failures += result != 0;
     return result;
 }
 
+static psoup_json *of_type(const char *type, int *failures) {
+    psoup_json *object = psoup_json_new_object();
+    failed(failures, psoup_json_set(object, "type", psoup_json_new_string(type)));
+    return object;
+}
+
 static psoup_json *byte_level(int trim, int regex, int *failures) {
-    psoup_json *object = of_type("ByteLevel");
+    psoup_json *object = of_type("ByteLevel", failures);
     failed(failures, psoup_json_set(object, "add_prefix_space", psoup_json_new_bool(0)));
     failed(failures, psoup_json_set(object, "trim_offsets", psoup_json_new_bool(trim)));
     failed(failures, psoup_json_set(object, "use_regex", psoup_json_new_bool(regex)));
@@ -25,8 +24,8 @@ static psoup_json *byte_level(int trim, int regex, int *failures) {
 static psoup_json *pre_tokenizer(const char *pattern, int *failures) {
     if (pattern == NULL)
         return byte_level(1, 1, failures);
-    psoup_json *regex = psoup_json_new_object(), *split = of_type("Split");
-    psoup_json *list = psoup_json_new_array(), *sequence = of_type("Sequence");
+    psoup_json *regex = psoup_json_new_object(), *split = of_type("Split", failures);
+    psoup_json *list = psoup_json_new_array(), *sequence = of_type("Sequence", failures);
     failed(failures, psoup_json_set(regex, "Regex", psoup_json_new_string(pattern)));
     failed(failures, psoup_json_set(split, "pattern", regex));
     failed(failures, psoup_json_set(split, "behavior", psoup_json_new_string("Isolated")));
@@ -57,7 +56,7 @@ static psoup_json *model(const char *const *names, int32_t n, const int32_t (*me
     static const char *const null[] = {"dropout", "unk_token", "continuing_subword_prefix",
                                        "end_of_word_suffix"};
     static const char *const off[] = {"fuse_unk", "byte_fallback", "ignore_merges"};
-    psoup_json *object = of_type("BPE"), *vocab = psoup_json_new_object();
+    psoup_json *object = of_type("BPE", failures), *vocab = psoup_json_new_object();
     psoup_json *list = psoup_json_new_array();
     for (size_t i = 0; i < sizeof null / sizeof *null; i++)
         failed(failures, psoup_json_set(object, null[i], psoup_json_new_null()));

@@ -21,10 +21,6 @@
 
 /* ---- utf8.c -------------------------------------------------------------------------------- */
 
-/* Reads one character of text[0, length), length > 0: returns its bytes. What is not UTF-8 reads as
- * U+FFFD, one for each maximal ill-formed part (Unicode 15, section 3.9; so does Python). */
-size_t psoup__utf8_next(const char *text, size_t length, uint32_t *code);
-size_t psoup__utf8_put(uint32_t code, char out[4]); /* returns its bytes */
 bool psoup__is_space(uint32_t code);                /* White_Space */
 
 /* GPT-2's printable alphabet of bytes: byte → character, and back (−1: no byte's). */
