@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Golden files of the model room: tiny random LLaMA models, PEFT adapters, and what transformers
-and autograd say of them, computed in float64 on the stored weights.
+"""Golden files of the model room: tiny random LLaMA models, PEFT adapters, and what transformers,
+autograd and finite differences say of them, computed in float64 on the stored weights.
 
     pip install torch==2.5.* transformers==4.46.* peft==0.13.* safetensors
     python tests/golden/model.py                 writes tests/golden/model/
@@ -13,10 +13,13 @@ import json
 import os
 import shutil
 
+import numpy
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "model")
 SIZES = dict(vocab_size=80, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -63,6 +66,19 @@ def build(kind, seed):
     return path
 
 
+def whole_float64():
+    """transformers computes its norms and softmax in f32 whatever the weights are: here they keep
+    float64, which differences need."""
+    softmax = torch.nn.functional.softmax
+
+    def norm(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    LlamaRMSNorm.forward = Qwen2RMSNorm.forward = norm
+    torch.nn.functional.softmax = lambda x, dim, dtype=None: softmax(
+        x, dim, dtype=None if x.dtype == torch.float64 else dtype)
+
+
 def oracle(path):
     """The model in float64; its rope buffers stay what transformers makes them, f32."""
     model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=torch.float32,
@@ -85,6 +101,29 @@ def logprobs(model, rows):
 
 def f32(t):
     return t.detach().to(torch.float32).contiguous()
+
+
+def signs(n):
+    """A direction of n ones and minus ones, made from the index; sign_of in test_model.c is its twin."""
+    h = numpy.arange(n, dtype=numpy.uint32) * numpy.uint32(0x9E3779B1)
+    h = (h ^ (h >> 15)) * numpy.uint32(0x85EBCA77)
+    return torch.from_numpy(1.0 - 2.0 * ((h ^ (h >> 13)) & 1).astype(numpy.float64))
+
+
+def difference(objective, p, step=1e-5):
+    """d objective(p + t · signs) / dt at 0 as a central difference; p's zeros stay when p is the mix.
+    Held against autograd's gradient, which p.grad has, before it is written."""
+    direction, old, sides = signs(p.numel()).reshape(p.shape), p.data.clone(), []
+    if p.shape[1:] == (2,):
+        direction = direction * (old != 0)
+    with torch.no_grad():
+        for t in (step, -step):
+            p.copy_(old + t * direction)
+            sides.append(objective())
+        p.copy_(old)
+    slope = (sides[0] - sides[1]) / (2 * step)
+    assert abs(slope - (p.grad * direction).sum()) < 1e-6 * p.grad.norm()
+    return f32(slope.reshape(1))
 
 
 def adapters():
@@ -154,9 +193,11 @@ def golden_base(kind):
            "logits": f32(logits[::8])}  # every eighth position
     if kind in ("plain", "biases", "tied", "qwen2"):
         weights = torch.linspace(-1, 1, sum(len(r) - 1 for r in rows), dtype=torch.float64)
-        (weights * logprobs(model, rows)).sum().backward()
+        objective = lambda: (weights * logprobs(model, rows)).sum()
+        objective().backward()
         out["weights"] = f32(weights)
         for name, p in model.named_parameters():
+            out["fd:" + name] = difference(objective, p)
             if kind == "plain" or p.dim() == 1 or "embed" in name:  # elsewhere only what is new
                 out["grad:" + name] = f32(p.grad)
     save_file(out, os.path.join(HERE, kind, "golden.safetensors"))
@@ -172,20 +213,26 @@ def golden_mix():
     model, leaves, holder = mixed_model(names)
     mix.requires_grad_()
     weights = torch.linspace(-1, 1.5, sum(len(r) - 1 for r in rows), dtype=torch.float64)
-    at, loss, logits = 0, 0, []
-    for i, row in enumerate(rows):
-        holder[0] = mix[i]
-        full = model(row[None]).logits[0]
-        logits.append(full)
-        lp = torch.log_softmax(full, -1)[:-1].gather(1, row[1:, None])[:, 0]
-        loss = loss + (weights[at:at + len(row) - 1] * lp).sum()
-        at += len(row) - 1
-    loss.backward()
+    logits = []
+
+    def objective():
+        at, loss = 0, 0
+        logits.clear()
+        for i, row in enumerate(rows):
+            holder[0] = mix[i]
+            full = model(row[None]).logits[0]
+            logits.append(full)
+            lp = torch.log_softmax(full, -1)[:-1].gather(1, row[1:, None])[:, 0]
+            loss = loss + (weights[at:at + len(row) - 1] * lp).sum()
+            at += len(row) - 1
+        return loss
+
+    objective().backward()
     out = {"tokens": torch.cat(rows).int(), "lengths": torch.tensor([len(r) for r in rows]).int(),
            "mix": f32(mix), "weights": f32(weights), "logits": f32(torch.cat(logits)[::8]),
-           "mixgrad": f32(mix.grad * (mix != 0))}
+           "mixgrad": f32(mix.grad * (mix != 0)), "fd:mix": difference(objective, mix)}
     for name, p in leaves.items():
-        out["grad:" + name] = f32(p.grad)
+        out["grad:" + name], out["fd:" + name] = f32(p.grad), difference(objective, p)
     save_file(out, os.path.join(HERE, "mix.safetensors"))
 
 
@@ -205,6 +252,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--verify", metavar="DIR")
     options = parser.parse_args()
+    whole_float64()
     if options.verify:
         verify(options.verify)
     shutil.rmtree(HERE, ignore_errors=True)
@@ -221,6 +269,8 @@ def main():
                 for key in ("_name_or_path", "base_model_name_or_path"):
                     if key in data:
                         data[key] = "plain"
+                if "target_modules" in data:
+                    data["target_modules"].sort()  # a set's order is another each time
                 json.dump(data, open(full, "w"), indent=1)
 
 
