@@ -172,10 +172,11 @@ typedef struct psoup__ops {
                             const float *gate, const float *up, size_t n);
 
     void (*add)(psoup__backend *be, float *x /* adds to */, const float *y, size_t n);
-    /* out[i] = in[row[i]] and out[row[i]] += in[i]; row distinct. */
+    /* out[i] = in[row[i]] and out[row[i]] += scale[i] · in[i]; row distinct. */
     void (*gather_rows)(psoup__backend *be, float *out, const float *in, const int32_t *row,
                         int32_t rows, int32_t width);
-    void (*scatter_add_rows)(psoup__backend *be, float *out, const float *in, const int32_t *row,
+    void (*scatter_add_rows)(psoup__backend *be, float *out, const float *in,
+                             const float *scale /* [rows]; NULL: 1 */, const int32_t *row,
                              int32_t rows, int32_t width);
     void (*dropout)(psoup__backend *be, float *out, const float *in, const psoup__dropout *dropout,
                     int32_t rows, int32_t width);
@@ -196,8 +197,8 @@ typedef struct psoup__ops {
     void (*logprob)(psoup__backend *be, float *logprob /* [rows] */, float *lse /* [rows] */,
                     const float *logits /* [rows, vocab] */, const int32_t *target, int32_t rows,
                     int32_t vocab);
-    /* dlogits[i] = dlogprob[i] · (onehot(target[i]) − exp(logits[i] − lse[i])); dlogits may be
-     * logits. */
+    /* dlogits[i] = dlogprob[i] · (onehot(target[i]) − exp(logits[i] − lse[i])), with dlogprob NULL
+     * as if all were 1; dlogits may be logits. */
     void (*logprob_backward)(psoup__backend *be, float *dlogits, const float *logits,
                              const float *lse, const int32_t *target, const float *dlogprob,
                              int32_t rows, int32_t vocab);

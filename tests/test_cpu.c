@@ -188,8 +188,9 @@ START_TEST(embed_and_moves) {
             want[i] = out[i];
         for (int i = 0; i < ROWS; i++)
             for (int32_t j = 0; j < width; j++)
-                want[row[i] * width + j] += dout[i * width + j];
-        m.ops->scatter_add_rows(m.be, out, dout, row, ROWS, width);
+                want[row[i] * width + j] += (1 + (double)dout[i]) * dout[i * width + j];
+        m.ops->scatter_add_rows(m.be, out, dout, NULL, row, ROWS, width);
+        m.ops->scatter_add_rows(m.be, out, dout, dout, row, ROWS, width);
         near("scatter", out, want, n, 1e-6);
         for (size_t i = 0; i < n; i++)
             want[i] += dout[i];

@@ -42,7 +42,7 @@ typedef struct logprob_job {
     float *dlogits;         /* [rows, vocab] */
     const float *logits;    /* [rows, vocab] */
     const float *saved_lse; /* [rows] */
-    const float *dlogprob;  /* [rows] */
+    const float *dlogprob;  /* [rows] or NULL */
     const int32_t *target;  /* [rows] */
     int32_t vocab;
 } logprob_job;
@@ -67,7 +67,7 @@ static void logprob_backward_task(void *arg, size_t row, int worker) {
     const size_t n = (size_t)job->vocab;
     const float *logits = job->logits + row * n;
     float *dlogits = job->dlogits + row * n;
-    const float d = job->dlogprob[row], lse = job->saved_lse[row];
+    const float d = job->dlogprob ? job->dlogprob[row] : 1, lse = job->saved_lse[row];
     INDEPENDENT
     for (size_t j = 0; j < n; j++)
         dlogits[j] = -d * exp_float(logits[j] - lse);

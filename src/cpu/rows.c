@@ -54,6 +54,7 @@ static void embed_backward(psoup__backend *be, float *dtable, const float *dout,
 typedef struct move_job {
     float *out;              /* [rows, width] */
     const float *in, *in2;   /* [rows, width] */
+    const float *scale;      /* [rows] or NULL */
     float *const *to, *const *to2; /* [rows] */
     const int32_t *row;      /* [rows] */
     size_t rows, width;
@@ -94,14 +95,16 @@ static void scatter_add_task(void *arg, size_t task, int worker) {
     for (size_t i = task * ROW_TILE; i < end; i++) {
         float *out = job->out + (size_t)job->row[i] * width;
         const float *in = job->in + i * width;
+        const float scale = job->scale ? job->scale[i] : 1;
         for (size_t j = 0; j < width; j++)
-            out[j] += in[j];
+            out[j] = fused(scale, in[j], out[j]);
     }
 }
 
-static void scatter_add_rows(psoup__backend *be, float *out, const float *in, const int32_t *row,
-                             int32_t rows, int32_t width) {
-    move_job job = {.out = out, .in = in, .row = row, .rows = (size_t)rows, .width = (size_t)width};
+static void scatter_add_rows(psoup__backend *be, float *out, const float *in, const float *scale,
+                             const int32_t *row, int32_t rows, int32_t width) {
+    move_job job = {.out = out, .in = in, .scale = scale, .row = row, .rows = (size_t)rows,
+                    .width = (size_t)width};
     psoup__parallel(be->context, tiles(job.rows, ROW_TILE), scatter_add_task, &job);
 }
 

@@ -2,6 +2,7 @@
 #include "model/tape.h"
 
 #include <math.h>
+#include <string.h>
 
 /* Gradients of one layer's activations; device scratch, used by all layers in turn. */
 typedef struct scratch {
@@ -93,17 +94,31 @@ static void linear(psoup__tape *t, scratch *s, float *dx, const float *dy, const
 
 /* ---- the loss --------------------------------------------------------------------------------- */
 
+/* Whether psoup__logprobs was asked for the very rows and targets that the loss is about. */
+static bool was_pulled(const psoup__tape *t, const psoup__loss_gradient *loss) {
+    size_t n = (size_t)loss->n;
+    return n > 0 && t->pulls == loss->n && memcmp(t->pulled, loss->row, n * sizeof *loss->row) == 0 &&
+           memcmp(t->pulled + n, loss->target, n * sizeof *loss->target) == 0;
+}
+
 static void logprobs(psoup__tape *t, scratch *s, const psoup__loss_gradient *loss) {
     psoup_model *m = t->model;
     psoup__backend *be = m->be;
     const psoup__ops *ops = be->ops;
     psoup__chunk *c = &t->chunk;
     int32_t dim = m->config.hidden_size, vocab = m->config.vocab_size;
+    bool pulled = was_pulled(t, loss);
     for (int32_t first = 0; first < loss->n; first += t->chunk_rows) {
         int32_t rows = loss->n - first < t->chunk_rows ? loss->n - first : t->chunk_rows;
+        ops->write(be, s->dlogprob, loss->dlogprob + first, (size_t)rows * sizeof(float));
+        if (pulled) {
+            ops->write(be, c->row, loss->row + first, (size_t)rows * sizeof(int32_t));
+            ops->scatter_add_rows(be, s->dhidden, t->pull + (size_t)first * (size_t)dim,
+                                  s->dlogprob, c->row, rows, dim);
+            continue;
+        }
         psoup__chunk_logits(t, loss->row + first, rows);
         ops->write(be, c->target, loss->target + first, (size_t)rows * sizeof(int32_t));
-        ops->write(be, s->dlogprob, loss->dlogprob + first, (size_t)rows * sizeof(float));
         ops->logprob(be, c->logprob, c->lse, c->logits, c->target, rows, vocab);
         ops->logprob_backward(be, c->logits, c->logits, c->lse, c->target, s->dlogprob, rows,
                               vocab);
@@ -111,7 +126,7 @@ static void logprobs(psoup__tape *t, scratch *s, const psoup__loss_gradient *los
         ops->linear_mix_backward(be, s->dchunk, s->dchunk, m->dlm_head, NULL, NULL, c->logits,
                                  c->hidden, c->hidden, NULL, &m->lm_head, NULL, &psoup__no_mix,
                                  rows);
-        ops->scatter_add_rows(be, s->dhidden, s->dchunk, c->row, rows, dim);
+        ops->scatter_add_rows(be, s->dhidden, s->dchunk, NULL, c->row, rows, dim);
     }
 }
 
@@ -140,7 +155,7 @@ static psoup_status head(psoup__tape *t, scratch *s, const psoup__head_rows *h,
     ops->head_backward(be, ddropped, dw, dbias, space.value, hidden, space.identity, adapter->head,
                        h->n, dim);
     ops->dropout_backward(be, dgathered, ddropped, h->dropout, h->n, dim);
-    ops->scatter_add_rows(be, s->dhidden, dgathered, space.row, h->n, dim);
+    ops->scatter_add_rows(be, s->dhidden, dgathered, NULL, space.row, h->n, dim);
     return PSOUP_OK;
 }
 
@@ -184,7 +199,8 @@ static void backward_layer(psoup__tape *t, scratch *s, int32_t l, bool below) {
     int32_t rows = t->rows, dim = m->config.hidden_size, ffn = m->config.intermediate_size;
     size_t wide = (size_t)rows * (size_t)ffn;
 
-    ops->swiglu(be, t->act, a->gate, a->up, wide); /* computed again rather than kept */
+    if (w->dlinear[PSOUP__DOWN] || psoup__tape_lora(t, l, PSOUP__DOWN)) /* else nobody reads it */
+        ops->swiglu(be, t->act, a->gate, a->up, wide); /* computed again rather than kept */
     zero(t, s->dact, rows, ffn);
     linear(t, s, s->dact, s->dstream, t->act, l, PSOUP__DOWN);
     ops->swiglu_backward(be, s->dgate, s->dup, s->dact, a->gate, a->up, wide);

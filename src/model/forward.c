@@ -2,6 +2,7 @@
 #include "model/tape.h"
 
 #include <math.h>
+#include <string.h>
 
 static void linear(psoup__tape *t, float *y, float *u, const float *x, int32_t layer, int which) {
     psoup__backend *be = t->model->be;
@@ -106,12 +107,48 @@ void psoup__chunk_logits(psoup__tape *t, const int32_t *row, int32_t rows) {
                     &model->lm_head, NULL, NULL, &psoup__no_mix, rows);
 }
 
+/* Room for the pulls of these rows. */
+static psoup_status prepare_pulls(psoup__tape *t, const int32_t *row, const int32_t *target,
+                                  int32_t n, psoup_error *error) {
+    size_t dim = (size_t)t->model->config.hidden_size, count = (size_t)n;
+    t->pulls = 0;
+    psoup_status status = psoup__reserve(t->model->context, &t->pulled, &t->pulled_capacity,
+                                         2 * count, sizeof *t->pulled, error);
+    psoup__slab_measure(&t->pull_slab);
+    psoup__slab_take(&t->pull_slab, count, dim * sizeof(float));
+    if (status == PSOUP_OK)
+        status = psoup__slab_grow(t, &t->pull_slab, true, error);
+    if (status != PSOUP_OK || n == 0)
+        return status;
+    t->pull = psoup__slab_take(&t->pull_slab, count, dim * sizeof(float));
+    memcpy(t->pulled, row, count * sizeof *row);
+    memcpy(t->pulled + count, target, count * sizeof *target);
+    return PSOUP_OK;
+}
+
+/* The pulls of the chunk, which is `rows` from the batch's `first` on; they take the logits' place. */
+static void pull_chunk(psoup__tape *t, int32_t first, int32_t rows) {
+    psoup_model *model = t->model;
+    const psoup__ops *ops = model->be->ops;
+    psoup__chunk *c = &t->chunk;
+    size_t dim = (size_t)model->config.hidden_size;
+    float *pull = t->pull + (size_t)first * dim;
+    ops->logprob_backward(model->be, c->logits, c->logits, c->lse, c->target, NULL, rows,
+                          model->config.vocab_size);
+    ops->zero(model->be, pull, (size_t)rows * dim * sizeof *pull);
+    ops->linear_mix_backward(model->be, pull, pull, NULL, NULL, NULL, c->logits, c->hidden,
+                             c->hidden, NULL, &model->lm_head, NULL, &psoup__no_mix, rows);
+}
+
 psoup_status psoup__logprobs(psoup_model *model, psoup__tape *t, const int32_t *row,
                              const int32_t *target, int32_t n, float *out, psoup_error *error) {
     const psoup__ops *ops = model->be->ops;
+    const bool pull = t->saved && !model->dlm_head; /* a head that learns needs the logits again */
     psoup_status status = psoup__check_rows(t, row, target, n, error);
     if (status == PSOUP_OK)
         status = psoup__tape_chunk(t, error);
+    if (status == PSOUP_OK && pull)
+        status = prepare_pulls(t, row, target, n, error);
     for (int32_t first = 0; status == PSOUP_OK && first < n; first += t->chunk_rows) {
         int32_t rows = n - first < t->chunk_rows ? n - first : t->chunk_rows;
         psoup__chunk_logits(t, row + first, rows);
@@ -120,7 +157,11 @@ psoup_status psoup__logprobs(psoup_model *model, psoup__tape *t, const int32_t *
                      rows, model->config.vocab_size);
         status = ops->read(model->be, out + first, t->chunk.logprob, (size_t)rows * sizeof *out,
                            error);
+        if (pull)
+            pull_chunk(t, first, rows);
     }
+    if (status == PSOUP_OK && pull)
+        t->pulls = n;
     return status;
 }
 

@@ -73,6 +73,8 @@ void psoup__tape_free(psoup__tape *tape) {
     release_slab(tape, &tape->host, false);
     release_slab(tape, &tape->device, true);
     release_slab(tape, &tape->chunk_slab, true);
+    release_slab(tape, &tape->pull_slab, true);
+    psoup__free(tape->model->context, tape->pulled);
     release_slab(tape, &tape->backward, true);
     release_slab(tape, &tape->heads, true);
     psoup__free(tape->model->context, tape);
@@ -308,7 +310,7 @@ psoup_status psoup__tape_prepare(psoup__tape *t, const psoup__batch *batch, bool
     const psoup__ops *ops = model->be->ops;
     psoup_status status;
     int32_t positions = 0;
-    t->rows = 0; /* until all is well there is no batch to ask about */
+    t->rows = t->pulls = 0; /* until all is well there is no batch to ask about */
     PSOUP__TRY(check_batch(model, batch, cache, &positions, error));
     PSOUP__TRY(psoup__model_positions(model, positions, error));
     t->rows = batch->rows;

@@ -77,6 +77,14 @@ struct psoup__tape {
     int32_t chunk_rows;
     psoup__chunk chunk;
     psoup__slab chunk_slab;
+    /* d log p / d hidden, kept from psoup__logprobs on a saved tape for the backward, which only has to
+     * scale it: else the backward multiplies by the lm head once more (a twelfth of the products of a
+     * LoRA step at dim 256, vocabulary 4096). */
+    float *pull;                /* device [pulls, dim] */
+    int32_t *pulled;            /* host: pulls rows, then their targets */
+    int32_t pulls;
+    size_t pulled_capacity;
+    psoup__slab pull_slab;
     psoup__slab backward;
     psoup__slab heads;
 };
