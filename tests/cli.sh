@@ -448,6 +448,8 @@ check "both policies" test "$(ls policies | tr '\n' ' ')" = "P1A P2A "
 check "metrics of both" test "$(grep -c '"subject": "P2A"\|"P2A"' ppo.jsonl)" -ge 2
 ok generate --model base --adapter P1A=policies/P1A --adapter P2A=policies/P2A --mix P1A=0.5,P2A=0.5 \
     --prompt "Why?" $sample
+check "a policy is no reward model" grep -q CAUSAL_LM policies/P1A/adapter_config.json
+ok merge --base base --out m-policies policies/P1A=0.5 policies/P2A=0.5
 ppo alone '{"name": "P1A", "reward": "rewards/P1A", "preference": "P1A"}' \
     ', "validation": "instructions.jsonl"'
 trains ppo --config ppo.json

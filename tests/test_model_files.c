@@ -42,6 +42,20 @@ START_TEST(adapters_come_back) {
     OK(psoup_model_adapter_data(model, "critic", &data, &count, &error));
     ck_assert_uint_eq(count, qv->count);
     ck_assert(memcmp(data, qv->data, count * sizeof(float)) == 0);
+    /* The head is the trainer's: as a policy the adapter is written without it. */
+    psoup__peft *peft = NULL;
+    OK(psoup_model_save_adapter(model, "critic", directory, NULL, &error));
+    OK(psoup__peft_open(context, directory, &peft, &error));
+    ck_assert_ptr_null(peft->head.data);
+    ck_assert_str_eq(psoup_json_string(psoup_json_get(peft->config, "task_type"), ""), "CAUSAL_LM");
+    psoup__peft_free(peft);
+    /* And a bias of 0 is none: transformers' score has no place for one. */
+    *qv->head_bias = 0;
+    OK(psoup__adapter_save(model, qv, directory, NULL, true, &error));
+    OK(psoup__peft_open(context, directory, &peft, &error));
+    ck_assert_ptr_nonnull(peft->head.data);
+    ck_assert_ptr_null(peft->head_bias.data);
+    psoup__peft_free(peft);
     remove_directory(directory);
     psoup_model_free(model);
     psoup_context_free(context);

@@ -159,7 +159,8 @@ psoup_status psoup_model_add_adapter(psoup_model *model, const char *name,
 /* Reads a PEFT directory (adapter_config.json, adapter_model.safetensors). */
 psoup_status psoup_model_load_adapter(psoup_model *model, const char *name, const char *directory,
                                       psoup_error *error);
-/* Writes a PEFT directory. base_name goes into base_model_name_or_path; NULL: "". */
+/* Writes a PEFT directory of task type CAUSAL_LM. base_name goes into base_model_name_or_path; NULL: "".
+ * A scalar head (PPO's values, a reward model's score) is not in it: see psoup_reward_save. */
 psoup_status psoup_model_save_adapter(const psoup_model *model, const char *name,
                                       const char *directory, const char *base_name,
                                       psoup_error *error);

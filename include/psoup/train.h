@@ -31,7 +31,7 @@ typedef int (*psoup_step_fn)(void *user, const psoup_step *step);
 
 typedef enum psoup_schedule {
     PSOUP_SCHEDULE_CONSTANT = 0,
-    PSOUP_SCHEDULE_LINEAR = 1, /* to 0 at the last step */
+    PSOUP_SCHEDULE_LINEAR = 1, /* would be 0 one step after the last */
     PSOUP_SCHEDULE_COSINE = 2
 } psoup_schedule;
 
@@ -89,6 +89,8 @@ psoup_status psoup_reward_create(psoup_model *model, const char *name,
 /* Reads a PEFT directory of task type SEQ_CLS. */
 psoup_status psoup_reward_load(psoup_model *model, const char *name, const char *directory,
                                psoup_reward **out, psoup_error *error);
+/* Writes such a directory. The head's bias, which transformers' score has none of, is written only where
+ * it is not 0: training moves it only with `centering`. */
 psoup_status psoup_reward_save(const psoup_reward *reward, const char *directory,
                                const char *base_name, psoup_error *error);
 const char *psoup_reward_name(const psoup_reward *reward);

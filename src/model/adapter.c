@@ -326,6 +326,8 @@ psoup_status psoup__adapter_save(const psoup_model *model, const psoup__adapter 
     PSOUP__TRY(model->be->ops->read(model->be, values, adapter->data,
                                     adapter->count * sizeof(float), error));
     bool head = with_head && adapter->head;
+    /* transformers' score has no bias; where ours is 0 nothing is lost there. */
+    const float *bias = head ? values + (adapter->head_bias - adapter->data) : NULL;
     psoup__peft_output out = {
         .pairs = pairs,
         .rank = adapter->rank,
@@ -334,7 +336,7 @@ psoup_status psoup__adapter_save(const psoup_model *model, const psoup__adapter 
         .task_type = head ? "SEQ_CLS" : "CAUSAL_LM",
         .base_name = base_name,
         .head = head ? values + (adapter->head - adapter->data) : NULL,
-        .head_bias = head ? values + (adapter->head_bias - adapter->data) : NULL,
+        .head_bias = bias && *bias != 0 ? bias : NULL,
         .dim = model->config.hidden_size,
     };
     describe_pairs(model, adapter, values, pairs, names, &out);
@@ -361,8 +363,7 @@ psoup_status psoup_model_save_adapter(const psoup_model *model, const char *name
     psoup__adapter *adapter = NULL;
     psoup_status status = find_or_fail(model, name, &adapter, error);
     if (status == PSOUP_OK)
-        status = psoup__adapter_save(model, adapter, directory, base_name, adapter->head != NULL,
-                                     error);
+        status = psoup__adapter_save(model, adapter, directory, base_name, false, error);
     return status;
 }
 
