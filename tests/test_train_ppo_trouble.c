@@ -47,6 +47,9 @@ START_TEST(failures_leave_a_clean_run) {
     }
     free(expected);
 
+    ppo = (psoup_ppo *)model;
+    ck_assert_int_eq(psoup_ppo_create(model, p, 0, &o, &ppo, &error), PSOUP_ERROR_ARGUMENT);
+    ck_assert_ptr_null(ppo);
     p[1].adapter = "P0";
     ck_assert_int_eq(psoup_ppo_create(model, p, 2, &o, &ppo, &error), PSOUP_ERROR_ARGUMENT);
     p[1].adapter = "nobody";

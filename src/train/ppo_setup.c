@@ -128,10 +128,11 @@ psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *polici
                               psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_ppo *ppo = NULL;
+    if (out)
+        *out = NULL;
     if (!model || !out || n == 0 || n > INT32_MAX || !policies)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_ppo_create: model or out is NULL, or there is no policy");
-    *out = NULL;
     ppo = psoup__alloc(model->context, 1, sizeof(*ppo), error);
     if (!ppo)
         return PSOUP_ERROR_MEMORY;

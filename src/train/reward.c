@@ -22,9 +22,10 @@ psoup_status psoup_reward_create(psoup_model *model, const char *name,
                                  const psoup_adapter_options *options, psoup_reward **out,
                                  psoup_error *error) {
     psoup_status status = PSOUP_OK;
+    if (out)
+        *out = NULL;
     if (!out || !model || !name)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_reward_create: an argument is NULL");
-    *out = NULL;
     status = psoup_model_add_adapter(model, name, options, error);
     if (status != PSOUP_OK)
         return status;
@@ -39,9 +40,10 @@ fail:
 psoup_status psoup_reward_load(psoup_model *model, const char *name, const char *directory,
                                psoup_reward **out, psoup_error *error) {
     psoup_status status = PSOUP_OK;
+    if (out)
+        *out = NULL;
     if (!out || !model || !name || !directory)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_reward_load: an argument is NULL");
-    *out = NULL;
     status = psoup_model_load_adapter(model, name, directory, error);
     if (status != PSOUP_OK)
         return status;
