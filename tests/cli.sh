@@ -2,8 +2,7 @@
 # Every command of the psoup program for real, on a tiny world of its own, and what it says to bad
 # input: one line, exit status 1 (2 for a wrong command line), nothing half-written.
 #   sh tests/cli.sh PATH_TO_PSOUP        its helpers are beside it, in tests/
-# Lists of options and names are split into words on purpose, and no name here has a space:
-# shellcheck disable=SC2086,SC2013,SC2012
+# shellcheck disable=SC2086,SC2013,SC2012,SC2059 # lists of options and names are split on purpose
 
 psoup=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 helpers=$(dirname "$psoup")/tests
@@ -64,8 +63,7 @@ near() {
 }
 differ() { ! cmp -s "$1" "$2"; }
 put() { printf '%b' "$2" >"$1"; }
-# patch FILE OFFSET BYTES: in place; BYTES as printf spells them.
-# shellcheck disable=SC2059
+# patch FILE OFFSET BYTES: in place
 patch() { printf "$3" | dd of="$1" bs=1 seek="$2" conv=notrunc 2>/dev/null; }
 size() { wc -c <"$1" | tr -d ' '; }
 
