@@ -4,6 +4,7 @@
 #   make demo       the whole method on a small world, from a base model to a report (FULL=1: longer)
 #   make check      the tests (under ten minutes on two cores)
 #   make check-all  the same under ASan and UBSan, the long cases, the ABI, the fuzzers
+#   make coverage   what share of the library's lines the tests run, file by file
 #   make bench      our speed beside a peer's and the machine's limit, in one run
 #   make install    into PREFIX (default /usr/local), under DESTDIR
 #   make clean
@@ -17,7 +18,7 @@ AR      ?= ar
 
 # ---- what a fresh Debian or Ubuntu needs: the one list -----------------------------------------
 PACKAGES      = gcc make binutils pkg-config libc6-dev libjansson-dev libpcre2-dev libzstd-dev
-PACKAGES_TEST = check abigail-tools clang libclang-rt-dev
+PACKAGES_TEST = check abigail-tools g++ clang libclang-rt-dev
 PACKAGES_BENCH = libopenblas-dev
 
 # ---- flags --------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ SONAME   = libpsoup.so.0
 VERSION  = 0.1.0
 
 .PHONY: all lib demo check check-all bench install clean deps deps-test deps-bench \
-        run-tests check-names check-abi check-warnings fuzz abi-baseline
+        run-tests check-names check-abi check-install fuzz run-fuzzers coverage abi-baseline
 .SECONDARY:
 .DELETE_ON_ERROR:
 
@@ -131,13 +132,26 @@ run-tests: $(TESTS:%=$B/tests/%) $(HELPERS:%=$B/tests/%) $B/psoup
 	@echo "== the program"; sh tests/cli.sh $B/psoup
 
 check: deps-test
-	@$(MAKE) --no-print-directory all run-tests check-names check-abi
+	@$(MAKE) --no-print-directory all run-tests check-names check-abi check-install
 
 # The same under ASan and UBSan with the long cases, a build by clang, a short run of each fuzzer.
 check-all: deps-test
 	@$(MAKE) --no-print-directory CC=clang lib bin/psoup WARN="$(WARN) -Werror" B=build/clang-check
 	@PSOUP_LONG=1 $(MAKE) --no-print-directory config=sanitize run-tests
 	@$(MAKE) --no-print-directory fuzz
+
+# What share of the library's lines the tests run, file by file, the least first; a line compiled for
+# several instruction sets is run when one of them runs it.
+coverage: deps-test
+	@find build/gcc-coverage -name '*.gcda' -delete 2>/dev/null || true
+	@$(MAKE) --no-print-directory CC=gcc config=coverage run-tests
+	@gcov -t $$(find build/gcc-coverage/src -name '*.gcda') 2>/dev/null | awk -F: ' \
+	    $$2 ~ /^ *0$$/ && $$3 == "Source" { file = $$4 } \
+	    file ~ /^src\/.*\.c$$/ && $$2 + 0 > 0 && $$1 !~ /-$$/ { line[file ":" $$2] += $$1 !~ /[#=]/ } \
+	    END { for (l in line) { split(l, f, ":"); n[f[1]]++; run[f[1]] += line[l] > 0 } \
+	          for (f in n) { printf "%5.1f %% %5d of %5d  %s\n", 100 * run[f] / n[f], run[f], n[f], f | "sort -n"; \
+	                         all += n[f]; ran += run[f] } \
+	          close("sort -n"); printf "%5.1f %% %5d of %5d  total\n", 100 * ran / all, ran, all }'
 
 # ---- the binary interface -------------------------------------------------------------------------
 # Names: the shared library exports psoup_* and nothing else, and exactly what lib/psoup.names
@@ -160,6 +174,14 @@ check-abi: $B/libpsoup.so
 abi-baseline: $B/libpsoup.so
 	nm -D --defined-only $B/libpsoup.so | awk '{print $$3}' | sed 's/@.*//' | grep -v '^PSOUP_' | LC_ALL=C sort > lib/psoup.names
 	abidw --headers-dir include --no-corpus-path --no-comp-dir-path --no-show-locs $B/libpsoup.so > lib/psoup.abi
+
+# ---- as a caller has it ---------------------------------------------------------------------------
+# Installed into a root of its own, and programs built against that.
+check-install: lib bin/psoup
+	@rm -rf $B/root
+	@$(MAKE) --no-print-directory -s install DESTDIR=$(abspath $B/root) PREFIX=/opt/psoup >/dev/null
+	@CC=$(CC) CXX=$(if $(findstring clang,$(CC)),clang++,g++) LDFLAGS="$(LDFLAGS)" \
+	    sh tests/install.sh $B/root /opt/psoup
 
 # ---- fuzzing ------------------------------------------------------------------------------------
 FUZZ_SECONDS ?= 10

@@ -1,0 +1,124 @@
+#!/bin/sh
+# What a caller meets: the library installed into a root of its own, programs in C and C++ built there by
+# pkg-config's word alone, and every header on its own in both languages.
+#   sh tests/install.sh ROOT PREFIX      with CC, CXX and LDFLAGS; make check-install runs it
+set -eu
+root=$(cd "$1" && pwd) prefix=$2
+: "${CC:=cc}" "${CXX:=c++}" "${LDFLAGS=}"
+PKG_CONFIG_SYSROOT_DIR=$root PKG_CONFIG_LIBDIR=$root$prefix/lib/pkgconfig
+export PKG_CONFIG_SYSROOT_DIR PKG_CONFIG_LIBDIR
+lib=$root$prefix/lib
+mkdir "$root/work"
+cd "$root/work"
+
+cat >soup.c <<'END'
+#include <psoup/psoup.h>
+#include <stdio.h>
+
+int main(void) {
+    psoup_error error = {0};
+    psoup_context *context = NULL;
+    psoup_model *model = NULL;
+    psoup_model_config config = PSOUP_MODEL_CONFIG_INIT;
+    const int32_t tokens[] = {3, 1, 4, 1, 5};
+    const psoup_row row = {.tokens = tokens, .n = 5};
+    float logprobs[4];
+    config.vocab_size = config.intermediate_size = 24;
+    config.hidden_size = 16;
+    config.num_hidden_layers = config.num_attention_heads = 2;
+    if (psoup_context_create(NULL, &context, &error) != PSOUP_OK ||
+        psoup_model_create(context, &config, 7, &model, &error) != PSOUP_OK ||
+        psoup_model_logprobs(model, &row, 1, logprobs, &error) != PSOUP_OK)
+        return fprintf(stderr, "%s\n", error.message), 1;
+    psoup_model_free(model);
+    psoup_context_free(context);
+    return logprobs[0] < 0 && logprobs[3] < 0 ? 0 : 1;
+}
+END
+cat >soup.cc <<'END'
+#include <psoup/psoup.h>
+#include <cstdio>
+#include <memory>
+#include <string>
+
+int main() {
+    psoup_error error{};
+    psoup_context_options options{};
+    options.size = sizeof options;
+    options.threads = 1;
+    psoup_context *context = nullptr;
+    psoup_tokenizer *tokenizer = nullptr;
+    const char *const texts[] = {"soup of the day, soup of the house"};
+    const std::string text = "soup";
+    std::int32_t ids[8];
+    std::size_t n = 0;
+    if (psoup_context_create(&options, &context, &error) != PSOUP_OK ||
+        psoup_tokenizer_train(context, texts, 1, 270, nullptr, 0, nullptr, &tokenizer, &error) != PSOUP_OK ||
+        psoup_tokenizer_encode(tokenizer, text.data(), text.size(), 0, ids, nullptr, 8, &n, &error) != PSOUP_OK)
+        return std::fprintf(stderr, "%s\n", error.message), 1;
+    psoup_tokenizer_free(tokenizer);
+    psoup_context_free(context);
+    return n == 1 ? 0 : 1; /* one token: what training is for */
+}
+END
+cat >merge.c <<'END'
+#include <psoup/merge.h>
+#include <stdio.h>
+
+int main(void) {
+    psoup_error error = {0};
+    psoup_context *context = NULL;
+    const float a[3] = {1, 2, 3}, b[3] = {3, 2, 1};
+    const void *const in[2] = {a, b};
+    const double weights[2] = {0.25, 0.75};
+    float out[3];
+    if (psoup_context_create(NULL, &context, &error) != PSOUP_OK ||
+        psoup_merge_sum(context, out, PSOUP_F32, in, PSOUP_F32, weights, 2, 3, &error) != PSOUP_OK)
+        return fprintf(stderr, "%s\n", error.message), 1;
+    psoup_context_free(context);
+    return out[0] == 2.5f && out[1] == 2 && out[2] == 1.5f ? 0 : 1;
+}
+END
+
+# c FILE PACKAGE ARGUMENT… and cxx the same: compile strictly with what pkg-config says of the package.
+# Its words are many, and split on purpose.
+# shellcheck disable=SC2046,SC2086
+c() {
+    file=$1 package=$2
+    shift 2
+    $CC -std=c11 -Wall -Wextra -pedantic -Werror $(pkg-config --cflags "$package") "$file" "$@" $LDFLAGS
+}
+# shellcheck disable=SC2046,SC2086
+cxx() {
+    file=$1 package=$2
+    shift 2
+    $CXX -std=c++17 -Wall -Wextra -pedantic -Werror $(pkg-config --cflags "$package") "$file" "$@" $LDFLAGS
+}
+has_cxx() { command -v "$CXX" >/dev/null; }
+
+for header in "$root$prefix"/include/psoup/*.h; do
+    echo "#include <psoup/$(basename "$header")>" | tee alone.cc >alone.c
+    c alone.c psoup -fsyntax-only
+    ! has_cxx || cxx alone.cc psoup -fsyntax-only
+done
+
+# shellcheck disable=SC2046
+{
+    c soup.c psoup -o shared $(pkg-config --libs psoup)
+    LD_LIBRARY_PATH=$lib ./shared
+    rm "$lib"/libpsoup.so* # from here on only the archives are left
+    c soup.c psoup -o soup $(pkg-config --static --libs psoup)
+    ./soup
+    c merge.c psoup-merge -o merge $(pkg-config --static --libs psoup-merge)
+    ./merge
+    if has_cxx; then
+        cxx soup.cc psoup -o soup++ $(pkg-config --static --libs psoup)
+        ./soup++
+        third="one in C++"
+    else
+        third="C++ skipped: there is no $CXX"
+    fi
+}
+"$root$prefix/bin/psoup" --help >help
+grep -q generate help
+echo "install: programs in C, shared and static, a merge-only one, $third; every header alone"
