@@ -68,8 +68,7 @@ patch() { printf "$3" | dd of="$1" bs=1 seek="$2" conv=notrunc 2>/dev/null; }
 size() { wc -c <"$1" | tr -d ' '; }
 
 mkdir left
-: >out
-: >err
+: >out 2>err
 check "make_tiny" "$helpers/make_tiny" .
 A="--adapter P1A=P1A --adapter P2A=P2A"
 
