@@ -17,7 +17,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "psoup/psoup.h"
+#include "world_case.h"
 
 #ifndef __has_feature
 #define __has_feature(x) 0
@@ -98,20 +98,6 @@ void *realloc(void *memory, size_t size) {
 #endif
 
 /* ---- what a path leaves ------------------------------------------------------------------------- */
-
-static psoup_context *context;
-static psoup_error error;
-static char home[200]; /* this run's own directory */
-#define OK(call) ck_assert_msg((call) == PSOUP_OK, "%s: %s", #call, error.message)
-
-/* A path in it; of the last eight calls. */
-static const char *at(const char *name) {
-    static char paths[8][512];
-    static int turn;
-    char *path = paths[turn++ % 8];
-    snprintf(path, sizeof paths[0], "%s/%s", home, name);
-    return path;
-}
 
 static void digest(uint64_t *sum, const void *data, size_t length) {
     for (size_t i = 0; i < length; i++) /* FNV-1a */

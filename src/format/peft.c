@@ -2,6 +2,7 @@
  * tuners/lora/config.py; what the tensors are called: utils/save_and_load.py. */
 #include "format/format.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,6 +41,12 @@ static psoup_status check_init(const psoup_json *value, const char *where, psoup
                        where, name);
 }
 
+/* alpha is kept in f32, and divided by a rank of at least 1. */
+static bool is_alpha(const psoup_json *value) {
+    double alpha = psoup_json_real(value, NAN);
+    return fabs(alpha) <= FLT_MAX;
+}
+
 static psoup_status check_pattern(const psoup_json *patterns, const char *field, bool integers,
                                   const char *where, psoup_error *error) {
     psoup_status status;
@@ -50,8 +57,7 @@ static psoup_status check_pattern(const psoup_json *patterns, const char *field,
     if (psoup_json_kind(patterns) != PSOUP_JSON_OBJECT)
         return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %s: expected an object", where, field);
     for (const psoup_json *value; (value = psoup_json_next(patterns, &key)) != NULL;) {
-        double number = psoup_json_real(value, NAN);
-        if (!isfinite(number) || (integers && psoup_json_integer(value, 0) < 1))
+        if (integers ? psoup_json_integer(value, 0) < 1 : !is_alpha(value))
             return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %s: %.200s: expected %s", where,
                                field, key, integers ? "a positive integer" : "a number");
         PSOUP__TRY(psoup__peft_match(key, "", where, &matched, error));
@@ -72,8 +78,9 @@ static psoup_status check_config(const psoup_json *config, const char *where, ps
     int64_t r = psoup_json_integer(psoup_json_get(config, "r"), 0);
     if (r < 1 || r > 1 << 20)
         return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: r: expected a positive integer", where);
-    if (!isfinite(psoup_json_real(psoup_json_get(config, "lora_alpha"), NAN)))
-        return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: lora_alpha: expected a number", where);
+    if (!is_alpha(psoup_json_get(config, "lora_alpha")))
+        return psoup__fail(error, PSOUP_ERROR_FORMAT,
+                           "%s: lora_alpha: expected a number that f32 can hold", where);
     static const struct {
         const char *field, *why;
     } unsupported[] = {
