@@ -303,6 +303,7 @@ START_TEST(winrate_golden) {
         }
         duels[i] = (psoup_duel){
             .prompt = psoup_json_integer(psoup_json_get(row, "prompt"), 0),
+            .user = psoup_json_integer(psoup_json_get(row, "user"), -1),
             .preferences = numbers[i][0],
             .verdicts = numbers[i][1],
             .n = 3,

@@ -7,15 +7,21 @@
 
 enum { REPLICATES = 2000 };
 
-/* One duel's outcome, or not counted at all. */
+/* One duel's outcome. Duels of one group make one rate; the rates of all groups are averaged. */
 typedef struct outcome {
-    int64_t prompt;
+    int64_t prompt, user;
+    int32_t group; /* from 0 */
     int32_t verdict;
 } outcome;
 
+static int compare(int64_t x, int64_t y) { return (x > y) - (x < y); }
+
 static int by_prompt(const void *a, const void *b) {
-    int64_t x = ((const outcome *)a)->prompt, y = ((const outcome *)b)->prompt;
-    return (x > y) - (x < y);
+    return compare(((const outcome *)a)->prompt, ((const outcome *)b)->prompt);
+}
+
+static int by_user(const void *a, const void *b) {
+    return compare(((const outcome *)a)->user, ((const outcome *)b)->user);
 }
 
 static int by_value(const void *a, const void *b) {
@@ -23,21 +29,46 @@ static int by_value(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
+typedef struct count {
+    int64_t wins, losses;
+} count;
+
+static void add(count *counts, const outcome *o) {
+    counts[o->group].wins += o->verdict == PSOUP_A_WINS;
+    counts[o->group].losses += o->verdict == PSOUP_B_WINS;
+}
+
+/* The mean of wins / (wins + losses) over the groups that have any; NaN when none has. */
+static double mean_rate(const count *counts, size_t groups) {
+    double sum = 0;
+    size_t n = 0;
+    for (size_t g = 0; g < groups; g++) {
+        int64_t decided = counts[g].wins + counts[g].losses;
+        if (decided == 0)
+            continue;
+        sum += (double)counts[g].wins / (double)decided;
+        n++;
+    }
+    return n ? sum / (double)n : NAN;
+}
+
 /* Percentile bootstrap (Efron 1979) over prompts: prompts are drawn with replacement, each with all
  * its duels, since the same prompt under several users is not several observations. */
-static void bootstrap(const int64_t *wins, const int64_t *losses, size_t prompts, uint64_t seed,
+static void bootstrap(const outcome *outcomes, const size_t *start /* [prompts + 1] */,
+                      size_t prompts, count *counts /* [groups] */, size_t groups, uint64_t seed,
                       double *rates /* [REPLICATES] */, psoup_rate *out) {
     psoup__random random = {.seed = seed};
     size_t kept = 0;
     for (int r = 0; r < REPLICATES; r++) {
-        int64_t w = 0, l = 0;
+        memset(counts, 0, groups * sizeof *counts);
         for (size_t i = 0; i < prompts; i++) {
             uint32_t pick = psoup__random_below(&random, (uint32_t)prompts);
-            w += wins[pick];
-            l += losses[pick];
+            for (size_t k = start[pick]; k < start[pick + 1]; k++)
+                add(counts, &outcomes[k]);
         }
-        if (w + l > 0)
-            rates[kept++] = (double)w / (double)(w + l);
+        double one = mean_rate(counts, groups);
+        if (!isnan(one))
+            rates[kept++] = one;
     }
     if (kept == 0)
         return;
@@ -46,38 +77,41 @@ static void bootstrap(const int64_t *wins, const int64_t *losses, size_t prompts
     out->high = rates[(size_t)(0.975 * (double)(kept - 1) + 0.5)];
 }
 
-static psoup_status rate(psoup_context *context, outcome *outcomes, size_t n, uint64_t seed,
-                         psoup_rate *out, psoup_error *error) {
+static psoup_status rate(psoup_context *context, outcome *outcomes, size_t n, bool each_user,
+                         uint64_t seed, psoup_rate *out, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    int64_t *wins = psoup__alloc(context, n, sizeof *wins, error);
-    int64_t *losses = psoup__alloc(context, n, sizeof *losses, error);
+    size_t *start = psoup__alloc(context, n + 1, sizeof *start, error);
+    count *counts = psoup__alloc(context, n + 1, sizeof *counts, error);
     double *rates = psoup__alloc(context, REPLICATES, sizeof *rates, error);
-    if (!wins || !losses || !rates) {
+    if (!start || !counts || !rates) {
         status = PSOUP_ERROR_MEMORY;
         goto fail;
     }
-    qsort(outcomes, n, sizeof *outcomes, by_prompt);
-    size_t prompts = 0;
+    size_t prompts = 0, groups = 1;
+    if (each_user && n > 0) {
+        qsort(outcomes, n, sizeof *outcomes, by_user);
+        for (size_t i = 1; i < n; i++) {
+            groups += outcomes[i].user != outcomes[i - 1].user;
+            outcomes[i].group = (int32_t)(groups - 1);
+        }
+    }
+    if (n > 0)
+        qsort(outcomes, n, sizeof *outcomes, by_prompt);
     for (size_t i = 0; i < n; i++) {
-        prompts += i == 0 || outcomes[i].prompt != outcomes[i - 1].prompt;
+        if (i == 0 || outcomes[i].prompt != outcomes[i - 1].prompt)
+            start[prompts++] = i;
         out->wins += outcomes[i].verdict == PSOUP_A_WINS;
         out->losses += outcomes[i].verdict == PSOUP_B_WINS;
         out->ties += outcomes[i].verdict == PSOUP_TIE;
-        wins[prompts - 1] += outcomes[i].verdict == PSOUP_A_WINS;
-        losses[prompts - 1] += outcomes[i].verdict == PSOUP_B_WINS;
+        add(counts, &outcomes[i]);
     }
-    if (prompts > UINT32_MAX) {
-        status = psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%zu prompts, expected under 2^32",
-                             prompts);
-        goto fail;
-    }
-    if (out->wins + out->losses > 0) {
-        out->rate = (double)out->wins / (double)(out->wins + out->losses);
-        bootstrap(wins, losses, prompts, seed, rates, out);
-    }
+    start[prompts] = n;
+    out->rate = mean_rate(counts, groups);
+    if (out->wins + out->losses > 0)
+        bootstrap(outcomes, start, prompts, counts, groups, seed, rates, out);
 fail:
-    psoup__free(context, wins);
-    psoup__free(context, losses);
+    psoup__free(context, start);
+    psoup__free(context, counts);
     psoup__free(context, rates);
     return status;
 }
@@ -113,15 +147,18 @@ static psoup_status measure_duels(psoup_context *context, const psoup_duel *duel
                                   measure what, int32_t preference, uint64_t seed, psoup_rate *out,
                                   psoup_error *error) {
     *out = (psoup_rate){.rate = NAN, .low = NAN, .high = NAN};
+    if (n > INT32_MAX)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%zu duels: expected at most %d", n,
+                           INT32_MAX);
     outcome *outcomes = psoup__alloc(context, n, sizeof *outcomes, error);
     if (!outcomes)
         return PSOUP_ERROR_MEMORY;
     size_t kept = 0;
     for (size_t i = 0; i < n; i++) {
-        outcomes[kept].prompt = duels[i].prompt;
+        outcomes[kept] = (outcome){.prompt = duels[i].prompt, .user = duels[i].user};
         kept += outcome_of(&duels[i], what, preference, &outcomes[kept].verdict, &out->unparsed);
     }
-    psoup_status status = rate(context, outcomes, kept, seed, out, error);
+    psoup_status status = rate(context, outcomes, kept, what == CRITERION, seed, out, error);
     psoup__free(context, outcomes);
     return status;
 }

@@ -9,25 +9,32 @@ random = np.random.default_rng(5)
 PROMPTS, USERS, REPLICATES = 40, 8, 200000
 
 
+def mean_rate(w, l):
+    """[..., groups] → [...]: the mean of w / (w + l) over the groups that have any."""
+    with np.errstate(invalid="ignore"):
+        return np.nanmean(w / (w + l), -1)
+
+
 def interval(wins, losses):
-    """Percentile interval: whole prompts are drawn with replacement."""
+    """[prompts, groups]. Percentile interval: whole prompts are drawn with replacement."""
     rates = []
     for _ in range(REPLICATES // 1000):
         picks = random.integers(0, len(wins), (1000, len(wins)))
-        w, l = wins[picks].sum(1), losses[picks].sum(1)
-        rates.append(w[w + l > 0] / (w + l)[w + l > 0])
-    return np.percentile(np.concatenate(rates), [2.5, 97.5])
+        rates.append(mean_rate(wins[picks].sum(1), losses[picks].sum(1)))
+    return np.nanpercentile(np.concatenate(rates), [2.5, 97.5])
 
 
 def measure(rows):
-    """rows: (prompt, verdict) of the duels that count."""
-    prompts = sorted({p for p, _ in rows})
-    wins = np.array([sum(p == q and v == 1 for q, v in rows) for p in prompts])
-    losses = np.array([sum(p == q and v == -1 for q, v in rows) for p in prompts])
+    """rows: (prompt, group, verdict) of the duels that count."""
+    prompts, groups = sorted({p for p, _, _ in rows}), sorted({g for _, g, _ in rows})
+    wins, losses = np.zeros((2, len(prompts), len(groups)), int)
+    for p, g, v in rows:
+        wins[prompts.index(p), groups.index(g)] += v == 1
+        losses[prompts.index(p), groups.index(g)] += v == -1
     low, high = interval(wins, losses)
-    w, l = int(wins.sum()), int(losses.sum())
-    return {"rate": w / (w + l), "low": low, "high": high, "wins": w, "losses": l,
-            "ties": sum(v == 0 for _, v in rows)}
+    return {"rate": mean_rate(wins.sum(0), losses.sum(0)), "low": low, "high": high,
+            "wins": int(wins.sum()), "losses": int(losses.sum()),
+            "ties": sum(v == 0 for _, _, v in rows)}
 
 
 duels = []
@@ -47,11 +54,11 @@ random.shuffle(duels)
 known = lambda v: 0 if v == 2 else v
 golden = {
     "duels": duels,
-    "aggregate": measure([(d["prompt"], int(np.sign(sum(map(known, d["verdicts"])))))
+    "aggregate": measure([(d["prompt"], 0, int(np.sign(sum(map(known, d["verdicts"])))))
                           for d in duels]),
-    "helpfulness": measure([(d["prompt"], d["helpfulness"]) for d in duels
+    "helpfulness": measure([(d["prompt"], 0, d["helpfulness"]) for d in duels
                             if d["helpfulness"] != 2]),
-    "criteria": [measure([(d["prompt"], v) for d in duels for c, v in zip(d["criteria"],
+    "criteria": [measure([(d["prompt"], d["user"], v) for d in duels for c, v in zip(d["criteria"],
                           d["verdicts"]) if c == criterion and v != 2])
                  for criterion in range(6)],
     "unparsed": [sum(v == 2 for d in duels for v in d["verdicts"]),
