@@ -330,8 +330,11 @@ START_TEST(feedback_rows) {
     for (size_t pair = 0; pair < m.n; pair++) {
         const psoup_instruction *instruction = &instructions[pair / 6];
         const psoup_preference *preference = psoup_preferences_get(preferences, pair % 6);
-        char *user_input;
-        ck_assert_str_eq(m.prompt[pair], instruction->instruction);
+        char *user_input, question[256];
+        const char *input = instruction->input ? instruction->input : "";
+        snprintf(question, sizeof question, "%s%s%s", instruction->instruction, *input ? " " : "",
+                 input);
+        ck_assert_str_eq(m.prompt[pair], question);
         ck_assert_str_eq(m.preference[pair].symbol, preference->symbol);
         OK(psoup_template_fill(NULL, instruction->instruction, instruction->input,
                                preference->prompt, &user_input, &error));
@@ -459,6 +462,8 @@ START_TEST(feedback_fails) {
     FAILS(collect(&m, &options, at("f.jsonl"), NULL), PSOUP_ERROR_ARGUMENT, "template");
     options.prompt_template = NULL;
     FAILS(collect(&m, &options, at("none/f.jsonl"), NULL), PSOUP_ERROR_IO, "none/f.jsonl");
+    psoup_feedback_counts no_size = {0};
+    FAILS(collect(&m, &options, at("f.jsonl"), &no_size), PSOUP_ERROR_ARGUMENT, "size is 0");
     put_text(at("p.json"), "[{\"symbol\": \"A\", \"dimension\": \"d\", \"prompt\": \"p\"}]");
     psoup_preferences_free(preferences);
     OK(psoup_preferences_load(context, at("p.json"), &preferences, &error));

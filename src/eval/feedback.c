@@ -18,6 +18,7 @@ typedef struct pair {
     const psoup_instruction *instruction;
     const psoup_preference *preference;
     char *user_input;             /* the template with the preference prompt */
+    char *question;               /* what the judge reads: the instruction and its input */
     char *response[CANDIDATES];
     uint64_t number;
 } pair;
@@ -107,7 +108,11 @@ static psoup_status generate(run *r, pair *pairs, size_t n, psoup_error *error) 
         status = encode(r, text, &ids[i], &prompts[i].n, error);
         if (status == PSOUP_OK && candidate == POSITIVE) {
             p->user_input = psoup__strdup(r->context, text, error);
-            status = p->user_input ? PSOUP_OK : PSOUP_ERROR_MEMORY;
+            status = p->user_input ? psoup_template_fill("{instruction} {input}",
+                                                         p->instruction->instruction,
+                                                         p->instruction->input, NULL,
+                                                         &p->question, error)
+                                   : PSOUP_ERROR_MEMORY;
         }
         psoup_text_free(text);
         PSOUP__TRY(status);
@@ -171,7 +176,7 @@ static psoup_status judge_and_write(run *r, pair *pairs, size_t n, psoup_error *
     for (size_t i = 0; i < n; i++) {
         const pair *p = &pairs[i];
         questions[i] = (psoup_question){.id = p->instruction->id,
-                                        .prompt = p->instruction->instruction,
+                                        .prompt = p->question,
                                         .preference = p->preference,
                                         .a = p->response[POSITIVE],
                                         .b = p->response[OTHER_POSITIVE]};
@@ -209,6 +214,7 @@ fail:
 static void pairs_clear(run *r, pair *pairs, size_t n) {
     for (size_t i = 0; i < n; i++) {
         psoup__free(r->context, pairs[i].user_input);
+        psoup_text_free(pairs[i].question);
         for (int c = 0; c < CANDIDATES; c++)
             psoup__free(r->context, pairs[i].response[c]);
         pairs[i] = (pair){0};
@@ -261,6 +267,10 @@ psoup_status psoup_feedback(psoup_model *generator, const psoup_tokenizer *token
              .options = PSOUP_FEEDBACK_OPTIONS_INIT,
              .counts = {.size = sizeof(psoup_feedback_counts)}};
     psoup_status status;
+    if (counts && counts->size < sizeof(size_t))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_feedback_counts: size is %zu: expected "
+                           "sizeof(psoup_feedback_counts)", counts->size);
     PSOUP__TRY(psoup__options(&r.options, sizeof r.options, options, "feedback options", error));
     for (size_t i = 0; i < psoup_preferences_count(preferences); i++)
         if (!psoup_preferences_get(preferences, i)->opposite)
@@ -270,9 +280,9 @@ psoup_status psoup_feedback(psoup_model *generator, const psoup_tokenizer *token
     PSOUP__TRY(psoup_jsonl_create(r.context, path, 0, &r.writer, error));
     PSOUP__TRY(run_all(&r, instructions, n, error));
     PSOUP__TRY(psoup_jsonl_close(r.writer, error));
-    if (counts && counts->size >= sizeof r.counts) {
+    if (counts) { /* a caller of an older header has a shorter struct */
         size_t size = counts->size;
-        *counts = r.counts;
+        memcpy(counts, &r.counts, size < sizeof r.counts ? size : sizeof r.counts);
         counts->size = size;
     }
 fail:
