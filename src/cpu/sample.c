@@ -45,40 +45,56 @@ static int32_t argmax(sample_row *row) {
     int32_t best = -1;
     row->max = -__builtin_inff();
     for (size_t start = 0; start < row->vocab; start += CHUNK) {
-        float logits[CHUNK];
+        float logits[CHUNK + LANES];
         const size_t n = chunk_of(row, start, logits);
         int nan = 0;
         for (size_t i = 0; i < n; i++)
             nan |= row->logits[start + i] != row->logits[start + i];
         if (nan)
             return -1;
-        for (size_t i = 0; i < n; i++)
-            if (logits[i] > row->max) {
-                row->max = logits[i];
-                best = (int32_t)(start + i);
-            }
+        store(logits + n, splat(-__builtin_inff()));
+        vec most = splat(row->max);
+        for (size_t i = 0; i < n; i += LANES)
+            most = vec_max(load(logits + i), most);
+        const float max = max_lanes(most);
+        if (max > row->max) {
+            size_t i = 0;
+            while (logits[i] != max)
+                i++;
+            row->max = max;
+            best = (int32_t)(start + i);
+        }
     }
     return row->max <= 3.402823466e38f ? best : -1;
 }
 
-/* Adds to hist[digit] the mass, or the count, of every token whose key begins with `prefix`, above
- * bit `shift + width`. */
+/* Sets hist[digit] to the mass, or the count, of every token whose key begins with `prefix`, above
+ * bit `shift + width`. Few do after the first digit: eight flags at a time are looked at, and so branches
+ * mispredicted seldom (which, with the shared first histogram, halved the time of a draw). */
 static void histogram(const sample_row *row, bool count, uint32_t prefix, int shift, int width,
                       double hist[BINS]) {
+    const uint32_t most = 0xffffffffu >> (32 - shift - width), digit = (1u << width) - 1;
+    const bool all = shift + width == 32;
     memset(hist, 0, BINS * sizeof *hist);
     for (size_t start = 0; start < row->vocab; start += CHUNK) {
         float logits[CHUNK], mass[CHUNK];
+        uint32_t key[CHUNK];
+        uint8_t fits[CHUNK + 8] = {0};
         const size_t n = chunk_of(row, start, logits);
-        const bool all = shift + width == 32 && !count; /* then vectorised; else only what fits */
-        if (all)
-            for (size_t i = 0; i < n; i++)
-                mass[i] = mass_of(row, logits[i]);
         for (size_t i = 0; i < n; i++) {
-            const uint32_t key = key_of(logits[i]);
-            if (key < row->floor || (uint64_t)(key ^ prefix) >> (shift + width))
-                continue;
-            hist[key >> shift & ((1u << width) - 1)] +=
-                count ? 1 : all ? mass[i] : mass_of(row, logits[i]);
+            key[i] = key_of(logits[i]);
+            fits[i] = (key[i] >= row->floor) & ((key[i] ^ prefix) <= most);
+        }
+        for (size_t i = 0; i < n && all && !count; i++)
+            mass[i] = mass_of(row, logits[i]);
+        for (size_t i = 0; i < n && all; i++)
+            hist[key[i] >> shift & digit] += fits[i] ? count ? 1 : mass[i] : 0;
+        for (size_t i = 0; i < n && !all; i += 8) {
+            uint64_t flags;
+            memcpy(&flags, fits + i, sizeof flags);
+            for (size_t j = i; flags; j++, flags >>= 8)
+                if (flags & 1)
+                    hist[key[j] >> shift & digit] += count ? 1 : mass_of(row, logits[j]);
         }
     }
 }
@@ -89,12 +105,17 @@ typedef struct sample_cut {
     double here;  /* the mass of the key, all its tokens together */
 } sample_cut;
 
-static sample_cut find_cut(const sample_row *row, bool count, double target) {
-    static const int shifts[3] = {21, 10, 0}, widths[3] = {11, 11, 10};
+static const int shifts[3] = {21, 10, 0}, widths[3] = {11, 11, 10};
+
+/* `first` is the histogram of the first digit. */
+static sample_cut find_cut(const sample_row *row, bool count, const double first[BINS],
+                           double target) {
     sample_cut cut = {0};
     for (int digit = 0; digit < 3; digit++) {
-        double hist[BINS];
-        histogram(row, count, cut.key, shifts[digit], widths[digit], hist);
+        double room[BINS];
+        const double *hist = digit ? room : first;
+        if (digit)
+            histogram(row, count, cut.key, shifts[digit], widths[digit], room);
         int chosen = 0;
         double chosen_above = cut.above;
         for (int bin = (1 << widths[digit]) - 1; bin >= 0; bin--) {
@@ -113,23 +134,11 @@ static sample_cut find_cut(const sample_row *row, bool count, double target) {
     return cut;
 }
 
-static double total_mass(const sample_row *row) {
-    double total = 0;
-    for (size_t start = 0; start < row->vocab; start += CHUNK) {
-        float logits[CHUNK], mass[CHUNK];
-        const size_t n = chunk_of(row, start, logits);
-        for (size_t i = 0; i < n; i++)
-            mass[i] = mass_of(row, logits[i]);
-        for (size_t i = 0; i < n; i++)
-            total += key_of(logits[i]) >= row->floor ? mass[i] : 0;
-    }
-    return total;
-}
-
 /* The first token in descending probability, ties by ascending id, whose cumulative mass exceeds
  * `target`, but none after the first `ties` of key `last`. */
-static int32_t find_token(const sample_row *row, double target, uint32_t last, double ties) {
-    const sample_cut cut = find_cut(row, false, target);
+static int32_t find_token(const sample_row *row, const double first[BINS], double target,
+                          uint32_t last, double ties) {
+    const sample_cut cut = find_cut(row, false, first, target);
     const double mass = mass_of(row, key_float(cut.key));
     double sum = cut.above, seen = 0;
     int32_t token = -1;
@@ -156,13 +165,18 @@ static int32_t draw_token(sample_row *row) {
     const int32_t best = argmax(row);
     if (best < 0 || draw->temperature == 0)
         return best;
-    if (draw->top_k > 0 && (size_t)draw->top_k < row->vocab)
-        row->floor = find_cut(row, true, draw->top_k - 1).key;
-    double total = total_mass(row), ties = (double)row->vocab;
+    double first[BINS], total = 0, ties = (double)row->vocab;
+    if (draw->top_k > 0 && (size_t)draw->top_k < row->vocab) {
+        histogram(row, true, 0, shifts[0], widths[0], first);
+        row->floor = find_cut(row, true, first, draw->top_k - 1).key;
+    }
+    histogram(row, false, 0, shifts[0], widths[0], first);
+    for (int bin = BINS - 1; bin >= 0; bin--)
+        total += first[bin];
     uint32_t last = 0;
     if (draw->top_p < 1) {
         const double target = draw->top_p * total;
-        const sample_cut cut = find_cut(row, false, target);
+        const sample_cut cut = find_cut(row, false, first, target);
         const double mass = mass_of(row, key_float(cut.key));
         ties = cut.above < target ? __builtin_ceil((target - cut.above) / mass) : 0;
         if (ties < 1 && cut.above == 0)
@@ -171,7 +185,7 @@ static int32_t draw_token(sample_row *row) {
         total = cut.above + (ties * mass < cut.here ? ties * mass : cut.here);
     }
     const float u = psoup__uniform(psoup__philox_word(draw->seed, draw->sequence, draw->position));
-    return find_token(row, u * total, last, ties);
+    return find_token(row, first, u * total, last, ties);
 }
 
 typedef struct sample_job {
