@@ -64,7 +64,7 @@ VERSION  = 0.1.0
 
 .PHONY: all lib demo check check-all bench install clean deps deps-test deps-bench \
         run-tests check-names check-abi check-install fuzz run-fuzzers coverage abi-baseline
-.SECONDARY:
+.PRECIOUS: $B/%.o
 .DELETE_ON_ERROR:
 
 all: lib bin/psoup bin/personalized_soup
@@ -95,8 +95,10 @@ $B/libpsoup.so: $(OBJ) lib/psoup.map
 	$(CC) -shared $(LDFLAGS) -Wl,-soname,$(SONAME) -Wl,--version-script=lib/psoup.map \
 	    $(if $(filter sanitize,$(config)),,-Wl,--no-undefined) $(OBJ) $(LIBS) -o $@
 
-lib/%: $B/%
-	cp $< $@
+# What was last asked for, whichever configuration and compiler it is of; touched only when it differs.
+lib/%: $B/% FORCE
+	@cmp -s $< $@ || { echo "cp $< $@"; cp $< $@; }
+FORCE:
 
 # ---- programs -----------------------------------------------------------------------------------
 PSOUP_OBJ = $(patsubst %.c,$B/%.o,$(wildcard examples/psoup/*.c))
@@ -112,9 +114,9 @@ $B/psoup-demo: $(DEMO_OBJ) $B/libpsoup.a
 $B/personalized_soup: $B/examples/personalized_soup.o $(WORLD_OBJ) $B/libpsoup.a
 	$(CC) $(LDFLAGS) $^ $(LIBS) -o $@
 
-bin/%: $B/%
+bin/%: $B/% FORCE
 	@mkdir -p bin
-	cp $< $@
+	@cmp -s $< $@ || { echo "cp $< $@"; cp $< $@; }
 
 demo: deps
 	@$(MAKE) --no-print-directory bin/psoup-demo lib/libpsoup.a bin/psoup
@@ -136,7 +138,8 @@ check: deps-test
 
 # The same under ASan and UBSan with the long cases, a build by clang, a short run of each fuzzer.
 check-all: deps-test
-	@$(MAKE) --no-print-directory CC=clang lib bin/psoup WARN="$(WARN) -Werror" B=build/clang-check
+	@$(MAKE) --no-print-directory CC=clang WARN="$(WARN) -Werror" B=build/clang-check \
+	    $(addprefix build/clang-check/,libpsoup.a libpsoup.so libpsoup-merge.a psoup)
 	@PSOUP_LONG=1 $(MAKE) --no-print-directory config=sanitize run-tests
 	@$(MAKE) --no-print-directory fuzz
 
