@@ -13,7 +13,9 @@ enum {
     KEYS = 64, /* keys in a tile */
     ROWS = 32, /* rows (a query with a head) of a task */
     FEW = 4,   /* fewer rows than that read the keys where they lie */
-    DIM = 128  /* the widest head_dim that is packed */
+    DIM = 128, /* the widest head_dim that is packed */
+    LINE = 16, /* floats in a cache line */
+    NEAR = 1 << 16 /* floats of keys, and of values, asked for ahead: half an L2 cache */
 };
 
 /* Rows that will be read often, packed: at a stride of a power of two, which projections have, they
@@ -167,13 +169,10 @@ static void attend_tile(float *out, float *max, float *sum, const float *q, cons
 }
 
 /* ROWS rows of one span and key head: its queries, and for each the heads that share the key head. */
-static void attention_task(void *arg, size_t task, int worker) {
-    const attention_job *job = arg;
+static void attend_block(const attention_job *job, const psoup__span *span, int64_t kv_head,
+                         int64_t first) {
     const psoup__attention_shape *shape = job->shape;
-    const int64_t kv_heads = shape->kv_heads, group = shape->heads / kv_heads, dim = shape->head_dim;
-    const psoup__span *span = &job->spans[task / job->blocks / (size_t)kv_heads];
-    const int64_t kv_head = (int64_t)(task / job->blocks % (size_t)kv_heads);
-    const int64_t first = (int64_t)(task % job->blocks) * ROWS;
+    const int64_t group = shape->heads / shape->kv_heads, dim = shape->head_dim;
     const int64_t all = span->queries * group, rows = all - first < ROWS ? all - first : ROWS;
     if (rows <= 0)
         return;
@@ -211,6 +210,30 @@ static void attention_task(void *arg, size_t task, int worker) {
     }
 }
 
+static void attention_task(void *arg, size_t task, int worker) {
+    const attention_job *job = arg;
+    const size_t kv_heads = (size_t)job->shape->kv_heads;
+    attend_block(job, &job->spans[task / job->blocks / kv_heads],
+                 (int64_t)(task / job->blocks % kv_heads), (int64_t)(task % job->blocks) * ROWS);
+}
+
+/* All heads of a span with few queries. Its keys and values come from far and are read once, a
+ * head's part of every row at a time, which no hardware prefetcher follows: asking for the rows
+ * first, in their order, made this 1.3 times as fast (72 keys of 4 heads, a cache beyond the L3, Zen 4). */
+static void decode_task(void *arg, size_t task, int worker) {
+    const attention_job *job = arg;
+    const psoup__attention_shape *shape = job->shape;
+    const psoup__span *span = &job->spans[task];
+    const int64_t width = (int64_t)shape->kv_heads * shape->head_dim;
+    for (int64_t key = 0; key < span->keys && key * width < NEAR; key++)
+        for (int64_t d = 0; d < width; d += LINE) {
+            __builtin_prefetch(span->k + key * span->stride + d, 0, 2);
+            __builtin_prefetch(span->v + key * span->stride + d, 0, 2);
+        }
+    for (int64_t kv_head = 0; kv_head < shape->kv_heads; kv_head++)
+        attend_block(job, span, kv_head, 0);
+}
+
 static void attention(psoup__backend *be, float *out, float *lse, const float *q,
                       const psoup__span *spans, int32_t n_spans,
                       const psoup__attention_shape *shape) {
@@ -219,8 +242,11 @@ static void attention(psoup__backend *be, float *out, float *lse, const float *q
     for (int32_t i = 0; i < n_spans; i++)
         most = spans[i].queries > most ? spans[i].queries : most;
     job.blocks = tiles((size_t)(most * (shape->heads / shape->kv_heads)), ROWS);
-    psoup__parallel(be->context, (size_t)n_spans * (size_t)shape->kv_heads * job.blocks,
-                    attention_task, &job);
+    if (most * (shape->heads / shape->kv_heads) < FEW && n_spans >= be->context->threads)
+        psoup__parallel(be->context, (size_t)n_spans, decode_task, &job);
+    else
+        psoup__parallel(be->context, (size_t)n_spans * (size_t)shape->kv_heads * job.blocks,
+                        attention_task, &job);
 }
 
 /* A block of queries of one head against a tile of keys. With p = exp(s − lse), D = <dout, out>:
