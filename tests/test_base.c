@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "base/base.h"
+#include "psoup/psoup.h"
 
 static psoup_context *context_with(const char *isa, int32_t threads) {
     psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
@@ -95,6 +96,28 @@ START_TEST(option_structs) {
                          PSOUP_ERROR_ARGUMENT);
         CONTAINS(error, "grown: size is");
     }
+}
+END_TEST
+
+/* Where a struct that grows by its size ended in padding, the next field could come to lie there, and an
+ * older caller's padding would be read as its value. */
+START_TEST(option_structs_end_without_padding) {
+#define ENDS(type, last) {#type, sizeof(type), offsetof(type, last) + sizeof((type){0}.last)}
+    const struct {
+        const char *name;
+        size_t size, end;
+    } structs[] = {
+        ENDS(psoup_context_options, log_user),   ENDS(psoup_model_config, reserved),
+        ENDS(psoup_adapter_options, seed),       ENDS(psoup_sampling, n_stop_tokens),
+        ENDS(psoup_session_options, reserved),   ENDS(psoup_step, values),
+        ENDS(psoup_sft_options, user),           ENDS(psoup_reward_options, user),
+        ENDS(psoup_ppo_options, tokenizer),      ENDS(psoup_ppo_trace, kl_coefficient),
+        ENDS(psoup_merger_options, progress_user), ENDS(psoup_merge_report, mean_error),
+        ENDS(psoup_feedback_options, user),      ENDS(psoup_feedback_counts, unparsed),
+    };
+    for (size_t i = 0; i < sizeof structs / sizeof *structs; i++)
+        ck_assert_msg(structs[i].size == structs[i].end, "%s: %zu bytes, fields end at %zu",
+                      structs[i].name, structs[i].size, structs[i].end);
 }
 END_TEST
 
@@ -339,6 +362,7 @@ int main(void) {
     tcase_set_timeout(c, 120);
     tcase_add_test(c, messages);
     tcase_add_test(c, option_structs);
+    tcase_add_test(c, option_structs_end_without_padding);
     tcase_add_test(c, contexts);
     tcase_add_test(c, memory);
     tcase_add_test(c, maps);

@@ -102,6 +102,7 @@ typedef struct psoup_model_config {
     int32_t bos_token_id, eos_token_id, pad_token_id; /* −1: none */
     int32_t torch_dtype; /* psoup_dtype of the stored weights: F32, F16 or BF16 */
     float initializer_range;
+    int32_t reserved; /* 0 */
 } psoup_model_config;
 
 #define PSOUP_MODEL_CONFIG_INIT                                                                    \
@@ -253,6 +254,7 @@ typedef struct psoup_session_options {
     int32_t max_sequences; /* places; 0: 32 */
     int32_t max_tokens;    /* tokens a place can hold; 0: max_position_embeddings */
     int32_t prefill_rows;  /* prompt tokens taken in one step at most; 0: 512 */
+    int32_t reserved;      /* 0 */
 } psoup_session_options;
 #define PSOUP_SESSION_OPTIONS_INIT {.size = sizeof(psoup_session_options)}
 

@@ -280,6 +280,7 @@ psoup_status psoup__config_check(psoup_model_config *c, const char *where, psoup
         {"eos_token_id", c->eos_token_id, -1, INT32_MAX},
         {"pad_token_id", c->pad_token_id, -1, INT32_MAX},
         {"torch_dtype", c->torch_dtype, PSOUP_F32, PSOUP_BF16},
+        {"reserved", c->reserved, 0, 0},
     };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i].value < sizes[i].low || sizes[i].value > sizes[i].high)

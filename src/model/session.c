@@ -127,11 +127,12 @@ psoup_status psoup_session_create(psoup_model *model, const psoup_session_option
     *out = NULL;
     psoup_status status;
     PSOUP__TRY(psoup__options(&full, sizeof full, options, "psoup_session_options", error));
-    if (full.max_sequences < 0 || full.max_tokens < 0 || full.prefill_rows < 0)
+    if (full.max_sequences < 0 || full.max_tokens < 0 || full.prefill_rows < 0 || full.reserved)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_session_options: max_sequences %d, max_tokens %d, prefill_rows "
-                           "%d: expected no negative number",
-                           (int)full.max_sequences, (int)full.max_tokens, (int)full.prefill_rows);
+                           "%d, reserved %d: expected no negative number, and reserved 0",
+                           (int)full.max_sequences, (int)full.max_tokens, (int)full.prefill_rows,
+                           (int)full.reserved);
     session = psoup__alloc(model->context, 1, sizeof *session, error);
     if (!session)
         return PSOUP_ERROR_MEMORY;

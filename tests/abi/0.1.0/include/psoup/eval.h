@@ -52,7 +52,7 @@ psoup_status psoup_template_fill(const char *name_or_template, const char *instr
 
 typedef struct psoup_question {
     int64_t id;           /* the caller's */
-    const char *prompt;   /* the instruction, without preference prompts */
+    const char *prompt;   /* the instruction and its input, without preference prompts */
     const psoup_preference *preference; /* the criterion; NULL: general helpfulness */
     const char *a, *b;    /* the two responses */
 } psoup_question;
@@ -127,7 +127,7 @@ typedef struct psoup_duel {
 } psoup_duel;
 
 typedef struct psoup_rate {
-    double rate;      /* wins / (wins + losses); NaN when there are none */
+    double rate;      /* wins / (wins + losses), of a criterion the users' mean; NaN when all tie */
     double low, high; /* 95 % interval: bootstrap over prompts, 2.5 and 97.5 percentiles */
     int64_t wins, ties, losses, unparsed;
 } psoup_rate;
@@ -136,7 +136,8 @@ typedef struct psoup_rate {
  * counted apart). */
 psoup_status psoup_winrate_aggregate(psoup_context *context, const psoup_duel *duels, size_t n,
                                      uint64_t seed, psoup_rate *out, psoup_error *error);
-/* One criterion over the duels that contain it. */
+/* One criterion over the duels that contain it: the mean of its users' rates (the paper's mean over the
+ * combinations that contain the criterion), each wins / (wins + losses) of that user's duels. */
 psoup_status psoup_winrate_criterion(psoup_context *context, const psoup_duel *duels, size_t n,
                                      int32_t preference, uint64_t seed, psoup_rate *out,
                                      psoup_error *error);

@@ -102,6 +102,7 @@ typedef struct psoup_model_config {
     int32_t bos_token_id, eos_token_id, pad_token_id; /* −1: none */
     int32_t torch_dtype; /* psoup_dtype of the stored weights: F32, F16 or BF16 */
     float initializer_range;
+    int32_t reserved; /* 0 */
 } psoup_model_config;
 
 #define PSOUP_MODEL_CONFIG_INIT                                                                    \
@@ -159,7 +160,8 @@ psoup_status psoup_model_add_adapter(psoup_model *model, const char *name,
 /* Reads a PEFT directory (adapter_config.json, adapter_model.safetensors). */
 psoup_status psoup_model_load_adapter(psoup_model *model, const char *name, const char *directory,
                                       psoup_error *error);
-/* Writes a PEFT directory. base_name goes into base_model_name_or_path; NULL: "". */
+/* Writes a PEFT directory of task type CAUSAL_LM. base_name goes into base_model_name_or_path; NULL: "".
+ * A scalar head (PPO's values, a reward model's score) is not in it: see psoup_reward_save. */
 psoup_status psoup_model_save_adapter(const psoup_model *model, const char *name,
                                       const char *directory, const char *base_name,
                                       psoup_error *error);
@@ -252,6 +254,7 @@ typedef struct psoup_session_options {
     int32_t max_sequences; /* places; 0: 32 */
     int32_t max_tokens;    /* tokens a place can hold; 0: max_position_embeddings */
     int32_t prefill_rows;  /* prompt tokens taken in one step at most; 0: 512 */
+    int32_t reserved;      /* 0 */
 } psoup_session_options;
 #define PSOUP_SESSION_OPTIONS_INIT {.size = sizeof(psoup_session_options)}
 

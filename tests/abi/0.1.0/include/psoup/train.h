@@ -31,7 +31,7 @@ typedef int (*psoup_step_fn)(void *user, const psoup_step *step);
 
 typedef enum psoup_schedule {
     PSOUP_SCHEDULE_CONSTANT = 0,
-    PSOUP_SCHEDULE_LINEAR = 1, /* to 0 at the last step */
+    PSOUP_SCHEDULE_LINEAR = 1, /* would be 0 one step after the last */
     PSOUP_SCHEDULE_COSINE = 2
 } psoup_schedule;
 
@@ -89,10 +89,12 @@ psoup_status psoup_reward_create(psoup_model *model, const char *name,
 /* Reads a PEFT directory of task type SEQ_CLS. */
 psoup_status psoup_reward_load(psoup_model *model, const char *name, const char *directory,
                                psoup_reward **out, psoup_error *error);
+/* Writes such a directory. The head's bias, which transformers' score has none of, is written only where
+ * it is not 0: training moves it only with `centering`. */
 psoup_status psoup_reward_save(const psoup_reward *reward, const char *directory,
                                const char *base_name, psoup_error *error);
 const char *psoup_reward_name(const psoup_reward *reward);
-/* Frees the handle; the adapter stays in the model. */
+/* Frees the handle, which must go before its model; the adapter stays in the model. */
 void psoup_reward_free(psoup_reward *reward);
 /* out[i] = score of rows[i] (its mix is not read). The same bits for any batch. */
 psoup_status psoup_reward_score(psoup_reward *reward, const psoup_row *rows, size_t n, float *out,
@@ -191,7 +193,7 @@ typedef struct psoup_ppo_policy {
 typedef enum psoup_early_stop {
     PSOUP_EARLY_STOP_OFF = 0,
     PSOUP_EARLY_STOP_ALL = 1, /* on the mean over all mini-batches of an epoch */
-    PSOUP_EARLY_STOP_LAST = 2 /* on the epoch's last mini-batch, as the paper's code did */
+    PSOUP_EARLY_STOP_LAST = 2 /* on the epoch's last loss group, as the paper's code did */
 } psoup_early_stop;
 
 typedef struct psoup_ppo_options {
@@ -199,6 +201,9 @@ typedef struct psoup_ppo_options {
     int32_t steps;           /* 0: one epoch over the prompts */
     int32_t batch_size;      /* rollouts of one step, per policy */
     int32_t mini_batch_size; /* rollouts of one optimiser step; 0: the whole batch */
+    int32_t loss_group; /* > 0: the loss is the mean over the tokens of each so many rollouts, averaged
+                         * over these groups (the paper's code: micro-batches of 2); 0: over all tokens
+                         * of the mini-batch */
     int32_t ppo_epochs;
     int32_t micro_batch_tokens; /* tokens of one packed pass; changes memory, not results' meaning */
     float learning_rate, beta1, beta2, epsilon, weight_decay;
