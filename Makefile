@@ -173,10 +173,12 @@ check-abi: $B/libpsoup.so
 	    ln -sf libpsoup.so $B/$(SONAME); \
 	    $B/abi/program && echo "abi: a program of $$(basename $$old) runs"; done
 
-# After a deliberate addition: the new baseline.
+# After a deliberate addition: the new baseline, and the headers that VERSION is kept with. Fields are only
+# appended, so a program built against what was kept before still runs.
 abi-baseline: $B/libpsoup.so
 	nm -D --defined-only $B/libpsoup.so | awk '{print $$3}' | sed 's/@.*//' | grep -v '^PSOUP_' | LC_ALL=C sort > lib/psoup.names
 	abidw --headers-dir include --no-corpus-path --no-comp-dir-path --no-show-locs $B/libpsoup.so > lib/psoup.abi
+	mkdir -p tests/abi/$(VERSION)/include/psoup && cp include/psoup/*.h tests/abi/$(VERSION)/include/psoup
 
 # ---- as a caller has it ---------------------------------------------------------------------------
 # Installed into a root of its own, and programs built against that.
