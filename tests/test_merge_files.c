@@ -149,6 +149,32 @@ static void expect_same_file(const char *a, const char *b) {
     psoup__free(context, y);
 }
 
+/* A reward model's head is summed like its factors: with the weights given, its bias too. */
+START_TEST(heads_are_summed) {
+    const float heads[2][4] = {{1, 2, -3, 0.5f}, {5, -2, 1, 0.25f}}, biases[2] = {2, -4};
+    char sources[2][1024];
+    psoup__peft *peft;
+    for (int i = 0; i < 2; i++) {
+        ck_ok(psoup__peft_open(context, i ? B : A, &peft, &error));
+        const psoup__peft_output output = {.pairs = peft->pairs, .n = peft->n, .rank = 4, .alpha = 8,
+                                           .task_type = "SEQ_CLS", .head = heads[i], .dim = 4,
+                                           .head_bias = &biases[i]};
+        snprintf(sources[i], sizeof sources[i], "%s", in_scratch(i ? "reward1" : "reward0"));
+        ck_ok(psoup__peft_write(context, sources[i], &output, &error));
+        psoup__peft_free(peft);
+    }
+    recipe r = {.sources = {sources[0], sources[1]}, .weights = {0.25, 0.75}, .dtype = -1};
+    ck_ok(run_recipe(context, &r, in_scratch("reward"), NULL));
+    ck_ok(psoup__peft_open(context, in_scratch("reward"), &peft, &error));
+    ck_assert_uint_eq(peft->head.bytes, 16);
+    for (size_t k = 0; k < 4; k++)
+        ck_assert_double_eq_tol(as_double(&peft->head, k),
+                                0.25 * (double)heads[0][k] + 0.75 * (double)heads[1][k], 1e-6);
+    ck_assert_double_eq_tol(as_double(&peft->head_bias, 0), 0.25 * 2 + 0.75 * -4, 1e-6);
+    psoup__peft_free(peft);
+}
+END_TEST
+
 START_TEST(new_weights_and_threads) {
     const double other[2] = {0.9, 0.1};
     recipe r = {.base = BASE, .sources = {A, B}, .weights = {0.9, 0.1}, .dtype = -1};
@@ -181,6 +207,7 @@ int main(void) {
     tcase_add_test(tests, adapters_as_peft_merges_them);
     tcase_add_test(tests, adapters_into_a_base);
     tcase_add_test(tests, full_models_as_torch_sums_them);
+    tcase_add_test(tests, heads_are_summed);
     tcase_add_test(tests, new_weights_and_threads);
     suite_add_tcase(suite, tests);
     return run_suite(suite);

@@ -79,6 +79,29 @@ START_TEST(refuses_what_cannot_be) {
 }
 END_TEST
 
+START_TEST(refuses_heads_that_differ) {
+    static const char *const names[] = {"four", "three", "nan"};
+    const float head[4] = {1, 2, 3, 4}, nan[4] = {1, NAN, 3, 4};
+    char paths[3][1024];
+    psoup__peft *peft;
+    ck_ok(psoup__peft_open(context, A, &peft, &error));
+    for (int i = 0; i < 3; i++) {
+        const psoup__peft_output output = {.pairs = peft->pairs, .n = peft->n, .rank = 4, .alpha = 8,
+                                           .task_type = "SEQ_CLS", .head = i == 2 ? nan : head,
+                                           .dim = i == 1 ? 3 : 4};
+        snprintf(paths[i], sizeof paths[i], "%s", in_scratch(names[i]));
+        ck_ok(psoup__peft_write(context, paths[i], &output, &error));
+    }
+    psoup__peft_free(peft);
+    expect_refusal((recipe){.sources = {A, paths[0]}, .weights = {0.5, 0.5}, .dtype = -1},
+                   "expected a head as in");
+    expect_refusal((recipe){.sources = {paths[0], paths[1]}, .weights = {0.5, 0.5}, .dtype = -1},
+                   "expected a head as in");
+    expect_refusal((recipe){.sources = {paths[0], paths[2]}, .weights = {0.5, 0.5}, .dtype = -1},
+                   "score holds a NaN");
+}
+END_TEST
+
 START_TEST(refuses_spoiled_models) {
     psoup__safetensors_writer *writer;
     const int64_t shape[2] = {40, 64};
@@ -170,6 +193,7 @@ int main(void) {
     tcase_add_checked_fixture(tests, set_up, tear_down);
     tcase_set_timeout(tests, 120);
     tcase_add_test(tests, refuses_what_cannot_be);
+    tcase_add_test(tests, refuses_heads_that_differ);
     tcase_add_test(tests, refuses_spoiled_models);
     tcase_add_test(tests, can_be_cancelled);
     tcase_add_loop_test(tests, survives_every_failed_allocation, 0, 3);

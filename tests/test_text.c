@@ -280,6 +280,38 @@ START_TEST(long_word) {
 }
 END_TEST
 
+/* Ids and offsets as tokenizers 0.20.3 gives them. */
+START_TEST(stripping) {
+    static const struct {
+        const char *left, *right, *text;
+        size_t n, begin, end; /* tokens; where the first begins and the last ends */
+    } cases[] = {{"true", "true", "  ab ", 2, 2, 4},   {"true", "true", " a b", 3, 1, 4},
+                 {"true", "true", "   ", 0, 0, 0},     {"true", "false", "  ab ", 3, 2, 5},
+                 {"true", "false", "   ", 0, 0, 0},    {"false", "true", "  ab ", 4, 0, 4},
+                 {"false", "true", "   ", 0, 0, 0},    {"false", "false", "  ab ", 5, 0, 5},
+                 {"true", "true", "\xe3\x80\x80" "a\xc2\xa0\n", 1, 3, 4}}; /* U+3000, U+00A0 */
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char json[300];
+        int32_t ids[8];
+        psoup_offset at[8];
+        size_t n;
+        psoup_error error = {0};
+        snprintf(json, sizeof json,
+                 "{\"normalizer\":{\"type\":\"Strip\",\"strip_left\":%s,\"strip_right\":%s},"
+                 "\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\" \":2},\"merges\":[]}}",
+                 cases[i].left, cases[i].right);
+        psoup_tokenizer *t = parse(json, &error);
+        ck_assert_msg(t != NULL, "%s", error.message);
+        ck_assert_int_eq(psoup_tokenizer_encode(t, cases[i].text, strlen(cases[i].text), 0, ids, at, 8,
+                                                &n, &error), PSOUP_OK);
+        ck_assert_msg(n == cases[i].n && (n == 0 || (at[0].begin == cases[i].begin &&
+                                                     at[n - 1].end == cases[i].end)),
+                      "case %zu: %zu tokens", i, n);
+        psoup_tokenizer_free(t);
+    }
+}
+END_TEST
+
 /* Oniguruma's reading where PCRE2's is another; checked by hand against tokenizers 0.20.3. */
 START_TEST(ruby_syntax) {
     static const struct {
@@ -288,7 +320,11 @@ START_TEST(ruby_syntax) {
     } cases[] = {{"\\p{L}+|b", "aaaaaaa1", 2},
                  {"[^\\S\n]+|\\h", "x  f\ny", 4},
                  {"\\s", "a\xe1\xa0\x8e z", 3}, /* U+180E is no space */
-                 {"^b$", "a\nb\nc", 3}};
+                 {"^b$", "a\nb\nc", 3},
+                 {"[[:alpha:]]+", "ab1cd", 3},
+                 {"[[:digit:][:space:]]+", "ab12 c", 3},
+                 {"[]a]+", "a]b", 2}, /* a bracket that comes first is one of the class */
+                 {"[^]a]+", "a]b", 2}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         psoup__pattern *pattern;
         psoup__spans spans = {.context = context};
@@ -319,6 +355,7 @@ int main(void) {
     tcase_add_test(tests, training_refuses);
     tcase_add_test(tests, threads);
     tcase_add_test(tests, long_word);
+    tcase_add_test(tests, stripping);
     tcase_add_test(tests, ruby_syntax);
     suite_add_tcase(suite, tests);
     return run_suite(suite);

@@ -89,6 +89,7 @@ static const struct {
     {WITH("\"normalizer\":{\"type\":\"Replace\",\"content\":\"\",\"pattern\":{\"String\":\"\"}}"),
      "empty"},
     {WITH("\"normalizer\":{\"type\":\"Prepend\"}"), "prepend"},
+    {WITH("\"normalizer\":{\"type\":\"Strip\",\"strip_left\":1}"), "strip_left"},
     {WITH("\"pre_tokenizer\":{\"type\":\"UnicodeScripts\"}"), "UnicodeScripts"},
     {WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"behavior\":\"Isolated\","
           "\"pattern\":{\"Regex\":\"[a[b]]\"}}"),
@@ -99,6 +100,15 @@ static const struct {
     {WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"behavior\":\"Isolated\","
           "\"pattern\":{\"Regex\":\"(*SKIP)\"}}"),
      "(*"},
+    {WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"behavior\":\"Isolated\","
+          "\"pattern\":{\"Regex\":\"[[:alpha]\"}}"),
+     "[:"},
+    {WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"behavior\":\"Isolated\","
+          "\"pattern\":{\"Regex\":\"a\\\\Kb\"}}"),
+     "\\K"},
+    {WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"behavior\":\"Isolated\","
+          "\"pattern\":{\"Regex\":\"[a\\\\H]\"}}"),
+     "\\H inside"},
     {WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"behavior\":\"Isolated\"}"), "pattern"},
     {WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"behavior\":\"Never\","
           "\"pattern\":{\"String\":\"a\"}}"),
@@ -116,6 +126,13 @@ static const struct {
     {WITH("\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":"
           "{\"id\":\"<s>\"}}],\"special_tokens\":{\"<s>\":{\"ids\":[99]}}}"),
      "no token"},
+    {WITH("\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":"
+          "{\"id\":\"<s>\"}}]}"),
+     "expected an object with ids"},
+    {WITH("\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":"
+          "{\"id\":\"a\"}}],\"special_tokens\":{\"a\":{\"ids\":[0,0,0,0,0,0,0,0,0]}}}"),
+     "more than 8"},
+    {WITH("\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[]}"), "sequence A"},
 };
 
 START_TEST(refusals) {

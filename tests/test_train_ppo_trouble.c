@@ -60,6 +60,63 @@ START_TEST(failures_leave_a_clean_run) {
 }
 END_TEST
 
+/* Each policy is sound but for one thing, which the message names. */
+START_TEST(unsound_policies_are_refused) {
+    static const char *const says[] = {
+        "prompts is NULL",      "prompts[0] has 0 tokens",  "prompts[0] has 48 tokens",
+        "validation[0] has 0",  "has no prompts",           "neither a reward model nor a callback",
+        "rewards[0] is NULL",   "lists no reward input",    "names reward 1 of 1",
+        "names reward -1 of 1", "has weight inf",           "and no tokens",
+        "both a policy and a reward model",
+    };
+    psoup_model *model = fresh(1);
+    psoup_reward *reward, *none = NULL;
+    psoup_ppo_options o = plain();
+    OK(psoup_reward_create(model, "R", NULL, &reward, &error));
+    for (int i = 0; i < (int)(sizeof says / sizeof *says); i++) {
+        const int32_t tokens[48] = {2, 3};
+        psoup_reward_input input = {0, 1.0f, tokens, 2};
+        psoup_ppo_prompt bad = {.tokens = tokens, .n = i == 1 || i == 3 ? 0 : i == 2 ? 48 : 2};
+        psoup_ppo_policy p = policy(0);
+        psoup_ppo *ppo;
+        if (i == 0)
+            p.prompts = NULL;
+        else if (i == 3)
+            p.validation = &bad, p.n_validation = 1;
+        else
+            p.prompts = &bad, p.n_prompts = i != 4;
+        if (i >= 5) {
+            p.reward_fn = NULL;
+            p.rewards = i == 6 ? &none : &reward;
+            p.n_rewards = i != 5;
+        }
+        if (i >= 7) {
+            input.reward = i == 8 ? 1 : i == 9 ? -1 : 0;
+            input.weight = i == 10 ? INFINITY : 1.0f;
+            input.tokens = i == 11 ? NULL : tokens;
+            bad.inputs = &input;
+            bad.n_inputs = i != 7;
+        }
+        if (i == 12)
+            p.adapter = "R";
+        ck_assert_int_eq(psoup_ppo_create(model, &p, 1, &o, &ppo, &error), PSOUP_ERROR_ARGUMENT);
+        ck_assert_msg(strstr(error.message, says[i]) != NULL, "\"%s\" lacks \"%s\"", error.message,
+                      says[i]);
+        ck_assert_ptr_null(ppo);
+    }
+    psoup_ppo_trace trace = {0};
+    ck_assert_int_eq(psoup_ppo_get_trace(NULL, 0, &trace, &error), PSOUP_ERROR_ARGUMENT);
+    psoup_ppo_policy p = policy(0);
+    psoup_ppo *ppo = create(model, &p, 1, &o);
+    ck_assert_int_eq(psoup_ppo_get_trace(ppo, 0, &trace, &error), PSOUP_ERROR_ARGUMENT);
+    trace.size = sizeof trace;
+    ck_assert_int_eq(psoup_ppo_get_trace(ppo, 1, &trace, &error), PSOUP_ERROR_ARGUMENT);
+    psoup_ppo_free(ppo);
+    psoup_reward_free(reward);
+    psoup_model_free(model);
+}
+END_TEST
+
 /* ---- every allocation made to fail in turn ------------------------------------------------------ */
 
 typedef struct budget {
@@ -150,6 +207,7 @@ int main(void) {
     tcase_add_checked_fixture(tests, set_up, tear_down);
     tcase_set_timeout(tests, 240);
     tcase_add_test(tests, failures_leave_a_clean_run);
+    tcase_add_test(tests, unsound_policies_are_refused);
     tcase_add_test(tests, allocations_may_fail);
     suite_add_tcase(suite, tests);
     return run_suite(suite);
