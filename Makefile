@@ -148,13 +148,14 @@ check-all: deps-test
 coverage: deps-test
 	@find build/gcc-coverage -name '*.gcda' -delete 2>/dev/null || true
 	@$(MAKE) --no-print-directory CC=gcc config=coverage run-tests
-	@gcov -t $$(find build/gcc-coverage/src -name '*.gcda') 2>/dev/null | awk -F: ' \
+	@gcov -t $$(find build/gcc-coverage/src -name '*.gcno') 2>/dev/null | awk -F: ' \
 	    $$2 ~ /^ *0$$/ && $$3 == "Source" { file = $$4 } \
-	    file ~ /^src\/.*\.c$$/ && $$2 + 0 > 0 && $$1 !~ /-$$/ { line[file ":" $$2] += $$1 !~ /[#=]/ } \
-	    END { for (l in line) { split(l, f, ":"); n[f[1]]++; run[f[1]] += line[l] > 0 } \
-	          for (f in n) { printf "%5.1f %% %5d of %5d  %s\n", 100 * run[f] / n[f], run[f], n[f], f | "sort -n"; \
-	                         all += n[f]; ran += run[f] } \
-	          close("sort -n"); printf "%5.1f %% %5d of %5d  total\n", 100 * ran / all, ran, all }'
+	    file ~ /^src\/.*\.c$$/ && $$2 + 0 > 0 && $$1 !~ /-$$/ { run[file ":" $$2] += $$1 !~ /[#=]/ } \
+	    END { for (line in run) { file = line; sub(/:.*/, "", file); n[file]++; ran[file] += run[line] > 0 } \
+	          form = "%5.1f %% %5d of %5d  %s\n"; \
+	          for (file in n) { printf form, 100 * ran[file] / n[file], ran[file], n[file], file | "sort -n"; \
+	                            all += n[file]; done += ran[file] } \
+	          close("sort -n"); printf form, 100 * done / all, done, all, "total" }'
 
 # ---- the binary interface -------------------------------------------------------------------------
 # Names: the shared library exports psoup_* and nothing else, and exactly what lib/psoup.names
