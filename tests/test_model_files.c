@@ -62,6 +62,39 @@ START_TEST(adapters_come_back) {
 }
 END_TEST
 
+/* YaRN's frequencies are of the length that was trained, however far the model reaches now. */
+START_TEST(yarn_knows_the_trained_length) {
+    psoup_context *context = make_context(1);
+    psoup_model_config config = PSOUP_MODEL_CONFIG_INIT;
+    enum { TOKENS = 12 };
+    float logits[3][TOKENS * VOCAB];
+    config.vocab_size = VOCAB;
+    config.hidden_size = 32;
+    config.intermediate_size = 40;
+    config.num_hidden_layers = 1;
+    config.num_attention_heads = 2;
+    config.initializer_range = 0.3f;
+    config.rope_scaling = PSOUP_ROPE_YARN;
+    config.rope_factor = 4;
+    const int32_t reach[] = {512, 128, 512}, trained[] = {128, 0, 0};
+    int32_t tokens[TOKENS];
+    for (int i = 0; i < TOKENS; i++)
+        tokens[i] = i * 5 % VOCAB;
+    for (int i = 0; i < 3; i++) {
+        psoup_model *model = NULL;
+        const psoup_row row = {.tokens = tokens, .n = TOKENS};
+        config.max_position_embeddings = reach[i];
+        config.rope_original_max_position = trained[i];
+        OK(psoup_model_create(context, &config, 5, &model, &error));
+        OK(psoup_model_logits(model, &row, 1, logits[i], &error));
+        psoup_model_free(model);
+    }
+    ck_assert(memcmp(logits[0], logits[1], sizeof logits[0]) == 0);
+    ck_assert(memcmp(logits[0], logits[2], sizeof logits[0]) != 0);
+    psoup_context_free(context);
+}
+END_TEST
+
 static const psoup_dtype dtypes[] = {PSOUP_F32, PSOUP_F16, PSOUP_BF16};
 
 START_TEST(models_come_back) {
@@ -304,6 +337,7 @@ int main(int argc, char **argv) {
         tcase_add_test(tests, write_for_peft);
     }
     tcase_add_test(tests, adapters_come_back);
+    tcase_add_test(tests, yarn_knows_the_trained_length);
     tcase_add_loop_test(tests, models_come_back, 0, 3);
     tcase_add_loop_test(tests, bad_weights, 0, 4);
     tcase_add_test(tests, weights_at_odd_addresses);

@@ -23,9 +23,11 @@ static float llama3(const psoup_model_config *config, float frequency) {
     return (float)((1 - smooth) * frequency / config->rope_factor + smooth * frequency);
 }
 
-/* YaRN (Peng et al. 2023): the dimension that turns `rotations` times within the trained length. */
+/* YaRN (Peng et al. 2023): the dimension that turns `rotations` times within the trained length, which is
+ * original_max_position_embeddings where that is given (transformers 4.46 overlooked it; later ones read
+ * it) and max_position_embeddings where not. */
 static double correction_dimension(const psoup_model_config *config, double rotations) {
-    return config->head_dim * log(config->max_position_embeddings / (rotations * 2 * PI)) /
+    return config->head_dim * log(config->rope_original_max_position / (rotations * 2 * PI)) /
            (2 * log(config->rope_theta));
 }
 
