@@ -187,7 +187,7 @@ done
 no 1 'none.jsonl' generate --model base --prompts none.jsonl --out left/g.jsonl
 no 1 'left/no/g.jsonl' generate --model base --prompt x --out left/no/g.jsonl
 no 1 'temperature' generate --model base --prompt x --temperature -1 --out left/g.jsonl
-no 2 'max-new-tokens' generate --model base --prompt x --max-new-tokens 0
+no 2 'max-new-tokens' generate --model base --prompt x --max-new-tokens 0; no 2 'with a --template' generate --model base --prompt x --preference y
 
 # ---- score --------------------------------------------------------------------------------------
 tokens="5 17 262 88 30"
@@ -478,7 +478,7 @@ put duels.jsonl '{"prompt": 7, "user": "AA", "criteria": {"P1A": 1, "P2A": "tie"
 {"prompt": "seven", "criteria": {"P2B": 0}}\n'
 ok winrate duels.jsonl
 check "aggregate" has '^aggregate  *66.7 %  \[.*\]  *2 won  *1 tied  *1 lost  *1 unparsed'
-check "criterion" has '^P1A  *66.7 %.* 2 won'
+check "criterion" has '^P1A  *50.0 %.* 2 won'
 check "helpfulness" has '^helpfulness  *50.0 %'
 ok winrate duels.jsonl --json --seed 3
 check "json" has '"aggregate": {"rate": 0.6666666666666666, .*"P2A": {"rate": null, '

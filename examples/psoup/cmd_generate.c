@@ -277,6 +277,8 @@ int cmd_generate(int argc, char **argv) {
         return cli_complain("generate: expected --model DIR");
     if (!a.prompt == !a.prompts)
         return cli_complain("generate: expected either --prompt TEXT or --prompts FILE");
+    if (a.prompt && a.preference && !a.template)
+        return cli_complain("--preference: a --prompt takes it only with a --template");
     if (a.sampling.max_new_tokens < 1)
         return cli_complain("--max-new-tokens: %d, expected at least 1", a.sampling.max_new_tokens);
     psoup_error error = {0};

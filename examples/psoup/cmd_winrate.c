@@ -156,7 +156,8 @@ int cmd_winrate(int argc, char **argv) {
                    "\"helpfulness\": 1}\n"
                    "Verdicts are 1 or \"a\", 0 or \"tie\", -1 or \"b\", 2 where the judge was not "
                    "understood.\n"
-                   "The rate is A's wins / (wins + losses); the interval is 95 %, by prompt.\n",
+                   "The rate is A's wins / (wins + losses), of a criterion the mean over its users; the "
+                   "interval is\n95 %, by prompt.\n",
                    &files, &status))
         return status;
     if (files.n != 1)
