@@ -26,7 +26,7 @@ B        = build/$(notdir $(CC))-$(config)
 ARCH    := $(shell uname -m)
 WARN     = -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith \
            -Wwrite-strings -Wno-unused-parameter
-FLAGS_release  = -O2 -g
+FLAGS_release  = -O2 -g -DNDEBUG
 FLAGS_debug    = -O0 -g3
 FLAGS_sanitize = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined \
                  -fno-omit-frame-pointer
@@ -158,12 +158,17 @@ coverage: deps-test
 	          close("sort -n"); printf form, 100 * done / all, done, all, "total" }'
 
 # ---- the binary interface -------------------------------------------------------------------------
+# What a library that neither exits, aborts nor prints, and that keeps no global state, does not need
+# (release; debug and sanitize have their asserts).
+FORBIDDEN = exit|_exit|_Exit|quick_exit|atexit|abort|raise|__assert_fail|__assert|err|errx|warn|perror|v?f?printf|__v?f?printf_chk|puts|fputs|putchar|putc|fputc|fwrite|std(in|out|err)|getenv|secure_getenv|setenv|putenv|system|signal|sigaction|srand|rand|random|strtok|setlocale|strerror|json_set_alloc_funcs|json_object_seed
+
 # Names: the shared library exports psoup_* and nothing else, and exactly what lib/psoup.names
 # lists; the archive's other names all begin with psoup__.
 check-names: $B/libpsoup.so $B/libpsoup.a
 	@nm -D --defined-only $B/libpsoup.so | awk '{print $$3}' | sed 's/@.*//' | grep -v '^PSOUP_' | LC_ALL=C sort > $B/names
 	@diff lib/psoup.names $B/names || { echo "exported names differ from lib/psoup.names: add with a new minor version; removal needs a new soname"; exit 1; }
 	@! nm -g --defined-only $B/libpsoup.a | awk 'NF == 3 {print $$3}' | grep -v '^psoup_' || { echo "names outside psoup_ above"; exit 1; }
+	@! nm -A -u $B/libpsoup.a | grep -E ' ($(FORBIDDEN))(@|$$)' || { echo "the library must not call the above: it neither exits, aborts, prints nor has global state"; exit 1; }
 	@echo "names: $$(wc -l < $B/names) exported, all psoup_*"
 
 check-abi: $B/libpsoup.so
@@ -192,15 +197,18 @@ check-install: lib bin/psoup
 # ---- fuzzing ------------------------------------------------------------------------------------
 FUZZ_SECONDS ?= 10
 fuzz:
-	@$(MAKE) --no-print-directory CC=clang config=sanitize MODE="$(FLAGS_sanitize) -fsanitize=fuzzer-no-link" B=build/fuzz run-fuzzers
+	@$(MAKE) --no-print-directory -s CC=clang config=sanitize MODE="$(FLAGS_sanitize) -fsanitize=fuzzer-no-link" WARN=-w B=build/fuzz run-fuzzers
 
+# What they find stays in $B/corpus/NAME for the next run; an input that ends badly in $B/NAME-*.
 run-fuzzers: $(FUZZERS:%=$B/%)
-	@set -e; for f in $(FUZZERS); do mkdir -p $B/corpus/$$f; \
-	    $B/$$f -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -print_final_stats=1 $B/corpus/$$f 2>&1 | tail -8 | grep -E 'executed|ERROR|SUMMARY' ; \
-	    echo "fuzzed: $$f"; done
+	@set -e; for f in $(FUZZERS); do \
+	    mkdir -p $B/corpus/$$f; sh tests/fuzz/seeds.sh $$f $B/seeds/$$f; \
+	    $B/$$f -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=2048 -print_final_stats=1 \
+	        -artifact_prefix=$B/$$f- $B/corpus/$$f $B/seeds/$$f > $B/$$f.log 2>&1 || { tail -40 $B/$$f.log; exit 1; }; \
+	    echo "$$f: $$(sed -n 's/.*number_of_executed_units: *//p' $B/$$f.log) inputs"; done
 
 $B/fuzz_%: $B/tests/fuzz/fuzz_%.o $B/libpsoup.a
-	$(CC) $(LDFLAGS) $(MODE) -fsanitize=fuzzer $^ $(LIBS) -o $@
+	$(CC) $(LDFLAGS) -fsanitize=fuzzer $^ $(LIBS) -o $@
 
 # ---- speed --------------------------------------------------------------------------------------
 bench: deps-bench

@@ -226,6 +226,7 @@ static void fail_in_turn(const path *p) {
         ck_assert_msg(status == PSOUP_OK, "%s: %s", p->name, error.message);
     }
     long n = atomic_load(&made);
+    ck_assert_msg(n > 0, "%s: no allocation was seen", p->name);
     ck_assert_msg(leaked == 0, "%s: %ld blocks leaked without any failure", p->name, leaked);
     for (int later = 0; later < (all ? 2 : 1); later++)
         for (long i = 0; i < n; i++) {
