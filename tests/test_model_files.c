@@ -62,6 +62,44 @@ START_TEST(adapters_come_back) {
 }
 END_TEST
 
+/* The tokenizer goes with the model, and says to transformers that it is a tokenizer.json's own. */
+START_TEST(a_tokenizer_goes_along) {
+    psoup_context *context = make_context(1);
+    psoup_model_config config = PSOUP_MODEL_CONFIG_INIT;
+    psoup_model *model = NULL;
+    psoup_tokenizer *tokenizer = NULL, *again = NULL;
+    psoup_json *settings = NULL;
+    const char *const text[] = {"soup of the day"}, *const special[] = {"</s>"};
+    char directory[64], path[128];
+    strcpy(directory, temporary_directory());
+    snprintf(path, sizeof path, "%s/tokenizer_config.json", directory);
+    OK(psoup_tokenizer_train(context, text, 1, 260, special, 1, NULL, &tokenizer, &error));
+    config.vocab_size = psoup_tokenizer_vocab_size(tokenizer);
+    config.hidden_size = config.intermediate_size = 8;
+    config.num_hidden_layers = config.num_attention_heads = 1;
+    config.max_position_embeddings = 64;
+    config.eos_token_id = psoup_tokenizer_token_id(tokenizer, "</s>");
+    OK(psoup_model_create(context, &config, 5, &model, &error));
+    OK(psoup_model_save(model, directory, tokenizer, &error));
+    OK(psoup_tokenizer_load(context, directory, &again, &error));
+    ck_assert_int_eq(psoup_tokenizer_vocab_size(again), config.vocab_size);
+    OK(psoup_json_read(context, path, &settings, &error));
+    const struct {
+        const char *key, *value;
+    } said[] = {{"tokenizer_class", "PreTrainedTokenizerFast"}, {"eos_token", "</s>"}};
+    for (int i = 0; i < 2; i++)
+        ck_assert_str_eq(psoup_json_string(psoup_json_get(settings, said[i].key), ""),
+                         said[i].value);
+    ck_assert_ptr_null(psoup_json_get(settings, "bos_token"));
+    psoup_json_free(settings);
+    psoup_tokenizer_free(again);
+    psoup_tokenizer_free(tokenizer);
+    psoup_model_free(model);
+    remove_directory(directory);
+    psoup_context_free(context);
+}
+END_TEST
+
 /* YaRN's frequencies are of the length that was trained, however far the model reaches now. */
 START_TEST(yarn_knows_the_trained_length) {
     psoup_context *context = make_context(1);
@@ -337,6 +375,7 @@ int main(int argc, char **argv) {
         tcase_add_test(tests, write_for_peft);
     }
     tcase_add_test(tests, adapters_come_back);
+    tcase_add_test(tests, a_tokenizer_goes_along);
     tcase_add_test(tests, yarn_knows_the_trained_length);
     tcase_add_loop_test(tests, models_come_back, 0, 3);
     tcase_add_loop_test(tests, bad_weights, 0, 4);

@@ -119,7 +119,8 @@ psoup_status psoup_model_load(psoup_context *context, const char *directory, pso
 /* A model with random weights: matrices normal(0, initializer_range), norms 1, biases 0. */
 psoup_status psoup_model_create(psoup_context *context, const psoup_model_config *config,
                                 uint64_t seed, psoup_model **out, psoup_error *error);
-/* Writes config.json and model.safetensors; with a tokenizer, tokenizer.json too. */
+/* Writes config.json and model.safetensors; with a tokenizer, tokenizer.json and a tokenizer_config.json
+ * too. */
 psoup_status psoup_model_save(const psoup_model *model, const char *directory,
                               const psoup_tokenizer *tokenizer, psoup_error *error);
 void psoup_model_free(psoup_model *model);

@@ -179,6 +179,39 @@ fail:
     return status;
 }
 
+/* With tokenizer.json alone transformers would guess a tokenizer from the model's type, one that puts a
+ * "<s>" of its own before the text. */
+static psoup_status write_tokenizer_config(const psoup_model *model, const char *directory,
+                                           const psoup_tokenizer *tokenizer, psoup_error *error) {
+    const psoup_model_config *c = &model->config;
+    const struct {
+        const char *name;
+        int32_t id;
+    } tokens[] = {{"bos_token", c->bos_token_id},
+                  {"eos_token", c->eos_token_id},
+                  {"pad_token", c->pad_token_id}};
+    psoup_status status = PSOUP_ERROR_MEMORY;
+    psoup_json *root = psoup_json_new_object();
+    char *path = psoup__path_join(model->context, directory, "tokenizer_config.json", error);
+    int failed = psoup_json_set(root, "tokenizer_class",
+                                psoup_json_new_string("PreTrainedTokenizerFast"));
+    failed |= psoup_json_set(root, "clean_up_tokenization_spaces", psoup_json_new_bool(0));
+    failed |= psoup_json_set(root, "model_max_length",
+                             psoup_json_new_integer(c->max_position_embeddings));
+    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++) {
+        const char *text = psoup_tokenizer_token(tokenizer, tokens[i].id);
+        if (text)
+            failed |= psoup_json_set(root, tokens[i].name, psoup_json_new_string(text));
+    }
+    if (failed)
+        status = psoup__out_of_memory(error, 0);
+    else if (path)
+        status = psoup_json_write(model->context, path, root, error);
+    psoup__free(model->context, path);
+    psoup_json_free(root);
+    return status;
+}
+
 psoup_status psoup_model_save(const psoup_model *model, const char *directory,
                               const psoup_tokenizer *tokenizer, psoup_error *error) {
     psoup_context *context = model->context;
@@ -200,6 +233,8 @@ psoup_status psoup_model_save(const psoup_model *model, const char *directory,
     PSOUP__TRY(write_weights(model, writer, piece, error));
     if (tokenizer)
         PSOUP__TRY(psoup_tokenizer_save(tokenizer, tokenizer_path, error));
+    if (tokenizer)
+        PSOUP__TRY(write_tokenizer_config(model, directory, tokenizer, error));
 fail:
     psoup__safetensors_writer_free(writer);
     psoup__free(context, piece);
