@@ -106,8 +106,8 @@ static int reward(void *user, const psoup_rollout *rollouts, size_t n, float *sc
     return 0;
 }
 
-/* Seconds of one PPO step of n policies, 16 rollouts of 48 new tokens each. */
-static double ppo(psoup_model *model, size_t first, size_t n) {
+/* Seconds of one PPO step of n policies, some rollouts of 32 new tokens each. */
+static double ppo(psoup_model *model, size_t first, size_t n, int32_t rollouts) {
     static const char *const names[POLICIES] = {"p0", "p1", "p2", "p3", "p4", "p5"};
     psoup_ppo_prompt prompts[BATCH];
     psoup_ppo_policy policies[POLICIES];
@@ -115,17 +115,17 @@ static double ppo(psoup_model *model, size_t first, size_t n) {
     psoup_ppo *run;
     psoup_error error;
     int64_t left;
-    for (int i = 0; i < BATCH; i++)
+    for (int i = 0; i < rollouts; i++)
         prompts[i] = (psoup_ppo_prompt){.tokens = tokens[i], .n = PROMPT, .id = i};
     for (size_t k = 0; k < n; k++)
         policies[k] = (psoup_ppo_policy){.adapter = names[first + k],
                                          .reward_fn = reward,
                                          .prompts = prompts,
-                                         .n_prompts = BATCH,
+                                         .n_prompts = (size_t)rollouts,
                                          .seed = first + k};
     options.steps = 1;
-    options.batch_size = BATCH;
-    options.max_new_tokens = 48;
+    options.batch_size = rollouts;
+    options.max_new_tokens = 32;
     options.ignore_stop = 1;
     options.ppo_epochs = 2;
     options.early_stop = PSOUP_EARLY_STOP_OFF;
@@ -229,15 +229,19 @@ int main(int argc, char **argv) {
         snprintf(name, sizeof name, "p%d", k);
         must(psoup_model_add_adapter(model, name, &lora, &error), &error);
     }
-    for (int t = 0; t < 3; t++) {
-        ours[t] = ppo(model, 0, POLICIES);
-        theirs[t] = 0;
-        for (size_t k = 0; k < POLICIES; k++)
-            theirs[t] += ppo(model, k, 1);
-        ratio[t] = theirs[t] / ours[t];
+    const int32_t rollouts[] = {2, BATCH}; /* of a policy and step: few leave a batch half empty */
+    for (int r = 0; r < 2; r++) {
+        for (int t = 0; t < TURNS; t++) {
+            ours[t] = ppo(model, 0, POLICIES, rollouts[r]);
+            theirs[t] = 0;
+            for (size_t k = 0; k < POLICIES; k++)
+                theirs[t] += ppo(model, k, 1, rollouts[r]);
+            ratio[t] = theirs[t] / ours[t];
+        }
+        printf("PPO step of six policies, %2d rollouts each: side by side %.2f s  in turn %.2f s  "
+               "ratio %.2f\n",
+               (int)rollouts[r], median(ours, TURNS), median(theirs, TURNS), median(ratio, TURNS));
     }
-    printf("%-34s side by side %.2f s  in turn %.2f s  ratio %.2f\n", "PPO step of six policies",
-           median(ours, 3), median(theirs, 3), median(ratio, 3));
     psoup_model_free(model);
     psoup_context_free(context);
     return 0;

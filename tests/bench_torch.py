@@ -80,6 +80,7 @@ class Model(torch.nn.Module):
         x = F.embedding(ids, self.embed)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, caches[i] if caches else None, at)
+        x = x[:, -1:] if caches else x  # generation reads the last position alone
         return F.linear(norm(x, self.n), self.head)
 
 
