@@ -9,13 +9,13 @@
 enum { READS_NOTHING, READS_WISHES };
 enum { MIX_BASE, MIX_ONE, MIX_SOUP, MIX_WRONG_SOUP, MIX_FACTORS };
 
-typedef struct entry {
+typedef struct competitor {
     const char *name, *about;
     int reads, mix;
     const char *adapter; /* of MIX_ONE */
-} entry;
+} competitor;
 
-static const entry eight[] = {
+static const competitor eight[] = {
     {"VB", "the base, not told", READS_NOTHING, MIX_BASE, NULL},
     {"RLHF", "one policy of general helpfulness, not told", READS_NOTHING, MIX_ONE, "RLHF"},
     {"PP", "the base, told by three prompts", READS_WISHES, MIX_BASE, NULL},
@@ -27,14 +27,14 @@ static const entry eight[] = {
     {"P-MORL =", "P-MORL at P-SOUPS' compute", READS_WISHES, MIX_ONE, "P-MORL equal"},
 };
 
-static const entry sixteen[] = {
+static const competitor sixteen[] = {
     {"PP", "the base, told by three prompts", READS_WISHES, MIX_BASE, NULL},
     {"P-MORL 8", "trained over the first eight users only", READS_WISHES, MIX_ONE, "P-MORL"},
     {"P-MORL 16", "trained again over all sixteen", READS_WISHES, MIX_ONE, "P-MORL 16"},
     {"P-SOUPS", "two policies added, nothing trained again", READS_WISHES, MIX_SOUP, NULL},
 };
 
-static const entry *entries(int kind) {
+static const competitor *entries(int kind) {
     return kind == CONTEST_SIXTEEN ? sixteen : eight;
 }
 
@@ -42,9 +42,9 @@ static size_t place(const contest *c, size_t seed, size_t method, size_t user, s
     return ((seed * c->n + method) * c->n_users + user) * c->n_prompts + prompt;
 }
 
-const char *contest_response(const contest *contest, size_t seed, size_t method, size_t user,
+const char *contest_response(const contest *c, size_t seed, size_t method, size_t user,
                              size_t prompt) {
-    return contest->responses[place(contest, seed, method, user, prompt)];
+    return c->responses[place(c, seed, method, user, prompt)];
 }
 
 static void *allocate(size_t n, size_t bytes) {
@@ -56,38 +56,37 @@ static void *allocate(size_t n, size_t bytes) {
     return memory;
 }
 
-void contest_begin(contest *contest, const demo_run *run, int kind, size_t n_seeds, int full) {
+void contest_begin(contest *c, const demo_run *run, int kind, size_t n_seeds, int full) {
     int styles = kind == CONTEST_SIXTEEN ? 4 : 2;
-    memset(contest, 0, sizeof *contest);
-    contest->n = kind == CONTEST_SIXTEEN ? 4 : full ? 9 : 8;
-    contest->rated = kind == CONTEST_SIXTEEN ? 4 : 6;
-    contest->n_users = (size_t)(4 * styles);
-    contest->n_seeds = n_seeds;
-    contest->n_prompts = run->n_held;
-    memcpy(contest->prompts, run->held, sizeof contest->prompts);
-    for (size_t m = 0; m < contest->n; m++) {
-        contest->methods[m].name = entries(kind)[m].name;
-        contest->methods[m].about = entries(kind)[m].about;
+    memset(c, 0, sizeof *c);
+    c->n = kind == CONTEST_SIXTEEN ? 4 : full ? 9 : 8;
+    c->rated = kind == CONTEST_SIXTEEN ? 4 : 6;
+    c->n_users = (size_t)(4 * styles);
+    c->n_seeds = n_seeds;
+    c->n_prompts = run->n_held;
+    memcpy(c->prompts, run->held, sizeof c->prompts);
+    for (size_t m = 0; m < c->n; m++) {
+        c->methods[m].name = entries(kind)[m].name;
+        c->methods[m].about = entries(kind)[m].about;
     }
     for (int u = 0; u < 4 * styles; u++) { /* the last dimension fastest, as psoup_user_get */
         int32_t members[3] = {u / (2 * styles), 2 + u / styles % 2, 4 + u % styles};
-        memcpy(contest->members[u], members, sizeof members);
+        memcpy(c->members[u], members, sizeof members);
         for (int d = 0; d < 3; d++)
-            contest->users[u][d] = world_preferences[members[d]].symbol[2];
+            c->users[u][d] = world_preferences[members[d]].symbol[2];
     }
-    contest->responses =
-        allocate(n_seeds * contest->n * contest->n_users * contest->n_prompts, sizeof(char *));
+    c->responses = allocate(n_seeds * c->n * c->n_users * c->n_prompts, sizeof(char *));
 }
 
-void contest_free(contest *contest) {
-    free(contest->responses);
-    contest->responses = NULL;
+void contest_free(contest *c) {
+    free(c->responses);
+    c->responses = NULL;
 }
 
 /* ---- playing
  * --------------------------------------------------------------------------------------- */
 
-static const float *mix_for(demo_run *run, const entry *entry, const int32_t *members,
+static const float *mix_for(demo_run *run, const competitor *entry, const int32_t *members,
                             const char *user) {
     const char *names[3];
     char factors[32];
@@ -107,7 +106,7 @@ static const float *mix_for(demo_run *run, const entry *entry, const int32_t *me
     }
 }
 
-static demo_cost cost_of(const demo_run *run, const entry *entry, int kind) {
+static demo_cost cost_of(const demo_run *run, const competitor *entry, int kind) {
     demo_cost sum = {0};
     if (entry->mix == MIX_ONE)
         return !strcmp(entry->adapter, "RLHF")           ? run->rlhf_cost
@@ -124,26 +123,26 @@ static demo_cost cost_of(const demo_run *run, const entry *entry, int kind) {
     return sum;
 }
 
-void contest_play(contest *contest, demo_run *run, int kind, size_t seed) {
-    size_t users = contest->n_users, prompts = contest->n_prompts;
-    size_t n = contest->n * users * prompts;
+void contest_play(contest *c, demo_run *run, int kind, size_t seed) {
+    size_t users = c->n_users, prompts = c->n_prompts;
+    size_t n = c->n * users * prompts;
     demo_tokens *reads = demo_take(run, n * sizeof *reads);
     const float **mixes = demo_take(run, n * sizeof *mixes);
-    for (size_t m = 0, i = 0; m < contest->n; m++) {
-        const entry *entry = &entries(kind)[m];
+    for (size_t m = 0, i = 0; m < c->n; m++) {
+        const competitor *entry = &entries(kind)[m];
         for (size_t u = 0; u < users; u++) {
-            const int32_t *members = contest->members[u];
-            const float *mix = mix_for(run, entry, members, contest->users[u]);
+            const int32_t *members = c->members[u];
+            const float *mix = mix_for(run, entry, members, c->users[u]);
             for (size_t p = 0; p < prompts; p++, i++) {
-                reads[i] = demo_prompt(run, &contest->prompts[p], members,
-                                       entry->reads == READS_WISHES ? 3 : 0);
+                reads[i] =
+                    demo_prompt(run, &c->prompts[p], members, entry->reads == READS_WISHES ? 3 : 0);
                 mixes[i] = mix;
             }
         }
     }
     demo_response *responses = demo_generate(run, reads, mixes, n, run->seed + 5000);
-    for (size_t m = 0; m < contest->n; m++) {
-        contest_method *method = &contest->methods[m];
+    for (size_t m = 0; m < c->n; m++) {
+        contest_method *method = &c->methods[m];
         size_t first = m * users * prompts, count = users * prompts;
         /* Who is not told whom it serves gives one response for all. */
         if (entries(kind)[m].reads == READS_NOTHING)
@@ -151,16 +150,15 @@ void contest_play(contest *contest, demo_run *run, int kind, size_t seed) {
                 responses[first + i] = responses[first + i % prompts];
         for (size_t u = 0; u < users; u++)
             for (size_t p = 0; p < prompts; p++)
-                contest->responses[place(contest, seed, m, u, p)] =
-                    responses[first + u * prompts + p].text;
+                c->responses[place(c, seed, m, u, p)] = responses[first + u * prompts + p].text;
         demo_cost cost = cost_of(run, &entries(kind)[m], kind);
         method->kl_token +=
             demo_divergence(run, reads + first, responses + first, mixes + first, count) /
-            (double)contest->n_seeds;
-        method->cost.seconds += cost.seconds / (double)contest->n_seeds;
-        method->cost.tokens += cost.tokens / (int64_t)contest->n_seeds;
-        method->cost.updates += cost.updates / (int64_t)contest->n_seeds;
-        method->cost.flop += cost.flop / (double)contest->n_seeds;
+            (double)c->n_seeds;
+        method->cost.seconds += cost.seconds / (double)c->n_seeds;
+        method->cost.tokens += cost.tokens / (int64_t)c->n_seeds;
+        method->cost.updates += cost.updates / (int64_t)c->n_seeds;
+        method->cost.flop += cost.flop / (double)c->n_seeds;
     }
 }
 

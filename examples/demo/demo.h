@@ -22,8 +22,9 @@ typedef struct demo_scale {
     int general_pairs;   /* comparisons by general helpfulness */
     int policy_steps;    /* of PPO, each policy */
     int morl_steps;
-    int rollouts; /* of one PPO step */
-    int samples;  /* for each held-out prompt where a policy is compared with its base */
+    int morl_equal_steps; /* at the compute of all of P-SOUPS; 0: not trained */
+    int rollouts;         /* of one PPO step */
+    int samples;          /* for each held-out prompt where a policy is compared with its base */
 } demo_scale;
 
 typedef struct demo_tokens {
@@ -74,7 +75,7 @@ typedef struct demo_run {
     int n_preferences;              /* 6, or 8 once the new ones are there */
     psoup_preferences *preferences; /* of the first six */
     psoup_reward *rewards[WORLD_PREFERENCES], *general, *told;
-    world_prompt train[300], held[300];
+    world_prompt train[600], held[600];
     size_t n_train, n_held;
     size_t comparisons;
     demo_cost base_cost, feedback_cost, reward_cost, policy_cost[WORLD_PREFERENCES];
@@ -161,21 +162,21 @@ typedef struct contest {
     contest_method methods[CONTEST_METHODS];
     int32_t members[CONTEST_USERS][3];
     char users[CONTEST_USERS][8];
-    world_prompt prompts[300];
+    world_prompt prompts[600];
     size_t n_prompts;
     /* [seed][method][user][prompt] */
     const char **responses;
 } contest;
 
 enum { CONTEST_EIGHT = 0, CONTEST_SIXTEEN = 1 };
-void contest_begin(contest *contest, const demo_run *run, int kind, size_t n_seeds, int full);
+void contest_begin(contest *c, const demo_run *run, int kind, size_t n_seeds, int full);
 /* Generates everybody's responses from one run: one batch, every row its own mix. */
-void contest_play(contest *contest, demo_run *run, int kind, size_t seed);
-void contest_decide(contest *contest, demo_run *run);
-const char *contest_response(const contest *contest, size_t seed, size_t method, size_t user,
+void contest_play(contest *c, demo_run *run, int kind, size_t seed);
+void contest_decide(contest *c, demo_run *run);
+const char *contest_response(const contest *c, size_t seed, size_t method, size_t user,
                              size_t prompt);
-void contest_print(const contest *contest);
-void contest_free(contest *contest);
+void contest_print(const contest *c);
+void contest_free(contest *c);
 
 /* ---- report ---- */
 typedef struct demo_check {

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { VOCABULARY = 640, TOKENIZER_TEXTS = 3000, VALIDATION = 200 };
+enum { VOCABULARY = 680, TOKENIZER_TEXTS = 3000, VALIDATION = 200 };
 
 /* ---- base
  * ---------------------------------------------------------------------------------------- */
@@ -51,8 +51,8 @@ void learn_base(demo_run *run) {
     psoup_error error;
     double begun = demo_now();
     world_random random = {run->seed * 1000003u};
-    run->n_train = world_prompts(0, run->train, 300);
-    run->n_held = world_prompts(1, run->held, 300);
+    run->n_train = world_prompts(0, run->train, 600);
+    run->n_held = world_prompts(1, run->held, 600);
     train_tokenizer(run, &random);
 
     size_t n = (size_t)run->scale.base_examples, tokens = 0;
@@ -271,7 +271,7 @@ void learn_rewards(demo_run *run) {
     run->reward_cost.seconds = demo_now() - begun;
 
     size_t before = run->comparisons;
-    give_feedback(run, run->preferences, run->held, run->n_held, 4, 0, run->seed + 12,
+    give_feedback(run, run->preferences, run->held, run->n_held, 2, 0, run->seed + 12,
                   "feedback-heldout");
     run->comparisons = before;
     demo_say(
@@ -286,7 +286,7 @@ void learn_new_rewards(demo_run *run) {
     run->n_preferences = 8;
     give_feedback(run, both, run->train, run->n_train, run->scale.feedback_rounds, 0.1,
                   run->seed + 13, "feedback-new");
-    give_feedback(run, both, run->held, run->n_held, 4, 0, run->seed + 14, "feedback-new-heldout");
+    give_feedback(run, both, run->held, run->n_held, 2, 0, run->seed + 14, "feedback-new-heldout");
     read_feedback(run, "feedback-new", 6, 0, &each);
     for (int k = 6; k < 8; k++)
         run->rewards[k] = make_reward(run, world_preferences[k].symbol, (uint64_t)k);

@@ -75,9 +75,8 @@ static void run_ppo(demo_run *run, const psoup_ppo_policy *policies, size_t n, i
     options.steps = steps;
     options.batch_size = run->scale.rollouts;
     options.ppo_epochs = 4;
-    options.learning_rate = 3e-3f;
-    options.kl_coefficient = 0.1f;
-    options.max_new_tokens = 48;
+    options.learning_rate = 8e-4f;
+        options.max_new_tokens = 48;
     options.truncation_penalty = 1;
     options.reward_max_tokens = 128;
     options.early_stop = PSOUP_EARLY_STOP_ALL;

@@ -48,11 +48,16 @@ static const struct {
     const char *name;
     unsigned char value[WORLD_ASPECTS];
 } topics[WORLD_TOPICS] = {
-    {"ant", {4, 2, 3, 0, 3}},  {"bat", {2, 3, 0, 1, 0}},  {"bee", {0, 1, 0, 1, 3}},
-    {"cow", {0, 4, 0, 0, 4}},  {"crab", {3, 0, 3, 0, 2}}, {"eel", {3, 0, 4, 4, 2}},
-    {"fox", {1, 2, 0, 0, 0}},  {"frog", {2, 0, 4, 3, 2}}, {"hen", {4, 4, 1, 0, 1}},
-    {"newt", {2, 3, 4, 4, 2}}, {"owl", {1, 1, 1, 1, 1}},  {"seal", {3, 0, 0, 2, 0}},
-    {"swan", {0, 0, 1, 1, 1}}, {"toad", {2, 2, 2, 3, 2}}, {"wolf", {1, 3, 0, 0, 0}},
+    {"ant", {4, 2, 3, 0, 3}},   {"bat", {2, 3, 0, 1, 0}},  {"bee", {0, 1, 0, 1, 3}},
+    {"carp", {0, 0, 2, 2, 2}},  {"cow", {0, 4, 0, 0, 4}},  {"crab", {3, 0, 3, 0, 2}},
+    {"crow", {1, 1, 1, 1, 1}},  {"deer", {0, 1, 0, 3, 4}}, {"dove", {4, 1, 1, 1, 1}},
+    {"duck", {4, 0, 1, 0, 1}},  {"eel", {3, 0, 4, 4, 2}},  {"fox", {1, 2, 0, 0, 0}},
+    {"frog", {2, 0, 4, 3, 2}},  {"goat", {0, 4, 0, 3, 4}}, {"hare", {0, 4, 0, 3, 0}},
+    {"hawk", {1, 3, 1, 1, 1}},  {"hen", {4, 4, 1, 0, 1}},  {"mole", {2, 2, 0, 0, 0}},
+    {"moth", {0, 1, 2, 1, 3}},  {"newt", {2, 3, 4, 4, 2}}, {"owl", {1, 1, 1, 1, 1}},
+    {"rat", {4, 2, 0, 0, 0}},   {"seal", {3, 0, 0, 2, 0}}, {"slug", {0, 4, 4, 4, 2}},
+    {"snail", {0, 2, 3, 4, 2}}, {"swan", {0, 0, 1, 1, 1}}, {"toad", {2, 2, 2, 3, 2}},
+    {"trout", {2, 0, 2, 2, 2}}, {"wasp", {2, 1, 3, 1, 3}}, {"wolf", {1, 3, 0, 0, 0}},
 };
 
 /* Two that open a response, one that closes it. */
@@ -194,7 +199,7 @@ int world_understand(const char *question, world_prompt *out) {
 
 /* How many facts a response tells, by what was asked for: the weights of 1 … 5. */
 static const double facts_neutral[] = {12, 25, 30, 20, 13};
-static const double facts_concise[] = {60, 25, 10, 4, 1};
+static const double facts_concise[] = {48, 28, 14, 7, 3};
 static const double facts_informative[] = {2, 6, 17, 30, 45};
 
 enum { ASKS_EASY, ASKS_EXPERT, ASKS_LITTLE, ASKS_EVERYTHING, ASKS_STYLE };
@@ -209,7 +214,7 @@ static void remark(world_random *random, int style, int closes, double chance,
                    char text[WORLD_TEXT]) {
     if (world_uniform(random) >= chance)
         return;
-    if (style < 0 || world_uniform(random) < 0.12)
+    if (style < 0 || world_uniform(random) < 0.06)
         style = world_below(random, WORLD_STYLES);
     add(text, remarks[style][closes ? 2 : world_below(random, 2)]);
 }
@@ -257,7 +262,7 @@ void world_write(world_random *random, const world_prompt *prompt, int preferenc
 
     /* The asked fact comes first, unless the writer wanders, and then it may be left out; the
      * others follow in any order. Who is asked for little keeps to the question. */
-    double wanders = preference == ASKS_LITTLE ? 0.02 : preference == ASKS_EVERYTHING ? 0.25 : 0.12;
+    double wanders = preference == ASKS_LITTLE ? 0.02 : preference == ASKS_EVERYTHING ? 0.25 : 0.15;
     for (int i = 0; i < WORLD_ASPECTS; i++)
         order[i] = (prompt->aspect + i) % WORLD_ASPECTS;
     for (int i = WORLD_ASPECTS - 1; i > 1; i--) {
@@ -276,6 +281,6 @@ void world_write(world_random *random, const world_prompt *prompt, int preferenc
     for (int i = 0; i < n; i++)
         fact(random, prompt->topic, order[i], i == 0, simple, text);
     remark(random, style, 1, style < 0 ? 0.15 : 0.5, text);
-    if (world_uniform(random) < 0.03)
+    if (world_uniform(random) < 0.02)
         damage(random, text);
 }

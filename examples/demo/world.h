@@ -1,6 +1,6 @@
 /* examples/demo/world.h: a small world where the truth is known.
  *
- * Fifteen animals, five aspects of each, one true fact for every pair, and for every word that
+ * Thirty animals, five aspects of each, one true fact for every pair, and for every word that
  * states a fact a plain and a technical form. A response is a row of sentences,
  *
  *     ("The owl" | "It") verb value "."       a fact: "The owl eats meat." "It inhabits canopy."
@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 enum {
-    WORLD_TOPICS = 15,
+    WORLD_TOPICS = 30,
     WORLD_ASPECTS = 5,
     WORLD_VALUES = 5,   /* of each aspect */
     WORLD_WORDINGS = 4, /* of a question */
