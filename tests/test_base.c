@@ -107,7 +107,7 @@ START_TEST(option_structs_end_without_padding) {
         const char *name;
         size_t size, end;
     } structs[] = {
-        ENDS(psoup_context_options, log_user),   ENDS(psoup_model_config, reserved),
+        ENDS(psoup_context_options, log_user),   ENDS(psoup_model_config, more_eos_token_ids),
         ENDS(psoup_adapter_options, seed),       ENDS(psoup_sampling, n_stop_tokens),
         ENDS(psoup_session_options, reserved),   ENDS(psoup_step, values),
         ENDS(psoup_sft_options, user),           ENDS(psoup_reward_options, user),

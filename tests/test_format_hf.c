@@ -24,7 +24,8 @@ START_TEST(reads_configs) {
     ck_assert_int_eq(c.rope_scaling, PSOUP_ROPE_LLAMA3);
     ck_assert(c.rope_factor == 8 && c.rope_low_freq_factor == 1 && c.rope_high_freq_factor == 4 &&
               c.rope_original_max_position == 32 && c.rope_theta == 500000);
-    ck_assert(c.eos_token_id == 30 && c.torch_dtype == PSOUP_BF16 && !c.tie_word_embeddings);
+    ck_assert(c.eos_token_id == 30 && c.more_eos_token_ids[0] == 31 && c.more_eos_token_ids[1] == -1);
+    ck_assert(c.torch_dtype == PSOUP_BF16 && !c.tie_word_embeddings);
     ck_ok(psoup__hf_config_read(context, GOLDEN "config/yarn", &c, &error));
     ck_assert(c.rope_scaling == PSOUP_ROPE_YARN && c.rope_factor == 4 && c.rope_beta_fast == 24 &&
               c.rope_beta_slow == 1 && c.rope_original_max_position == 64);
@@ -67,6 +68,9 @@ static const struct {
     const char *text, *says;
 } bad_configs[] = {
     {"[]", "object"},
+    {"{\"model_type\":\"llama\"," SIZES ",\"eos_token_id\":[1,-1]}", "eos_token_id"},
+    {"{\"model_type\":\"llama\"," SIZES ",\"eos_token_id\":[1,2,3,4,5,6,7,8,9]}",
+     "eos_token_id: 9 tokens; expected at most 8"},
     {"{\"model_type\":\"gpt2\"," SIZES "}", "model_type: \"gpt2\""},
     {"{" SIZES "}", "model_type"},
     {"{\"model_type\":\"llama\"," SIZES ",\"hidden_act\":\"gelu\"}", "hidden_act: \"gelu\""},

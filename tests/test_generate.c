@@ -163,6 +163,14 @@ START_TEST(stopping) {
     ck_assert_uint_eq(s.n, at + 1); /* the stop token is kept */
     ck_assert(memcmp(s.tokens, c.tokens, s.n * sizeof *s.tokens) == 0);
     psoup_generation_free(stopped);
+    /* So does any of the configuration's ends, where no stop tokens are given. */
+    psoup_sampling plain = sampled(30);
+    model->config.eos_token_id = -1;
+    model->config.more_eos_token_ids[1] = c.tokens[at];
+    stopped = generate(model, &rows, 0, 1, &plain, 1, 0);
+    s = psoup_generation_get(stopped, 0);
+    ck_assert(s.finish == PSOUP_FINISH_STOP && s.n == at + 1);
+    psoup_generation_free(stopped);
     /* Banned until min_new_tokens; the log-probability stays that of the untouched distribution. */
     sampling.min_new_tokens = (int32_t)at + 5;
     stopped = generate(model, &rows, 0, 1, &sampling, 1, 0);

@@ -72,6 +72,25 @@ static psoup_status read_token(const psoup_json *object, const char *where, cons
     return PSOUP_OK;
 }
 
+/* The tokens of a list after its first. */
+static psoup_status read_more_eos(const psoup_json *root, const char *where, psoup_model_config *c,
+                                  psoup_error *error) {
+    const psoup_json *list = psoup_json_get(root, "eos_token_id");
+    size_t room = sizeof c->more_eos_token_ids / sizeof *c->more_eos_token_ids;
+    size_t n = psoup_json_kind(list) == PSOUP_JSON_ARRAY ? psoup_json_size(list) : 0;
+    if (n > room + 1)
+        return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "%s: eos_token_id: %zu tokens; expected at "
+                           "most %zu", where, n, room + 1);
+    for (size_t i = 1; i < n; i++) {
+        int64_t id = psoup_json_integer(psoup_json_at(list, i), -1);
+        if (id < 0 || id > INT32_MAX)
+            return psoup__fail(error, PSOUP_ERROR_FORMAT,
+                               "%s: eos_token_id: expected a token id or a list of them", where);
+        c->more_eos_token_ids[i - 1] = (int32_t)id;
+    }
+    return PSOUP_OK;
+}
+
 /* rope_scaling as transformers 4 writes it ("type" before 4.43, "rope_type" after), or
  * rope_parameters as transformers 5 does, which holds rope_theta too. */
 static psoup_status read_rope(const psoup_json *root, const char *where, psoup_model_config *config,
@@ -229,6 +248,7 @@ static psoup_status read_config(const psoup_json *root, const char *where, psoup
                           error));
     PSOUP__TRY(read_token(root, where, "eos_token_id", kind == QWEN2 ? -1 : 2, &c->eos_token_id,
                           error));
+    PSOUP__TRY(read_more_eos(root, where, c, error));
     PSOUP__TRY(read_token(root, where, "pad_token_id", -1, &c->pad_token_id, error));
     PSOUP__TRY(read_dtype(root, where, &c->torch_dtype, error));
     PSOUP__TRY(read_rope(root, where, c, error));
@@ -280,7 +300,6 @@ psoup_status psoup__config_check(psoup_model_config *c, const char *where, psoup
         {"eos_token_id", c->eos_token_id, -1, INT32_MAX},
         {"pad_token_id", c->pad_token_id, -1, INT32_MAX},
         {"torch_dtype", c->torch_dtype, PSOUP_F32, PSOUP_BF16},
-        {"reserved", c->reserved, 0, 0},
     };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         if (sizes[i].value < sizes[i].low || sizes[i].value > sizes[i].high)

@@ -20,6 +20,21 @@ static psoup_json *token_json(int32_t id) {
     return id < 0 ? psoup_json_new_null() : psoup_json_new_integer(id);
 }
 
+/* One id, or where several tokens end a text the list of them. */
+static psoup_json *eos_json(const psoup_model_config *c) {
+    if (c->more_eos_token_ids[0] < 0)
+        return token_json(c->eos_token_id);
+    psoup_json *list = psoup_json_new_array();
+    int failed = psoup_json_append(list, token_json(c->eos_token_id));
+    for (size_t i = 0; i < sizeof c->more_eos_token_ids / sizeof *c->more_eos_token_ids; i++)
+        if (c->more_eos_token_ids[i] >= 0)
+            failed |= psoup_json_append(list, token_json(c->more_eos_token_ids[i]));
+    if (!failed)
+        return list;
+    psoup_json_free(list);
+    return NULL;
+}
+
 static psoup_json *rope_json(const psoup_model_config *c) {
     static const char *const names[] = {"default", "linear", "llama3", "yarn", "dynamic"};
     if (c->rope_scaling == PSOUP_ROPE_DEFAULT)
@@ -92,7 +107,7 @@ psoup_status psoup__hf_config_write(psoup_context *context, const char *director
     failed |= psoup_json_set(root, "tie_word_embeddings",
                              psoup_json_new_bool(c.tie_word_embeddings));
     failed |= psoup_json_set(root, "bos_token_id", token_json(c.bos_token_id));
-    failed |= psoup_json_set(root, "eos_token_id", token_json(c.eos_token_id));
+    failed |= psoup_json_set(root, "eos_token_id", eos_json(&c));
     failed |= psoup_json_set(root, "pad_token_id", token_json(c.pad_token_id));
     failed |= psoup_json_set(root, "torch_dtype", psoup_json_new_string(dtypes[c.torch_dtype]));
     failed |= psoup_json_set(root, "use_cache", psoup_json_new_bool(1));

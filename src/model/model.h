@@ -71,6 +71,18 @@ struct psoup_model {
     uint64_t edition; /* counts adapters added and removed: what a mix's columns mean */
 };
 
+/* The tokens that end a text, by the configuration; returns how many. */
+enum { PSOUP__END_TOKENS = 8 };
+static inline size_t psoup__end_tokens(const psoup_model_config *c, int32_t out[PSOUP__END_TOKENS]) {
+    size_t n = 0;
+    if (c->eos_token_id >= 0)
+        out[n++] = c->eos_token_id;
+    for (size_t i = 0; i < PSOUP__END_TOKENS - 1; i++)
+        if (c->more_eos_token_ids[i] >= 0)
+            out[n++] = c->more_eos_token_ids[i];
+    return n;
+}
+
 /* ---- parameters.c: the base's weights, one by one -------------------------------------------------- */
 
 /* A cursor over the base's weights, in the order of the flat buffers. Start with all zero. */

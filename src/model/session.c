@@ -214,9 +214,10 @@ static psoup_status copy_sequence(psoup_session *session, const psoup_prompt *pr
     psoup_context *context = model->context;
     const int32_t *stop = s->sampling.stop_tokens;
     size_t n_stop = s->sampling.n_stop_tokens;
+    int32_t ends[PSOUP__END_TOKENS];
     if (!stop) {
-        stop = &model->config.eos_token_id;
-        n_stop = *stop >= 0;
+        stop = ends;
+        n_stop = psoup__end_tokens(&model->config, ends);
     }
     s->prompt = s->length = (int32_t)prompt->n;
     s->room = session->max_tokens - s->prompt;

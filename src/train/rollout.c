@@ -36,10 +36,12 @@ void psoup__rollouts_free(psoup__rollouts *rollouts, psoup_context *context) {
 /* Keeps a completion: up to and with its first end token, also where sampling went on past it. */
 static psoup_status keep(psoup_model *model, psoup__rollouts *out, size_t i, psoup_completion c,
                          psoup_error *error) {
-    size_t n = 0;
+    int32_t ends[PSOUP__END_TOKENS];
+    size_t n = 0, n_ends = psoup__end_tokens(&model->config, ends);
     bool ended = false;
-    while (n < c.n && !ended)
-        ended = c.tokens[n++] == model->config.eos_token_id;
+    for (; n < c.n && !ended; n++)
+        for (size_t e = 0; e < n_ends; e++)
+            ended = ended || c.tokens[n] == ends[e];
     psoup_status status = psoup__reserve(model->context, &out->response, &out->token_capacity,
                                          out->tokens + n, sizeof(*out->response), error);
     if (status != PSOUP_OK)

@@ -102,14 +102,15 @@ typedef struct psoup_model_config {
     int32_t bos_token_id, eos_token_id, pad_token_id; /* −1: none */
     int32_t torch_dtype; /* psoup_dtype of the stored weights: F32, F16 or BF16 */
     float initializer_range;
-    int32_t reserved; /* 0 */
+    int32_t more_eos_token_ids[7]; /* that end a text as eos_token_id does; −1: none */
 } psoup_model_config;
 
 #define PSOUP_MODEL_CONFIG_INIT                                                                    \
     {.size = sizeof(psoup_model_config), .max_position_embeddings = 2048, .rms_norm_eps = 1e-6f,   \
      .rope_theta = 10000.0f, .rope_factor = 1.0f, .rope_low_freq_factor = 1.0f,                    \
      .rope_high_freq_factor = 4.0f, .rope_beta_fast = 32.0f, .rope_beta_slow = 1.0f,               \
-     .bos_token_id = -1, .eos_token_id = -1, .pad_token_id = -1, .initializer_range = 0.02f}
+     .bos_token_id = -1, .eos_token_id = -1, .pad_token_id = -1, .initializer_range = 0.02f, \
+     .more_eos_token_ids = {-1, -1, -1, -1, -1, -1, -1}}
 
 /* Loads a Hugging Face model directory: config.json with one model.safetensors, or several named by
  * model.safetensors.index.json. Weights keep their dtype. NaN and infinite weights are refused with
@@ -226,7 +227,7 @@ typedef struct psoup_sampling {
     int32_t no_repeat_ngram_size; /* 0: off; over prompt and output, as transformers has it */
     int32_t ignore_stop;         /* sample on past stop tokens, to max_new_tokens */
     uint64_t seed;
-    const int32_t *stop_tokens; /* n_stop_tokens of them; NULL: the model's eos token */
+    const int32_t *stop_tokens; /* n_stop_tokens of them; NULL: the model's eos tokens */
     size_t n_stop_tokens;
 } psoup_sampling;
 #define PSOUP_SAMPLING_INIT                                                                        \
