@@ -211,9 +211,12 @@ $B/fuzz_%: $B/tests/fuzz/fuzz_%.o $B/libpsoup.a
 	$(CC) $(LDFLAGS) -fsanitize=fuzzer $^ $(LIBS) -o $@
 
 # ---- speed --------------------------------------------------------------------------------------
+# PyTorch, where PYTHON has it, is the peer of the model's bench.
+PYTHON ?= python3
 bench: deps-bench
 	@$(MAKE) --no-print-directory $(BENCHES:%=$B/tests/%)
-	@set -e; for b in $(BENCHES); do echo "== $$b"; $B/tests/$$b; done
+	@set -e; for b in $(BENCHES); do echo "== $$b"; \
+	    $B/tests/$$b $(PYTHON) tests/$$(echo $$b | sed s/model/torch/).py; done
 
 # ---- what the system must have ------------------------------------------------------------------
 # Installs what is missing when run as root; otherwise prints the one line that does.
