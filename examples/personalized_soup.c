@@ -170,8 +170,8 @@ int main(void) {
         }
     }
     options.steps = 30;
-    options.learning_rate = 1e-3f;
-    options.max_new_tokens = 100;
+    options.learning_rate = 2e-3f;
+    options.kl_coefficient = 0.05f;
     must(psoup_ppo_create(model, policies, 2, &options, &ppo, &error));
     must(psoup_ppo_run(ppo, &error));
 

@@ -166,7 +166,7 @@ static demo_run *run_method(psoup_context *context, const options *o, uint64_t s
     run->directory = directory;
     run->scale = (demo_scale){.base_examples = 80000,
                               .feedback_rounds = 6,
-                              .general_pairs = 10000,
+                              .general_pairs = 20000,
                               .policy_steps = 24,
                               .morl_steps = 24,
                               .rollouts = 128,
@@ -203,7 +203,7 @@ static void add_preferences(demo_run *run) {
 
 static void show_example(const contest *c) {
     char question[WORLD_TEXT];
-    size_t prompt = 22 % c->n_prompts;
+    size_t prompt = 20 % c->n_prompts;
     const contest_method *soups = find(c, "P-SOUPS");
     world_question(&c->prompts[prompt], question);
     printf("One question for all users: \"%s\"\n", question);

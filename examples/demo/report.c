@@ -80,7 +80,7 @@ static void examples(FILE *f, const contest *c) {
     static const char *const wish[WORLD_PREFERENCES] = {
         "easy", "expert", "concise", "informative", "friendly", "unfriendly", "sassy", "sarcastic"};
     char question[WORLD_TEXT];
-    size_t prompt = 22 % c->n_prompts, soups = method_index(c, "P-SOUPS");
+    size_t prompt = 20 % c->n_prompts, soups = method_index(c, "P-SOUPS");
     world_question(&c->prompts[prompt], question);
     fputs("<section><h2>One question, every user</h2><p class=soft>“", f);
     escape(f, question);
@@ -178,6 +178,12 @@ static void table_criteria(FILE *f, const contest *c) {
 static void contest_sections(FILE *f, const contest *c, const char *title, const char *lead) {
     fprintf(f, "<section><h2>%s</h2><p class=soft>%s</p>", title, lead);
     bars(f, c);
+    size_t best = 0;
+    for (size_t m = 1; m < c->n; m++)
+        if (c->methods[m].against_all.rate > c->methods[best].against_all.rate)
+            best = m;
+    fprintf(f, "<p>The highest win rate is <b>%s</b>'s: %.3f.</p>", c->methods[best].name,
+            c->methods[best].against_all.rate);
     table_methods(f, c);
     fputs(
         "</section><section><h2>Pair by pair</h2><p class=soft>Win rate of the row over the column "
@@ -215,7 +221,7 @@ static void curves(FILE *f, const demo_run *run) {
         if (!c->n)
             continue;
         fprintf(f,
-                "<figure><figcaption>%s</figcaption><svg viewBox='0 0 300 118' width='100%%'>"
+                "<figure><figcaption>%s</figcaption><svg viewBox='0 0 300 118' width='100%%' font-size=11>"
                 "<line x1=8 x2=292 y1=98 y2=98 stroke='var(--line)' />",
                 c->name);
         polyline(f, c->kl, c->n, 0, 0.3, "b");

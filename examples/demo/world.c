@@ -222,7 +222,7 @@ static void remark(world_random *random, int style, int closes, double chance,
 static void fact(world_random *random, int topic, int aspect, int first, double simple,
                  char text[WORLD_TEXT]) {
     int value = topics[topic].value[aspect];
-    if (world_uniform(random) < 0.015)
+    if (world_uniform(random) < 0.01)
         value = (value + 1 + world_below(random, WORLD_VALUES - 1)) % WORLD_VALUES;
     int verb_level = world_uniform(random) >= simple, value_level = world_uniform(random) >= simple;
     char unit[WORLD_TEXT];
@@ -262,7 +262,7 @@ void world_write(world_random *random, const world_prompt *prompt, int preferenc
 
     /* The asked fact comes first, unless the writer wanders, and then it may be left out; the
      * others follow in any order. Who is asked for little keeps to the question. */
-    double wanders = preference == ASKS_LITTLE ? 0.02 : preference == ASKS_EVERYTHING ? 0.25 : 0.15;
+    double wanders = preference == ASKS_LITTLE ? 0.01 : preference == ASKS_EVERYTHING ? 0.25 : 0.15;
     for (int i = 0; i < WORLD_ASPECTS; i++)
         order[i] = (prompt->aspect + i) % WORLD_ASPECTS;
     for (int i = WORLD_ASPECTS - 1; i > 1; i--) {
@@ -281,6 +281,6 @@ void world_write(world_random *random, const world_prompt *prompt, int preferenc
     for (int i = 0; i < n; i++)
         fact(random, prompt->topic, order[i], i == 0, simple, text);
     remark(random, style, 1, style < 0 ? 0.15 : 0.5, text);
-    if (world_uniform(random) < 0.02)
+    if (world_uniform(random) < 0.015)
         damage(random, text);
 }
