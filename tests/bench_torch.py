@@ -48,10 +48,19 @@ class Block(torch.nn.Module):
             cache[0][:, :, at:at + t] = k
             cache[1][:, :, at:at + t] = v
             k, v = cache[0][:, :, :at + t], cache[1][:, :, :at + t]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
+        y = attend(q, k, v, t > 1)
         x = x + F.linear(y.transpose(1, 2).reshape(b, t, DIM), self.o)
         h = norm(x, self.n2)
         return x + F.linear(F.silu(F.linear(h, self.gate)) * F.linear(h, self.up), self.down)
+
+
+def attend(q, k, v, causal):
+    if hasattr(F, "scaled_dot_product_attention"):  # PyTorch 2
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(HEAD)
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+    return scores.softmax(-1) @ v
 
 
 def norm(x, w):
