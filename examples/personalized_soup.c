@@ -189,7 +189,7 @@ int main(void) {
     must(psoup_generate(model, rows, 4, &sampling, NULL, NULL, NULL, &generation, &error));
     printf("%s\n", fill(&held[n_held / 3], -1));
     for (size_t u = 0; u < 4; u++) {
-        psoup_completion c = psoup_generation_get(generation, u);
+        psoup_completion c = *psoup_generation_get(generation, u);
         char answer[8 * WORLD_TEXT];
         size_t n;
         must(psoup_tokenizer_decode(tokenizer, c.tokens, c.n, 1, answer, sizeof answer, &n, &error));

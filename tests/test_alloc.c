@@ -159,7 +159,7 @@ static psoup_status generate(uint64_t *sum) {
     options.max_sequences = 2;
     TRY(psoup_generate(model, prompts, 3, &sampling, &options, NULL, NULL, &g, &error));
     for (size_t i = 0; i < 3; i++) {
-        psoup_completion c = psoup_generation_get(g, i);
+        psoup_completion c = *psoup_generation_get(g, i);
         digest(sum, c.tokens, c.n * sizeof *c.tokens);
         digest(sum, c.logprobs, c.n * sizeof *c.logprobs);
     }
@@ -320,8 +320,10 @@ static psoup_status compare(psoup_judge *judge, uint64_t *sum) {
     psoup_sampling sampling = PSOUP_SAMPLING_INIT;
     psoup_instruction instruction = {"Hi", NULL, 3};
     int32_t verdicts[6], helpful[2];
-    psoup_duel duels[2] = {{0, 0, members, verdicts, 3, PSOUP_UNPARSED},
-                           {1, 1, members, verdicts + 3, 3, PSOUP_UNPARSED}};
+    psoup_duel duels[2] = {{.preferences = members, .verdicts = verdicts, .n = 3},
+                           {.prompt = 1, .user = 1, .preferences = members,
+                            .verdicts = verdicts + 3, .n = 3}};
+    duels[0].helpfulness = duels[1].helpfulness = PSOUP_UNPARSED;
     psoup_rate rate;
     sampling.max_new_tokens = 3;
     options.sampling = &sampling;

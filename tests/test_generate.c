@@ -78,11 +78,11 @@ START_TEST(generation_keeps_its_bits) {
     psoup_generation *many = generate(b, &rows, 0, 6, &sampling, 0, 0);
     for (size_t i = 0; i < 6; i++) {
         psoup_generation *alone = generate(a, &rows, i, 1, &sampling, 1, 0);
-        psoup_completion c = psoup_generation_get(few, i);
+        psoup_completion c = *psoup_generation_get(few, i);
         ck_assert_uint_eq(c.n, 20);
         ck_assert_int_eq(c.finish, PSOUP_FINISH_LENGTH);
-        ck_assert_msg(equal(c, psoup_generation_get(many, i)), "sequence %zu among others", i);
-        ck_assert_msg(equal(c, psoup_generation_get(alone, 0)), "sequence %zu alone", i);
+        ck_assert_msg(equal(c, *psoup_generation_get(many, i)), "sequence %zu among others", i);
+        ck_assert_msg(equal(c, *psoup_generation_get(alone, 0)), "sequence %zu alone", i);
         int32_t tokens[64];
         float logprobs[64];
         size_t n = rows.row[i].n;
@@ -115,7 +115,7 @@ START_TEST(greedy_takes_the_best) {
     sampling.ignore_stop = 1;
     psoup_generation *g = generate(model, &rows, 0, 6, &sampling, 3, 0);
     for (size_t i = 0; i < 6; i++) {
-        psoup_completion c = psoup_generation_get(g, i);
+        psoup_completion c = *psoup_generation_get(g, i);
         int32_t tokens[64];
         float logits[64 * VOCAB];
         size_t n = rows.row[i].n;
@@ -145,7 +145,7 @@ START_TEST(stopping) {
     psoup_sampling sampling = sampled(30);
     sampling.ignore_stop = 1;
     psoup_generation *free_run = generate(model, &rows, 0, 1, &sampling, 1, 0);
-    psoup_completion c = psoup_generation_get(free_run, 0);
+    psoup_completion c = *psoup_generation_get(free_run, 0);
     /* A token that comes third or later, and not before. */
     size_t at = 3;
     for (bool fresh = false; !fresh; at += !fresh) {
@@ -158,7 +158,7 @@ START_TEST(stopping) {
     sampling.stop_tokens = stop + 1;
     sampling.n_stop_tokens = 1;
     psoup_generation *stopped = generate(model, &rows, 0, 1, &sampling, 1, 0);
-    psoup_completion s = psoup_generation_get(stopped, 0);
+    psoup_completion s = *psoup_generation_get(stopped, 0);
     ck_assert_int_eq(s.finish, PSOUP_FINISH_STOP);
     ck_assert_uint_eq(s.n, at + 1); /* the stop token is kept */
     ck_assert(memcmp(s.tokens, c.tokens, s.n * sizeof *s.tokens) == 0);
@@ -168,13 +168,13 @@ START_TEST(stopping) {
     model->config.eos_token_id = -1;
     model->config.more_eos_token_ids[1] = c.tokens[at];
     stopped = generate(model, &rows, 0, 1, &plain, 1, 0);
-    s = psoup_generation_get(stopped, 0);
+    s = *psoup_generation_get(stopped, 0);
     ck_assert(s.finish == PSOUP_FINISH_STOP && s.n == at + 1);
     psoup_generation_free(stopped);
     /* Banned until min_new_tokens; the log-probability stays that of the untouched distribution. */
     sampling.min_new_tokens = (int32_t)at + 5;
     stopped = generate(model, &rows, 0, 1, &sampling, 1, 0);
-    s = psoup_generation_get(stopped, 0);
+    s = *psoup_generation_get(stopped, 0);
     ck_assert_uint_gt(s.n, at + 4);
     for (size_t i = 0; i + 1 < s.n && i < at + 5; i++)
         ck_assert_int_ne(s.tokens[i], c.tokens[at]);
@@ -223,7 +223,7 @@ START_TEST(no_repeated_ngrams) {
         int32_t tokens[64];
         sampling.no_repeat_ngram_size = size;
         psoup_generation *g = generate(model, &rows, 0, 1, &sampling, 1, 0);
-        psoup_completion c = psoup_generation_get(g, 0);
+        psoup_completion c = *psoup_generation_get(g, 0);
         memcpy(tokens, rows.row[0].tokens, 7 * sizeof *tokens);
         memcpy(tokens + 7, c.tokens, c.n * sizeof *tokens);
         ck_assert_uint_eq(c.n, 50);
@@ -248,10 +248,10 @@ START_TEST(seeds_and_sequences) {
     prompts[2].sampling = &other;
     psoup_generation *g = NULL;
     OK(psoup_generate(model, prompts, 4, &sampling, NULL, NULL, NULL, &g, &error));
-    psoup_completion first = psoup_generation_get(g, 0);
-    ck_assert(!equal(first, psoup_generation_get(g, 1))); /* another sequence */
-    ck_assert(!equal(first, psoup_generation_get(g, 2))); /* another seed */
-    ck_assert(equal(first, psoup_generation_get(g, 3)));
+    psoup_completion first = *psoup_generation_get(g, 0);
+    ck_assert(!equal(first, *psoup_generation_get(g, 1))); /* another sequence */
+    ck_assert(!equal(first, *psoup_generation_get(g, 2))); /* another seed */
+    ck_assert(equal(first, *psoup_generation_get(g, 3)));
     psoup_generation_free(g);
     psoup_model_free(model);
     psoup_context_free(context);

@@ -15,11 +15,11 @@ START_TEST(a_diverged_adapter_ends_its_own_rows) {
         all->data[i] = NAN;
     psoup_generation *g = generate(model, &rows, 0, 6, &sampling, 4, 0);
     for (size_t i = 0; i < 6; i++) {
-        psoup_completion c = psoup_generation_get(g, i);
+        psoup_completion c = *psoup_generation_get(g, i);
         if (mixes[i][0] != 0)
             ck_assert(c.n == 0 && c.finish == PSOUP_FINISH_ERROR);
         else
-            ck_assert(equal(c, psoup_generation_get(healthy, i)));
+            ck_assert(equal(c, *psoup_generation_get(healthy, i)));
     }
     psoup_generation_free(g);
     psoup_generation_free(healthy);
@@ -71,7 +71,7 @@ START_TEST(cancelled_and_resumed) {
     }
     ck_assert_int_gt(stops, 3);
     for (size_t i = 0; i < 6; i++) {
-        psoup_completion c = psoup_generation_get(expected, i);
+        psoup_completion c = *psoup_generation_get(expected, i);
         ck_assert_uint_eq(r.n[i], c.n);
         ck_assert(memcmp(r.tokens[i], c.tokens, c.n * sizeof *c.tokens) == 0);
     }

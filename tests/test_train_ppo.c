@@ -262,6 +262,7 @@ START_TEST(diverged_policy_harms_nobody) {
             ck_assert_int_eq(psoup_ppo_run(ppo, &error), PSOUP_ERROR_STATE);
             ck_assert_ptr_nonnull(strstr(error.message, "'P1'"));
             ck_assert(same_weights(model, "P0", expected, count));
+            ck_assert(!psoup_ppo_diverged(ppo, 0) && psoup_ppo_diverged(ppo, 1));
         } else {
             OK(psoup_ppo_run(ppo, &error));
             expected = weights(model, "P0", &count);

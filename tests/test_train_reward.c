@@ -50,8 +50,8 @@ static psoup_reward *make_reward(psoup_model *model, const char *name, uint64_t 
 }
 
 /* Comparisons of one rule, as reward 0. */
-static void only(int rule, psoup_comparison *out) {
-    for (int i = 0; i < PAIRS; i++) {
+static void only(int rule, psoup_comparison *out, int n) {
+    for (int i = 0; i < n; i++) {
         out[i] = pairs[2 * i + rule];
         out[i].reward = 0;
     }
@@ -62,7 +62,7 @@ START_TEST(learns_a_rule_and_scores_alike_in_any_batch) {
     psoup_reward *reward = make_reward(model, "R", 1);
     psoup_comparison train[PAIRS], held_out[PAIRS];
     make_pairs(1);
-    only(0, train);
+    only(0, train, PAIRS);
     psoup_reward_options o = plain();
     double accuracy, loss, before;
     OK(psoup_reward_accuracy(&reward, 1, train, PAIRS, &accuracy, &before, &error));
@@ -70,7 +70,7 @@ START_TEST(learns_a_rule_and_scores_alike_in_any_batch) {
     ck_assert_double_eq(accuracy, 0.0); /* ties are no wins */
     OK(psoup_reward_train(&reward, 1, train, PAIRS, NULL, 0, &o, &error));
     make_pairs(2);
-    only(0, held_out);
+    only(0, held_out, PAIRS);
     OK(psoup_reward_accuracy(&reward, 1, held_out, PAIRS, &accuracy, &loss, &error));
     ck_assert_msg(accuracy > 0.95, "accuracy %g", accuracy);
     ck_assert_double_lt(loss, 0.3);
@@ -132,7 +132,7 @@ START_TEST(gradient_is_the_formulas) {
     psoup_comparison train[PAIRS];
     psoup__tape *tape;
     make_pairs(1);
-    only(0, train);
+    only(0, train, PAIRS);
     double expected = 0.0, sum[16] = {0};
     OK(psoup__tape_create(model, &tape, &error));
     for (int i = 0; i < 4; i++)
@@ -193,7 +193,7 @@ START_TEST(side_by_side_is_alone) {
     open_context(1); /* one thread instead of two, at that */
     for (int r = 0; r < 2; r++) {
         model = two(rewards);
-        only(r, alone);
+        only(r, alone, PAIRS);
         OK(psoup_reward_train(&rewards[r], 1, alone, PAIRS - 40, alone, 20, &o, &error));
         ck_assert(same_weights(model, psoup_reward_name(rewards[r]), expected[r], count[r]));
         free(expected[r]);
@@ -219,6 +219,39 @@ static int watch(void *user, const psoup_step *step) {
     return s->stop_at && s->stop_at == step->step;
 }
 
+/* max_tokens keeps a row's first tokens: what stands past them trains nothing. And a model that no
+ * comparison trains is refused by name. */
+START_TEST(long_rows_keep_their_first_tokens) {
+    float *expected = NULL;
+    size_t count;
+    make_pairs(5);
+    for (int tail = 0; tail < 2; tail++) {
+        psoup_model *model = tiny_model();
+        psoup_reward *reward = make_reward(model, "R", 1), *idle = make_reward(model, "idle", 2);
+        psoup_reward *both[] = {reward, idle};
+        psoup_comparison few[8];
+        psoup_reward_options o = plain();
+        o.epochs = 1;
+        o.max_tokens = 4;
+        only(0, few, 8);
+        for (int i = 0; i < 8 && tail; i++) /* every row has at least 4 tokens */
+            few[i].n_chosen = few[i].n_rejected = 4;
+        ck_assert_int_eq(psoup_reward_train(both, 2, few, 8, NULL, 0, &o, &error),
+                         PSOUP_ERROR_ARGUMENT);
+        ck_assert_ptr_nonnull(strstr(error.message, "'idle'"));
+        OK(psoup_reward_train(&reward, 1, few, 8, NULL, 0, &o, &error));
+        if (tail)
+            ck_assert(same_weights(model, "R", expected, count));
+        else
+            expected = weights(model, "R", &count);
+        psoup_reward_free(idle);
+        psoup_reward_free(reward);
+        psoup_model_free(model);
+    }
+    free(expected);
+}
+END_TEST
+
 START_TEST(best_is_kept_and_stopping_is_clean) {
     seen s = {0};
     psoup_reward *rewards[2];
@@ -232,7 +265,7 @@ START_TEST(best_is_kept_and_stopping_is_clean) {
     o.learning_rate = 0.2f; /* too much */
     psoup_comparison mine[PAIRS];
     double accuracy;
-    only(0, mine);
+    only(0, mine, PAIRS);
     OK(psoup_reward_train(rewards, 1, mine, 64, mine + 64, 32, &o, &error));
     OK(psoup_reward_accuracy(rewards, 1, mine + 64, 32, &accuracy, NULL, &error));
     ck_assert_int_eq(s.validations, 10);
@@ -266,6 +299,7 @@ int main(void) {
     tcase_add_test(tests, learns_a_rule_and_scores_alike_in_any_batch);
     tcase_add_test(tests, gradient_is_the_formulas);
     tcase_add_test(tests, side_by_side_is_alone);
+    tcase_add_test(tests, long_rows_keep_their_first_tokens);
     tcase_add_test(tests, best_is_kept_and_stopping_is_clean);
     suite_add_tcase(suite, tests);
     SRunner *runner = srunner_create(suite);

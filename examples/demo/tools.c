@@ -179,7 +179,7 @@ demo_response *demo_generate(demo_run *run, const demo_tokens *prompts, const fl
     must(psoup_generate(run->model, rows, n, &sampling, &session, NULL, NULL, &generation, &error),
          &error);
     for (size_t i = 0; i < n; i++) {
-        psoup_completion c = psoup_generation_get(generation, i);
+        psoup_completion c = *psoup_generation_get(generation, i);
         char text[8 * WORLD_TEXT];
         size_t length;
         int32_t *ids = demo_take(run, (c.n + 1) * sizeof *ids);

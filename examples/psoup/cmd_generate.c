@@ -16,7 +16,7 @@ typedef struct job {
 typedef struct generate_args {
     const char *model, *mix, *prompt, *prompts, *template, *preference, *out;
     cli_list adapters;
-    bool any_sum, json;
+    bool any_sum, json, ignore_stop;
     int32_t threads, batch;
     psoup_sampling sampling;
 } generate_args;
@@ -181,7 +181,7 @@ static psoup_status write_results(const generate_args *args, const cli_model *m,
         status = psoup_jsonl_create(m->context, args->out, 0, &writer, error);
     for (size_t i = 0; status == PSOUP_OK && i < n; i++) {
         psoup_json *row =
-            result_row(m, &jobs[i], psoup_generation_get(generation, i), args->prompt, error);
+            result_row(m, &jobs[i], *psoup_generation_get(generation, i), args->prompt, error);
         if (!row)
             status = error->status;
         else if (writer) {
@@ -228,7 +228,7 @@ static psoup_status run(const generate_args *args, const cli_model *m, job *jobs
     else if (status == PSOUP_OK)
         status = write_results(args, m, jobs, n, generation, error);
     for (size_t i = 0; status == PSOUP_OK && i < n; i++)
-        if (psoup_generation_get(generation, i).finish == PSOUP_FINISH_ERROR)
+        if (psoup_generation_get(generation, i)->finish == PSOUP_FINISH_ERROR)
             status = diverged(args, &jobs[i], error);
     psoup_generation_free(generation);
     free(s.tokens);
@@ -257,6 +257,7 @@ int cmd_generate(int argc, char **argv) {
         {"--top-k", CLI_INT, &a.sampling.top_k, "K", "0 is off (0)"},
         {"--top-p", CLI_FLOAT, &a.sampling.top_p, "P", "1 is off (1)"},
         {"--no-repeat-ngram", CLI_INT, &a.sampling.no_repeat_ngram_size, "N", "0 is off (0)"},
+        {"--ignore-stop", CLI_FLAG, &a.ignore_stop, NULL, "go on past end tokens"},
         {"--seed", CLI_UINT64, &a.sampling.seed, "N", "equal seeds give equal texts (0)"},
         {"--batch", CLI_INT, &a.batch, "N", "prompts decoding together (32)"},
         {"--threads", CLI_INT, &a.threads, "N", "0 is one per processor (0)"},
@@ -281,6 +282,7 @@ int cmd_generate(int argc, char **argv) {
         return cli_complain("--preference: a --prompt takes it only with a --template");
     if (a.sampling.max_new_tokens < 1)
         return cli_complain("--max-new-tokens: %d, expected at least 1", a.sampling.max_new_tokens);
+    a.sampling.ignore_stop = a.ignore_stop;
     psoup_error error = {0};
     cli_model m;
     job *jobs = NULL;

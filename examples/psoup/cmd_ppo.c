@@ -214,17 +214,28 @@ static psoup_status train(ppo_state *s, psoup_error *error) {
     s->run->options.tokenizer = s->m.tokenizer;
     psoup_status status =
         psoup_ppo_create(s->m.model, policies, s->n, &s->run->options, &ppo, error);
+    psoup_status saved = status;
     if (status == PSOUP_OK)
         status = psoup_ppo_run(ppo, error);
-    psoup_ppo_free(ppo);
     cli_progress_end();
-    for (size_t i = 0; status == PSOUP_OK && i < s->n; i++) {
+    /* A policy that diverged does not cost the others: they are done, and saved. */
+    bool finished = status == PSOUP_OK;
+    for (size_t i = 0; status == PSOUP_ERROR_STATE && i < s->n; i++)
+        finished = finished || psoup_ppo_diverged(ppo, i);
+    for (size_t i = 0; saved == PSOUP_OK && finished && i < s->n; i++) {
+        psoup_error trouble;
         char *path = join(s->run->output, s->policies[i].name);
-        status = path ? psoup_model_save_adapter(s->m.model, s->policies[i].name, path,
-                                                 s->run->model, error)
-                      : cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+        if (!psoup_ppo_diverged(ppo, i))
+            saved = path ? psoup_model_save_adapter(s->m.model, s->policies[i].name, path,
+                                                    s->run->model, &trouble)
+                         : cli_error(&trouble, PSOUP_ERROR_MEMORY, "out of memory");
         free(path);
+        if (saved != PSOUP_OK) {
+            *error = trouble;
+            status = saved;
+        }
     }
+    psoup_ppo_free(ppo);
     return status;
 }
 

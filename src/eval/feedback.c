@@ -125,7 +125,7 @@ static psoup_status generate(run *r, pair *pairs, size_t n, psoup_error *error) 
     PSOUP__TRY(psoup_generate(r->generator, prompts, count, &sampling, &session, NULL, NULL,
                               &generation, error));
     for (size_t i = 0; i < count; i++) {
-        psoup_completion completion = psoup_generation_get(generation, i);
+        psoup_completion completion = *psoup_generation_get(generation, i);
         pair *p = &pairs[i / CANDIDATES];
         if (completion.finish == PSOUP_FINISH_ERROR)
             PSOUP__TRY(psoup__fail(error, PSOUP_ERROR_STATE,

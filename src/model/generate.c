@@ -4,10 +4,10 @@
 #include "model/model.h"
 
 typedef struct completion {
+    psoup_completion seen; /* what callers see, pointing at: */
     int32_t *tokens;
     float *logprobs;
-    size_t n, tokens_capacity, logprobs_capacity;
-    psoup_finish finish;
+    size_t tokens_capacity, logprobs_capacity;
 } completion;
 
 struct psoup_generation {
@@ -28,17 +28,19 @@ static int collect(void *user, int64_t id, int32_t token, float logprob, psoup_f
     collector *c = user;
     psoup_context *context = c->generation->context;
     completion *to = &c->generation->completions[id];
-    to->finish = finish;
+    to->seen.finish = finish;
     if (token >= 0) {
-        c->status = psoup__reserve(context, &to->tokens, &to->tokens_capacity, to->n + 1,
-                                   sizeof *to->tokens, c->error);
+        c->status = psoup__reserve(context, &to->tokens, &to->tokens_capacity,
+                                   to->seen.n + 1, sizeof *to->tokens, c->error);
         if (c->status == PSOUP_OK)
-            c->status = psoup__reserve(context, &to->logprobs, &to->logprobs_capacity, to->n + 1,
-                                       sizeof *to->logprobs, c->error);
+            c->status = psoup__reserve(context, &to->logprobs, &to->logprobs_capacity,
+                                       to->seen.n + 1, sizeof *to->logprobs, c->error);
         if (c->status != PSOUP_OK)
             return 1;
-        to->tokens[to->n] = token;
-        to->logprobs[to->n++] = logprob;
+        to->tokens[to->seen.n] = token;
+        to->logprobs[to->seen.n++] = logprob;
+        to->seen.tokens = to->tokens;
+        to->seen.logprobs = to->logprobs;
     }
     return c->on_token ? c->on_token(c->user, id, token, logprob, finish) : 0;
 }
@@ -117,12 +119,8 @@ fail:
     return status;
 }
 
-psoup_completion psoup_generation_get(const psoup_generation *generation, size_t index) {
-    if (index >= generation->n)
-        return (psoup_completion){.tokens = NULL};
-    const completion *c = &generation->completions[index];
-    return (psoup_completion){
-        .tokens = c->tokens, .logprobs = c->logprobs, .n = c->n, .finish = c->finish};
+const psoup_completion *psoup_generation_get(const psoup_generation *generation, size_t index) {
+    return index < generation->n ? &generation->completions[index].seen : NULL;
 }
 
 void psoup_generation_free(psoup_generation *generation) {

@@ -165,6 +165,10 @@ static psoup_status check_sampling(const psoup_model *model, const psoup_samplin
                            "psoup_sampling: max_new_tokens %d, min_new_tokens %d: expected at "
                            "least 1 and at least 0",
                            (int)s->max_new_tokens, (int)s->min_new_tokens);
+    if (s->min_new_tokens > s->max_new_tokens)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_sampling: min_new_tokens %d exceeds max_new_tokens %d",
+                           (int)s->min_new_tokens, (int)s->max_new_tokens);
     if (!(s->temperature >= 0) || !isfinite(s->temperature))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_sampling: temperature is %g; expected 0 or more",

@@ -59,7 +59,7 @@ static const psoup_field reward_fields[] = {
     FLOAT(margin, "How much higher the chosen response has to score before the loss is indifferent "
                   "to its half."),
     FLOAT(centering, "Weight of the squared sum of both scores, which keeps scores around 0."),
-    INT(max_tokens, "Longer rows keep their last tokens; 0 allows what the model can hold."),
+    INT(max_tokens, "Longer rows keep their first tokens; 0 allows what the model can hold."),
     INT(validate_every, "Optimiser steps between validations; 0 validates at the end only."),
     BOOL(keep_best, "Whether to end with the weights of the best validation accuracy."),
     RUN,

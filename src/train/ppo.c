@@ -198,6 +198,10 @@ fail:
     return status;
 }
 
+int psoup_ppo_diverged(const psoup_ppo *ppo, size_t policy) {
+    return policy < ppo->n && ppo->policies[policy].failed;
+}
+
 /* ---- validation, and the whole run ---------------------------------------------------------------- */
 
 /* Mean reward and KL on the validation prompts, sampled with the same random words every time. */

@@ -44,11 +44,11 @@ static size_t row_length(const psoup_model *model, int32_t max_tokens, size_t n)
     return n < most ? n : most;
 }
 
-/* Longer rows keep their last tokens. */
+/* Longer rows keep their first tokens, as Hugging Face's truncation and PPO's scoring do. */
 static psoup__sequence row_of(const psoup_model *model, int32_t max_tokens, const int32_t *tokens,
                               size_t n, int32_t adapter) {
     size_t length = row_length(model, max_tokens, n);
-    return (psoup__sequence){.first = tokens + (n - length), .n_first = length, .adapter = adapter};
+    return (psoup__sequence){.first = tokens, .n_first = length, .adapter = adapter};
 }
 
 static psoup_status reserve_items(trainer *t, size_t n, psoup_error *error) {
@@ -338,8 +338,11 @@ static psoup_status start_training(trainer *t, psoup_error *error) {
         if (l->adapter->grad)
             return psoup__fail(error, PSOUP_ERROR_STATE,
                                "reward model '%s' is being trained already", l->name);
+        if (l->n_train == 0)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "reward model '%s' has no comparisons to train on", l->name);
         int64_t per_epoch = ((int64_t)l->n_train + per_step - 1) / per_step;
-        l->total = per_epoch == 0 ? 0 : o->max_steps > 0 ? o->max_steps : per_epoch * o->epochs;
+        l->total = o->max_steps > 0 ? o->max_steps : per_epoch * o->epochs;
         PSOUP__TRY(psoup__adapter_train(t->model, l->adapter, true, error));
         l->training = true;
         l->optimizer = (psoup__optimizer){.p = l->adapter->data,

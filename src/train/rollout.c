@@ -122,7 +122,7 @@ psoup_status psoup__sample_rollouts(psoup_model *model, const psoup_ppo_options 
     k = 0;
     for (size_t r = 0; r < n; r++)
         for (size_t i = 0; i < requests[r].out->n; i++)
-            PSOUP__TRY(keep(model, requests[r].out, i, psoup_generation_get(generation, k++),
+            PSOUP__TRY(keep(model, requests[r].out, i, *psoup_generation_get(generation, k++),
                             error));
 fail:
     psoup_generation_free(generation);
