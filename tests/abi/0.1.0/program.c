@@ -69,7 +69,7 @@ int main(void) {
     const psoup_prompt prompt = {tokens, 3, mix, 0, NULL};
     psoup_generation *generation;
     MUST(psoup_generate(model, &prompt, 1, &sampling, NULL, NULL, NULL, &generation, &error));
-    EXPECT(psoup_generation_get(generation, 0).n >= 1);
+    EXPECT(psoup_generation_get(generation, 0)->n >= 1);
     psoup_generation_free(generation);
 
     /* train */

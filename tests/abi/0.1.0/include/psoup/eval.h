@@ -55,6 +55,7 @@ typedef struct psoup_question {
     const char *prompt;   /* the instruction and its input, without preference prompts */
     const psoup_preference *preference; /* the criterion; NULL: general helpfulness */
     const char *a, *b;    /* the two responses */
+    uint64_t reserved[2]; /* 0 */
 } psoup_question;
 
 enum { PSOUP_A_WINS = 1, PSOUP_TIE = 0, PSOUP_B_WINS = -1, PSOUP_UNPARSED = 2 };
@@ -124,12 +125,14 @@ typedef struct psoup_duel {
     const int32_t *verdicts;    /* [n] PSOUP_A_WINS, …, one per criterion */
     size_t n;
     int32_t helpfulness; /* verdict on general helpfulness; PSOUP_UNPARSED where not asked */
+    uint64_t reserved[2]; /* 0 */
 } psoup_duel;
 
 typedef struct psoup_rate {
     double rate;      /* wins / (wins + losses), of a criterion the users' mean; NaN when all tie */
     double low, high; /* 95 % interval: bootstrap over prompts, 2.5 and 97.5 percentiles */
     int64_t wins, ties, losses, unparsed;
+    double reserved[4]; /* 0 */
 } psoup_rate;
 
 /* Aggregate: the sign of the sum of a duel's verdicts (an unparsed verdict counts 0 there and is

@@ -239,6 +239,7 @@ typedef struct psoup_prompt {
     const float *mix;  /* [psoup_model_adapters(model)]; NULL: the base */
     uint64_t sequence; /* with the seed, its stream of random words: token t takes word t */
     const psoup_sampling *sampling; /* NULL: the call's */
+    uint64_t reserved[2];           /* 0 */
 } psoup_prompt;
 
 typedef enum psoup_finish {
@@ -289,7 +290,8 @@ psoup_status psoup_generate(psoup_model *model, const psoup_prompt *prompts, siz
                             const psoup_sampling *sampling, const psoup_session_options *options,
                             psoup_token_fn on_token, void *user, psoup_generation **out,
                             psoup_error *error);
-psoup_completion psoup_generation_get(const psoup_generation *generation, size_t index);
+/* Borrowed; NULL past the last prompt. */
+const psoup_completion *psoup_generation_get(const psoup_generation *generation, size_t index);
 void psoup_generation_free(psoup_generation *generation);
 
 #ifdef __cplusplus

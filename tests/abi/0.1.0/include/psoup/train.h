@@ -120,7 +120,7 @@ typedef struct psoup_reward_options {
     float lora_dropout;
     float margin;    /* loss −log σ(r_w − r_l − margin) */
     float centering; /* adds centering · mean((r_w + r_l)²) */
-    int32_t max_tokens; /* longer rows keep their last tokens; 0: max_position_embeddings */
+    int32_t max_tokens; /* longer rows keep their first tokens; 0: max_position_embeddings */
     int32_t validate_every;
     int32_t keep_best; /* by validation accuracy, then loss */
     uint64_t seed;
@@ -165,6 +165,7 @@ typedef struct psoup_ppo_prompt {
     const psoup_reward_input *inputs;
     size_t n_inputs;
     int64_t id; /* the caller's, given back to callbacks */
+    uint64_t reserved[2]; /* 0 */
 } psoup_ppo_prompt;
 
 typedef struct psoup_rollout {
@@ -173,6 +174,7 @@ typedef struct psoup_rollout {
     const int32_t *response; /* [n], with its end token if it has one */
     size_t n;
     psoup_finish finish;
+    uint64_t reserved[2]; /* 0 */
 } psoup_rollout;
 /* Scores n rollouts; return non-zero on failure. */
 typedef int (*psoup_reward_fn)(void *user, const psoup_rollout *rollouts, size_t n, float *scores);
@@ -188,6 +190,7 @@ typedef struct psoup_ppo_policy {
     const psoup_ppo_prompt *validation; /* best checkpoint by mean reward on these; may be none */
     size_t n_validation;
     uint64_t seed; /* of its sampling, shuffling and dropout */
+    uint64_t reserved[4]; /* 0 */
 } psoup_ppo_policy;
 
 typedef enum psoup_early_stop {
@@ -261,6 +264,8 @@ psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *polici
 /* One step of every policy that still has steps to go: sample, score, update. *remaining receives how
  * many steps are left. */
 psoup_status psoup_ppo_step(psoup_ppo *ppo, int64_t *remaining, psoup_error *error);
+/* Whether a policy's logits stopped being numbers, at which it left the run; the others go on. */
+int psoup_ppo_diverged(const psoup_ppo *ppo, size_t policy);
 /* Steps to the end, with validation, and leaves the best weights in the adapters. */
 psoup_status psoup_ppo_run(psoup_ppo *ppo, psoup_error *error);
 void psoup_ppo_free(psoup_ppo *ppo);
