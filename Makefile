@@ -183,7 +183,7 @@ check-abi: $B/libpsoup.so
 # appended, so a program built against what was kept before still runs.
 abi-baseline: $B/libpsoup.so
 	nm -D --defined-only $B/libpsoup.so | awk '{print $$3}' | sed 's/@.*//' | grep -v '^PSOUP_' | LC_ALL=C sort > lib/psoup.names
-	abidw --headers-dir include --drop-private-types --no-corpus-path --no-comp-dir-path --no-show-locs $B/libpsoup.so > lib/psoup.abi
+	abidw --headers-dir include --no-corpus-path --no-comp-dir-path $B/libpsoup.so > lib/psoup.abi
 	mkdir -p tests/abi/$(VERSION)/include/psoup && cp include/psoup/*.h tests/abi/$(VERSION)/include/psoup
 
 # ---- as a caller has it ---------------------------------------------------------------------------
