@@ -167,8 +167,8 @@ static demo_run *run_method(psoup_context *context, const options *o, uint64_t s
     run->scale = (demo_scale){.base_examples = 80000,
                               .feedback_rounds = 6,
                               .general_pairs = 20000,
-                              .policy_steps = 24,
-                              .morl_steps = 24,
+                              .policy_steps = 18,
+                              .morl_steps = 18,
                               .rollouts = 128,
                               .samples = 3};
     demo_say("\nseed %llu", (unsigned long long)seed);

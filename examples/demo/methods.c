@@ -76,6 +76,7 @@ static void run_ppo(demo_run *run, const psoup_ppo_policy *policies, size_t n, i
     options.batch_size = run->scale.rollouts;
     options.ppo_epochs = 4;
     options.learning_rate = 8e-4f;
+    options.kl_coefficient = 0.4f;
         options.max_new_tokens = 48;
     options.truncation_penalty = 1;
     options.reward_max_tokens = 128;

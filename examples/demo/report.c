@@ -48,8 +48,8 @@ static void escape(FILE *f, const char *text) {
         case '&':
             fputs("&amp;", f);
             break;
-        default:
-            fputc(*text, f);
+        default: /* a young model's bytes need not be text */
+            fputc(*text >= ' ' && *text <= '~' ? *text : '?', f);
         }
 }
 
@@ -221,7 +221,8 @@ static void curves(FILE *f, const demo_run *run) {
         if (!c->n)
             continue;
         fprintf(f,
-                "<figure><figcaption>%s</figcaption><svg viewBox='0 0 300 118' width='100%%' font-size=11>"
+                "<figure><figcaption>%s</figcaption><svg viewBox='0 0 300 118' width='100%%' "
+                "font-size=11>"
                 "<line x1=8 x2=292 y1=98 y2=98 stroke='var(--line)' />",
                 c->name);
         polyline(f, c->kl, c->n, 0, 0.3, "b");

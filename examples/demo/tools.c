@@ -77,6 +77,7 @@ void demo_say(const char *format, ...) {
 }
 
 int demo_progress(void *user, const char *label, int64_t done, int64_t total) {
+    (void)user;
     if (!isatty(STDOUT_FILENO) || total <= 0)
         return 0;
     int filled = (int)(30 * done / total);
