@@ -3,13 +3,14 @@
 #   make            lib/libpsoup.a, lib/libpsoup.so, lib/libpsoup-merge.a, bin/psoup
 #   make demo       the whole method on a small world, from a base model to a report (FULL=1: longer)
 #   make check      the tests (under ten minutes on two cores)
-#   make check-all  the same under ASan and UBSan, the long cases, the ABI, the fuzzers
+#   make check-all  the same under ASan and UBSan, the long cases, clang, the fuzzers, the story
 #   make coverage   what share of the library's lines the tests run, file by file
 #   make bench      our speed beside a peer's and the machine's limit, in one run
 #   make install    into PREFIX (default /usr/local), under DESTDIR
 #   make clean
 #
 # Choose a build with config=release (default), debug, sanitize or coverage, and a compiler with CC=.
+# V=1 shows the commands.
 
 config  ?= release
 PREFIX  ?= /usr/local
@@ -72,27 +73,34 @@ all: lib bin/psoup bin/personalized_soup
 # ---- the library --------------------------------------------------------------------------------
 lib: lib/libpsoup.a lib/libpsoup.so lib/libpsoup-merge.a
 
+Q = $(if $(V),,@)
+
 $B/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -c $< -o $@
+	@echo "  CC   $<"
+	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) -MMD -MP -c $< -o $@
 
 define variant_rule
 $B/%.$(1).o: %.c
 	@mkdir -p $$(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(KERNEL_OPT) $(FLAGS_$(1)) -DPSOUP__VARIANT=$(1) -MMD -MP -c $$< -o $$@
+	@echo "  CC   $$< ($(1))"
+	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) $(KERNEL_OPT) $(FLAGS_$(1)) -DPSOUP__VARIANT=$(1) -MMD -MP -c $$< -o $$@
 endef
 $(foreach v,$(VARIANTS),$(eval $(call variant_rule,$v)))
 
 $B/libpsoup.a: $(OBJ)
 	@mkdir -p $(@D)
-	rm -f $@ && $(AR) rcs $@ $^
+	@echo "  AR   $@"
+	$(Q)rm -f $@ && $(AR) rcs $@ $^
 
 $B/libpsoup-merge.a: $(MERGE_OBJ)
 	@mkdir -p $(@D)
-	rm -f $@ && $(AR) rcs $@ $^
+	@echo "  AR   $@"
+	$(Q)rm -f $@ && $(AR) rcs $@ $^
 
 $B/libpsoup.so: $(OBJ) lib/psoup.map
-	$(CC) -shared $(LDFLAGS) -Wl,-soname,$(SONAME) -Wl,--version-script=lib/psoup.map \
+	@echo "  LINK $@"
+	$(Q)$(CC) -shared $(LDFLAGS) -Wl,-soname,$(SONAME) -Wl,--version-script=lib/psoup.map \
 	    $(if $(filter sanitize,$(config)),,-Wl,--no-undefined) $(OBJ) $(LIBS) -o $@
 
 # What was last asked for, whichever configuration and compiler it is of; touched only when it differs.
@@ -106,13 +114,16 @@ DEMO_OBJ  = $(patsubst %.c,$B/%.o,$(wildcard examples/demo/*.c))
 WORLD_OBJ = $(patsubst %.c,$B/%.o,$(filter-out examples/demo/demo.c,$(wildcard examples/demo/*.c)))
 
 $B/psoup: $(PSOUP_OBJ) $B/libpsoup.a
-	$(CC) $(LDFLAGS) $^ $(LIBS) -o $@
+	@echo "  LINK $@"
+	$(Q)$(CC) $(LDFLAGS) $^ $(LIBS) -o $@
 
 $B/psoup-demo: $(DEMO_OBJ) $B/libpsoup.a
-	$(CC) $(LDFLAGS) $^ $(LIBS) -o $@
+	@echo "  LINK $@"
+	$(Q)$(CC) $(LDFLAGS) $^ $(LIBS) -o $@
 
 $B/personalized_soup: $B/examples/personalized_soup.o $(WORLD_OBJ) $B/libpsoup.a
-	$(CC) $(LDFLAGS) $^ $(LIBS) -o $@
+	@echo "  LINK $@"
+	$(Q)$(CC) $(LDFLAGS) $^ $(LIBS) -o $@
 
 bin/%: $B/% FORCE
 	@mkdir -p bin
@@ -124,7 +135,8 @@ demo: deps
 
 # ---- tests --------------------------------------------------------------------------------------
 $B/tests/%: $B/tests/%.o $B/libpsoup.a
-	$(CC) $(LDFLAGS) $< $B/libpsoup.a $(shell pkg-config --libs check) $(LIBS) $(LIBS_$*) -o $@
+	@echo "  LINK $@"
+	$(Q)$(CC) $(LDFLAGS) $< $B/libpsoup.a $(shell pkg-config --libs check) $(LIBS) $(LIBS_$*) -o $@
 
 LIBS_bench_gemm = -l:libopenblas.so.0
 
@@ -139,7 +151,10 @@ check: deps-test
 # The same under ASan and UBSan with the long cases, a build by clang, a short run of each fuzzer.
 check-all: deps-test
 	@$(MAKE) --no-print-directory CC=clang WARN="$(WARN) -Werror" B=build/clang-check \
-	    $(addprefix build/clang-check/,libpsoup.a libpsoup.so libpsoup-merge.a psoup)
+	    $(addprefix build/clang-check/,libpsoup.a libpsoup.so libpsoup-merge.a psoup psoup-demo personalized_soup)
+	@$(MAKE) --no-print-directory bin/personalized_soup $B/tests/test_alloc
+	@PSOUP_LONG=1 $B/tests/test_alloc
+	bin/personalized_soup
 	@PSOUP_LONG=1 $(MAKE) --no-print-directory config=sanitize run-tests
 	@$(MAKE) --no-print-directory fuzz
 
@@ -208,7 +223,7 @@ run-fuzzers: $(FUZZERS:%=$B/%)
 	    echo "$$f: $$(sed -n 's/.*number_of_executed_units: *//p' $B/$$f.log) inputs"; done
 
 $B/fuzz_%: $B/tests/fuzz/fuzz_%.o $B/libpsoup.a
-	$(CC) $(LDFLAGS) -fsanitize=fuzzer $^ $(LIBS) -o $@
+	$(Q)$(CC) $(LDFLAGS) -fsanitize=fuzzer $^ $(LIBS) -o $@
 
 # ---- speed --------------------------------------------------------------------------------------
 # PyTorch, where PYTHON has it, is the peer of the model's bench.
