@@ -97,7 +97,7 @@ static void prove_policy(demo_run *run, int32_t k) {
         sequences[i] = demo_join(run, prompts[i], responses[i].tokens, 0);
     reward_scores(run->rewards[k], sequences, 2 * n, scores, rows);
 
-    double reward[300] = {0}, judged[300] = {0}, base = 0, policy = 0;
+    double reward[600] = {0}, judged[600] = {0}, base = 0, policy = 0;
     for (size_t i = 0; i < n; i++) {
         size_t p = i / samples;
         judge_reading after = judge_read(&run->held[p], responses[i].text);
