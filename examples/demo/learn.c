@@ -271,7 +271,7 @@ void learn_rewards(demo_run *run) {
     run->reward_cost.seconds = demo_now() - begun;
 
     size_t before = run->comparisons;
-    give_feedback(run, run->preferences, run->held, run->n_held, 6, 0, run->seed + 12,
+    give_feedback(run, run->preferences, run->held, run->n_held, 2, 0, run->seed + 12,
                   "feedback-heldout");
     run->comparisons = before;
     demo_say(
@@ -286,7 +286,7 @@ void learn_new_rewards(demo_run *run) {
     run->n_preferences = 8;
     give_feedback(run, both, run->train, run->n_train, run->scale.feedback_rounds, 0.1,
                   run->seed + 13, "feedback-new");
-    give_feedback(run, both, run->held, run->n_held, 6, 0, run->seed + 14, "feedback-new-heldout");
+    give_feedback(run, both, run->held, run->n_held, 2, 0, run->seed + 14, "feedback-new-heldout");
     read_feedback(run, "feedback-new", 6, 0, &each);
     for (int k = 6; k < 8; k++)
         run->rewards[k] = make_reward(run, world_preferences[k].symbol, (uint64_t)k);
