@@ -18,7 +18,8 @@ CC      := $(if $(filter default,$(origin CC)),gcc,$(CC))
 AR      ?= ar
 
 # ---- what a fresh Debian or Ubuntu needs: the one list -----------------------------------------
-PACKAGES      = gcc make binutils pkg-config libc6-dev libjansson-dev libpcre2-dev libzstd-dev
+PACKAGES      = gcc make binutils pkg-config libc6-dev libjansson-dev libpcre2-dev libzstd-dev libyaml-dev \
+                libxxhash-dev libmd-dev
 PACKAGES_TEST = check abigail-tools g++ clang libclang-rt-dev
 PACKAGES_BENCH = libopenblas-dev
 
@@ -36,7 +37,7 @@ MODE     = $(FLAGS_$(config))
 CPPFLAGS += -Iinclude -Isrc -D_GNU_SOURCE
 CFLAGS   += -std=c11 $(MODE) $(WARN) -fPIC -fno-semantic-interposition -fno-math-errno -ffp-contract=off -pthread
 LDFLAGS  += $(if $(filter sanitize coverage,$(config)),$(MODE)) -pthread
-LIBS      = -ljansson -lpcre2-8 -lzstd -lm
+LIBS      = -ljansson -lpcre2-8 -lzstd -lyaml -lxxhash -lmd -lm
 
 # Kernel sources are compiled once per instruction set; see src/base/base.h, isa.c.
 VARIANTS        = generic

@@ -24,8 +24,32 @@ extern "C" {
 typedef enum psoup_merge_method {
     PSOUP_MERGE_DELTA = 0,
     PSOUP_MERGE_FACTORS = 1,
-    PSOUP_MERGE_SVD = 2
+    PSOUP_MERGE_SVD = 2,
+    /* Of whole tensors; each is defined, with its source, in docs/merging.md. */
+    PSOUP_MERGE_LINEAR = 3,
+    PSOUP_MERGE_TASK_ARITHMETIC = 4,
+    PSOUP_MERGE_TIES = 5,
+    PSOUP_MERGE_DARE_LINEAR = 6,
+    PSOUP_MERGE_DARE_TIES = 7,
+    PSOUP_MERGE_DELLA = 8,
+    PSOUP_MERGE_DELLA_LINEAR = 9,
+    PSOUP_MERGE_BREADCRUMBS = 10,
+    PSOUP_MERGE_BREADCRUMBS_TIES = 11,
+    PSOUP_MERGE_SLERP = 12,
+    PSOUP_MERGE_NUSLERP = 13,
+    PSOUP_MERGE_MODEL_STOCK = 14,
+    PSOUP_MERGE_PASSTHROUGH = 15,
+    PSOUP_MERGE_MAGNITUDE_PRUNE = 16,
+    /* Of factors, for parity: Σ √(w_i s_i) on both, which does not preserve Σ w = 1. */
+    PSOUP_MERGE_PEFT_LINEAR = 17
 } psoup_merge_method;
+
+/* Whose definition of a method, where two projects give one name two meanings. */
+typedef enum psoup_merge_peer {
+    PSOUP_MERGE_PAPER = 0,
+    PSOUP_MERGE_MERGEKIT = 1,
+    PSOUP_MERGE_PEFT = 2
+} psoup_merge_peer;
 
 typedef struct psoup_merger_options {
     size_t size;

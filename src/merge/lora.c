@@ -13,11 +13,8 @@ int64_t psoup__fold_block(int64_t out, int64_t in) {
     return rows < 1 ? 1 : rows < out ? rows : out > 0 ? out : 1;
 }
 
-void psoup__fold_rows(psoup_context *context, float *acc, const void *base, psoup_dtype dtype,
-                      int64_t first, int64_t rows, int64_t in, const psoup_lora_factors *factors,
-                      const double *weights, size_t count) {
-    const char *from = (const char *)base + (size_t)first * (size_t)in * psoup_dtype_size(dtype);
-    psoup__to_f32(context, acc, from, dtype, (size_t)rows * (size_t)in);
+void psoup__fold_into(psoup_context *context, float *acc, int64_t first, int64_t rows, int64_t in,
+                      const psoup_lora_factors *factors, const double *weights, size_t count) {
     for (size_t i = 0; i < count; i++) {
         const psoup_lora_factors *f = &factors[i];
         if (weights[i] == 0)
@@ -40,6 +37,14 @@ void psoup__fold_rows(psoup_context *context, float *acc, const void *base, psou
         };
         psoup__gemm(context, &args);
     }
+}
+
+void psoup__fold_rows(psoup_context *context, float *acc, const void *base, psoup_dtype dtype,
+                      int64_t first, int64_t rows, int64_t in, const psoup_lora_factors *factors,
+                      const double *weights, size_t count) {
+    const char *from = (const char *)base + (size_t)first * (size_t)in * psoup_dtype_size(dtype);
+    psoup__to_f32(context, acc, from, dtype, (size_t)rows * (size_t)in);
+    psoup__fold_into(context, acc, first, rows, in, factors, weights, count);
 }
 
 /* Sizes whose products fit, ranks and pointers there; weights finite. */

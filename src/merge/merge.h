@@ -55,6 +55,9 @@ void psoup__svd(double *x, double *s, double *vt, int64_t n);
 void psoup__fold_rows(psoup_context *context, float *acc, const void *base, psoup_dtype dtype,
                       int64_t first, int64_t rows, int64_t in, const psoup_lora_factors *factors,
                       const double *weights, size_t count);
+/* acc[rows, in] += rows first … of Σ weights · scale · B A. */
+void psoup__fold_into(psoup_context *context, float *acc, int64_t first, int64_t rows, int64_t in,
+                      const psoup_lora_factors *factors, const double *weights, size_t count);
 /* Rows of one step, so that its sums fit a cache. */
 int64_t psoup__fold_block(int64_t out, int64_t in);
 /* The rank that a method's result has; 0 when the method cannot be used, with *error set. */

@@ -1,0 +1,73 @@
+/* src/merge/method.h: what one merge method is, and what it is given. A method knows nothing of files:
+ * it reads f32 blocks of its inputs and makes f32 blocks of the result. Adding one is one function and
+ * one row of the table in methods.c.
+ */
+#ifndef PSOUP__MERGE_METHOD_H
+#define PSOUP__MERGE_METHOD_H
+
+#include "base/base.h"
+#include "psoup/merge.h"
+
+/* ---- read.c: one source's part of a tensor ------------------------------------------------------ */
+
+/* tensor + Σ_j weights[j] · scale_j · B_j A_j, read block by block. Without factors any block may be
+ * read; with them `at` and `n` are whole rows. */
+typedef struct psoup__merge_input {
+    const psoup__tensor *tensor;       /* NULL: zeros */
+    const psoup_lora_factors *factors; /* [n_factors]; a [rank, columns], b [rows, rank] */
+    const double *weights;             /* [n_factors] */
+    size_t n_factors;
+    int64_t columns; /* the last dimension */
+} psoup__merge_input;
+/* out[n] = elements at … at + n − 1 in row-major order. May be called from any worker. */
+void psoup__merge_read(psoup_context *context, const psoup__merge_input *input, size_t at, size_t n,
+                       float *out);
+
+/* ---- methods.c ---------------------------------------------------------------------------------- */
+
+/* One tensor to merge. All inputs and the base have n elements. */
+typedef struct psoup__method_job {
+    psoup_context *context;
+    const char *name; /* of the result: random methods draw from Philox by (seed, this name, element) */
+    size_t n;
+    int64_t columns; /* the last dimension; n for a vector */
+    size_t count;
+    const psoup__merge_input *inputs; /* [count], without the base */
+    const psoup__merge_input *base;   /* or NULL */
+    const double *weight, *density, *gamma, *epsilon; /* [count] each */
+    double lambda;  /* scales the merged task vector */
+    double t;       /* slerp */
+    bool normalize; /* divide by the sum of the weights that count */
+    bool rescale;   /* keep the norm, or the expectation, of what was thinned out */
+    uint64_t seed;
+    int32_t peer; /* psoup_merge_peer: whose definition, where two differ */
+} psoup__method_job;
+
+typedef struct psoup__method {
+    const char *name;
+    int32_t method;       /* psoup_merge_method */
+    bool needs_base;
+    size_t least, most;   /* inputs without the base; most 0: any number */
+    uint32_t parameters;  /* which of the job's parameters it reads: one bit each, below */
+    /* Whole-tensor quantities (thresholds, norms, angles), computed by reading the inputs block by block.
+     * *state is allocated from the context and freed by psoup__free; NULL when there is nothing to know. */
+    psoup_status (*prepare)(const psoup__method_job *job, void **state, psoup_error *error);
+    /* out[n] = the result's elements at … at + n − 1; whole rows where n is less than the tensor and rows
+     * fit a block. Called for different blocks from different workers, in any order: the bits of an
+     * element depend on the job alone. scratch is [psoup__method_scratch(job) · n]. */
+    void (*block)(const psoup__method_job *job, const void *state, size_t at, size_t n, float *out,
+                  float *scratch);
+} psoup__method;
+
+enum {
+    PSOUP__USES_WEIGHT = 1, PSOUP__USES_DENSITY = 2, PSOUP__USES_GAMMA = 4, PSOUP__USES_EPSILON = 8,
+    PSOUP__USES_LAMBDA = 16, PSOUP__USES_T = 32, PSOUP__USES_NORMALIZE = 64, PSOUP__USES_RESCALE = 128,
+    PSOUP__USES_SEED = 256
+};
+
+/* The row of a method; NULL for a value that is no full-tensor method (delta, factors, svd). */
+const psoup__method *psoup__method_of(psoup_merge_method method);
+/* Floats of scratch that a block needs per element. */
+size_t psoup__method_scratch(const psoup__method_job *job);
+
+#endif

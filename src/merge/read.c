@@ -1,0 +1,19 @@
+/* One source's part of a tensor, as f32 blocks. */
+#include "merge/merge.h"
+#include "merge/method.h"
+
+#include <string.h>
+
+void psoup__merge_read(psoup_context *context, const psoup__merge_input *input, size_t at, size_t n,
+                       float *out) {
+    const psoup__tensor *tensor = input->tensor;
+    if (tensor != NULL)
+        psoup__to_f32(context, out, (const char *)tensor->data + at * psoup_dtype_size(tensor->dtype),
+                      tensor->dtype, n);
+    else
+        memset(out, 0, n * sizeof *out);
+    if (input->n_factors > 0)
+        psoup__fold_into(context, out, (int64_t)(at / (size_t)input->columns),
+                         (int64_t)(n / (size_t)input->columns), input->columns, input->factors,
+                         input->weights, input->n_factors);
+}
