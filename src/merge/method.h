@@ -41,20 +41,34 @@ typedef struct psoup__method_job {
     bool rescale;   /* keep the norm, or the expectation, of what was thinned out */
     uint64_t seed;
     int32_t peer; /* psoup_merge_peer: whose definition, where two differ */
+    const struct psoup__method *method; /* psoup__method_of(…) */
+    int64_t rows;        /* the first dimension; n for a vector */
+    const double *scale; /* [count] of passthrough; NULL: 1 */
+    int32_t vote;        /* psoup__vote, where signs are elected */
+    bool flatten;        /* nuslerp: the tensor is one vector; else its rows are (its columns where row_wise) */
+    bool row_wise;       /* nuslerp: the first dimension is the vectors' own; mergekit's name */
+    bool filter_wise;    /* model_stock: each row has its own angle */
 } psoup__method_job;
+
+typedef enum psoup__vote { PSOUP__VOTE_TOTAL, PSOUP__VOTE_FREQUENCY } psoup__vote; /* PEFT's names */
+
+/* Arrays of the job that are NULL are all 1 (weight, density, scale), 0.01 (gamma), 0.15 (epsilon). A base
+ * of NULL is zeros: the inputs are then task vectors, as ΔW of adapters is. Slerp begins at the base where
+ * there is one, else at the first of two inputs. A weight of zero skips its input where weights count. */
 
 typedef struct psoup__method {
     const char *name;
     int32_t method;       /* psoup_merge_method */
-    bool needs_base;
+    bool needs_base;      /* of full models */
     size_t least, most;   /* inputs without the base; most 0: any number */
     uint32_t parameters;  /* which of the job's parameters it reads: one bit each, below */
+    uint32_t on[3];       /* by psoup_merge_peer: which of its switches are on where nothing is said */
+    bool whole_rows;      /* blocks must be whole rows (job->columns), one at least */
     /* Whole-tensor quantities (thresholds, norms, angles), computed by reading the inputs block by block.
      * *state is allocated from the context and freed by psoup__free; NULL when there is nothing to know. */
     psoup_status (*prepare)(const psoup__method_job *job, void **state, psoup_error *error);
-    /* out[n] = the result's elements at … at + n − 1; whole rows where n is less than the tensor and rows
-     * fit a block. Called for different blocks from different workers, in any order: the bits of an
-     * element depend on the job alone. scratch is [psoup__method_scratch(job) · n]. */
+    /* out[n] = the result's elements at … at + n − 1; whole rows where an input has factors. Called for different blocks from different workers, in any order: the bits of an
+     * element depend on the job alone. scratch is [psoup__method_scratch(job) · n]. prepare has succeeded. */
     void (*block)(const psoup__method_job *job, const void *state, size_t at, size_t n, float *out,
                   float *scratch);
 } psoup__method;
@@ -62,11 +76,15 @@ typedef struct psoup__method {
 enum {
     PSOUP__USES_WEIGHT = 1, PSOUP__USES_DENSITY = 2, PSOUP__USES_GAMMA = 4, PSOUP__USES_EPSILON = 8,
     PSOUP__USES_LAMBDA = 16, PSOUP__USES_T = 32, PSOUP__USES_NORMALIZE = 64, PSOUP__USES_RESCALE = 128,
-    PSOUP__USES_SEED = 256
+    PSOUP__USES_SEED = 256, PSOUP__USES_SCALE = 512, PSOUP__USES_VOTE = 1024, PSOUP__USES_FLATTEN = 2048,
+    PSOUP__USES_ROW_WISE = 4096, PSOUP__USES_FILTER_WISE = 8192
 };
 
-/* The row of a method; NULL for a value that is no full-tensor method (delta, factors, svd). */
+/* The row of a method; NULL for a value that is no full-tensor method (delta, factors, svd,
+ * peft-linear). */
 const psoup__method *psoup__method_of(psoup_merge_method method);
+/* The row of a name as in the table ("dare_ties"); NULL for another. */
+const psoup__method *psoup__method_named(const char *name);
 /* Floats of scratch that a block needs per element. */
 size_t psoup__method_scratch(const psoup__method_job *job);
 

@@ -1,0 +1,112 @@
+/* How methods read: blocks of inputs and of task vectors, and whole tensors by a fixed division. */
+#include "merge/methods.h"
+
+#include <string.h>
+
+#define CHUNK 2048    /* floats: some inputs' worth stay in the first cache */
+#define STEP (1 << 16) /* elements of one task of a walk */
+
+const psoup__method_kernels *psoup__method_kernels_of(const psoup_context *context) {
+#ifdef __x86_64__
+    switch (psoup__isa_of(context)) {
+    case PSOUP__ISA_AVX512:
+        return &psoup__method_kernels_avx512;
+    case PSOUP__ISA_AVX2:
+        return &psoup__method_kernels_avx2;
+    default:
+        break;
+    }
+#endif
+    return &psoup__method_kernels_generic;
+}
+
+const float *psoup__method_view(const psoup__method_job *job, const psoup__merge_input *input, size_t at,
+                                size_t n, float *buffer) {
+    const psoup__tensor *tensor = input->tensor;
+    if (tensor != NULL && input->n_factors == 0 && tensor->dtype == PSOUP_F32 &&
+        (uintptr_t)tensor->data % sizeof(float) == 0)
+        return (const float *)tensor->data + at;
+    psoup__merge_read(job->context, input, at, n, buffer);
+    return buffer;
+}
+
+void psoup__method_delta(const psoup__method_job *job, size_t i, size_t at, size_t n, const float *base,
+                         float *out) {
+    psoup__merge_input input = job->inputs[i];
+    if (base != NULL && input.tensor != NULL && job->base->tensor != NULL && job->base->n_factors == 0 &&
+        input.tensor->data == job->base->tensor->data &&
+        input.tensor->dtype == job->base->tensor->dtype) {
+        input.tensor = NULL;
+        base = NULL;
+    }
+    psoup__merge_read(job->context, &input, at, n, out);
+    if (base != NULL)
+        psoup__method_kernels_of(job->context)->subtract(out, base, n);
+}
+
+static bool has_factors(const psoup__method_job *job) {
+    bool any = job->base != NULL && job->base->n_factors > 0;
+    for (size_t i = 0; i < job->count; i++)
+        any |= job->inputs[i].n_factors > 0;
+    return any;
+}
+
+size_t psoup__method_chunk(const psoup__method_job *job, size_t n) {
+    return n < CHUNK || job->method->whole_rows || has_factors(job) ? n : CHUNK;
+}
+
+/* ---- whole tensors ---------------------------------------------------------------------------------- */
+
+typedef struct walk {
+    const psoup__method_job *job;
+    psoup__walk_fn fn;
+    void *arg;
+    size_t step, per_element, quantities;
+    float *scratch;   /* [workers, step · per_element] */
+    double *partials; /* [tasks, quantities] */
+} walk;
+
+static void walk_task(void *arg, size_t task, int worker) {
+    const walk *w = arg;
+    size_t at = task * w->step, n = w->job->n - at < w->step ? w->job->n - at : w->step;
+    w->fn(w->job, w->arg, at, n, worker, w->scratch + (size_t)worker * w->step * w->per_element,
+          w->quantities > 0 ? w->partials + task * w->quantities : NULL);
+}
+
+psoup_status psoup__method_walk(const psoup__method_job *job, size_t per_element, psoup__walk_fn fn,
+                                void *arg, size_t quantities, double *sums, psoup_error *error) {
+    walk w = {.job = job, .fn = fn, .arg = arg, .step = STEP, .per_element = per_element,
+              .quantities = quantities};
+    psoup_status status = PSOUP_ERROR_MEMORY;
+    if (job->method->whole_rows || has_factors(job)) {
+        size_t columns = job->columns > 0 ? (size_t)job->columns : 1;
+        w.step = columns < STEP ? STEP / columns * columns : columns;
+    }
+    size_t tasks = job->n / w.step + (job->n % w.step != 0), floats;
+    size_t workers = (size_t)psoup_context_threads(job->context);
+    if (job->n < w.step)
+        w.step = job->n;
+    if (!psoup__multiply(w.step, per_element * workers, &floats))
+        return psoup__out_of_memory(error, SIZE_MAX);
+    if ((w.scratch = psoup__alloc(job->context, floats, sizeof *w.scratch, error)) == NULL ||
+        (w.partials = psoup__alloc(job->context, tasks * quantities, sizeof *w.partials, error)) == NULL)
+        goto fail;
+    psoup__parallel(job->context, tasks, walk_task, &w);
+    for (size_t q = 0; q < quantities; q++)
+        sums[q] = 0;
+    for (size_t task = 0; task < tasks; task++)
+        for (size_t q = 0; q < quantities; q++)
+            sums[q] += w.partials[task * quantities + q];
+    status = PSOUP_OK;
+fail:
+    psoup__free(job->context, w.scratch);
+    psoup__free(job->context, w.partials);
+    return status;
+}
+
+psoup_status psoup__method_not_finite(const psoup__method_job *job, size_t input, psoup_error *error) {
+    return psoup__fail(error, PSOUP_ERROR_FORMAT,
+                       "%.300s: input %zu, or the base, holds a NaN or infinity, or numbers whose squares "
+                       "are too large; %s needs a sum over the whole tensor",
+                       job->name, input, job->method->name);
+}
