@@ -64,6 +64,15 @@ typedef struct psoup__method {
     uint32_t parameters;  /* which of the job's parameters it reads: one bit each, below */
     uint32_t on[3];       /* by psoup_merge_peer: which of its switches are on where nothing is said */
     bool whole_rows;      /* blocks must be whole rows (job->columns), one at least */
+    /* Of sums of task vectors: how each is thinned out first, and whether signs are elected. */
+    enum psoup__thinning {
+        PSOUP__THIN_NONE,
+        PSOUP__THIN_MAGNITUDE, /* the largest stay */
+        PSOUP__THIN_OUTLIERS,  /* those between the largest and the smallest stay */
+        PSOUP__THIN_RANDOM,    /* every element with the same probability */
+        PSOUP__THIN_RANKED     /* with one that grows with its rank in its row */
+    } thinning;
+    bool elects;
     /* Whole-tensor quantities (thresholds, norms, angles), computed by reading the inputs block by block.
      * *state is allocated from the context and freed by psoup__free; NULL when there is nothing to know. */
     psoup_status (*prepare)(const psoup__method_job *job, void **state, psoup_error *error);

@@ -1,6 +1,9 @@
 /* The methods' inner loops, compiled once per instruction set; plain loops that compilers vectorise. */
 #include "merge/methods.h"
 
+#include <math.h>
+#include <string.h>
+
 static void subtract(float *x, const float *y, size_t n) {
     for (size_t i = 0; i < n; i++)
         x[i] -= y[i];
@@ -18,6 +21,20 @@ static void finish(float *out, const float *base, const float *x, float s, size_
 static void mix(float *out, const float *x, const float *y, float a, float b, size_t n) {
     for (size_t i = 0; i < n; i++)
         out[i] = a * x[i] + b * y[i];
+}
+
+static void mix_each(float *out, const float *x, const float *y, const float *a, const float *b, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        out[i] = a[i] * x[i] + b[i] * y[i];
+}
+
+static void dot_each(double *xx, double *yy, double *xy, const float *x, const float *y, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        double u = (double)x[i], v = (double)y[i];
+        xx[i] += u * u;
+        yy[i] += v * v;
+        xy[i] += u * v;
+    }
 }
 
 #define LANES 16
@@ -40,6 +57,119 @@ static double dot(const float *x, const float *y, size_t n) {
     return sum_lanes(lane);
 }
 
+static double absolute(const float *x, size_t n) {
+    double lane[LANES] = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < LANES; k++)
+            lane[k] += fabs((double)x[i + k]);
+    for (; i < n; i++)
+        lane[i % LANES] += fabs((double)x[i]);
+    return sum_lanes(lane);
+}
+
+/* ---- thinning ------------------------------------------------------------------------------------- */
+
+static void window(float *x, size_t n, uint32_t low, uint32_t high, float scale) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], sizeof bits);
+        bits &= 0x7fffffff;
+        x[i] = (bits >= low) & (bits < high) ? scale * x[i] : 0;
+    }
+}
+
+#define BLOCKS 16 /* of Philox at a time */
+
+/* psoup__philox_block, side by side. */
+static void philox(uint32_t out[4 * BLOCKS], uint64_t seed, uint64_t sequence, uint64_t block) {
+    uint32_t c0[BLOCKS], c1[BLOCKS], c2[BLOCKS], c3[BLOCKS];
+    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+    for (uint32_t i = 0; i < BLOCKS; i++) {
+        c0[i] = (uint32_t)(block + i);
+        c1[i] = (uint32_t)((block + i) >> 32);
+        c2[i] = (uint32_t)sequence;
+        c3[i] = (uint32_t)(sequence >> 32);
+    }
+    for (int round = 0; round < 10; round++) {
+        for (int i = 0; i < BLOCKS; i++) {
+            uint64_t p0 = (uint64_t)c0[i] * 0xd2511f53u, p1 = (uint64_t)c2[i] * 0xcd9e8d57u;
+            c0[i] = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0;
+            c1[i] = (uint32_t)p1;
+            c2[i] = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
+            c3[i] = (uint32_t)p0;
+        }
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    for (int i = 0; i < BLOCKS; i++) {
+        out[4 * i] = c0[i] >> 8;
+        out[4 * i + 1] = c1[i] >> 8;
+        out[4 * i + 2] = c2[i] >> 8;
+        out[4 * i + 3] = c3[i] >> 8;
+    }
+}
+
+static void draw(uint32_t *out, size_t n, uint64_t seed, uint64_t sequence, uint64_t at) {
+    uint32_t words[4 * BLOCKS];
+    for (size_t i = 0; i < n;) {
+        size_t skip = (size_t)((at + i) % 4), m = 4 * BLOCKS - skip;
+        m = n - i < m ? n - i : m;
+        philox(words, seed, sequence, (at + i) / 4);
+        memcpy(out + i, words + skip, m * sizeof *out);
+        i += m;
+    }
+}
+
+static void keep(float *x, size_t n, const uint32_t *drawn, uint32_t limit, float scale) {
+    for (size_t i = 0; i < n; i++)
+        x[i] = drawn[i] < limit ? scale * x[i] : 0;
+}
+
+/* ---- electing signs --------------------------------------------------------------------------------- */
+
+static void vote(float *votes, const float *x, size_t n, bool of_signs, bool first) {
+    if (first)
+        memset(votes, 0, n * sizeof *votes);
+    if (of_signs)
+        for (size_t i = 0; i < n; i++)
+            votes[i] += x[i] > 0 ? 1 : x[i] < 0 ? -1 : x[i];
+    else
+        for (size_t i = 0; i < n; i++)
+            votes[i] += x[i];
+}
+
+static void elect(float *votes, size_t n, float tie) {
+    for (size_t i = 0; i < n; i++) {
+        float v = votes[i] == 0 ? tie : votes[i];
+        votes[i] = v > 0 ? 1 : v < 0 ? -1 : v;
+    }
+}
+
+static void agree(float *sum, float *divisor, const float *sign, const float *x, float w, float d,
+                  size_t n, bool first) {
+    if (first) {
+        memset(sum, 0, n * sizeof *sum);
+        memset(divisor, 0, n * sizeof *divisor);
+    }
+    for (size_t i = 0; i < n; i++) {
+        bool same = sign[i] * x[i] > 0;
+        sum[i] += same ? w * x[i] : 0;
+        divisor[i] += same ? d : 0;
+    }
+}
+
+static void settle(float *sum, const float *divisor, const float *sign, size_t n) {
+    if (divisor != NULL)
+        for (size_t i = 0; i < n; i++)
+            sum[i] /= divisor[i] != 0 ? divisor[i] : 1;
+    for (size_t i = 0; i < n; i++)
+        sum[i] = sign[i] == sign[i] ? sum[i] : sign[i];
+}
+
 const psoup__method_kernels PSOUP__NAME(psoup__method_kernels) = {
-    .add = PSOUP__NAME(psoup__merge_add), .subtract = subtract, .finish = finish, .mix = mix, .dot = dot,
+    .add = PSOUP__NAME(psoup__merge_add), .subtract = subtract, .finish = finish, .mix = mix, .mix_each = mix_each,
+    .dot = dot, .dot_each = dot_each,
+    .absolute = absolute, .window = window, .draw = draw, .keep = keep, .vote = vote, .elect = elect,
+    .agree = agree, .settle = settle,
 };

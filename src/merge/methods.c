@@ -61,17 +61,50 @@ static void passthrough_block(const psoup__method_job *job, const void *state, s
 
 /* ---- the table -------------------------------------------------------------------------------------- */
 
-#define SUM_PARAMETERS (PSOUP__USES_WEIGHT | PSOUP__USES_NORMALIZE | PSOUP__USES_LAMBDA)
+#define ON(paper, mergekit, peft) {paper, mergekit, peft}
+#define NORMALIZE PSOUP__USES_NORMALIZE
+#define RESCALE PSOUP__USES_RESCALE
+/* Sums of task vectors: how they are thinned out, what that needs to know, and what is on. */
+#define DELTA(id, text, thin, uses, ...)                                                                \
+    {.name = text, .method = id, .needs_base = true, .least = 1,                                        \
+     .parameters = PSOUP__USES_WEIGHT | NORMALIZE | PSOUP__USES_LAMBDA | (uses), .thinning = thin,      \
+     .whole_rows = (thin) == PSOUP__THIN_RANKED, .prepare = psoup__delta_prepare,                       \
+     .block = psoup__delta_block, __VA_ARGS__}
+#define DENSITY (PSOUP__USES_DENSITY | RESCALE)
+#define RANDOM (DENSITY | PSOUP__USES_SEED)
+#define OUTLIERS (DENSITY | PSOUP__USES_GAMMA)
+#define RANKED (RANDOM | PSOUP__USES_EPSILON)
+#define VOTE PSOUP__USES_VOTE
 
 static const psoup__method methods[] = {
     {.name = "linear", .method = PSOUP_MERGE_LINEAR, .least = 1,
-     .parameters = PSOUP__USES_WEIGHT | PSOUP__USES_NORMALIZE,
-     .on = {PSOUP__USES_NORMALIZE, PSOUP__USES_NORMALIZE, 0},
+     .parameters = PSOUP__USES_WEIGHT | NORMALIZE, .on = ON(NORMALIZE, NORMALIZE, 0),
      .prepare = linear_prepare, .block = linear_block},
-    {.name = "task_arithmetic", .method = PSOUP_MERGE_TASK_ARITHMETIC, .needs_base = true, .least = 1,
-     .parameters = SUM_PARAMETERS, .prepare = psoup__delta_prepare, .block = psoup__delta_block},
+    DELTA(PSOUP_MERGE_TASK_ARITHMETIC, "task_arithmetic", PSOUP__THIN_NONE, 0, .elects = false),
+    DELTA(PSOUP_MERGE_MAGNITUDE_PRUNE, "magnitude_prune", PSOUP__THIN_MAGNITUDE, DENSITY,
+          .elects = false),
+    DELTA(PSOUP_MERGE_TIES, "ties", PSOUP__THIN_MAGNITUDE, DENSITY | VOTE, .elects = true,
+          .on = ON(NORMALIZE, NORMALIZE, NORMALIZE)),
+    DELTA(PSOUP_MERGE_DARE_LINEAR, "dare_linear", PSOUP__THIN_RANDOM, RANDOM, .elects = false,
+          .on = ON(RESCALE, RESCALE, 0)),
+    DELTA(PSOUP_MERGE_DARE_TIES, "dare_ties", PSOUP__THIN_RANDOM, RANDOM | VOTE, .elects = true,
+          .on = ON(NORMALIZE | RESCALE, RESCALE, NORMALIZE)),
+    DELTA(PSOUP_MERGE_DELLA, "della", PSOUP__THIN_RANKED, RANKED | VOTE, .elects = true,
+          .on = ON(NORMALIZE | RESCALE, NORMALIZE | RESCALE, NORMALIZE | RESCALE)),
+    DELTA(PSOUP_MERGE_DELLA_LINEAR, "della_linear", PSOUP__THIN_RANKED, RANKED, .elects = false,
+          .on = ON(RESCALE, RESCALE, RESCALE)),
+    DELTA(PSOUP_MERGE_BREADCRUMBS, "breadcrumbs", PSOUP__THIN_OUTLIERS, OUTLIERS, .elects = false),
+    DELTA(PSOUP_MERGE_BREADCRUMBS_TIES, "breadcrumbs_ties", PSOUP__THIN_OUTLIERS, OUTLIERS | VOTE,
+          .elects = true),
     {.name = "slerp", .method = PSOUP_MERGE_SLERP, .least = 1, .most = 2, .parameters = PSOUP__USES_T,
      .prepare = psoup__slerp_prepare, .block = psoup__slerp_block},
+    {.name = "nuslerp", .method = PSOUP_MERGE_NUSLERP, .least = 2, .most = 2,
+     .parameters = PSOUP__USES_WEIGHT | PSOUP__USES_FLATTEN | PSOUP__USES_ROW_WISE,
+     .on = ON(PSOUP__USES_FLATTEN, PSOUP__USES_FLATTEN, PSOUP__USES_FLATTEN),
+     .prepare = psoup__nuslerp_prepare, .block = psoup__nuslerp_block},
+    {.name = "model_stock", .method = PSOUP_MERGE_MODEL_STOCK, .needs_base = true, .least = 2,
+     .parameters = PSOUP__USES_FILTER_WISE, .prepare = psoup__stock_prepare,
+     .block = psoup__stock_block},
     {.name = "passthrough", .method = PSOUP_MERGE_PASSTHROUGH, .least = 1, .most = 1,
      .parameters = PSOUP__USES_SCALE, .prepare = nothing_to_prepare, .block = passthrough_block},
 };
@@ -91,5 +124,6 @@ const psoup__method *psoup__method_named(const char *name) {
 }
 
 size_t psoup__method_scratch(const psoup__method_job *job) {
-    return job->count + 2;
+    const psoup__method *method = job->method;
+    return 3 + (method->whole_rows ? 3 : 0) + (method->elects ? job->count : 1);
 }

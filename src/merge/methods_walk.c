@@ -55,6 +55,13 @@ size_t psoup__method_chunk(const psoup__method_job *job, size_t n) {
     return n < CHUNK || job->method->whole_rows || has_factors(job) ? n : CHUNK;
 }
 
+size_t psoup__method_step(const psoup__method_job *job) {
+    size_t columns = job->columns > 0 ? (size_t)job->columns : 1;
+    if (!job->method->whole_rows && !has_factors(job))
+        return STEP;
+    return columns < STEP ? STEP / columns * columns : columns;
+}
+
 /* ---- whole tensors ---------------------------------------------------------------------------------- */
 
 typedef struct walk {
@@ -75,13 +82,9 @@ static void walk_task(void *arg, size_t task, int worker) {
 
 psoup_status psoup__method_walk(const psoup__method_job *job, size_t per_element, psoup__walk_fn fn,
                                 void *arg, size_t quantities, double *sums, psoup_error *error) {
-    walk w = {.job = job, .fn = fn, .arg = arg, .step = STEP, .per_element = per_element,
-              .quantities = quantities};
+    walk w = {.job = job, .fn = fn, .arg = arg, .step = psoup__method_step(job),
+              .per_element = per_element, .quantities = quantities};
     psoup_status status = PSOUP_ERROR_MEMORY;
-    if (job->method->whole_rows || has_factors(job)) {
-        size_t columns = job->columns > 0 ? (size_t)job->columns : 1;
-        w.step = columns < STEP ? STEP / columns * columns : columns;
-    }
     size_t tasks = job->n / w.step + (job->n % w.step != 0), floats;
     size_t workers = (size_t)psoup_context_threads(job->context);
     if (job->n < w.step)
@@ -102,6 +105,40 @@ fail:
     psoup__free(job->context, w.scratch);
     psoup__free(job->context, w.partials);
     return status;
+}
+
+typedef struct row_walk {
+    const psoup__method_job *job;
+    psoup__rows_fn fn;
+    void *arg;
+    size_t rows, columns, together; /* rows of one task */
+    size_t space;
+    float *scratch; /* [workers, space] */
+} row_walk;
+
+static void row_task(void *arg, size_t task, int worker) {
+    const row_walk *w = arg;
+    size_t first = task * w->together;
+    size_t n = w->rows - first < w->together ? w->rows - first : w->together;
+    for (size_t row = first; row < first + n; row++)
+        w->fn(w->job, w->arg, row, worker, w->scratch + (size_t)worker * w->space);
+}
+
+psoup_status psoup__method_walk_rows(const psoup__method_job *job, size_t per_element, psoup__rows_fn fn,
+                                     void *arg, psoup_error *error) {
+    row_walk w = {.job = job, .fn = fn, .arg = arg, .columns = (size_t)job->columns};
+    size_t workers = (size_t)psoup_context_threads(job->context), floats;
+    w.rows = w.columns > 0 ? job->n / w.columns : 0;
+    w.together = w.columns < STEP && w.columns > 0 ? STEP / w.columns : 1;
+    w.space = psoup__method_chunk(job, w.columns) * per_element;
+    if (!psoup__multiply(w.space, workers, &floats))
+        return psoup__out_of_memory(error, SIZE_MAX);
+    w.scratch = psoup__alloc(job->context, floats, sizeof *w.scratch, error);
+    if (w.scratch == NULL)
+        return PSOUP_ERROR_MEMORY;
+    psoup__parallel(job->context, w.rows / w.together + (w.rows % w.together != 0), row_task, &w);
+    psoup__free(job->context, w.scratch);
+    return PSOUP_OK;
 }
 
 psoup_status psoup__method_not_finite(const psoup__method_job *job, size_t input, psoup_error *error) {
