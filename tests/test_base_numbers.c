@@ -26,10 +26,10 @@ static psoup_context *context_with(const char *isa, int32_t threads) {
 /* ---- dtypes ---------------------------------------------------------------------------------- */
 
 START_TEST(dtypes) {
-    const size_t sizes[] = {4, 2, 2, 8, 1, 1, 2, 4, 8, 1};
+    const size_t sizes[] = {4, 2, 2, 8, 1, 1, 2, 4, 8, 1, 1, 1, 0};
     psoup_dtype parsed;
     psoup_error error;
-    for (int d = 0; d < 10; d++) {
+    for (int d = 0; d < 13; d++) {
         ck_assert_uint_eq(psoup_dtype_size((psoup_dtype)d), sizes[d]);
         ck_assert_int_eq(psoup_dtype_parse(psoup_dtype_name((psoup_dtype)d), &parsed, NULL), 0);
         ck_assert_int_eq(parsed, d);
@@ -39,7 +39,7 @@ START_TEST(dtypes) {
     ck_assert_int_eq(psoup_dtype_parse("f33", &parsed, &error), PSOUP_ERROR_ARGUMENT);
     CONTAINS(error, "\"f33\"");
     ck_assert_int_eq(psoup_dtype_parse(NULL, &parsed, NULL), PSOUP_ERROR_ARGUMENT);
-    ck_assert_uint_eq(psoup_dtype_size((psoup_dtype)10), 0);
+    ck_assert_uint_eq(psoup_dtype_size((psoup_dtype)13), 0);
     ck_assert_str_eq(psoup_dtype_name((psoup_dtype)-1), "?");
 
     size_t n;
@@ -133,8 +133,9 @@ START_TEST(conversions) {
     psoup__random random = {.seed = 5};
     for (int i = 0; i < many; i++)
         source[i] = float_of(psoup__random_word(&random));
-    const psoup_dtype floats[] = {PSOUP_F32, PSOUP_F16, PSOUP_BF16, PSOUP_F64};
-    unsigned char *first[4] = {0}, *room = malloc(many * 8 + 8), *back = malloc(many * 4 + 8);
+    const psoup_dtype floats[] = {PSOUP_F32,     PSOUP_F16,     PSOUP_BF16, PSOUP_F64,
+                                  PSOUP_F8_E4M3, PSOUP_F8_E5M2};
+    unsigned char *first[6] = {0}, *room = malloc(many * 8 + 8), *back = malloc(many * 4 + 8);
     for (int which = 0; which < 4; which++) {
         psoup_context *context = context_with(isas[which], which + 1);
         if (context == NULL)
@@ -142,7 +143,7 @@ START_TEST(conversions) {
         check_narrow(context, PSOUP_F16, 5, 10);
         check_narrow(context, PSOUP_BF16, 8, 7);
         /* any bits at all, NaNs among them, are the same on every instruction set */
-        for (int d = 0; d < 4; d++) {
+        for (int d = 0; d < 6; d++) {
             size_t size = psoup_dtype_size(floats[d]);
             psoup__from_f32(context, room, floats[d], source, many);
             if (first[d] == NULL)
@@ -171,7 +172,7 @@ START_TEST(conversions) {
             ck_assert_uint_eq(bits_of(got[i]), bits_of(rounded[i]));
         psoup_context_free(context);
     }
-    for (int d = 0; d < 4; d++)
+    for (int d = 0; d < 6; d++)
         free(first[d]);
     free(room);
     free(back);

@@ -62,10 +62,14 @@ typedef enum psoup_dtype {
     PSOUP_I16 = 6,
     PSOUP_I32 = 7,
     PSOUP_I64 = 8,
-    PSOUP_BOOL = 9
+    PSOUP_BOOL = 9,
+    PSOUP_F8_E4M3 = 10, /* torch's float8_e4m3fn: no infinity, the largest value is 448 */
+    PSOUP_F8_E5M2 = 11,
+    PSOUP_Q8_0 = 12 /* ggml's: blocks of 32 values, 34 bytes: an f16 scale, then 32 signed bytes */
 } psoup_dtype;
 
-/* Bytes of one element; 0 for a value that is no dtype. */
+/* Bytes of one element; 0 for q8_0, whose 32 elements take 34 bytes together, and for a value that is
+ * no dtype. */
 size_t psoup_dtype_size(psoup_dtype dtype);
 /* "f32", "bf16", …; borrowed, static; "?" for a value that is no dtype. */
 const char *psoup_dtype_name(psoup_dtype dtype);

@@ -100,14 +100,34 @@ typedef struct psoup__tensor {
     int64_t shape[PSOUP__MAX_RANK];
     size_t bytes;
     const void *data; /* any alignment when it points into a file */
+    int32_t heads; /* 0: the rows lie in order. Else each of so many heads' d rows lie as llama.cpp keeps
+                    * rotated ones: row i · d/2 + j of a head at place 2j + i. Only psoup__tensor_read
+                    * and psoup__tensor_row know: who takes `data` as it stands must refuse such a tensor. */
 } psoup__tensor;
+
+enum { PSOUP__Q8_BLOCK = 32, PSOUP__Q8_BYTES = 34 }; /* elements and bytes of a q8_0 block */
+
+/* The bytes of so many elements; false when they overflow, or are no whole blocks of q8_0. */
+bool psoup__dtype_bytes(psoup_dtype dtype, size_t elements, size_t *bytes);
+/* Whether psoup__to_f32 and psoup__from_f32 know it. */
+bool psoup__dtype_is_float(psoup_dtype dtype);
+/* The largest f32 that rounds to a finite value of a float dtype. */
+float psoup__dtype_largest(psoup_dtype dtype);
 
 /* Product of the shape; false when it is negative or overflows. */
 bool psoup__tensor_elements(const psoup__tensor *tensor, size_t *elements);
 
-/* Conversions of n elements; source and destination of any alignment, not overlapping. to_f32 takes
- * F32, F16, BF16, F64; from_f32 rounds once, to nearest even (F64: exact). Vectorised per
- * instruction set, the same bits on all. */
+/* out[n] = elements at … at + n − 1 of a float tensor, in row-major order whatever order its rows lie
+ * in; any range, of q8_0 too. */
+void psoup__tensor_read(psoup_context *context, const psoup__tensor *tensor, size_t at, size_t n,
+                        float *out);
+/* Where a row of the tensor lies in its data, counted in rows. */
+size_t psoup__tensor_row(const psoup__tensor *tensor, size_t row);
+
+/* Conversions of n elements; source and destination of any alignment, not overlapping. Both take the
+ * dtypes of psoup__dtype_is_float, q8_0 in whole blocks; from_f32 rounds once, to nearest even (F64:
+ * exact; F8: beyond the largest value as torch, e4m3 to NaN and e5m2 to infinity; Q8_0 as ggml's
+ * reference, see convert.c). Vectorised per instruction set, the same bits on all. */
 void psoup__to_f32(psoup_context *context, float *out, const void *in, psoup_dtype dtype, size_t n);
 void psoup__from_f32(psoup_context *context, void *out, psoup_dtype dtype, const float *in,
                      size_t n);

@@ -2,7 +2,10 @@
  * once per instruction set; the integer formulas and the F16C instructions give the same bits.
  *
  * A NaN keeps its sign and as much of its payload as fits; one that is narrowed becomes quiet, so
- * that cutting its payload cannot make it an infinity. */
+ * that cutting its payload cannot make it an infinity. The 8-bit floats have torch's NaNs.
+ *
+ * q8_0 is ggml's quantize_row_q8_0_ref (ggml-quants.c): d = max|x| / 127 in f32, kept as f16;
+ * q = round(x · (1/d)), halves away from zero. */
 #include "base/base.h"
 
 #include <assert.h>
@@ -94,6 +97,118 @@ static void f32_to_bf16(char *restrict out, const char *restrict in, size_t n) {
     }
 }
 
+/* e4m3: 1 sign, 4 exponent (bias 7), 3 fraction; magnitude 0x7f is NaN, there is no infinity. */
+static inline uint32_t f32_of_e4m3(uint8_t c) {
+    uint32_t magnitude = c & 0x7fu, normal = (magnitude << 20) + (120u << 23), subnormal;
+    float small = (float)(int32_t)magnitude * 0x1p-9f;
+    memcpy(&subnormal, &small, 4);
+    uint32_t bits = magnitude < 8 ? subnormal : normal;
+    bits = magnitude == 0x7f ? 0x7ff00000u : bits;
+    return bits | (uint32_t)(c & 0x80u) << 24;
+}
+
+static inline uint8_t e4m3_of_f32(uint32_t f) {
+    uint32_t magnitude = f & 0x7fffffffu, subnormal;
+    float shifted;
+    memcpy(&shifted, &magnitude, 4);
+    shifted = (magnitude < 0x3c800000u ? shifted : 0.0f) + 0x1p14f; /* a last place of 2⁻⁹ */
+    memcpy(&subnormal, &shifted, 4);
+    subnormal -= 0x46800000u;
+    uint32_t normal = (magnitude - (120u << 23) + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
+    uint32_t bits = magnitude < 0x3c800000u ? subnormal : normal; /* 2⁻⁶ */
+    bits = magnitude >= 0x43f00000u ? 0x7fu : bits;               /* 480 and more, infinity, NaN */
+    return (uint8_t)(bits | (f >> 24 & 0x80u));
+}
+
+/* e5m2: the upper byte of an f16. */
+static inline uint8_t e5m2_of_f32(uint32_t f) {
+    uint32_t magnitude = f & 0x7fffffffu, subnormal;
+    float shifted;
+    memcpy(&shifted, &magnitude, 4);
+    shifted = (magnitude < 0x38800000u ? shifted : 0.0f) + 0x1p7f; /* a last place of 2⁻¹⁶ */
+    memcpy(&subnormal, &shifted, 4);
+    subnormal -= 0x43000000u;
+    uint32_t normal = (magnitude - (112u << 23) + 0xfffffu + (magnitude >> 21 & 1u)) >> 21;
+    uint32_t bits = magnitude < 0x38800000u ? subnormal : normal; /* 2⁻¹⁴ */
+    bits = magnitude >= 0x47800000u ? 0x7cu : bits;               /* 65536 and more: infinity */
+    bits = magnitude > 0x7f800000u ? 0x7fu : bits;
+    return (uint8_t)(bits | (f >> 24 & 0x80u));
+}
+
+static void e4m3_to_f32(char *restrict out, const char *restrict in, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t f = f32_of_e4m3((uint8_t)in[i]);
+        memcpy(out + 4 * i, &f, 4);
+    }
+}
+
+static void f32_to_e4m3(char *restrict out, const char *restrict in, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t f;
+        memcpy(&f, in + 4 * i, 4);
+        out[i] = (char)e4m3_of_f32(f);
+    }
+}
+
+static void e5m2_to_f32(char *restrict out, const char *restrict in, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t f = f32_of_f16((uint16_t)((uint8_t)in[i] << 8));
+        memcpy(out + 4 * i, &f, 4);
+    }
+}
+
+static void f32_to_e5m2(char *restrict out, const char *restrict in, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t f;
+        memcpy(&f, in + 4 * i, 4);
+        out[i] = (char)e5m2_of_f32(f);
+    }
+}
+
+static void q8_0_to_f32(char *restrict out, const char *restrict in, size_t n) {
+    for (size_t block = 0; block < n / PSOUP__Q8_BLOCK; block++, in += PSOUP__Q8_BYTES) {
+        uint16_t h;
+        float d;
+        memcpy(&h, in, 2);
+        uint32_t bits = f32_of_f16(h);
+        memcpy(&d, &bits, 4);
+        for (int i = 0; i < PSOUP__Q8_BLOCK; i++, out += 4) {
+            float x = (float)(signed char)in[2 + i] * d;
+            memcpy(out, &x, 4);
+        }
+    }
+}
+
+/* A block that holds a NaN or infinity becomes NaN as a whole: no scale could say it. */
+static void f32_to_q8_0(char *restrict out, const char *restrict in, size_t n) {
+    float x[PSOUP__Q8_BLOCK];
+    for (size_t block = 0; block < n / PSOUP__Q8_BLOCK; block++, out += PSOUP__Q8_BYTES) {
+        uint32_t most = 0, bits; /* magnitudes order as their bits do, NaN above all */
+        memcpy(x, in + 4 * PSOUP__Q8_BLOCK * block, sizeof x);
+        for (int i = 0; i < PSOUP__Q8_BLOCK; i++) {
+            memcpy(&bits, &x[i], 4);
+            bits &= 0x7fffffffu;
+            most = bits > most ? bits : most;
+        }
+        float amax, d, inverse;
+        memcpy(&amax, &most, 4);
+        d = amax / 127.0f;
+        inverse = 1.0f / d;
+        memcpy(&bits, &d, 4);
+        uint16_t h = f16_of_f32(bits);
+        bool zero = most >= 0x7f800000u || d < 0x1p-126f; /* the inverse of less overflows */
+        if (most >= 0x7f800000u)
+            h = 0x7e00;
+        memcpy(out, &h, 2);
+        for (int i = 0; i < PSOUP__Q8_BLOCK; i++) {
+            float v = zero ? 0.0f : x[i] * inverse, whole = (float)(int32_t)v;
+            float rest = v - whole; /* exact */
+            whole += rest >= 0.5f ? 1.0f : rest <= -0.5f ? -1.0f : 0.0f;
+            out[2 + i] = (char)(signed char)(int32_t)whole;
+        }
+    }
+}
+
 static void f64_to_f32(char *restrict out, const char *restrict in, size_t n) {
     for (size_t i = 0; i < n; i++) {
         double d;
@@ -113,29 +228,29 @@ static void f32_to_f64(char *restrict out, const char *restrict in, size_t n) {
 }
 
 void PSOUP__NAME(psoup__to_f32_kernel)(float *out, const void *in, psoup_dtype dtype, size_t n) {
-    assert(dtype <= PSOUP_F64);
+    static void (*const convert[])(char *restrict, const char *restrict, size_t) = {
+        [PSOUP_F16] = f16_to_f32,       [PSOUP_BF16] = bf16_to_f32,     [PSOUP_F64] = f64_to_f32,
+        [PSOUP_F8_E4M3] = e4m3_to_f32,  [PSOUP_F8_E5M2] = e5m2_to_f32,  [PSOUP_Q8_0] = q8_0_to_f32,
+    };
+    assert(psoup__dtype_is_float(dtype) && (dtype != PSOUP_Q8_0 || n % PSOUP__Q8_BLOCK == 0));
     if (n == 0)
         return;
     if (dtype == PSOUP_F32)
         memcpy((void *)out, in, n * 4);
-    else if (dtype == PSOUP_F16)
-        f16_to_f32((char *)out, in, n);
-    else if (dtype == PSOUP_BF16)
-        bf16_to_f32((char *)out, in, n);
     else
-        f64_to_f32((char *)out, in, n);
+        convert[dtype]((char *)out, in, n);
 }
 
 void PSOUP__NAME(psoup__from_f32_kernel)(void *out, psoup_dtype dtype, const float *in, size_t n) {
-    assert(dtype <= PSOUP_F64);
+    static void (*const convert[])(char *restrict, const char *restrict, size_t) = {
+        [PSOUP_F16] = f32_to_f16,       [PSOUP_BF16] = f32_to_bf16,     [PSOUP_F64] = f32_to_f64,
+        [PSOUP_F8_E4M3] = f32_to_e4m3,  [PSOUP_F8_E5M2] = f32_to_e5m2,  [PSOUP_Q8_0] = f32_to_q8_0,
+    };
+    assert(psoup__dtype_is_float(dtype) && (dtype != PSOUP_Q8_0 || n % PSOUP__Q8_BLOCK == 0));
     if (n == 0)
         return;
     if (dtype == PSOUP_F32)
         memcpy(out, (const void *)in, n * 4);
-    else if (dtype == PSOUP_F16)
-        f32_to_f16(out, (const char *)in, n);
-    else if (dtype == PSOUP_BF16)
-        f32_to_bf16(out, (const char *)in, n);
     else
-        f32_to_f64(out, (const char *)in, n);
+        convert[dtype](out, (const char *)in, n);
 }

@@ -117,7 +117,8 @@ static void convert_piece(void *arg, size_t task, int worker) {
     const conversion *c = arg;
     (void)worker;
     size_t at = task * PIECE, n = c->n - at < PIECE ? c->n - at : PIECE;
-    size_t byte = at * psoup_dtype_size(c->dtype);
+    size_t byte;
+    psoup__dtype_bytes(c->dtype, at, &byte); /* PIECE is whole blocks */
     /* byte pointers, for the floats may lie at any address */
     if (c->to != NULL)
         kernels[c->isa].to_f32((float *)(void *)((char *)c->to + at * 4), c->in + byte, c->dtype,

@@ -28,7 +28,8 @@ static const struct {
     psoup_dtype dtype;
 } dtypes[] = {{"F32", PSOUP_F32}, {"F16", PSOUP_F16}, {"BF16", PSOUP_BF16}, {"F64", PSOUP_F64},
               {"I8", PSOUP_I8},   {"U8", PSOUP_U8},   {"I16", PSOUP_I16},   {"I32", PSOUP_I32},
-              {"I64", PSOUP_I64}, {"BOOL", PSOUP_BOOL}};
+              {"I64", PSOUP_I64}, {"BOOL", PSOUP_BOOL}, {"F8_E4M3", PSOUP_F8_E4M3},
+              {"F8_E5M2", PSOUP_F8_E5M2}};
 
 static bool find_dtype(const char *name, psoup_dtype *out) {
     for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; i++)
@@ -61,7 +62,7 @@ static psoup_status read_entry(const psoup_json *value, const char *path, size_t
     if (!find_dtype(dtype, &tensor->dtype))
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
                            "%s: tensor %.200s: dtype %.40s is not supported; expected F32, F16, "
-                           "BF16, F64, I8, U8, I16, I32, I64 or BOOL",
+                           "BF16, F64, I8, U8, I16, I32, I64, BOOL, F8_E4M3 or F8_E5M2",
                            path, name, dtype);
 
     const psoup_json *shape = psoup_json_get(value, "shape");

@@ -65,9 +65,10 @@ static psoup_status merge_pair(psoup_merger *merger, const psoup__merge_module *
         goto fail;
     }
     psoup__from_f32(context, *data, dtype, a, n_a + n_b);
-    pair->a = (psoup__tensor){dtype, 2, {pair->rank, module->in}, n_a * size, *data};
-    pair->b = (psoup__tensor){dtype, 2, {module->out, pair->rank}, n_b * size,
-                              (const char *)*data + n_a * size};
+    pair->a = (psoup__tensor){.dtype = dtype, .rank = 2, .shape = {pair->rank, module->in},
+                              .bytes = n_a * size, .data = *data};
+    pair->b = (psoup__tensor){.dtype = dtype, .rank = 2, .shape = {module->out, pair->rank},
+                              .bytes = n_b * size, .data = (const char *)*data + n_a * size};
 fail:
     psoup__free(context, a);
     return status;

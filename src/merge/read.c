@@ -8,8 +8,7 @@ void psoup__merge_read(psoup_context *context, const psoup__merge_input *input, 
                        float *out) {
     const psoup__tensor *tensor = input->tensor;
     if (tensor != NULL)
-        psoup__to_f32(context, out, (const char *)tensor->data + at * psoup_dtype_size(tensor->dtype),
-                      tensor->dtype, n);
+        psoup__tensor_read(context, tensor, at, n, out);
     else
         memset(out, 0, n * sizeof *out);
     if (input->n_factors > 0)

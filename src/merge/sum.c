@@ -27,17 +27,6 @@ static const struct {
 #endif
 };
 
-/* The largest f32 that rounds to a finite value of the dtype. */
-static float largest(psoup_dtype dtype) {
-    const uint32_t bf16 = 0x7f7f7fff; /* just below half a step above the largest bf16 */
-    float limit = FLT_MAX;
-    if (dtype == PSOUP_F16)
-        return nextafterf(65520.0f, 0.0f);
-    if (dtype == PSOUP_BF16)
-        memcpy(&limit, &bf16, sizeof limit);
-    return limit;
-}
-
 typedef struct job {
     psoup_context *context;
     const psoup__sum_args *args;
@@ -71,7 +60,7 @@ static void sum_piece(void *arg, size_t task, int worker) {
         }
         if (first)
             memset(acc, 0, n * sizeof *acc);
-        if (!kernels[isa].within(acc, largest(args->out_dtype), n))
+        if (!kernels[isa].within(acc, psoup__dtype_largest(args->out_dtype), n))
             atomic_store(&j->bad, true);
         char *out = (char *)args->out + at * out_size;
         if (j->stream)
@@ -91,7 +80,7 @@ bool psoup__sum(psoup_context *context, const psoup__sum_args *args) {
 }
 
 bool psoup__merge_finite(psoup_context *context, const float *x, size_t n, psoup_dtype dtype) {
-    return kernels[psoup__isa_of(context)].within(x, largest(dtype), n);
+    return kernels[psoup__isa_of(context)].within(x, psoup__dtype_largest(dtype), n);
 }
 
 psoup_status psoup__merge_check_weights(const double *weights, size_t n, bool any_sum,
