@@ -6,25 +6,19 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "bench_limits.h"
 #include "psoup/psoup.h"
 
 enum { DIM = 256, LAYERS = 6, HEADS = 4, VOCAB = 4096, FFN = 688, BATCH = 16, LENGTH = 128 };
-enum { PROMPT = 16, TURNS = 3, POLICIES = 6 };
+enum { PROMPT = 16, TURNS = 3, POLICIES = 6, RANK = 16 };
 
 static void must(psoup_status status, const psoup_error *error) {
     if (status != PSOUP_OK) {
         fprintf(stderr, "bench_model: %s\n", error->message);
         exit(1);
     }
-}
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 static int32_t tokens[BATCH][LENGTH];
@@ -137,6 +131,34 @@ static double ppo(psoup_model *model, size_t first, size_t n, int32_t rollouts) 
     return seconds;
 }
 
+/* ---- the limits ------------------------------------------------------------------------------------- */
+
+/* Parameters of the linears and the head that a token is multiplied with, and of q's and v's adapters. */
+static const double frozen = LAYERS * (4.0 * DIM * DIM + 3.0 * DIM * FFN) + (double)DIM * VOCAB;
+static const double adapted = LAYERS * 2.0 * 2 * RANK * DIM;
+
+/* Tokens a second if nothing but the products took time, at the rate of multiply-adds in registers: 4
+ * operations a frozen parameter (forward, and back to the input), 6 an adapter's; attention's scores and
+ * values over half of the keys on average, forward 2 products, backward 5. */
+static double training_limit(void) {
+    const double attention = LAYERS * 7 * 2.0 * DIM * LENGTH / 2;
+    return 1e9 * limit(NULL, 0) / (4 * frozen + 6 * adapted + attention);
+}
+
+/* New tokens a second if a step took only its products' operations, or only the reading of its weights and
+ * of the keys and values of half the length, from wherever so much fits; the slower of the two. */
+static double generation_limit(void) {
+    const size_t floats = (size_t)(frozen + adapted + BATCH * LAYERS * 2.0 * DIM * LENGTH / 2);
+    float *x = calloc(floats, sizeof *x);
+    if (!x)
+        exit(1);
+    const double reading = 4e-9 * (double)floats / limit(x, floats);
+    const double attention = LAYERS * 2 * 2.0 * DIM * LENGTH / 2;
+    const double products = 1e-9 * BATCH * (2 * (frozen + adapted) + attention) / limit(NULL, 0);
+    free(x);
+    return BATCH / (reading > products ? reading : products);
+}
+
 /* ---- the peer --------------------------------------------------------------------------------------- */
 
 typedef struct peer {
@@ -186,14 +208,16 @@ static double median(double *values, int n) {
     return values[n / 2];
 }
 
-static void line(const char *what, const char *unit, double *ours, double *theirs, double *ratio,
+static void line(const char *what, double *ours, double *theirs, double most, double *ratio,
                  double goal) {
     if (theirs[0] > 0)
-        printf("%-34s ours %9.1f  theirs %9.1f %s  ratio %6.2f (goal %.2f)\n", what,
-               median(ours, TURNS), median(theirs, TURNS), unit, median(ratio, TURNS), goal);
+        printf("%-26s ours %7.0f  theirs %7.0f  limit %7.0f tokens/s  ratio %5.2f (goal %.2f; at the limit "
+               "%.2f)\n",
+               what, median(ours, TURNS), median(theirs, TURNS), most, median(ratio, TURNS), goal,
+               most / median(theirs, TURNS));
     else
-        printf("%-34s ours %9.1f %s  (no PyTorch here: pip install torch)\n", what,
-               median(ours, TURNS), unit);
+        printf("%-26s ours %7.0f  limit %7.0f tokens/s  (no PyTorch here: pip install torch)\n", what,
+               median(ours, TURNS), most);
 }
 
 int main(int argc, char **argv) {
@@ -219,8 +243,8 @@ int main(int argc, char **argv) {
             theirs[t] = ask(&p, work[w]);
             ratio[t] = theirs[t] > 0 ? ours[t] / theirs[t] : 0;
         }
-        line(w ? "generation, 16 sequences" : "LoRA training", "tokens/s", ours, theirs, ratio,
-             goals[w]);
+        line(w ? "generation, 16 sequences" : "LoRA training", ours, theirs,
+             w ? generation_limit() : training_limit(), ratio, goals[w]);
     }
     if (p.to)
         fclose(p.to);

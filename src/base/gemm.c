@@ -18,6 +18,7 @@ enum {
     TILE_ROWS = 96,     /* most rows of A in one block: 144 KiB */
     WIDE_B = 1 << 20,   /* floats of B copied at once for all workers: 4 MiB, a fraction of an L3 */
     NARROW_B = 1 << 17, /* and for a caller that works alone */
+    FEW = 4,            /* register tiles that share a panel */
     TILES = 4,          /* per worker: the fewest that even out a worker that falls behind */
     ALONE = 1 << 18     /* multiply-adds that are done before another thread has woken up */
 };
@@ -217,6 +218,16 @@ static void find_panel(const struct job *job, const struct chunk *chunk, int64_t
     }
 }
 
+/* The panel after the strip's, where it is read as it was packed: between two panels the hardware's own
+ * prefetcher starts anew (one row of A, bf16: 36 → 45 GB/s; Sapphire Rapids, two threads). */
+static const char *next_panel(const struct job *job, const psoup__gemm_strip *strip, bool more) {
+    const psoup__gemm_b *packed = job->args->packed;
+    if (job->place != B_PACKED || strip->b_dtype != packed->dtype || !more)
+        return NULL;
+    return (const char *)strip->b +
+           (size_t)(strip->columns * packed->k) * psoup_dtype_size(packed->dtype);
+}
+
 /* One unit: a tile of C over the depths of the chunk. */
 static void multiply_tile(const struct job *job, const struct chunk *chunk, size_t unit,
                           int worker) {
@@ -246,6 +257,7 @@ static void multiply_tile(const struct job *job, const struct chunk *chunk, size
             strip.columns = least(job->kernel->columns, j1 - j);
             strip.c_first = j;
             find_panel(job, chunk, j, k, worker, &strip);
+            strip.next = next_panel(job, &strip, j + strip.columns < j1);
             job->kernel->multiply(&strip);
         }
     }
@@ -320,7 +332,8 @@ static void plan_chunks(struct job *job) {
         job->k_chunk = size / job->n_chunk / DEPTH * DEPTH;
 }
 
-/* Cuts C into tiles: high ones first, then along the columns, then lower ones. */
+/* Cuts C into tiles: high ones first, then along the columns, then lower ones. Of few rows each panel is
+ * read by one worker: it comes from far, and a product of 16 rows is bound by that. */
 static void plan_tiles(struct job *job) {
     const int64_t rows = divide_up(job->args->m, job->kernel->rows);
     const int64_t columns = divide_up(least(job->n_chunk, job->args->n), job->kernel->columns);
@@ -331,7 +344,7 @@ static void plan_tiles(struct job *job) {
         down = most(down, least(want, rows / (highest / 2)));
     if (down < want)
         across = least(columns, divide_up(want, down));
-    if (down * across < want)
+    if (down * across < want && (rows > FEW || across < job->slot->workers))
         down = least(rows, divide_up(want, across));
     job->tile_rows = divide_up(rows, down) * job->kernel->rows;
     job->tile_columns = divide_up(columns, across) * job->kernel->columns;

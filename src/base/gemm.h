@@ -20,6 +20,7 @@ typedef struct psoup__gemm_strip {
     float *const *c; /* [rows]; row i, column j: c[i][c_first + j] */
     int64_t c_first;
     bool resume; /* the sums start from C, else from 0 */
+    const char *next; /* the panel that comes after this one, asked for meanwhile; or NULL */
 } psoup__gemm_strip;
 
 /* What to read of B: rows `b_row` and columns `b_col` elements apart, of any alignment. */

@@ -94,9 +94,11 @@ INLINE vec load_as_f32(const void *from, psoup_dtype dtype) {
     return (vec)((words)((vec)magnitude * 0x1p112f) | special | ((word & 0x8000) << 16));
 }
 
-/* c[i][first + …] of `rows` × `vectors`, both constants where this is inlined. */
+/* c[i][first + …] of `rows` × `vectors`, both constants where this is inlined; asks for the panel at `next`,
+ * where it is not NULL, line by line. */
 INLINE void tile(const psoup__gemm_strip *s, const float *const *a_rows, float *const *c_rows,
-                 int64_t first, const int rows, const int vectors, const psoup_dtype dtype) {
+                 int64_t first, const int rows, const int vectors, const psoup_dtype dtype,
+                 const char *next) {
     const size_t size = dtype == PSOUP_F32 ? 4 : 2;
     const float *a[ROWS];
     vec c[ROWS][VECTORS];
@@ -116,6 +118,12 @@ INLINE void tile(const psoup__gemm_strip *s, const float *const *a_rows, float *
 #pragma GCC unroll 4
         for (size_t line = 0; line < (size_t)(vectors * VECTOR) * size; line += 64)
             __builtin_prefetch(b + AHEAD * b_step + line);
+        if (next != NULL) {
+#pragma GCC unroll 4
+            for (size_t line = 0; line < (size_t)(vectors * VECTOR) * size; line += 64)
+                __builtin_prefetch(next + line, 0, 2);
+            next += b_step;
+        }
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
             row[v] = load_as_f32(b + (size_t)v * VECTOR * size, dtype);
@@ -142,14 +150,14 @@ INLINE void walk_rows(const psoup__gemm_strip *s, const float *const *a, float *
         for (int64_t i = ROWS; i < ROWS + next; i++) /* C comes from far; ask before it is due */
             for (int v = 0; v < vectors; v++)
                 __builtin_prefetch(c[i] + first + v * VECTOR, 1);
-        tile(s, a, c, first, ROWS, vectors, dtype);
+        tile(s, a, c, first, ROWS, vectors, dtype, rows == ROWS ? s->next : NULL);
     }
     switch (rows) {
-    case 5: tile(s, a, c, first, 5, vectors, dtype); break;
-    case 4: tile(s, a, c, first, 4, vectors, dtype); break;
-    case 3: tile(s, a, c, first, 3, vectors, dtype); break;
-    case 2: tile(s, a, c, first, 2, vectors, dtype); break;
-    case 1: tile(s, a, c, first, 1, vectors, dtype); break;
+    case 5: tile(s, a, c, first, 5, vectors, dtype, s->next); break;
+    case 4: tile(s, a, c, first, 4, vectors, dtype, s->next); break;
+    case 3: tile(s, a, c, first, 3, vectors, dtype, s->next); break;
+    case 2: tile(s, a, c, first, 2, vectors, dtype, s->next); break;
+    case 1: tile(s, a, c, first, 1, vectors, dtype, s->next); break;
     default: break;
     }
 }

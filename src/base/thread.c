@@ -2,12 +2,20 @@
  *
  * A job is open while its caller works on it. A thread joins an open job, takes tasks until none is
  * left, and leaves. The caller closes the job when the counter has run out and waits for those who
- * joined; a thread that wakes too late finds it closed. So nobody waits for a sleeper. */
+ * joined; a thread that comes too late finds it closed. So nobody waits for a sleeper.
+ *
+ * Number, openness and membership are one word, so that joining and closing cannot cross. The lock is for
+ * those who sleep; while everybody is awake nobody takes it (two empty tasks: 0.3 µs for 0.9 µs with a
+ * lock at every step, which a decoding step pays some fifty times). */
 #include "base/internal.h"
 
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+
+#define OPEN ((uint64_t)1 << 31)
+#define JOINED (OPEN - 1)    /* how many threads are in the job */
+#define JOB ((uint64_t)1 << 32) /* the number of the job, above */
 
 typedef struct member {
     struct psoup__pool *pool;
@@ -18,19 +26,20 @@ typedef struct member {
 struct psoup__pool {
     member *members; /* [started] */
     int started;
-    int spins; /* looks at the counters before sleeping: a wake-up costs more than a short wait */
+    int spins; /* looks at the state before sleeping: a wake-up costs more than a short wait */
     atomic_bool busy;
+
+    _Alignas(64) _Atomic uint64_t state; /* JOB · number + OPEN + joined */
+    psoup__task_fn fn;                   /* of the job: written before it opens, read by who joined */
+    void *arg;
+    size_t tasks;
+    _Alignas(64) atomic_size_t next; /* the next task */
 
     pthread_mutex_t lock;
     pthread_cond_t wake, done;
-    int sleeping; /* under lock, as are: */
-    bool open, stop;
-    psoup__task_fn fn;
-    void *arg;
-    size_t tasks;
-    atomic_uint job;    /* counts jobs; written under lock */
-    atomic_int joined;  /* written under lock */
-    atomic_size_t next; /* the next task */
+    atomic_int sleeping;   /* threads; changed under lock */
+    atomic_bool awaited;   /* the caller sleeps until nobody is in the job; changed under lock */
+    atomic_bool stop;      /* set under lock */
 };
 
 static void relax(void) {
@@ -51,38 +60,47 @@ static void take_tasks(struct psoup__pool *pool, psoup__task_fn fn, void *arg, s
     }
 }
 
+/* Waits for another state than `seen` of a job that is over or that this thread has left. The state is
+ * looked at again after `sleeping` is raised, and the caller looks at `sleeping` after it changed the
+ * state: one of the two sees the other. */
+static uint64_t next_state(struct psoup__pool *pool, uint64_t job) {
+    uint64_t state = atomic_load(&pool->state);
+    for (int i = 0; i < pool->spins && state / JOB == job; i++) {
+        relax();
+        state = atomic_load_explicit(&pool->state, memory_order_acquire);
+    }
+    if (state / JOB != job)
+        return state;
+    pthread_mutex_lock(&pool->lock);
+    atomic_fetch_add(&pool->sleeping, 1);
+    while ((state = atomic_load(&pool->state)) / JOB == job && !atomic_load(&pool->stop))
+        pthread_cond_wait(&pool->wake, &pool->lock);
+    atomic_fetch_sub(&pool->sleeping, 1);
+    pthread_mutex_unlock(&pool->lock);
+    return state;
+}
+
 static void *work(void *user) {
     member *self = user;
     struct psoup__pool *pool = self->pool;
-    unsigned seen = 0;
+    uint64_t job = 0;
     for (;;) {
-        for (int i = 0; i < pool->spins && atomic_load(&pool->job) == seen; i++)
-            relax();
-        pthread_mutex_lock(&pool->lock);
-        while (!pool->stop && atomic_load(&pool->job) == seen) {
-            pool->sleeping++;
-            pthread_cond_wait(&pool->wake, &pool->lock);
-            pool->sleeping--;
-        }
-        if (pool->stop) {
-            pthread_mutex_unlock(&pool->lock);
+        uint64_t state = next_state(pool, job);
+        if (atomic_load(&pool->stop))
             return NULL;
-        }
-        seen = atomic_load(&pool->job);
-        bool open = pool->open;
-        psoup__task_fn fn = pool->fn;
-        void *arg = pool->arg;
-        size_t tasks = pool->tasks;
-        if (open)
-            atomic_fetch_add(&pool->joined, 1);
-        pthread_mutex_unlock(&pool->lock);
-        if (!open)
+        job = state / JOB;
+        while ((state & OPEN) && state / JOB == job &&
+               !atomic_compare_exchange_weak(&pool->state, &state, state + 1))
+            ;
+        if (!(state & OPEN) || state / JOB != job)
             continue;
-        take_tasks(pool, fn, arg, tasks, self->worker);
-        pthread_mutex_lock(&pool->lock);
-        if (atomic_fetch_sub(&pool->joined, 1) == 1 && !pool->open)
+        take_tasks(pool, pool->fn, pool->arg, pool->tasks, self->worker);
+        state = atomic_fetch_sub(&pool->state, 1);
+        if ((state & (OPEN | JOINED)) == 1 && atomic_load(&pool->awaited)) {
+            pthread_mutex_lock(&pool->lock);
             pthread_cond_signal(&pool->done);
-        pthread_mutex_unlock(&pool->lock);
+            pthread_mutex_unlock(&pool->lock);
+        }
     }
 }
 
@@ -93,25 +111,32 @@ void psoup__parallel(psoup_context *context, size_t tasks, psoup__task_fn fn, vo
             fn(arg, task, 0);
         return;
     }
-    pthread_mutex_lock(&pool->lock);
     pool->fn = fn;
     pool->arg = arg;
     pool->tasks = tasks;
-    pool->open = true;
-    atomic_store(&pool->next, 0);
-    atomic_fetch_add(&pool->job, 1);
-    if (pool->sleeping > 0)
+    atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
+    const uint64_t job = atomic_load(&pool->state) / JOB + 1; /* the old one is closed and empty */
+    atomic_store(&pool->state, job * JOB + OPEN);
+    if (atomic_load(&pool->sleeping) > 0) {
+        pthread_mutex_lock(&pool->lock);
         pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->lock);
+        pthread_mutex_unlock(&pool->lock);
+    }
 
     take_tasks(pool, fn, arg, tasks, 0);
-    for (int i = 0; i < pool->spins && atomic_load(&pool->joined) > 0; i++)
+    uint64_t state = atomic_fetch_and(&pool->state, ~OPEN);
+    for (int i = 0; i < pool->spins && (state & JOINED); i++) {
         relax();
-    pthread_mutex_lock(&pool->lock);
-    pool->open = false;
-    while (atomic_load(&pool->joined) > 0)
-        pthread_cond_wait(&pool->done, &pool->lock);
-    pthread_mutex_unlock(&pool->lock);
+        state = atomic_load_explicit(&pool->state, memory_order_acquire);
+    }
+    if (state & JOINED) {
+        pthread_mutex_lock(&pool->lock);
+        atomic_store(&pool->awaited, true);
+        while (atomic_load(&pool->state) & JOINED)
+            pthread_cond_wait(&pool->done, &pool->lock);
+        atomic_store(&pool->awaited, false);
+        pthread_mutex_unlock(&pool->lock);
+    }
     atomic_store(&pool->busy, false);
 }
 
@@ -158,8 +183,7 @@ void psoup__pool_free(psoup_context *context) {
     if (pool == NULL)
         return;
     pthread_mutex_lock(&pool->lock);
-    pool->stop = true;
-    atomic_fetch_add(&pool->job, 1);
+    atomic_store(&pool->stop, true);
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->lock);
     for (int i = 0; i < pool->started; i++)
