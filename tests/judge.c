@@ -71,6 +71,9 @@ int main(int argc, char **argv) {
         } else if (!strcmp(how, "unended")) { /* no newline after the last word */
             printf("{\"id\": %lld, \"verdict\": \"b\"}", id);
             break;
+        } else if (!strcmp(how, "silent")) { /* after two answers */
+            if (n < 2)
+                answer(id, "a");
         } else if (!strcmp(how, "dies")) {
             if (n == 2)
                 break;

@@ -326,6 +326,28 @@ START_TEST(winrate_golden) {
 }
 END_TEST
 
+START_TEST(nothing_given) {
+    psoup_preferences *preferences;
+    psoup_rate rate;
+    psoup_duel duel = {.n = 0};
+    char *text;
+    int32_t member;
+    FAILS(psoup_preferences_default(context, 0, NULL, &error), PSOUP_ERROR_ARGUMENT, "NULL");
+    FAILS(psoup_preferences_load(context, NULL, &preferences, &error), PSOUP_ERROR_ARGUMENT, "NULL");
+    OK(psoup_preferences_default(context, 0, &preferences, &error));
+    FAILS(psoup_user_get(NULL, 0, &member, NULL, 0, &error), PSOUP_ERROR_ARGUMENT, "NULL");
+    FAILS(psoup_user_get(preferences, 0, NULL, NULL, 0, &error), PSOUP_ERROR_ARGUMENT, "NULL");
+    FAILS(psoup_template_fill(NULL, "x", NULL, NULL, NULL, &error), PSOUP_ERROR_ARGUMENT, "NULL");
+    FAILS(psoup_template_fill(NULL, NULL, NULL, NULL, &text, &error), PSOUP_ERROR_ARGUMENT, "NULL");
+    FAILS(psoup_winrate_aggregate(context, NULL, 1, 1, &rate, &error), PSOUP_ERROR_ARGUMENT, "NULL");
+    FAILS(psoup_winrate_helpfulness(context, &duel, 1, 1, NULL, &error), PSOUP_ERROR_ARGUMENT, "NULL");
+    FAILS(psoup_judge_ask(NULL, NULL, 0, NULL, &error), PSOUP_ERROR_ARGUMENT, "NULL");
+    FAILS(psoup_feedback(NULL, NULL, preferences, NULL, 0, NULL, NULL, NULL, NULL, &error),
+          PSOUP_ERROR_ARGUMENT, "psoup_feedback");
+    psoup_preferences_free(preferences);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("eval");
     TCase *c = tcase_create("eval");
@@ -339,6 +361,7 @@ int main(void) {
     tcase_add_test(c, winrate_by_hand);
     tcase_add_test(c, winrate_clusters);
     tcase_add_test(c, winrate_golden);
+    tcase_add_test(c, nothing_given);
     suite_add_tcase(suite, c);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);

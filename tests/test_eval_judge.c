@@ -123,6 +123,12 @@ START_TEST(judge_fails) {
           "it stopped reading after 0 of 12 answers");
     free(large);
     psoup_judge_free(judge); /* which ends it: it would sleep for a minute */
+    judge = start("silent");
+    FAILS(psoup_judge_set_patience(judge, -1, &error), PSOUP_ERROR_ARGUMENT, "-1 seconds");
+    OK(psoup_judge_set_patience(judge, 0.3, &error));
+    FAILS(psoup_judge_ask(judge, ask_about("a", "b"), ASKED, verdicts, &error), PSOUP_ERROR_IO,
+          "silent for 0.3 seconds after 2 of 12 answers");
+    psoup_judge_free(judge);
     judge = start("endless");
     FAILS(psoup_judge_ask(judge, ask_about("a", "b"), ASKED, verdicts, &error), PSOUP_ERROR_FORMAT,
           "a line of over 1048576 bytes");

@@ -122,6 +122,21 @@ START_TEST(refused_sampling) {
         ck_assert_ptr_null(g);
         ck_assert_uint_gt(strlen(error.message), 10);
     }
+    psoup_session *session = NULL;
+    const psoup_prompt prompt = {.tokens = tokens, .n = 1};
+    size_t running;
+    OK(psoup_session_create(model, NULL, &session, &error));
+    const psoup_status refused[] = {
+        psoup_generate(NULL, &prompt, 1, NULL, NULL, NULL, NULL, &g, &error),
+        psoup_generate(model, NULL, 1, NULL, NULL, NULL, NULL, &g, &error),
+        psoup_generate(model, &prompt, 1, NULL, NULL, NULL, NULL, NULL, &error),
+        psoup_session_create(NULL, NULL, &session, &error),
+        psoup_session_submit(session, 0, NULL, &error),
+        psoup_session_submit(NULL, 0, &prompt, &error),
+        psoup_session_step(NULL, NULL, NULL, &running, &error)};
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
+        ck_assert_int_eq(refused[i], PSOUP_ERROR_ARGUMENT);
+    psoup_session_free(session);
     psoup_model_free(model);
     psoup_context_free(context);
 }

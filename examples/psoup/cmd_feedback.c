@@ -8,7 +8,7 @@ typedef struct feedback_run {
     const char *model, *tokenizer, *prompts, *preferences, *output, *template, *mix;
     const psoup_json *adapters, *judge;
     int32_t new_preferences, threads, max_new_tokens, min_new_tokens, top_k, max_sequences;
-    float temperature, top_p;
+    float temperature, top_p, judge_patience;
     uint64_t seed;
 } feedback_run;
 
@@ -23,6 +23,7 @@ static const psoup_field feedback_fields[] = {
     FIELD(
         PSOUP_FIELD_JSON, judge,
         "[\"PROGRAM\", \"ARG\", …]: reads questions and writes verdicts as JSON Lines; required."),
+    FIELD(PSOUP_FIELD_FLOAT, judge_patience, "Seconds the judge may be silent; 0 waits for ever."),
     FIELD(PSOUP_FIELD_STRING, preferences, "Catalogue file; null: the paper's."),
     FIELD(PSOUP_FIELD_BOOL, new_preferences, "With the paper's catalogue: P3C and P3D too."),
     FIELD(PSOUP_FIELD_STRING, output, "JSON Lines file of comparisons; required."),
@@ -107,6 +108,8 @@ static psoup_status feedback(const feedback_run *run, const config *c,
     if (status == PSOUP_OK)
         status = open_judge(m.context, c->path, run->judge, &judge, error);
     if (status == PSOUP_OK)
+        status = psoup_judge_set_patience(judge, (double)run->judge_patience, error);
+    if (status == PSOUP_OK)
         status =
             run->preferences
                 ? psoup_preferences_load(m.context, run->preferences, &preferences, error)
@@ -146,7 +149,7 @@ static psoup_status feedback(const feedback_run *run, const config *c,
 }
 
 int cmd_feedback(int argc, char **argv) {
-    feedback_run run = {.max_new_tokens = 512, .temperature = 1.0f, .top_p = 1.0f};
+    feedback_run run = {.max_new_tokens = 512, .temperature = 1.0f, .top_p = 1.0f, .judge_patience = 600};
     psoup_feedback_counts counts = {.size = sizeof counts};
     const config_section sections[] = {{"Members", feedback_fields, &run}};
     config c;

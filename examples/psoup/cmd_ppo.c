@@ -25,7 +25,7 @@ static const psoup_field ppo_run_fields[] = {
     FIELD(
         PSOUP_FIELD_JSON, policies,
         "[{\"name\", \"reward\": DIR, \"preference\": SYMBOL | \"all\" | null, \"init\": DIR}, …]; "
-        "required."),
+        "required. init: the PEFT directory it starts from, with its rank, alpha and targets."),
     FIELD(PSOUP_FIELD_STRING, preferences, "Catalogue file; null: the paper's."),
     FIELD(PSOUP_FIELD_BOOL, new_preferences, "With the paper's catalogue: P3C and P3D too."),
     FIELD(PSOUP_FIELD_STRING, template, "tulu, alpaca, or a text with {instruction}."),

@@ -22,7 +22,7 @@ static const psoup_field sft_run_fields[] = {
     FIELD(PSOUP_FIELD_STRING, output, "Directory for the result; required."),
     FIELD(PSOUP_FIELD_STRING, adapter,
           "Name of the adapter to train; null trains the base itself."),
-    FIELD(PSOUP_FIELD_STRING, init, "PEFT directory that the adapter starts from."),
+    FIELD(PSOUP_FIELD_STRING, init, "PEFT directory that the adapter starts from, with its rank, alpha and targets."),
     FIELD(PSOUP_FIELD_STRING, template, "tulu, alpaca, or a text with {instruction}."),
     FIELD(PSOUP_FIELD_INT, threads, "0 is one per processor."),
     {0}};

@@ -73,6 +73,9 @@ psoup_status psoup_judge_create(psoup_context *context, psoup_judge_fn fn, void 
  * PSOUP_UNPARSED. argv is NULL-terminated, searched on PATH, run without a shell. */
 psoup_status psoup_judge_command(psoup_context *context, const char *const *argv,
                                  psoup_judge **out, psoup_error *error);
+/* How long a command may be silent, in seconds, while it is asked; then asking fails with PSOUP_ERROR_IO.
+ * 0, the default, waits for ever. Without effect on a callback. */
+psoup_status psoup_judge_set_patience(psoup_judge *judge, double seconds, psoup_error *error);
 psoup_status psoup_judge_ask(psoup_judge *judge, const psoup_question *questions, size_t n,
                              int32_t *verdicts, psoup_error *error);
 void psoup_judge_free(psoup_judge *judge);

@@ -26,6 +26,7 @@ psoup_status psoup__judge_process_start(psoup_context *context, const char *cons
 psoup_status psoup__judge_process_ask(struct psoup__judge_process *process,
                                       const psoup_question *questions, size_t n, int32_t *verdicts,
                                       psoup_error *error);
+void psoup__judge_process_patience(struct psoup__judge_process *process, double seconds);
 void psoup__judge_process_free(struct psoup__judge_process *process);
 
 #endif

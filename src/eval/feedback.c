@@ -259,6 +259,8 @@ psoup_status psoup_feedback(psoup_model *generator, const psoup_tokenizer *token
                             const psoup_instruction *instructions, size_t n, psoup_judge *judge,
                             const psoup_feedback_options *options, const char *path,
                             psoup_feedback_counts *counts, psoup_error *error) {
+    if (!generator || !tokenizer || !preferences || (n > 0 && !instructions) || !judge || !path)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_feedback: an argument is NULL");
     run r = {.context = psoup_model_context(generator),
              .generator = generator,
              .tokenizer = tokenizer,

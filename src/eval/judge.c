@@ -1,10 +1,13 @@
 /* Judges: a callback or another program, asked about single questions or whole duels. */
 #include "eval/eval.h"
 
+#include <math.h>
 #include <string.h>
 
 psoup_status psoup_judge_create(psoup_context *context, psoup_judge_fn fn, void *user,
                                 psoup_judge **out, psoup_error *error) {
+    if (!out)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_judge_create: an argument is NULL");
     *out = NULL;
     if (!fn)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "judge: the callback is NULL");
@@ -18,6 +21,8 @@ psoup_status psoup_judge_create(psoup_context *context, psoup_judge_fn fn, void 
 
 psoup_status psoup_judge_command(psoup_context *context, const char *const *argv,
                                  psoup_judge **out, psoup_error *error) {
+    if (!out)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_judge_command: an argument is NULL");
     *out = NULL;
     if (!argv || !argv[0] || !*argv[0])
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "judge: the command is empty");
@@ -35,6 +40,16 @@ psoup_status psoup_judge_command(psoup_context *context, const char *const *argv
     return PSOUP_OK;
 }
 
+psoup_status psoup_judge_set_patience(psoup_judge *judge, double seconds, psoup_error *error) {
+    if (!judge || !isfinite(seconds) || seconds < 0)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "judge: a patience of %g seconds; expected a judge and 0 or more",
+                           seconds);
+    if (judge->process)
+        psoup__judge_process_patience(judge->process, seconds);
+    return PSOUP_OK;
+}
+
 void psoup_judge_free(psoup_judge *judge) {
     if (!judge)
         return;
@@ -44,6 +59,8 @@ void psoup_judge_free(psoup_judge *judge) {
 
 psoup_status psoup_judge_ask(psoup_judge *judge, const psoup_question *questions, size_t n,
                              int32_t *verdicts, psoup_error *error) {
+    if (!judge || (n > 0 && (!questions || !verdicts)))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_judge_ask: an argument is NULL");
     for (size_t i = 0; i < n; i++)
         verdicts[i] = PSOUP_UNPARSED;
     if (n == 0)
@@ -69,6 +86,8 @@ psoup_status psoup_judge_duels(psoup_judge *judge, const psoup_preferences *pref
                                const char *const *prompts, const char *const *a,
                                const char *const *b, const psoup_duel *duels, size_t n, int swap,
                                int32_t *verdicts, int32_t *helpful, psoup_error *error) {
+    if (!judge || !preferences || !verdicts || (n > 0 && (!prompts || !a || !b || !duels)))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_judge_duels: an argument is NULL");
     size_t asked = 0, total = 0;
     for (size_t i = 0; i < n; i++)
         asked += duels[i].n + (helpful ? 1 : 0);

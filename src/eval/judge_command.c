@@ -5,6 +5,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <math.h>
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
@@ -22,6 +24,7 @@ typedef struct psoup__judge_process {
     char *name; /* argv[0], for messages */
     pid_t pid;
     int to, from;       /* our ends; −1 when closed */
+    double patience;    /* seconds of silence; 0: any */
     int64_t next_id;    /* ids run on from ask to ask: a late answer is nobody else's */
     psoup__buffer line; /* output read so far that has no newline yet */
 } process;
@@ -224,6 +227,16 @@ static psoup_status send_questions(process *p, const psoup__buffer *text, size_t
     return PSOUP_OK;
 }
 
+void psoup__judge_process_patience(process *p, double seconds) {
+    p->patience = seconds;
+}
+
+/* poll's milliseconds: at least one, so that a short patience is not endless. */
+static int patience_of(const process *p) {
+    const double milliseconds = ceil(1000 * p->patience);
+    return p->patience == 0 ? -1 : milliseconds < INT_MAX ? (int)milliseconds : INT_MAX;
+}
+
 /* Writes and reads at once: neither side's pipe may fill up while the other waits. */
 psoup_status psoup__judge_process_ask(process *p, const psoup_question *questions, size_t n,
                                       int32_t *verdicts, psoup_error *error) {
@@ -237,11 +250,15 @@ psoup_status psoup__judge_process_ask(process *p, const psoup_question *question
     for (size_t sent = 0; a.lines < n;) {
         struct pollfd fds[2] = {{p->from, POLLIN, 0}, {p->to, POLLOUT, 0}};
         bool sending = sent < text.length;
-        if (poll(fds, sending ? 2 : 1, -1) < 0) {
-            if (errno == EINTR)
-                continue;
+        const int ready = poll(fds, sending ? 2 : 1, patience_of(p));
+        if (ready < 0 && errno == EINTR)
+            continue;
+        if (ready < 0)
             PSOUP__TRY(fail_with(errno, p->name, "cannot wait for it", error));
-        }
+        if (ready == 0)
+            PSOUP__TRY(psoup__fail(error, PSOUP_ERROR_IO,
+                                   "judge %s: silent for %g seconds after %zu of %zu answers",
+                                   p->name, p->patience, a.lines, a.n));
         if (fds[0].revents)
             PSOUP__TRY(read_answers(p, &a, error));
         if (sending && fds[1].revents)

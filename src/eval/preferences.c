@@ -75,6 +75,8 @@ psoup_status psoup_preferences_default(psoup_context *context, int with_new,
                                        psoup_preferences **out, psoup_error *error) {
     psoup_preferences *p = NULL;
     psoup_status status;
+    if (!out)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_preferences_default: an argument is NULL");
     *out = NULL;
     size_t n = with_new ? 8 : 6;
     PSOUP__TRY(preferences_alloc(context, n, &p, error));
@@ -117,9 +119,12 @@ psoup_status psoup_preferences_load(psoup_context *context, const char *path,
                                     psoup_preferences **out, psoup_error *error) {
     psoup_jsonl_reader *reader = NULL;
     psoup_preferences *p = NULL;
-    psoup_json *rows = psoup_json_new_array(), *row = NULL;
+    psoup_json *rows = NULL, *row = NULL;
     psoup_status status;
+    if (!path || !out)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_preferences_load: an argument is NULL");
     *out = NULL;
+    rows = psoup_json_new_array();
     PSOUP__TRY(psoup_jsonl_open(context, path, &reader, error));
     for (;;) {
         PSOUP__TRY(psoup_jsonl_next(reader, &row, error));
@@ -196,6 +201,8 @@ size_t psoup_user_size(const psoup_preferences *p) {
 
 psoup_status psoup_user_get(const psoup_preferences *p, size_t user, int32_t *members, char *name,
                             size_t name_size, psoup_error *error) {
+    if (!p || !members)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_user_get: an argument is NULL");
     if (user >= psoup_users_count(p))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "user %zu: there are %zu", user,
                            psoup_users_count(p));

@@ -44,6 +44,8 @@ psoup_status psoup_template_fill(const char *name, const char *instruction, cons
                                  const char *preference, char **out, psoup_error *error) {
     const char *values[PARTS] = {instruction, input ? input : "", preference ? preference : ""};
     const char *template = name;
+    if (!out)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "template: out is NULL");
     *out = NULL;
     if (!instruction)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "template: the instruction is NULL");

@@ -146,6 +146,8 @@ static bool outcome_of(const psoup_duel *duel, measure what, int32_t preference,
 static psoup_status measure_duels(psoup_context *context, const psoup_duel *duels, size_t n,
                                   measure what, int32_t preference, uint64_t seed, psoup_rate *out,
                                   psoup_error *error) {
+    if (!out || (n > 0 && !duels))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_winrate: duels or out is NULL");
     *out = (psoup_rate){.rate = NAN, .low = NAN, .high = NAN};
     if (n > INT32_MAX)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%zu duels: expected at most %d", n,

@@ -79,6 +79,8 @@ psoup_status psoup_generate(psoup_model *model, const psoup_prompt *prompts, siz
     psoup_session_options full = PSOUP_SESSION_OPTIONS_INIT;
     psoup_session *session = NULL;
     psoup_generation *g = NULL;
+    if (!model || !out || (n > 0 && !prompts))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_generate: an argument is NULL");
     *out = NULL;
     psoup_status status;
     PSOUP__TRY(psoup__options(&full, sizeof full, options, "psoup_session_options", error));

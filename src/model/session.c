@@ -124,6 +124,8 @@ psoup_status psoup_session_create(psoup_model *model, const psoup_session_option
                                   psoup_session **out, psoup_error *error) {
     psoup_session_options full = PSOUP_SESSION_OPTIONS_INIT;
     psoup_session *session = NULL;
+    if (!model || !out)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_session_create: an argument is NULL");
     *out = NULL;
     psoup_status status;
     PSOUP__TRY(psoup__options(&full, sizeof full, options, "psoup_session_options", error));
@@ -248,6 +250,8 @@ static psoup_status copy_sequence(psoup_session *session, const psoup_prompt *pr
 
 psoup_status psoup_session_submit(psoup_session *session, int64_t id, const psoup_prompt *prompt,
                                   psoup_error *error) {
+    if (!session || !prompt)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_session_submit: an argument is NULL");
     psoup_context *context = session->model->context;
     psoup_sampling sampling = PSOUP_SAMPLING_INIT;
     sequence *s = NULL;
@@ -427,6 +431,8 @@ psoup_status psoup_session_step(psoup_session *session, psoup_token_fn on_token,
     psoup__batch batch;
     int32_t samples = 0;
     psoup_status status = PSOUP_OK;
+    if (!session)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_session_step: an argument is NULL");
     admit(session);
     if (session->n_running > 0) {
         PSOUP__TRY(gather(session, &batch, &samples, error));
