@@ -10,6 +10,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "merge/dense.h"
 #include "merge/merge.h"
 
 #define GOLDEN "tests/golden/merge/"

@@ -90,29 +90,50 @@ END_TEST
 
 /* ---- small dense problems ------------------------------------------------------------------------ */
 
+/* x = Q R with orthonormal Q: one block, several, several levels; columns that are equal, zero, tiny or huge. */
 START_TEST(qr_is_one) {
-    static const int64_t shapes[][2] = {{1, 1}, {5, 5}, {40, 7}, {9, 1}};
-    for (int k = 0; k < 5; k++) {
-        int64_t m = shapes[k % 4][0], n = shapes[k % 4][1];
-        double x[300], q[300], r[64], scratch_[32];
-        for (int64_t i = 0; i < m * n; i++) /* the last: a column twice, another zero */
-            q[i] = x[i] = k < 4 ? (double)noise() : i % n == 2 ? 0 : (double)(i / n + 1);
-        psoup__qr(q, r, scratch_, m, n);
-        for (int64_t i = 0; i < m; i++)
-            for (int64_t j = 0; j < n; j++) {
-                double sum = 0;
-                for (int64_t p = 0; p < n; p++)
-                    sum += q[i * n + p] * r[p * n + j];
-                ck_assert_double_eq_tol(sum, x[i * n + j], 1e-12);
+    static const int64_t shapes[][2] = {{1, 1}, {5, 5}, {40, 7}, {9, 1}, {1300, 3}, {700, 96}, {70000, 5}};
+    for (int k = 0; k < 9; k++) {
+        int64_t m = shapes[k % 7][0], n = shapes[k % 7][1];
+        float *x = noises((size_t)(m * n)); /* columns contiguous */
+        double *eye = calloc((size_t)(n * n), sizeof *eye), *q = malloc((size_t)(m * n) * sizeof *q);
+        for (int64_t i = 0; i < m * n; i++)
+            x[i] = k < 7 ? x[i] : k == 7 ? 0 : x[i] * (i / m % 2 ? 1e30f : 1e-30f);
+        if (m == 1300)
+            for (int64_t i = 0; i < m; i++) {
+                x[m + i] = x[i];
+                x[2 * m + i] = 0;
+            }
+        for (int64_t i = 0; i < n; i++)
+            eye[i * n + i] = 1;
+        psoup__qr *qr;
+        ck_ok(psoup__qr_create(context, m, n, &qr, &error));
+        for (int64_t j = 0; j < n; j++)
+            psoup__qr_column(qr, j, x + j * m, 1);
+        psoup__qr_run(qr);
+        ck_ok(psoup__qr_apply(qr, eye, n, q, &error));
+        const double *r = psoup__qr_r(qr);
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t i = 0; i < m; i++) {
+                double sum = 0, size = 0;
+                for (int64_t p = 0; p < n; p++) {
+                    sum += q[p * m + i] * r[p * n + j];
+                    size = fmax(size, fabs(r[p * n + j]));
+                }
+                ck_assert_double_le(fabs(sum - (double)x[j * m + i]), 1e-13 * size);
             }
         for (int64_t a = 0; a < n; a++)
             for (int64_t b = 0; b < n; b++) {
                 double dot = 0;
                 for (int64_t i = 0; i < m; i++)
-                    dot += q[i * n + a] * q[i * n + b];
+                    dot += q[a * m + i] * q[b * m + i];
                 ck_assert_double_eq_tol(dot, a == b, 1e-12);
                 ck_assert(a <= b || r[a * n + b] == 0);
             }
+        psoup__qr_free(qr);
+        free(x);
+        free(eye);
+        free(q);
     }
 }
 END_TEST
@@ -133,7 +154,7 @@ START_TEST(svd_is_one) {
                 x[i] = (double)noise() * pow(10, i / N - 6);
             u[i] = x[i];
         }
-        psoup__svd(u, s, vt, N);
+        psoup__svd(context, u, s, vt, N);
         for (int i = 0; i < N; i++) {
             ck_assert(i == 0 || s[i] <= s[i - 1]);
             ck_assert(k != 1 || i < 3 || s[i] < 1e-12);
@@ -289,7 +310,7 @@ START_TEST(svd_is_what_it_says) {
     memset(square, 0, sizeof square);
     for (int i = 0; i < OUT; i++)
         memcpy(square + i * OUT, exact + i * IN, IN * sizeof *exact);
-    psoup__svd(square, s, vt, OUT);
+    psoup__svd(context, square, s, vt, OUT);
     for (int32_t rank = 1; rank <= 40; rank += 3) {
         double lost = -1, best = rank < OUT ? length_of(s + rank, (size_t)(OUT - rank)) : 0;
         double whole = length_of(s, OUT);

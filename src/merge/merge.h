@@ -41,14 +41,6 @@ bool psoup__merge_finite(psoup_context *context, const float *x, size_t n, psoup
 psoup_status psoup__merge_check_weights(const double *weights, size_t n, bool any_sum,
                                         psoup_error *error);
 
-/* ---- svd.c: small dense problems in f64 ------------------------------------------------------- */
-
-/* Thin QR of x [m, n] (m ≥ n, row-major): x becomes Q, r [n, n] upper triangular. Householder. */
-void psoup__qr(double *x, double *r, double *scratch /* [2n] */, int64_t m, int64_t n);
-/* SVD of x [n, n] = U diag(s) Vᵀ by one-sided Jacobi; x becomes U, vt [n, n]; s descending. Columns
- * of U whose singular value is 0 are 0. */
-void psoup__svd(double *x, double *s, double *vt, int64_t n);
-
 /* ---- lora.c ----------------------------------------------------------------------------------- */
 
 /* acc[rows, in] = rows first … first + rows − 1 of base + Σ weights · scale · B A. */
@@ -60,6 +52,13 @@ void psoup__fold_into(psoup_context *context, float *acc, int64_t first, int64_t
                       const psoup_lora_factors *factors, const double *weights, size_t count);
 /* Rows of one step, so that its sums fit a cache. */
 int64_t psoup__fold_block(int64_t out, int64_t in);
+/* Sizes whose products fit, ranks and pointers there; weights finite. */
+psoup_status psoup__lora_check(const char *who, const psoup_context *context, int64_t out, int64_t in,
+                               const psoup_lora_factors *factors, const double *weights, size_t count,
+                               psoup_error *error);
+
+/* ---- factors.c -------------------------------------------------------------------------------- */
+
 /* The rank that a method's result has; 0 when the method cannot be used, with *error set. */
 int32_t psoup__merge_rank(psoup_merge_method method, int32_t svd_rank,
                           const psoup_lora_factors *factors, size_t count, psoup_error *error);

@@ -46,25 +46,37 @@ static double sum_lanes(const double *lane) {
     return sum;
 }
 
+/* What is left after whole lanes, filled with zeros: lanes are then indexed by constants alone, and stay in
+ * registers. */
+static void rest(float out[LANES], const float *x, size_t n) {
+    memset(out, 0, LANES * sizeof *out);
+    memcpy(out, x, n * sizeof *out);
+}
+
 static double dot(const float *x, const float *y, size_t n) {
     double lane[LANES] = {0};
+    float last[2][LANES];
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int k = 0; k < LANES; k++)
             lane[k] += (double)x[i + k] * (double)y[i + k];
-    for (; i < n; i++)
-        lane[i % LANES] += (double)x[i] * (double)y[i];
+    rest(last[0], x + i, n - i);
+    rest(last[1], y + i, n - i);
+    for (int k = 0; k < LANES; k++)
+        lane[k] += (double)last[0][k] * (double)last[1][k];
     return sum_lanes(lane);
 }
 
 static double absolute(const float *x, size_t n) {
     double lane[LANES] = {0};
+    float last[LANES];
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int k = 0; k < LANES; k++)
             lane[k] += fabs((double)x[i + k]);
-    for (; i < n; i++)
-        lane[i % LANES] += fabs((double)x[i]);
+    rest(last, x + i, n - i);
+    for (int k = 0; k < LANES; k++)
+        lane[k] += fabs((double)last[k]);
     return sum_lanes(lane);
 }
 

@@ -1,64 +1,22 @@
-/* Householder QR and one-sided Jacobi SVD, for matrices of a few hundred columns at most. */
-#include "merge/merge.h"
+/* One-sided Jacobi SVD, for matrices of a few hundred columns at most. */
+#include "merge/dense.h"
 
 #include <float.h>
 #include <math.h>
 #include <string.h>
 
-/* Applies I − tau v vᵀ from the left to columns [first, n) of x's rows [j, m); v lies in column
- * `column` of x below row j, its element j being `head`. w is scratch [n]. */
-static void reflect(double *x, int64_t m, int64_t n, int64_t j, int64_t column, double head,
-                    double tau, int64_t first, double *w) {
-    for (int64_t c = first; c < n; c++)
-        w[c] = head * x[j * n + c];
-    for (int64_t i = j + 1; i < m; i++) {
-        double v = x[i * n + column];
-        for (int64_t c = first; c < n; c++)
-            w[c] += v * x[i * n + c];
+const psoup__dense_kernels *psoup__dense_kernels_of(const psoup_context *context) {
+#ifdef __x86_64__
+    switch (psoup__isa_of(context)) {
+    case PSOUP__ISA_AVX512:
+        return &psoup__dense_kernels_avx512;
+    case PSOUP__ISA_AVX2:
+        return &psoup__dense_kernels_avx2;
+    default:
+        break;
     }
-    for (int64_t c = first; c < n; c++) {
-        w[c] *= tau;
-        x[j * n + c] -= head * w[c];
-    }
-    for (int64_t i = j + 1; i < m; i++) {
-        double v = x[i * n + column];
-        for (int64_t c = first; c < n; c++)
-            x[i * n + c] -= v * w[c];
-    }
-}
-
-/* Golub and Van Loan, Matrix Computations, algorithms 5.1.1, 5.2.1 and 5.1.5: v is scaled to have 1 at
- * its head, is kept below the diagonal of x, and Q is built backwards in its place. */
-void psoup__qr(double *x, double *r, double *scratch, int64_t m, int64_t n) {
-    double *tau = scratch, *w = scratch + n;
-    memset(r, 0, (size_t)(n * n) * sizeof *r);
-    for (int64_t j = 0; j < n; j++) {
-        double scale = 0, below = 0, top = x[j * n + j];
-        for (int64_t i = j; i < m; i++)
-            scale = fmax(scale, fabs(x[i * n + j]));
-        for (int64_t i = j + 1; i < m && scale > 0; i++)
-            below += x[i * n + j] / scale * (x[i * n + j] / scale);
-        tau[j] = 0;
-        if (below > 0) {
-            double norm = scale * sqrt(below + top / scale * (top / scale));
-            double beta = top > 0 ? -norm : norm;
-            tau[j] = (beta - top) / beta;
-            for (int64_t i = j + 1; i < m; i++)
-                x[i * n + j] /= top - beta;
-            x[j * n + j] = beta;
-            reflect(x, m, n, j, j, 1, tau[j], j + 1, w);
-        }
-        for (int64_t c = j; c < n; c++)
-            r[j * n + c] = x[j * n + c];
-    }
-    for (int64_t j = n - 1; j >= 0; j--) { /* column j of Q = H_0 … H_j e_j */
-        for (int64_t c = j; c < n; c++)
-            x[j * n + c] = c == j ? 1 : 0;
-        reflect(x, m, n, j, j, 1, tau[j], j + 1, w);
-        for (int64_t i = j + 1; i < m; i++)
-            x[i * n + j] *= -tau[j];
-        x[j * n + j] = 1 - tau[j];
-    }
+#endif
+    return &psoup__dense_kernels_generic;
 }
 
 static void transpose(double *x, int64_t n) {
@@ -70,21 +28,44 @@ static void transpose(double *x, int64_t n) {
         }
 }
 
-static void rotate(double *p, double *q, double c, double s, int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
-        double a = p[i], b = q[i];
-        p[i] = c * a - s * b;
-        q[i] = s * a + c * b;
-    }
+/* (p, q) → (−q, p): a sign that U and V share, so their product keeps. */
+static void swap_rows(const psoup__dense_kernels *kernels, double *p, double *q, int64_t n) {
+    kernels->rotate(p, q, 0, 1, (size_t)n);
 }
 
-static void swap_rows(double *p, double *q, int64_t n) {
-    rotate(p, q, 0, 1, n); /* (p, q) → (−q, p): a sign that U and V share, so their product keeps */
+/* One sweep over all pairs; whether any was rotated. square [n] holds the rows' squared norms; they are
+ * carried along, and summed again where a difference has left few digits. */
+static bool sweep_pairs(const psoup__dense_kernels *kernels, double *x, double *vt, double *square, int64_t n,
+                        double nothing) {
+    bool rotated = false;
+    for (int64_t i = 0; i < n; i++)
+        square[i] = kernels->dot(x + i * n, x + i * n, (size_t)n);
+    for (int64_t p = 0; p < n - 1; p++)
+        for (int64_t q = p + 1; q < n; q++) {
+            double *xp = x + p * n, *xq = x + q * n, pp = square[p], qq = square[q];
+            double pq = kernels->dot(xp, xq, (size_t)n);
+            if (fabs(pq) <= 1e-15 * sqrt(pp) * sqrt(qq) || fabs(pq) <= nothing)
+                continue;
+            double zeta = (qq - pp) / (2 * pq);
+            double t = (zeta < 0 ? -1 : 1) / (fabs(zeta) + hypot(1, zeta));
+            double c = 1 / hypot(1, t);
+            kernels->rotate(xp, xq, c, c * t, (size_t)n);
+            kernels->rotate(vt + p * n, vt + q * n, c, c * t, (size_t)n);
+            square[p] = pp - t * pq;
+            square[q] = qq + t * pq;
+            if (!(square[p] > 0.01 * pp))
+                square[p] = kernels->dot(xp, xp, (size_t)n);
+            if (!(square[q] > 0.01 * qq))
+                square[q] = kernels->dot(xq, xq, (size_t)n);
+            rotated = true;
+        }
+    return rotated;
 }
 
 /* Hestenes: rotate pairs of columns until all are orthogonal (Golub and Van Loan, section 8.6.4).
  * Columns lie in rows here, which is why x is transposed first. */
-void psoup__svd(double *x, double *s, double *vt, int64_t n) {
+void psoup__svd(psoup_context *context, double *x, double *s, double *vt, int64_t n) {
+    const psoup__dense_kernels *kernels = psoup__dense_kernels_of(context);
     const int sweeps = 60; /* quadratic convergence: some ten are the rule */
     double largest = 0;
     transpose(x, n);
@@ -94,27 +75,9 @@ void psoup__svd(double *x, double *s, double *vt, int64_t n) {
     for (int64_t i = 0; i < n * n; i++)
         largest = fmax(largest, fabs(x[i]));
     const double nothing = largest * largest * DBL_EPSILON * DBL_EPSILON * DBL_EPSILON;
-    bool rotated = largest > 0;
-    for (int sweep = 0; sweep < sweeps && rotated; sweep++) {
-        rotated = false;
-        for (int64_t p = 0; p < n - 1; p++)
-            for (int64_t q = p + 1; q < n; q++) {
-                double *xp = x + p * n, *xq = x + q * n, pp = 0, qq = 0, pq = 0;
-                for (int64_t i = 0; i < n; i++) {
-                    pp += xp[i] * xp[i];
-                    qq += xq[i] * xq[i];
-                    pq += xp[i] * xq[i];
-                }
-                if (fabs(pq) <= 1e-15 * sqrt(pp) * sqrt(qq) || fabs(pq) <= nothing)
-                    continue;
-                double zeta = (qq - pp) / (2 * pq);
-                double t = (zeta < 0 ? -1 : 1) / (fabs(zeta) + hypot(1, zeta));
-                double c = 1 / hypot(1, t);
-                rotate(xp, xq, c, c * t, n);
-                rotate(vt + p * n, vt + q * n, c, c * t, n);
-                rotated = true;
-            }
-    }
+    for (int sweep = 0; sweep < sweeps && largest > 0; sweep++)
+        if (!sweep_pairs(kernels, x, vt, s, n, nothing))
+            break;
     for (int64_t i = 0; i < n; i++) {
         double square = 0;
         for (int64_t k = 0; k < n; k++)
@@ -130,8 +93,8 @@ void psoup__svd(double *x, double *s, double *vt, int64_t n) {
             double t = s[i];
             s[i] = s[best];
             s[best] = t;
-            swap_rows(x + i * n, x + best * n, n);
-            swap_rows(vt + i * n, vt + best * n, n);
+            swap_rows(kernels, x + i * n, x + best * n, n);
+            swap_rows(kernels, vt + i * n, vt + best * n, n);
         }
         for (int64_t k = 0; k < n && s[i] > 0; k++)
             x[i * n + k] /= s[i];
