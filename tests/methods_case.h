@@ -31,7 +31,7 @@ static inline psoup_status run_blocks(psoup_context *in, const psoup__method_job
 }
 
 /* Runs a job with 1, 2 and 3 threads, on every instruction set, in blocks of many sizes; all must agree to the
- * bit. */
+ * bit. (Where factors are multiplied, those of one instruction set.) */
 static inline void run_all_ways(const psoup__method_job *job, float *out) {
     static const char *const isas[] = {"generic", "avx2", "avx512"};
     const size_t rows = (size_t)job->columns, odd = job->method->whole_rows ? rows : 37;
@@ -41,7 +41,7 @@ static inline void run_all_ways(const psoup__method_job *job, float *out) {
     const size_t blocks[] = {job->n, rows, 2 * rows, factors ? 3 * rows : odd};
     float *other = malloc(job->n * sizeof *other + 1);
     bool first = true;
-    for (int isa = 0; isa < 3; isa++)
+    for (int isa = 0; isa < 3; isa++, first |= factors)
         for (int threads = 1; threads <= 3; threads++) {
             psoup_context *made = new_context(threads, isas[isa]);
             for (size_t b = 0; b < 4 && made != NULL; b++) {

@@ -97,4 +97,13 @@ const psoup__method *psoup__method_named(const char *name);
 /* Floats of scratch that a block needs per element. */
 size_t psoup__method_scratch(const psoup__method_job *job);
 
+/* ---- fit.c ------------------------------------------------------------------------------------- */
+
+/* The job's result [rows, columns], a matrix, as the nearest pair of factors that is easily found: a [rank,
+ * columns], b [rows, rank], of scale 1. Calls the method's prepare and block itself, keeps at most 64 MiB of
+ * the result, and gives the same bits for any number of threads. *relative_error receives
+ * ‖b a − merged‖/‖merged‖ (0 where nothing was merged). */
+psoup_status psoup__merge_dense_svd(const psoup__method_job *job, int32_t rank, float *a, float *b,
+                                    double *relative_error, psoup_error *error);
+
 #endif

@@ -314,6 +314,25 @@ def make_tensors():
     return {k: v.astype(np.float32) for k, v in tensors.items()}
 
 
+def make_adapters(out):
+    """Three adapters of one linear, what PEFT's functions make of their ΔW, and numpy's best fits of that."""
+    rng = np.random.default_rng(5)
+    rows, columns, ranks = 24, 40, (4, 2, 3)
+    pairs = []
+    for c, rank in zip("abc", ranks):
+        a, b = rng.standard_normal((rank, columns)), rng.standard_normal((rows, rank))
+        out[f"lora.{c}.A"], out[f"lora.{c}.B"] = a.astype(np.float32), b.astype(np.float32)
+        pairs.append(out[f"lora.{c}.B"].astype(np.float64) @ out[f"lora.{c}.A"].astype(np.float64))
+    for method in ("ties", "dare_linear", "dare_ties", "magnitude_prune"):
+        case = dict(method=method, elects=DELTA[method][1], vote="total", weight=[0.5, 0.3, 0.2],
+                    density=[0.4] * 3, name="lora")
+        dense = run_peft(case, [torch.from_numpy(1.5 * x) for x in pairs], None).numpy()  # their scale is 1.5
+        out[f"dense.{method}"] = dense.astype(np.float32)
+        s = np.linalg.svd(dense, compute_uv=False)
+        out[f"lost.{method}"] = np.array([math.sqrt((s[r:] ** 2).sum() / (s ** 2).sum())
+                                          for r in range(len(s) + 1)])
+
+
 def reference(case, inputs, base):
     method = case["method"]
     if method in DELTA:
@@ -350,6 +369,7 @@ def main():
             worst[case["method"]] = max(worst.get(case["method"], 0), gap)
             assert gap < 1e-5, (index, case, gap)
         out[f"case.{index}"] = results[0].astype(np.float32)
+    make_adapters(out)
     print({k: f"{v:.1e}" for k, v in worst.items()})
     os.makedirs(HERE, exist_ok=True)
     save_file({k: np.ascontiguousarray(v) for k, v in out.items()}, os.path.join(HERE, "model.safetensors"))
