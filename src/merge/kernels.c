@@ -1,13 +1,9 @@
-/* The merger's inner loops, compiled once per instruction set; plain loops that compilers
- * vectorise. */
+/* The merger's inner loops over what stands in memory, compiled once per instruction set. */
 #include "merge/merge.h"
+#include "merge/vector.h"
 
 #include <math.h>
 #include <string.h>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 void PSOUP__NAME(psoup__merge_add)(float *y, const float *x, float w, size_t n, bool first) {
     if (first)
@@ -25,17 +21,159 @@ bool PSOUP__NAME(psoup__merge_within)(const float *x, float limit, size_t n) {
     return !outside;
 }
 
-void PSOUP__NAME(psoup__merge_stream)(void *out, const void *in, size_t bytes) {
+/* ---- sums -------------------------------------------------------------------------------------- */
+
+/* One step sums this many elements in registers, input after input. */
+#define VECTORS 4
+#define STEP (VECTORS * VECTOR)
+/* Bytes that each input is asked for before they are due. The hardware's own prefetching stops at pages:
+ * 3 × bf16 ran at 0.79 of a triad's speed without this, at 0.92 with it (Sapphire Rapids, two threads);
+ * half as far and four times as far lose some of it. */
+#define AHEAD 1024
+
+/* acc (+)= weight · input i at `at`. `same` is the inputs' common dtype or −1. */
+INLINE void take(const psoup__sum_run *run, size_t i, size_t at, vec *acc, bool first, bool ahead,
+                 const int same) {
+    const psoup_dtype dtype = same >= 0 ? (psoup_dtype)same : run->dtypes[i];
+    const size_t size = dtype == PSOUP_F32 ? 4 : 2;
+    const char *in = (const char *)run->in[i] + at * size;
+    const vec w = broadcast(run->weights[i]);
+    if (ahead)
+        for (size_t line = 0; line < STEP * size; line += 64)
+            __builtin_prefetch(in + AHEAD + line);
+#pragma GCC unroll 4
+    for (size_t v = 0; v < VECTORS; v++) {
+        vec product = w * load_as(in + v * VECTOR * size, dtype);
+        acc[v] = first ? product : acc[v] + product;
+    }
+}
+
+/* One step at element `at`, to `out`; the lanes of the result that are out of range. Constants where this
+ * is inlined: stream, ahead, same. */
+INLINE words step(const psoup__sum_run *run, size_t at, char *out, bool stream, bool ahead,
+                  const int same) {
+    vec acc[VECTORS];
+    const ints limit = (ints)broadcast(run->limit);
+    words outside = {0};
+    take(run, 0, at, acc, true, ahead, same);
+    for (size_t i = 1; i < run->count; i++)
+        take(run, i, at, acc, false, ahead, same);
+    const size_t out_size = run->out_dtype == PSOUP_F32 ? 4 : 2;
+#pragma GCC unroll 4
+    for (size_t v = 0; v < VECTORS; v++)
+        outside |= (words)((ints)((words)acc[v] & 0x7fffffff) > limit); /* NaN is above infinity */
+#pragma GCC unroll 2
+    for (size_t v = 0; v < VECTORS; v += 2) {
+        char *to = out + v * VECTOR * out_size;
+        if (stream) {
+            stream_as(to, acc[v], acc[v + 1], run->out_dtype);
+        } else {
+            store_as(to, acc[v], run->out_dtype);
+            store_as(to + VECTOR * out_size, acc[v + 1], run->out_dtype);
+        }
+    }
+    return outside;
+}
+
+/* The same for bf16 to bf16, elements at even and odd places apart: reading and writing them is then a shift
+ * and a mask, half of what widening and narrowing in order costs. 3 × bf16 by AVX2: from 0.68 to 0.89 of a
+ * triad's speed (Sapphire Rapids, two threads). */
+enum { PAIRS = VECTORS / 2 };
+
+INLINE void take_bf16(const psoup__sum_run *run, size_t i, size_t at, vec *even, vec *odd, bool first) {
+    const char *in = (const char *)run->in[i] + at * 2;
+    const vec w = broadcast(run->weights[i]);
+    for (size_t line = 0; line < STEP * 2; line += 64)
+        __builtin_prefetch(in + AHEAD + line);
+#pragma GCC unroll 2
+    for (size_t p = 0; p < PAIRS; p++) {
+        words both = *(const loose_words *)(const void *)(in + p * VECTOR * 4);
+        vec a = w * (vec)(both << 16), b = w * (vec)(both & 0xffff0000);
+        even[p] = first ? a : even[p] + a;
+        odd[p] = first ? b : odd[p] + b;
+    }
+}
+
+INLINE words step_bf16(const psoup__sum_run *run, size_t at, char *out, bool stream) {
+    vec even[PAIRS], odd[PAIRS];
+    const ints limit = (ints)broadcast(run->limit);
+    words outside = {0};
+    take_bf16(run, 0, at, even, odd, true);
+    for (size_t i = 1; i < run->count; i++)
+        take_bf16(run, i, at, even, odd, false);
+#pragma GCC unroll 2
+    for (size_t p = 0; p < PAIRS; p++) {
+        outside |= (words)((ints)((words)even[p] & 0x7fffffff) > limit);
+        outside |= (words)((ints)((words)odd[p] & 0x7fffffff) > limit);
+    }
+    if (any_lane(outside)) /* NaN among them want another rounding */
+        return step(run, at, out, false, false, PSOUP_BF16);
+#pragma GCC unroll 2
+    for (size_t p = 0; p < PAIRS; p++) {
+        words both = bf16_above(even[p]) >> 16 | (bf16_above(odd[p]) & 0xffff0000);
+        if (stream)
+            stream_words(out + p * VECTOR * 4, both);
+        else
+            *(loose_words *)(void *)(out + p * VECTOR * 4) = both;
+    }
+    return outside;
+}
+
+/* Fewer elements than a step has: through copies padded with zeros. */
+static words part(const psoup__sum_run *run, size_t at, size_t n) {
+    char copies[PSOUP__SUM_INPUTS][STEP * 4], result[STEP * 4];
+    const void *in[PSOUP__SUM_INPUTS];
+    psoup__sum_run padded = *run;
+    padded.in = in;
+    for (size_t i = 0; i < run->count; i++) {
+        size_t size = run->dtypes[i] == PSOUP_F32 ? 4 : 2;
+        memset(copies[i], 0, sizeof copies[i]);
+        memcpy(copies[i], (const char *)run->in[i] + at * size, n * size);
+        in[i] = copies[i];
+    }
+    size_t out_size = run->out_dtype == PSOUP_F32 ? 4 : 2;
+    words outside = step(&padded, 0, result, false, false, -1);
+    memcpy((char *)run->out + at * out_size, result, n * out_size);
+    return outside;
+}
+
+INLINE words steps(const psoup__sum_run *run, size_t at, size_t end, bool stream, const int same) {
+    const size_t out_size = run->out_dtype == PSOUP_F32 ? 4 : 2;
+    words outside = {0};
+    if (same == PSOUP_BF16 && run->out_dtype == PSOUP_BF16)
+        for (; at < end; at += STEP)
+            outside |= step_bf16(run, at, (char *)run->out + at * 2, stream);
+    for (; at < end; at += STEP)
+        outside |= step(run, at, (char *)run->out + at * out_size, stream, true, same);
+    return outside;
+}
+
+bool PSOUP__NAME(psoup__merge_sum_run)(const psoup__sum_run *run) {
+    const size_t out_size = run->out_dtype == PSOUP_F32 ? 4 : 2;
+    size_t at = 0, astray = (uintptr_t)run->out % 64;
+    bool stream = run->stream && astray % out_size == 0;
+    int same = (int)run->dtypes[0];
+    words outside = {0};
+    for (size_t i = 1; i < run->count; i++)
+        same = run->dtypes[i] == run->dtypes[0] ? same : -1;
+    size_t head = stream && astray > 0 ? (64 - astray) / out_size : 0; /* up to whole lines */
+    for (head = head < run->n ? head : run->n; at < head;) {
+        size_t n = head - at < STEP ? head - at : STEP;
+        outside |= part(run, at, n);
+        at += n;
+    }
+    size_t end = at + (run->n - at) / STEP * STEP;
+    switch (same) {
+    case PSOUP_BF16: outside |= steps(run, at, end, stream, PSOUP_BF16); break;
+    case PSOUP_F16: outside |= steps(run, at, end, stream, PSOUP_F16); break;
+    case PSOUP_F32: outside |= steps(run, at, end, stream, PSOUP_F32); break;
+    default: outside |= steps(run, at, end, stream, -1); break;
+    }
+    if (end < run->n)
+        outside |= part(run, end, run->n - end);
 #if defined(__x86_64__)
-    char *o = out;
-    const char *p = in;
-    size_t lines = bytes / 64 * 64;
-    for (size_t i = 0; i < lines; i += 16)
-        _mm_stream_si128((__m128i *)(void *)(o + i),
-                         _mm_loadu_si128((const __m128i *)(const void *)(p + i)));
-    memcpy(o + lines, p + lines, bytes - lines);
-    _mm_sfence();
-#else
-    memcpy(out, in, bytes);
+    if (stream)
+        _mm_sfence();
 #endif
+    return !any_lane(outside);
 }

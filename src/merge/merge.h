@@ -13,13 +13,25 @@
 typedef void (*psoup__merge_add_fn)(float *y, const float *x, float w, size_t n, bool first);
 /* Whether every |x| ≤ limit; a NaN is not. */
 typedef bool (*psoup__merge_within_fn)(const float *x, float limit, size_t n);
-/* Copies past the caches; out is 64-byte aligned. */
-typedef void (*psoup__merge_stream_fn)(void *out, const void *in, size_t bytes);
+/* out[n] = Σ weights · in, in the order of the inputs, one rounding; false when a sum is NaN or beyond
+ * `limit`. Dtypes are F32, F16, BF16; every pointer of any alignment. */
+enum { PSOUP__SUM_INPUTS = 32 };
+typedef struct psoup__sum_run {
+    void *out;
+    psoup_dtype out_dtype;
+    const void *const *in; /* [count], 1 … PSOUP__SUM_INPUTS; one may be out where dtypes are equal */
+    const psoup_dtype *dtypes;
+    const float *weights;
+    size_t count, n;
+    float limit;
+    bool stream; /* past the caches */
+} psoup__sum_run;
+typedef bool (*psoup__merge_sum_fn)(const psoup__sum_run *run);
 #define PSOUP__MERGE_DECLARE(variant)                                                              \
     void PSOUP__PASTE(psoup__merge_add, variant)(float *y, const float *x, float w, size_t n,      \
                                                  bool first);                                      \
     bool PSOUP__PASTE(psoup__merge_within, variant)(const float *x, float limit, size_t n);        \
-    void PSOUP__PASTE(psoup__merge_stream, variant)(void *out, const void *in, size_t bytes);
+    bool PSOUP__PASTE(psoup__merge_sum_run, variant)(const psoup__sum_run *run);
 PSOUP__MERGE_DECLARE(generic)
 PSOUP__MERGE_DECLARE(avx2)
 PSOUP__MERGE_DECLARE(avx512)
@@ -31,9 +43,13 @@ typedef struct psoup__sum_args {
     const psoup_dtype *dtypes;
     const double *weights; /* zero skips its input */
     size_t count, n;
-    bool stream; /* out will not be read soon */
+    bool stream; /* out will not be read soon, and is none of the inputs */
+    /* With rows > 1 there are so many runs of n elements, which begin so many elements apart. */
+    size_t rows, out_stride;
+    const size_t *strides; /* [count] */
 } psoup__sum_args;
-/* out = Σ weights · in; false when a result is NaN or too large for out_dtype. */
+/* out = Σ weights · in; false when a result is NaN or too large for out_dtype. All dtypes that
+ * psoup__dtype_is_float knows; those that are not F32, F16 or BF16 take a copy through a cache. */
 bool psoup__sum(psoup_context *context, const psoup__sum_args *args);
 /* Whether all n values are finite and stay so when rounded to dtype. */
 bool psoup__merge_finite(psoup_context *context, const float *x, size_t n, psoup_dtype dtype);

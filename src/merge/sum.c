@@ -6,76 +6,126 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#define CHUNK 2048            /* floats that stay in the first cache */
-#define PIECE 65536           /* elements of one task */
-/* Elements of f32 output above which the caches are passed by. One thread, sums of two inputs of 24 Mi
- * elements on Zen 4: 0.026 s for 0.028 s, 0.051 for 0.056. 16-bit outputs gained nothing. */
-#define STREAM_FROM (1 << 21)
+enum {
+    CHUNK = 2048,  /* floats that stay in the first cache; whole blocks of q8_0 */
+    PIECE = 65536, /* elements of one task; whole blocks too */
+    STREAM_FROM = 8 << 20 /* bytes of output that no cache is counted on to hold until it is read */
+};
 
 static const struct {
     psoup__merge_add_fn add;
     psoup__merge_within_fn within;
-    psoup__merge_stream_fn stream;
+    psoup__merge_sum_fn sum;
 } kernels[PSOUP__ISA_COUNT] = {
     [PSOUP__ISA_GENERIC] = {psoup__merge_add_generic, psoup__merge_within_generic,
-                            psoup__merge_stream_generic},
+                            psoup__merge_sum_run_generic},
 #ifdef __x86_64__
-    [PSOUP__ISA_AVX2] = {psoup__merge_add_avx2, psoup__merge_within_avx2,
-                         psoup__merge_stream_avx2},
+    [PSOUP__ISA_AVX2] = {psoup__merge_add_avx2, psoup__merge_within_avx2, psoup__merge_sum_run_avx2},
     [PSOUP__ISA_AVX512] = {psoup__merge_add_avx512, psoup__merge_within_avx512,
-                           psoup__merge_stream_avx512},
+                           psoup__merge_sum_run_avx512},
 #endif
 };
+
+static bool is_small_float(psoup_dtype dtype) {
+    return dtype == PSOUP_F32 || dtype == PSOUP_F16 || dtype == PSOUP_BF16;
+}
 
 typedef struct job {
     psoup_context *context;
     const psoup__sum_args *args;
-    bool stream;
+    size_t pieces, rows; /* pieces of a row; rows of a task */
+    bool fused, stream;
+    float limit;
     atomic_bool bad;
 } job;
 
-static void sum_piece(void *arg, size_t task, int worker) {
-    job *j = arg;
+/* Bytes of elements that are whole blocks, as the caller has checked. */
+static size_t bytes_of(psoup_dtype dtype, size_t elements) {
+    size_t bytes = 0;
+    psoup__dtype_bytes(dtype, elements, &bytes);
+    return bytes;
+}
+
+/* n elements from `at` of a row, all inputs in registers. */
+static void sum_fused(job *j, size_t row, size_t at, size_t n) {
+    const psoup__sum_args *args = j->args;
+    const void *in[PSOUP__SUM_INPUTS];
+    psoup_dtype dtypes[PSOUP__SUM_INPUTS];
+    float weights[PSOUP__SUM_INPUTS];
+    psoup__sum_run run = {.out_dtype = args->out_dtype, .in = in, .dtypes = dtypes,
+                          .weights = weights, .n = n, .limit = j->limit, .stream = j->stream};
+    run.out = (char *)args->out + (row * args->out_stride + at) * psoup_dtype_size(args->out_dtype);
+    for (size_t i = 0; i < args->count; i++) {
+        if (args->weights[i] == 0)
+            continue;
+        size_t first = (row > 0 ? row * args->strides[i] : 0) + at;
+        in[run.count] = (const char *)args->in[i] + first * psoup_dtype_size(args->dtypes[i]);
+        dtypes[run.count] = args->dtypes[i];
+        weights[run.count++] = (float)args->weights[i];
+    }
+    if (!kernels[psoup__isa_of(j->context)].sum(&run))
+        atomic_store(&j->bad, true);
+}
+
+/* The same with sums in a cache, for any dtypes and any number of inputs. */
+static void sum_chunks(job *j, size_t row, size_t begin, size_t length) {
     const psoup__sum_args *args = j->args;
     psoup__isa isa = psoup__isa_of(j->context);
-    size_t out_size = psoup_dtype_size(args->out_dtype);
-    size_t begin = task * PIECE, end = args->n - begin < PIECE ? args->n : begin + PIECE;
     float acc[CHUNK], input[CHUNK];
-    (void)worker;
-    for (size_t at = begin; at < end; at += CHUNK) {
-        size_t n = end - at < CHUNK ? end - at : CHUNK;
+    for (size_t at = begin; at < begin + length; at += CHUNK) {
+        size_t n = begin + length - at < CHUNK ? begin + length - at : CHUNK;
         bool first = true;
         for (size_t i = 0; i < args->count; i++) {
             if (args->weights[i] == 0)
                 continue;
-            const char *in =
-                (const char *)args->in[i] + at * psoup_dtype_size(args->dtypes[i]);
-            const float *x = input;
-            if (args->dtypes[i] == PSOUP_F32 && (uintptr_t)in % sizeof(float) == 0)
-                x = (const float *)(const void *)in;
-            else
-                psoup__to_f32(j->context, input, in, args->dtypes[i], n);
-            kernels[isa].add(acc, x, (float)args->weights[i], n, first);
+            psoup_dtype dtype = args->dtypes[i];
+            const char *in = (const char *)args->in[i] +
+                             bytes_of(dtype, (row > 0 ? row * args->strides[i] : 0) + at);
+            psoup__to_f32(j->context, input, in, dtype, n);
+            kernels[isa].add(acc, input, (float)args->weights[i], n, first);
             first = false;
         }
         if (first)
             memset(acc, 0, n * sizeof *acc);
-        if (!kernels[isa].within(acc, psoup__dtype_largest(args->out_dtype), n))
+        if (!kernels[isa].within(acc, j->limit, n))
             atomic_store(&j->bad, true);
-        char *out = (char *)args->out + at * out_size;
-        if (j->stream)
-            kernels[isa].stream(out, acc, n * sizeof *acc);
-        else
-            psoup__from_f32(j->context, out, args->out_dtype, acc, n);
+        psoup__from_f32(j->context,
+                        (char *)args->out + bytes_of(args->out_dtype, row * args->out_stride + at),
+                        args->out_dtype, acc, n);
     }
 }
 
-bool psoup__sum(psoup_context *context, const psoup__sum_args *args) {
-    job j = {.context = context, .args = args};
-    j.stream = args->stream && args->out_dtype == PSOUP_F32 && (uintptr_t)args->out % 64 == 0 &&
-               args->n >= STREAM_FROM;
+static void sum_task(void *arg, size_t task, int worker) {
+    job *j = arg;
+    const psoup__sum_args *args = j->args;
+    size_t begin = task % j->pieces * PIECE, n = args->n - begin < PIECE ? args->n - begin : PIECE;
+    size_t row = task / j->pieces * j->rows;
+    size_t end = args->rows - row < j->rows ? args->rows : row + j->rows;
+    (void)worker;
+    for (; row < end; row++)
+        (j->fused ? sum_fused : sum_chunks)(j, row, begin, n);
+}
+
+bool psoup__sum(psoup_context *context, const psoup__sum_args *given) {
+    psoup__sum_args args = *given;
+    size_t used = 0, bytes;
+    args.rows = args.rows > 1 ? args.rows : 1;
+    if (args.n == 0)
+        return true;
+    job j = {.context = context, .args = &args, .limit = psoup__dtype_largest(args.out_dtype)};
+    j.fused = is_small_float(args.out_dtype);
+    for (size_t i = 0; i < args.count; i++)
+        if (args.weights[i] != 0) {
+            used++;
+            j.fused &= is_small_float(args.dtypes[i]);
+        }
+    j.fused &= used >= 1 && used <= PSOUP__SUM_INPUTS;
+    j.stream = args.stream && psoup__multiply(args.n * args.rows, psoup_dtype_size(args.out_dtype), &bytes) &&
+               bytes >= STREAM_FROM;
+    j.pieces = (args.n - 1) / PIECE + 1;
+    j.rows = args.n < PIECE ? PIECE / args.n : 1;
     atomic_init(&j.bad, false);
-    psoup__parallel(context, args->n / PIECE + (args->n % PIECE != 0), sum_piece, &j);
+    psoup__parallel(context, ((args.rows - 1) / j.rows + 1) * j.pieces, sum_task, &j);
     return !atomic_load(&j.bad);
 }
 
@@ -96,10 +146,6 @@ psoup_status psoup__merge_check_weights(const double *weights, size_t n, bool an
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "the weights sum to %.9g; expected 1 (any_sum allows another)", sum);
     return PSOUP_OK;
-}
-
-static bool is_small_float(psoup_dtype dtype) {
-    return dtype == PSOUP_F32 || dtype == PSOUP_F16 || dtype == PSOUP_BF16;
 }
 
 psoup_status psoup_merge_sum(psoup_context *context, void *out, psoup_dtype out_dtype,
