@@ -149,9 +149,11 @@ static double training_limit(void) {
  * of the keys and values of half the length, from wherever so much fits; the slower of the two. */
 static double generation_limit(void) {
     const size_t floats = (size_t)(frozen + adapted + BATCH * LAYERS * 2.0 * DIM * LENGTH / 2);
-    float *x = calloc(floats, sizeof *x);
+    float *x = malloc(floats * sizeof *x);
     if (!x)
         exit(1);
+    for (size_t i = 0; i < floats; i++) /* pages never written would all be one page of zeros */
+        x[i] = 1;
     const double reading = 4e-9 * (double)floats / limit(x, floats);
     const double attention = LAYERS * 2 * 2.0 * DIM * LENGTH / 2;
     const double products = 1e-9 * BATCH * (2 * (frozen + adapted) + attention) / limit(NULL, 0);
