@@ -100,7 +100,7 @@ static int reward(void *user, const psoup_rollout *rollouts, size_t n, float *sc
     return 0;
 }
 
-/* Seconds of one PPO step of n policies, some rollouts of 32 new tokens each. */
+/* Seconds of one PPO step of n policies, some rollouts of 32 new tokens each; a first step warms up. */
 static double ppo(psoup_model *model, size_t first, size_t n, int32_t rollouts) {
     static const char *const names[POLICIES] = {"p0", "p1", "p2", "p3", "p4", "p5"};
     psoup_ppo_prompt prompts[BATCH];
@@ -117,13 +117,14 @@ static double ppo(psoup_model *model, size_t first, size_t n, int32_t rollouts) 
                                          .prompts = prompts,
                                          .n_prompts = (size_t)rollouts,
                                          .seed = first + k};
-    options.steps = 1;
+    options.steps = 2;
     options.batch_size = rollouts;
     options.max_new_tokens = 32;
     options.ignore_stop = 1;
     options.ppo_epochs = 2;
     options.early_stop = PSOUP_EARLY_STOP_OFF;
     must(psoup_ppo_create(model, policies, n, &options, &run, &error), &error);
+    must(psoup_ppo_step(run, &left, &error), &error);
     double start = now();
     must(psoup_ppo_step(run, &left, &error), &error);
     double seconds = now() - start;
