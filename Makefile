@@ -6,6 +6,7 @@
 #   make check-all  the same under ASan and UBSan, the long cases, clang, the fuzzers, the story
 #   make coverage   what share of the library's lines the tests run, file by file
 #   make bench      our speed beside a peer's and the machine's limit, in one run
+#   make wheel      the Python package with the library in it, for pip
 #   make install    into PREFIX (default /usr/local), under DESTDIR
 #   make clean
 #
@@ -16,11 +17,12 @@ config  ?= release
 PREFIX  ?= /usr/local
 CC      := $(if $(filter default,$(origin CC)),gcc,$(CC))
 AR      ?= ar
+PYTHON  ?= python3
 
 # ---- what a fresh Debian or Ubuntu needs: the one list -----------------------------------------
 PACKAGES      = gcc make binutils pkg-config libc6-dev libjansson-dev libpcre2-dev libzstd-dev libyaml-dev \
                 libxxhash-dev libmd-dev
-PACKAGES_TEST = check abigail-tools g++ clang libclang-rt-dev
+PACKAGES_TEST = check abigail-tools g++ clang libclang-rt-dev python3 python3-venv python3-numpy
 PACKAGES_BENCH = libopenblas-dev
 
 # ---- flags --------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ SONAME   = libpsoup.so.0
 VERSION  = 0.1.0
 
 .PHONY: all lib demo check check-all bench install clean deps deps-test deps-bench \
-        run-tests check-names check-abi check-install fuzz run-fuzzers coverage abi-baseline
+        run-tests check-names check-abi check-install check-python wheel fuzz run-fuzzers coverage abi-baseline
 .PRECIOUS: $B/%.o
 .DELETE_ON_ERROR:
 
@@ -147,7 +149,7 @@ run-tests: $(TESTS:%=$B/tests/%) $(HELPERS:%=$B/tests/%) $B/psoup
 	@echo "== the program"; sh tests/cli.sh $B/psoup
 
 check: deps-test
-	@$(MAKE) --no-print-directory all run-tests check-names check-abi check-install
+	@$(MAKE) --no-print-directory all run-tests check-names check-abi check-install check-python
 
 # The same under ASan and UBSan with the long cases, a build by clang, a short run of each fuzzer.
 check-all: deps-test
@@ -210,6 +212,27 @@ check-install: lib bin/psoup
 	@CC=$(CC) CXX=$(if $(findstring clang,$(CC)),clang++,g++) LDFLAGS="$(LDFLAGS)" \
 	    sh tests/install.sh $B/root /opt/psoup
 
+# ---- Python -----------------------------------------------------------------------------------------
+# The wheel's library has the others in it, so that it needs nothing but the C library.
+$B/wheel/libpsoup.so: $(OBJ) lib/psoup.map
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	$(Q)$(CC) -shared $(LDFLAGS) -Wl,-soname,$(SONAME) -Wl,--version-script=lib/psoup.map -Wl,--no-undefined \
+	    -s $(OBJ) -Wl,-Bstatic $(filter-out -lm,$(LIBS)) -Wl,-Bdynamic -lm -o $@
+
+wheel: $B/wheel/libpsoup.so
+	@rm -f $B/wheel/psoup-*.whl
+	@$(PYTHON) bindings/python/backend.py $B/wheel/libpsoup.so $B/wheel
+
+# From the source tree with lib/libpsoup.so's twin, and as pip installs it, without a network.
+check-python: $B/libpsoup.so wheel
+	@echo "== Python, from the source tree"
+	@cd bindings/python && PSOUP_LIBRARY=$(abspath $B/libpsoup.so) CC="$(CC)" $(PYTHON) -B -m unittest discover -t . -s tests
+	@echo "== Python, installed from the wheel"
+	@rm -rf $B/venv && $(PYTHON) -m venv --system-site-packages $B/venv
+	@$B/venv/bin/pip install -q --disable-pip-version-check --no-index --no-deps $B/wheel/psoup-*.whl
+	@cd bindings/python && PSOUP_TEST_INSTALLED=1 CC="$(CC)" $(abspath $B/venv)/bin/python -B -m unittest discover -t . -s tests
+
 # ---- fuzzing ------------------------------------------------------------------------------------
 FUZZ_SECONDS ?= 10
 fuzz:
@@ -228,7 +251,6 @@ $B/fuzz_%: $B/tests/fuzz/fuzz_%.o $B/libpsoup.a
 
 # ---- speed --------------------------------------------------------------------------------------
 # PyTorch, where PYTHON has it, is the peer of the model's bench.
-PYTHON ?= python3
 bench: deps-bench
 	@$(MAKE) --no-print-directory $(BENCHES:%=$B/tests/%)
 	@set -e; for b in $(BENCHES); do echo "== $$b"; \

@@ -1,0 +1,317 @@
+"""The options of each call as types, for editors and type checkers.
+
+Written by generate_abi.py from include/psoup/*.h; do not edit.
+"""
+
+from __future__ import annotations
+
+from typing import Sequence, TypedDict, Union
+
+
+
+class ContextOptions(TypedDict, total=False):
+    # "cpu"; NULL means "cpu"; default None
+    device: str
+    # worker threads; 0 means one per processor that the process may use; default 0
+    threads: int
+    # "generic", "avx2", "avx512" (x86-64), "neon" (aarch64): the instruction set of the CPU
+    # kernels; NULL means the best the machine has. Results carry the same bits for equal input,
+    # build and instruction set; default None
+    isa: str
+
+
+class ModelConfig(TypedDict, total=False):
+    # default 0
+    vocab_size: int
+    # default 0
+    hidden_size: int
+    # default 0
+    intermediate_size: int
+    # default 0
+    num_hidden_layers: int
+    # default 0
+    num_attention_heads: int
+    # 0: as many as attention heads; default 0
+    num_key_value_heads: int
+    # 0: hidden_size / num_attention_heads; default 0
+    head_dim: int
+    # default 2048
+    max_position_embeddings: int
+    # default 1e-06
+    rms_norm_eps: float
+    # default 10000.0
+    rope_theta: float
+    # psoup_rope_scaling; default 0
+    rope_scaling: Union[int, str]
+    # default 1.0
+    rope_factor: float
+    # default 1.0
+    rope_low_freq_factor: float
+    # default 4.0
+    rope_high_freq_factor: float
+    # default 0
+    rope_original_max_position: int
+    # default 32.0
+    rope_beta_fast: float
+    # default 1.0
+    rope_beta_slow: float
+    # YaRN; 0: 0.1 ln(factor) + 1; default 0
+    rope_attention_factor: float
+    # q, k, v and o have biases; default 0
+    attention_bias: int
+    # q, k, v alone have (Qwen2); default 0
+    qkv_bias: int
+    # default 0
+    mlp_bias: int
+    # default 0
+    tie_word_embeddings: int
+    # −1: none; default -1
+    bos_token_id: int
+    # −1: none; default -1
+    eos_token_id: int
+    # −1: none; default -1
+    pad_token_id: int
+    # psoup_dtype of the stored weights: F32, F16 or BF16; default 0
+    torch_dtype: Union[int, str]
+    # default 0.02
+    initializer_range: float
+    # that end a text as eos_token_id does; −1: none; default (-1, -1, -1, -1, -1, -1, -1)
+    more_eos_token_ids: Sequence[int]
+
+
+class AdapterOptions(TypedDict, total=False):
+    # default 16
+    rank: int
+    # scale = alpha / rank; default 32.0
+    alpha: float
+    # scale = alpha / sqrt(rank) instead; default 0
+    rslora: int
+    # default 5
+    targets: int
+    # A is uniform(−1/√in, 1/√in) (PEFT's kaiming_uniform, a = √5), B is 0; default 0
+    seed: int
+
+
+class Sampling(TypedDict, total=False):
+    # default 128
+    max_new_tokens: int
+    # until then stop tokens have probability 0; default 0
+    min_new_tokens: int
+    # 0: greedy; default 1.0
+    temperature: float
+    # 0: off; default 0
+    top_k: int
+    # 1: off; default 1.0
+    top_p: float
+    # 0: off; over prompt and output, as transformers has it; default 0
+    no_repeat_ngram_size: int
+    # sample on past stop tokens, to max_new_tokens; default 0
+    ignore_stop: int
+    # default 0
+    seed: int
+
+
+class SessionOptions(TypedDict, total=False):
+    # places; 0: 32; default 0
+    max_sequences: int
+    # tokens a place can hold; 0: max_position_embeddings; default 0
+    max_tokens: int
+    # prompt tokens taken in one step at most; 0: 512; default 0
+    prefill_rows: int
+
+
+class FeedbackOptions(TypedDict, total=False):
+    # see psoup_template_fill; default None
+    prompt_template: str
+    # decoding together; 0: 64; default 0
+    max_sequences: int
+    # of the sampling and of which positive meets whom; default 0
+    seed: int
+
+
+class MergerOptions(TypedDict, total=False):
+    # psoup_merge_method; full models know only PSOUP_MERGE_DELTA, others are refused; default 0
+    method: Union[int, str]
+    # for PSOUP_MERGE_SVD; default 0
+    svd_rank: int
+    # accept weights that do not sum to 1 within 1e-6; default 0
+    any_sum: int
+    # psoup_dtype of the output; −1: that of the base or first source; default -1
+    dtype: Union[int, str]
+
+
+class SftOptions(TypedDict, total=False):
+    # default 1
+    epochs: int
+    # optimiser steps; 0: epochs decide; default 0
+    max_steps: int
+    # tokens of one micro-batch at most: examples are packed without padding, and never attend to
+    # one another; default 1024
+    batch_tokens: int
+    # micro-batches of one optimiser step; default 1
+    accumulation: int
+    # default 1e-05
+    learning_rate: float
+    # default 0.9
+    beta1: float
+    # default 0.999
+    beta2: float
+    # default 1e-08
+    epsilon: float
+    # default 0
+    weight_decay: float
+    # 0: not clipped; default 1.0
+    max_grad_norm: float
+    # psoup_schedule; default 0
+    schedule: Union[int, str]
+    # default 0
+    warmup_steps: int
+    # default 0
+    lora_dropout: float
+    # 1: every token counts; default 0
+    loss_on_prompt: int
+    # steps; 0: at the end only; default 0
+    validate_every: int
+    # 1: end with the weights of the lowest validation loss; default 1
+    keep_best: int
+    # default 0
+    seed: int
+    # JSON Lines file that every report is appended to; NULL: none; default None
+    metrics: str
+
+
+class RewardOptions(TypedDict, total=False):
+    # default 1
+    epochs: int
+    # default 0
+    max_steps: int
+    # comparisons of one micro-batch, per reward model; default 8
+    batch_size: int
+    # default 1
+    accumulation: int
+    # default 2e-05
+    learning_rate: float
+    # default 0.9
+    beta1: float
+    # default 0.999
+    beta2: float
+    # default 1e-08
+    epsilon: float
+    # default 0.001
+    weight_decay: float
+    # default 0
+    max_grad_norm: float
+    # default 1
+    schedule: Union[int, str]
+    # default 0
+    warmup_steps: int
+    # default 0
+    lora_dropout: float
+    # loss −log σ(r_w − r_l − margin); default 0
+    margin: float
+    # adds centering · mean((r_w + r_l)²); default 0
+    centering: float
+    # longer rows keep their first tokens; 0: max_position_embeddings; default 512
+    max_tokens: int
+    # default 0
+    validate_every: int
+    # by validation accuracy, then loss; default 1
+    keep_best: int
+    # default 0
+    seed: int
+    # default None
+    metrics: str
+
+
+class PpoOptions(TypedDict, total=False):
+    # 0: one epoch over the prompts; default 0
+    steps: int
+    # rollouts of one step, per policy; default 64
+    batch_size: int
+    # rollouts of one optimiser step; 0: the whole batch; default 0
+    mini_batch_size: int
+    # > 0: the loss is the mean over the tokens of each so many rollouts, averaged over these groups
+    # (the paper's code: micro-batches of 2); 0: over all tokens of the mini-batch; default 0
+    loss_group: int
+    # default 8
+    ppo_epochs: int
+    # tokens of one packed pass; changes memory, not results' meaning; default 4096
+    micro_batch_tokens: int
+    # default 1.4e-05
+    learning_rate: float
+    # default 0.9
+    beta1: float
+    # default 0.999
+    beta2: float
+    # default 1e-08
+    epsilon: float
+    # default 0
+    weight_decay: float
+    # 0: not clipped; default 1.0
+    max_grad_norm: float
+    # default 1.0
+    gamma: float
+    # default 0.95
+    lambda_: float
+    # default 0.2
+    clip_range: float
+    # default 0.2
+    clip_range_value: float
+    # default 0.1
+    value_coefficient: float
+    # psoup_early_stop: after an epoch with mean(log π_old − log π) > 1.5 ·; default 1
+    early_stop: Union[int, str]
+    # target_kl; default 0.1
+    target_kl: float
+    # β at the start; default 0.2
+    kl_coefficient: float
+    # default 1
+    adaptive_kl: int
+    # default 6.0
+    kl_target: float
+    # default 10000.0
+    kl_horizon: float
+    # a mini-batch whose mean ratio exceeds it is skipped; default 10.0
+    ratio_threshold: float
+    # 1: a skipped mini-batch still steps the optimiser, with zero gradient; default 0
+    skipped_step: int
+    # default 1
+    normalize_reward: int
+    # default 1
+    whiten_advantages: int
+    # whiten in this many equal parts of the batch; the code had one a rank; default 1
+    whiten_groups: int
+    # in updates only; default 0
+    lora_dropout: float
+    # in updates only; default 0
+    head_dropout: float
+    # default 511
+    max_new_tokens: int
+    # default 0
+    min_new_tokens: int
+    # > 0: each group's limit is uniform on from … max_new_tokens; default 0
+    draw_new_tokens_from: int
+    # prompts that share a drawn limit; default 4
+    draw_group: int
+    # 1: sample past end tokens, cut after the first; default 0
+    ignore_stop: int
+    # default 1.0
+    temperature: float
+    # default 1.0
+    top_p: float
+    # default 0
+    top_k: int
+    # subtracted from the score of a response without an end token; default 0
+    truncation_penalty: float
+    # 1: rewards read the decoded text, tokenised again (needs tokenizer); default 0
+    reward_text: int
+    # longer reward inputs keep their first tokens; default 512
+    reward_max_tokens: int
+    # decoding together; 0: all of a step; default 0
+    max_sequences: int
+    # steps; 0: at the end only; default 0
+    validate_every: int
+    # default 1
+    keep_best: int
+    # default None
+    metrics: str

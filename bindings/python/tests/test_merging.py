@@ -1,0 +1,283 @@
+"""Merging arrays, state dicts and files."""
+
+import array
+import os
+import struct
+import unittest
+
+from .case import Case, needs_numpy, needs_torch, numpy, psoup, tiny, torch
+
+
+def f32(*values):
+    return array.array("f", values)
+
+
+def bits(x):
+    """bfloat16 bits of a float, rounded to nearest even."""
+    n = struct.unpack("I", struct.pack("f", x))[0]
+    return (n + 0x7FFF + (n >> 16 & 1)) >> 16
+
+
+class Sums(Case):
+    def test_plain_buffers(self):
+        a, b = f32(1, 2, 3), f32(3, 2, 1)
+        out = psoup.merge_sum([a, b], [0.25, 0.75])
+        self.assertEqual(list(out), [2.5, 2.0, 1.5])
+        place = f32(0, 0, 0)
+        self.assertIs(psoup.merge_sum([a, b], [0.5, 0.5], out=place), place)
+        self.assertEqual(list(place), [2.0, 2.0, 2.0])
+        psoup.merge_sum([a, b], [0.5, 0.5], out=a)
+        self.assertEqual(list(a), [2.0, 2.0, 2.0])
+
+    def test_bfloat16_in_any_buffer_of_16_bits(self):
+        values = [[1.5, -2.25, 1e-3], [0.3, 7.0, -5e4]]
+        held = [psoup.view(array.array("H", map(bits, row)), "bf16") for row in values]
+        out = array.array("H", [0] * 3)
+        psoup.merge_sum(held, [0.5, 0.5], out=psoup.view(out, "bf16"))
+        back = [[struct.unpack("f", struct.pack("I", bits(x) << 16))[0] for x in row] for row in values]
+        self.assertEqual(list(out), [bits(0.5 * x + 0.5 * y) for x, y in zip(*back)])
+
+    def test_what_does_not_fit_is_refused(self):
+        a = f32(1, 2, 3)
+        for arrays, weights, words in (([a, f32(1, 2)], [0.5, 0.5], r"source 1 has shape \[2\]: expected \[3\]"),
+                                       ([a, array.array("d", [1, 2, 3])], [0.5, 0.5], "source 1 is f64"),
+                                       ([a], [0.5, 0.5], "1 sources and 2 weights"), ([], [], "no arrays")):
+            with self.assertRaisesRegex(psoup.ArgumentError, words):
+                psoup.merge_sum(arrays, weights)
+        with self.assertRaisesRegex(ValueError, "out is read-only"):
+            psoup.merge_sum([a], [1.0], out=bytes(12))
+        with self.assertRaisesRegex(TypeError, "neither an array nor a buffer"):
+            psoup.merge_sum([object()], [1.0])
+
+    @needs_numpy
+    def test_numpy_equals_numpys_own_sum(self):
+        rng = numpy.random.default_rng(1)
+        arrays = [rng.standard_normal((37, 53)).astype("float32") for _ in range(3)]
+        weights = [0.2, 0.5, 0.3]
+        out = psoup.merge_sum(arrays, weights)
+        self.assertIsInstance(out, numpy.ndarray)
+        exact = sum(w * a.astype("float64") for w, a in zip(weights, arrays))
+        numpy.testing.assert_allclose(out, exact, rtol=0, atol=1e-6)
+        half = [a.astype("float16") for a in arrays]
+        out = psoup.merge_sum(half, weights)
+        self.assertEqual(out.dtype, numpy.float16)
+        expected = sum(w * a.astype("float64") for w, a in zip(weights, half)).astype("float16")
+        numpy.testing.assert_allclose(out, expected, rtol=2e-3, atol=1e-3)
+        self.assertEqual(psoup.merge_sum(half, weights, dtype="float32").dtype, numpy.float32)
+        with self.assertRaisesRegex(psoup.ArgumentError, "not row-major"):
+            psoup.merge_sum([arrays[0].T], [1.0])
+        arrays[0].flags.writeable = False
+        with self.assertRaisesRegex(ValueError, "read-only"):
+            psoup.merge_sum(arrays, weights, out=arrays[0])
+
+    @needs_torch
+    def test_torch_goes_in_and_out_without_a_copy(self):
+        for kind in (torch.float32, torch.float16, torch.bfloat16):
+            a, b = (torch.randn(17, 9, generator=torch.Generator().manual_seed(i)).to(kind) for i in range(2))
+            self.assertEqual(psoup.view(a).address, a.data_ptr())
+            out = psoup.merge_sum([a, b], [0.25, 0.75])
+            self.assertEqual((out.dtype, out.shape), (kind, a.shape))
+            self.assertTrue(torch.equal(out, (0.25 * a.float() + 0.75 * b.float()).to(kind)))
+            place = torch.empty_like(a)
+            address = place.data_ptr()
+            psoup.merge_sum([a, b], [0.25, 0.75], out=place)
+            self.assertEqual(place.data_ptr(), address)
+            self.assertTrue(torch.equal(place, out))
+
+
+class Views(Case):
+    def test_a_view_holds_its_buffer(self):
+        x = bytearray(8)
+        seen = psoup.view(x)
+        with self.assertRaises(BufferError):
+            x.append(1)
+        self.assertEqual((seen.dtype, seen.shape, seen.readonly), (psoup.Dtype.U8, (8,), False))
+        del seen
+        x.append(1)
+        self.assertTrue(psoup.view(b"abc").readonly)
+
+    def test_strides(self):
+        m = memoryview(bytearray(24)).cast("f", (2, 3))
+        self.assertEqual((psoup.view(m).shape, psoup.view(m).strides), ((2, 3), (3, 1)))
+        every_other = memoryview(array.array("i", range(6)))[::2]
+        seen = psoup.view(every_other)
+        self.assertEqual((seen.shape, seen.strides, seen.is_contiguous), ((3,), (2,), False))
+
+    def test_another_type_of_the_same_size_only(self):
+        with self.assertRaisesRegex(TypeError, "8 bits"):
+            psoup.view(b"abcd", "f32")
+        with self.assertRaisesRegex(ValueError, "expected one of"):
+            psoup.view(b"abcd", "f31")
+
+    @needs_numpy
+    def test_numpy(self):
+        x = numpy.arange(12, dtype="int64").reshape(3, 4)
+        seen = psoup.view(x.T)
+        self.assertEqual((seen.address, seen.dtype, seen.shape, seen.strides),
+                         (x.ctypes.data, psoup.Dtype.I64, (4, 3), (1, 4)))
+        for bad in (x.astype(">f4"), x.astype("complex64"), numpy.array(["a"])):
+            self.assertRaises(TypeError, psoup.view, bad)
+        try:
+            import ml_dtypes
+        except ImportError:
+            return
+        y = numpy.ones(4, ml_dtypes.bfloat16)
+        self.assertEqual(psoup.view(y).dtype, psoup.Dtype.BF16)
+        self.assertEqual(psoup.merge_sum([y, y], [0.5, 0.5]).dtype, y.dtype)
+
+    @needs_torch
+    def test_torch(self):
+        x = torch.zeros(3, 4, dtype=torch.bfloat16).t()
+        seen = psoup.view(x)
+        self.assertEqual((seen.address, seen.dtype, seen.shape, seen.strides),
+                         (x.data_ptr(), psoup.Dtype.BF16, (4, 3), (1, 4)))
+        p = torch.nn.Parameter(torch.zeros(3))
+        self.assertEqual(psoup.view(p).address, p.data_ptr())
+        with self.assertRaisesRegex(TypeError, "host"):
+            psoup.view(torch.empty(3, device="meta"))
+
+
+class Adapters(Case):
+    def factors(self):
+        def matrix(rows, columns, seed):
+            m = memoryview(bytearray(4 * rows * columns)).cast("f", (rows, columns))
+            for i in range(rows):
+                for j in range(columns):
+                    m[i, j] = ((seed * 31 + i * 7 + j * 13) % 11 - 5) / 8
+            return m
+
+        return [psoup.Factors(matrix(2, 5, s), matrix(3, 2, s + 1), 0.5 + s) for s in range(2)]
+
+    def product(self, factors, weights):
+        return [[sum(w * f.scale * f.b[i, k] * f.a[k, j] for w, f in zip(weights, factors)
+                     for k in range(f.a.shape[0])) for j in range(5)] for i in range(3)]
+
+    def test_fold(self):
+        factors, weights = self.factors(), [0.25, 0.75]
+        base = memoryview(bytearray(60)).cast("f", (3, 5))
+        for i in range(3):
+            for j in range(5):
+                base[i, j] = i - j
+        expected = self.product(factors, weights)
+        out = psoup.fold(base, factors, weights)
+        for i in range(3):
+            self.assertNear([out[i, j] for j in range(5)], [base[i, j] + expected[i][j] for j in range(5)])
+        psoup.fold(base, factors, weights, out=base)
+        self.assertEqual([base[2, j] for j in range(5)], [out[2, j] for j in range(5)])
+        with self.assertRaisesRegex(psoup.ArgumentError, "expected a row-major f32 matrix"):
+            psoup.fold(memoryview(bytearray(40)).cast("f", (2, 5)), factors, weights)
+
+    def test_factors(self):
+        factors, weights = self.factors(), [0.25, 0.75]
+        expected = self.product(factors, weights)
+        for method, rank in (("delta", None), ("svd", 3)):
+            merged, error = psoup.merge_factors(factors, weights, method, rank)
+            got = self.product([merged], [1.0])
+            for x, y in zip(got, expected):
+                self.assertNear(x, y, 1e-5)
+            self.assertLess(error, 1e-6)
+        _, error = psoup.merge_factors(factors, weights, "svd", 1)
+        self.assertGreater(error, 1e-3)
+
+
+class StateDicts(Case):
+    def test_named_sources_and_weights(self):
+        x = {"w": f32(1, 2), "n": array.array("q", [7])}
+        y = {"w": f32(3, 4), "n": array.array("q", [7])}
+        told = []
+        soup = psoup.merge({"x": x, "y": y}, {"y": 0.75, "x": 0.25}, progress=lambda *a: told.append(a))
+        self.assertEqual((list(soup["w"]), list(soup["n"])), ([2.5, 3.5], [7]))
+        self.assertEqual(told[-1], ("merge", 2, 2))
+        again = {"w": f32(0, 0)}
+        kept = again["w"]
+        psoup.merge([x, y], [1, 0], out=again)
+        self.assertEqual(list(kept), [1, 2])
+
+    def test_what_does_not_fit_is_refused(self):
+        x = {"w": f32(1, 2)}
+        for sources, weights, words in (
+                ([x, {"v": f32(1, 2)}], [0.5, 0.5], "not in every source"),
+                ([x, {"w": f32(1)}], [0.5, 0.5], "w: source 1 has shape"),
+                ([x, x], [0.5, 0.6], "sum to 1.1"), ([x, x], [1.0], "2 sources and 1 weights"),
+                ({"a": x}, {"b": 1.0}, "weights are of"),
+                ([{"n": array.array("q", [1])}, {"n": array.array("q", [2])}], [0.5, 0.5], "differs")):
+            with self.assertRaisesRegex(psoup.ArgumentError, words):
+                psoup.merge(sources, weights)
+
+    def test_its_progress_can_stop_it(self):
+        def progress(label, done, total):
+            raise psoup.Cancelled("enough")
+
+        with self.assertRaises(psoup.Cancelled):
+            psoup.merge([{"w": f32(1)}], [1.0], progress=progress)
+
+    @needs_torch
+    def test_torch_modules(self):
+        models = [torch.nn.Linear(5, 3) for _ in range(2)]
+        soup = psoup.merge([m.state_dict() for m in models], [0.5, 0.5])
+        fresh = torch.nn.Linear(5, 3)
+        fresh.load_state_dict(soup)
+        self.assertTrue(torch.equal(fresh.weight, 0.5 * models[0].weight + 0.5 * models[1].weight))
+
+
+class Files(Case):
+    def setUp(self):
+        super().setUp()
+        self.model = tiny()
+        for name in ("A", "B"):
+            self.model.save_adapter(name, self.path(name))
+
+    def test_adapters_to_one_adapter_with_progress(self):
+        told = []
+        with psoup.Merger(progress=lambda *a: told.append(a)) as merger:
+            merger.add(self.path("A"), 0.5)
+            merger.add(self.path("B"), 0.5)
+            merger.write(self.path("half"))
+            merger.set_weights([1.0, 0.0])
+            merger.write(self.path("first"))
+        self.assertEqual(told[-1][0], "merge")
+        self.assertEqual(told[-1][1], told[-1][2])
+        for name, mix in (("half", {"A": 0.5, "B": 0.5}), ("first", {"A": 1.0})):
+            self.model.load_adapter(name, self.path(name))
+            row = [[2, 3, 4, 5]]
+            self.assertNear(self.model.logprobs(row, {name: 1})[0], self.model.logprobs(row, mix)[0], 1e-5)
+
+    def test_a_lossy_method_reports(self):
+        with psoup.Merger(method="svd", svd_rank=1) as merger:
+            merger.add(self.path("A"), 0.5)
+            merger.add(self.path("B"), 0.5)
+            merger.write(self.path("out"))
+            report = merger.report()
+        self.assertGreater(report["worst_error"], 0)
+        self.assertIn("proj", report["worst_name"])
+
+    def test_cancelled_it_leaves_nothing(self):
+        def progress(label, done, total):
+            raise psoup.Cancelled("enough")
+
+        merger = psoup.Merger(progress=progress)
+        merger.add(self.path("A"))
+        with self.assertRaises(psoup.Cancelled):
+            merger.write(self.path("out"))
+        self.assertFalse(os.path.exists(self.path("out", "adapter_model.safetensors")))
+
+    def test_errors_have_the_librarys_words(self):
+        with psoup.Merger() as merger:
+            with self.assertRaises(psoup.Error) as caught:
+                merger.add(self.path("nowhere"))
+            self.assertIn("nowhere", str(caught.exception))
+
+    def test_safetensors(self):
+        psoup.write_safetensors(self.path("x.safetensors"), {"a": f32(1, 2), "b": b"abc"})
+        with open(self.path("x.safetensors"), "rb") as f:
+            data = f.read()
+        n = struct.unpack("<Q", data[:8])[0]
+        import json
+        header = json.loads(data[8:8 + n])
+        begin, end = header["a"]["data_offsets"]
+        self.assertEqual(data[8 + n + begin:8 + n + end], struct.pack("<2f", 1, 2))
+        self.assertEqual(header["b"]["dtype"], "U8")
+
+
+if __name__ == "__main__":
+    unittest.main()

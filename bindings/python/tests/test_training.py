@@ -1,0 +1,147 @@
+"""SFT, reward models and PPO, rewarded from Python."""
+
+import json
+import unittest
+
+from .case import Case, psoup, tiny
+
+
+class Sft(Case):
+    def test_the_loss_falls_and_every_step_is_reported(self):
+        model = tiny(())
+        model.add_adapter("A", rank=4)
+        steps = []
+        train = [psoup.Example([2, 3, 4, 5, 6, 7], 1), psoup.Example([3, 4, 5, 6, 7, 8], 1)]
+        psoup.sft(model, train, "A", validation=train, epochs=20, learning_rate=0.02, on_step=steps.append,
+                  schedule="linear", metrics=self.path("metrics.jsonl"))
+        training = [s for s in steps if s.phase == "train"]
+        self.assertEqual([s.step for s in training], list(range(1, training[-1].total + 1)))
+        self.assertEqual(training[0].subject, "A")
+        self.assertLess(training[-1].metrics["loss"], 0.5 * training[0].metrics["loss"])
+        self.assertTrue(any(s.phase == "validation" for s in steps))
+        with open(self.path("metrics.jsonl")) as f:
+            self.assertEqual(len([json.loads(line) for line in f]), len(steps))
+
+    def test_what_a_callback_raises_comes_out_and_stops_it(self):
+        model = tiny(("A",))
+        seen = []
+
+        def on_step(step):
+            seen.append(step)
+            if step.step == 2:
+                raise ZeroDivisionError("enough")
+
+        with self.assertRaisesRegex(ZeroDivisionError, "enough"):
+            psoup.sft(model, [psoup.Example([2, 3, 4])], "A", epochs=9, on_step=on_step)
+        self.assertEqual(len(seen), 2)
+        psoup.sft(model, [psoup.Example([2, 3, 4])], "A")  # and the model is well
+
+    def test_options_are_known_by_name(self):
+        defaults = psoup.sft_options()
+        self.assertEqual((defaults["epochs"], defaults["schedule"]), (1, "constant"))
+        self.assertEqual(psoup.sft_options(schedule="cosine")["schedule"], "cosine")
+        self.assertEqual(psoup.ppo_options(lambda_=0.5)["lambda"], 0.5)
+        self.assertEqual(psoup.reward_options()["max_tokens"], 512)
+        self.assertNotEqual(psoup.ppo_options("rlphf"), psoup.ppo_options())
+        with self.assertRaisesRegex(TypeError, "did you mean 'learning_rate'"):
+            psoup.sft_options(learning_rte=1)
+        with self.assertRaisesRegex(ValueError, "expected one of constant, linear, cosine"):
+            psoup.sft_options(schedule="steep")
+        with self.assertRaisesRegex(TypeError, "epochs"):
+            psoup.sft_options(epochs="many")
+
+
+class Rewards(Case):
+    def test_two_reward_models_learn_side_by_side(self):
+        model = tiny(())
+        rewards = [psoup.Reward(model, "R0", rank=4, seed=1), psoup.Reward(model, "R1", rank=4, seed=2)]
+        up, down = [2, 3, 9, 9], [2, 3, 5, 5]
+        train = [psoup.Comparison(up, down, 0), psoup.Comparison(down, up, 1)] * 4
+        psoup.train_rewards(rewards, train, epochs=10, learning_rate=0.02)
+        accuracy, loss = psoup.reward_accuracy(rewards, train)
+        self.assertEqual(accuracy, 1.0)
+        self.assertLess(loss, 0.69)
+        scores = [r.score([up, down]) for r in rewards]
+        self.assertGreater(scores[0][0], scores[0][1])
+        self.assertLess(scores[1][0], scores[1][1])
+        rewards[0].save(self.path("r"))
+        again = psoup.Reward.load(model, "again", self.path("r"))
+        self.assertEqual(again.name, "again")
+        self.assertEqual(list(again.score([up, down])), list(scores[0]))
+
+    def test_rewards_of_two_models_are_refused(self):
+        with self.assertRaises(psoup.ArgumentError):
+            psoup.reward_accuracy([psoup.Reward(tiny(()), "R"), psoup.Reward(tiny(()), "R")],
+                                  [psoup.Comparison([2], [3])])
+
+
+class Ppo(Case):
+    OPTIONS = dict(batch_size=16, mini_batch_size=8, ppo_epochs=2, max_new_tokens=4, learning_rate=0.01,
+                   kl_coefficient=0.01)
+
+    def test_a_python_reward_is_learnt(self):
+        model = tiny(("A",))
+        prompts = [[2, 3], [4, 5], [6, 7], [8, 9]]
+        seen, means = [], []
+
+        def reward(rollouts):
+            seen.extend(rollouts)
+            return [sum(t == 9 for t in r.response) - 0.1 * len(r.response) for r in rollouts]
+
+        def on_step(step):
+            if step.phase == "train":
+                means.append(step.metrics)
+
+        ppo = psoup.Ppo(model, [psoup.Policy("A", prompts, reward, seed=3)], steps=30, on_step=on_step,
+                        **self.OPTIONS)
+        remaining = ppo.step()
+        self.assertEqual(remaining, 29)
+        trace = ppo.trace("A")
+        self.assertEqual(len(trace.start), 17)
+        self.assertEqual(len(trace.response), trace.start[16])
+        self.assertEqual(list(trace.score), [s for s in trace.score])
+        self.assertAlmostEqual(trace.score[0], reward(seen[:1])[0], places=6)
+        self.assertEqual(list(trace.response[:trace.start[1]]), seen[0].response)
+        ppo.run()
+        self.assertFalse(ppo.diverged())
+        self.assertEqual({r.policy for r in seen}, {"A"})
+        self.assertEqual({(r.id, tuple(r.prompt)) for r in seen}, set(enumerate(map(tuple, prompts))))
+
+        def average(rollouts):
+            return sum(sum(t == 9 for t in r.response) for r in rollouts) / len(rollouts)
+
+        self.assertEqual(len(means), 30)
+        self.assertGreater(average(seen[-160:]), average(seen[:160]) + 0.5)
+
+    def test_two_policies_with_a_reward_model_and_a_function(self):
+        model = tiny(("A", "B"))
+        judge = psoup.Reward(model, "R", rank=2)
+        prompts = [psoup.PpoPrompt([2, 3], 70), psoup.PpoPrompt([4, 5], 71, [psoup.RewardInput([5, 6], 0, 2.0)])]
+        ids = []
+
+        def reward(rollouts):
+            ids.extend(r.id for r in rollouts)
+            return [0.0] * len(rollouts)
+
+        policies = [psoup.Policy("A", prompts, judge), psoup.Policy("B", [p._replace(inputs=()) for p in prompts],
+                                                                   reward)]
+        ppo = psoup.Ppo(model, policies, steps=1, **self.OPTIONS)
+        judge.close()  # the run keeps it
+        ppo.run()
+        self.assertEqual(set(ids), {70, 71})
+        self.assertEqual(set(ppo.trace("A").score), {0.0})
+
+    def test_a_reward_that_raises_stops_the_run(self):
+        model = tiny(("A",))
+
+        def reward(rollouts):
+            raise LookupError("no reward today")
+
+        for wrong, kind in ((reward, LookupError), (lambda r: [1.0], ValueError), (lambda r: ["x"] * len(r), ValueError)):
+            ppo = psoup.Ppo(model, [psoup.Policy("A", [[2, 3]], wrong)], steps=1, **self.OPTIONS)
+            self.assertRaises(kind, ppo.run)
+            ppo.close()
+
+
+if __name__ == "__main__":
+    unittest.main()
