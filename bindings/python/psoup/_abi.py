@@ -34,6 +34,9 @@ class Dtype(IntEnum):
     I32 = 7
     I64 = 8
     BOOL = 9
+    F8_E4M3 = 10
+    F8_E5M2 = 11
+    Q8_0 = 12
 
 
 class LogLevel(IntEnum):
@@ -979,6 +982,7 @@ FUNCTIONS = {
     "psoup_template_fill": (c_int, [c_char_p, c_char_p, c_char_p, c_char_p, POINTER(c_void_p), POINTER(psoup_error)]),
     "psoup_judge_create": (c_int, [POINTER(psoup_context), psoup_judge_fn, c_void_p, POINTER(POINTER(psoup_judge)), POINTER(psoup_error)]),
     "psoup_judge_command": (c_int, [POINTER(psoup_context), POINTER(c_char_p), POINTER(POINTER(psoup_judge)), POINTER(psoup_error)]),
+    "psoup_judge_set_patience": (c_int, [POINTER(psoup_judge), c_double, POINTER(psoup_error)]),
     "psoup_judge_ask": (c_int, [POINTER(psoup_judge), POINTER(psoup_question), c_size_t, POINTER(c_int32), POINTER(psoup_error)]),
     "psoup_judge_free": (None, [POINTER(psoup_judge)]),
     "psoup_feedback": (c_int, [POINTER(psoup_model), POINTER(psoup_tokenizer), POINTER(psoup_preferences), POINTER(psoup_instruction), c_size_t, POINTER(psoup_judge), POINTER(psoup_feedback_options), c_char_p, POINTER(psoup_feedback_counts), POINTER(psoup_error)]),

@@ -131,9 +131,11 @@ JudgeFunction = Callable[[List[Question]], Sequence[int]]
 class Judge(Handle):
     """Says which of two responses is better: a function from questions to verdicts (A_WINS, TIE, B_WINS,
     UNPARSED; "a", "b" and "tie" will do), or a command that speaks JSON Lines, given as its argument list.
-    What the function raises comes out of the call that asked."""
+    What the function raises comes out of the call that asked. A command that is silent for `patience`
+    seconds while it is asked fails; None waits for ever."""
 
-    def __init__(self, judge: Union[JudgeFunction, Sequence[str]], context: Optional[Context] = None) -> None:
+    def __init__(self, judge: Union[JudgeFunction, Sequence[str]], patience: Optional[float] = None,
+                 context: Optional[Context] = None) -> None:
         context = context or default_context()
         keep = None
         if callable(judge):
@@ -143,6 +145,8 @@ class Judge(Handle):
             argv = texts([*judge, None])
             pointer = create(_abi.psoup_judge, lib.psoup_judge_command, context.handle, argv)
         self._own(pointer, lib.psoup_judge_free, [context], keep)
+        if patience is not None:
+            call(lib.psoup_judge_set_patience, self.handle, patience)
 
     def ask(self, questions: Sequence[Question]) -> List[int]:
         """One verdict a question."""

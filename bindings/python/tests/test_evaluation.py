@@ -64,6 +64,10 @@ class Judges(Case):
         with psoup.Judge([sys.executable, "-c", program]) as j:
             self.assertEqual(j.ask(self.questions), [psoup.A_WINS, psoup.B_WINS])
 
+    def test_a_silent_command_is_given_up(self):
+        with psoup.Judge([sys.executable, "-c", "import time; time.sleep(60)"], patience=0.2) as j:
+            self.assertRaises(psoup.FileError, j.ask, self.questions)
+
     def test_duels_in_both_orders(self):
         preferences = psoup.Preferences()
         longer = psoup.Judge(lambda qs: [psoup.A_WINS if len(q.a) > len(q.b) else psoup.B_WINS for q in qs])
