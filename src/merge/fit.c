@@ -10,7 +10,7 @@
 
 #define MORE 16               /* vectors beside those that stay */
 #define PASSES 24             /* at most; */
-#define ENOUGH 1e-7           /* less when the space holds no more than this fraction of ΔW's energy anew */
+#define ENOUGH 1e-5           /* less when the first `rank` vectors hold only so much more of ΔW's energy */
 #define KEPT (64 << 20)       /* bytes of ΔW that are kept between passes; else it is merged again */
 #define PANEL (4 << 20)       /* bytes of rows that are merged at a time, where it is not kept */
 
@@ -18,7 +18,8 @@ typedef struct fit {
     const psoup__method_job *job;
     psoup_context *context;
     void *state;
-    int64_t rows, columns, width; /* width: vectors of the subspace */
+    int64_t rows, columns, width; /* width: vectors of the subspace, */
+    int64_t rank;                 /* of which these are kept */
     int64_t panel;                /* rows merged at a time */
     int64_t step;                 /* rows of one task */
     float *dense, *scratch;       /* [panel, columns]; [workers, step · per_element] */
@@ -127,8 +128,24 @@ static psoup_status factor(const fit *f, const float *x, int64_t m, psoup__qr **
     return status;
 }
 
-/* x [m, width] becomes an orthonormal basis of its columns' space. */
-static psoup_status orthonormal(const fit *f, float *x, int64_t m, psoup_error *error) {
+/* *sum = x's first `rank` singular values. */
+static psoup_status sum_values(const fit *f, const psoup__qr *qr, double *sum, psoup_error *error) {
+    const size_t w = (size_t)f->width;
+    double *core = psoup__alloc(f->context, 2 * w + 1, w * sizeof *core, error);
+    if (core == NULL)
+        return PSOUP_ERROR_MEMORY;
+    double *vt = core + w * w, *s = vt + w * w;
+    memcpy(core, psoup__qr_r(qr), w * w * sizeof *core);
+    psoup__svd(f->context, core, s, vt, f->width);
+    *sum = 0;
+    for (int64_t k = 0; k < f->rank && k < f->width; k++)
+        *sum += s[k];
+    psoup__free(f->context, core);
+    return PSOUP_OK;
+}
+
+/* x [m, width] becomes an orthonormal basis of its columns' space; *sum, where it is not NULL, as above. */
+static psoup_status orthonormal(const fit *f, float *x, int64_t m, double *sum, psoup_error *error) {
     psoup__qr *qr = NULL;
     const int64_t k = f->width;
     double *eye = psoup__alloc(f->context, (size_t)k, (size_t)k * sizeof *eye, error);
@@ -140,6 +157,8 @@ static psoup_status orthonormal(const fit *f, float *x, int64_t m, psoup_error *
         status = factor(f, x, m, &qr, error);
     if (status == PSOUP_OK)
         status = psoup__qr_apply(qr, eye, k, q, error);
+    if (status == PSOUP_OK && sum != NULL)
+        status = sum_values(f, qr, sum, error);
     for (int64_t i = 0; i < m && status == PSOUP_OK; i++)
         for (int64_t j = 0; j < k; j++)
             x[i * k + j] = (float)q[j * m + i];
@@ -179,13 +198,12 @@ static psoup_status find_space(fit *f, float *v, float *y, float *z, psoup_error
     psoup__random random = {0, 0, 0};
     for (int64_t i = 0; i < f->columns * f->width; i++)
         v[i] = psoup__random_uniform(&random) - 0.5f;
-    PSOUP__TRY(orthonormal(f, v, f->columns, error));
-    double before = 0;
+    PSOUP__TRY(orthonormal(f, v, f->columns, NULL, error));
+    double before = 0, now; /* the values of ΔWᵀΔW v are near the squares of ΔW's */
     for (int pass = 0; pass < PASSES; pass++) {
         through(f, v, y, z);
-        double now = energy_of(y, (size_t)(f->rows * f->width));
         memcpy(v, z, (size_t)(f->columns * f->width) * sizeof *v);
-        PSOUP__TRY(orthonormal(f, v, f->columns, error));
+        PSOUP__TRY(orthonormal(f, v, f->columns, &now, error));
         if (now - before <= ENOUGH * f->energy)
             break;
         before = now;
@@ -203,7 +221,7 @@ static psoup_status take_factors(fit *f, float *v, float *y, float *z, int64_t r
     psoup__qr *left = NULL, *right = NULL;
     double *core = NULL, *vt = NULL, *s = NULL;
     through(f, v, y, NULL);
-    PSOUP__TRY(orthonormal(f, y, f->rows, error));
+    PSOUP__TRY(orthonormal(f, y, f->rows, NULL, error));
     back(f, y, z);
     PSOUP__TRY(factor(f, y, f->rows, &left, error));
     PSOUP__TRY(factor(f, z, f->columns, &right, error));
@@ -260,7 +278,8 @@ static psoup_status measure(fit *f, const float *a, const float *b, int64_t rank
 psoup_status psoup__merge_dense_svd(const psoup__method_job *job, int32_t rank, float *a, float *b,
                                     double *relative_error, psoup_error *error) {
     psoup_status status;
-    fit f = {.job = job, .context = job->context, .rows = job->rows, .columns = job->columns};
+    fit f = {.job = job, .context = job->context, .rows = job->rows, .columns = job->columns,
+             .rank = rank};
     float *v = NULL, *y = NULL, *z = NULL;
     if (f.rows < 1 || f.columns < 1 || rank < 1 || (size_t)f.rows > job->n ||
         job->n % (size_t)f.rows != 0 || job->n / (size_t)f.rows != (size_t)f.columns)

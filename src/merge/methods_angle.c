@@ -136,10 +136,12 @@ static void read_pair(const psoup__method_job *job, size_t at, size_t n, const f
     *y = scratch + 2 * n;
 }
 
+/* Straight where they are parallel or opposed. mergekit draws the line at 1e-8, which the rounding of an angle
+ * of π does not meet: it divides by what is left. */
 static pair nuslerp_weights(double t, const double sums[PAIR_SUMS]) {
     double from = fmax(sqrt(sums[FROM_FROM]), 1e-7), to = fmax(sqrt(sums[TO_TO]), 1e-7);
     double theta = acos(fmin(1, fmax(-1, sums[FROM_TO] / from / to)));
-    if (fabs(sin(theta)) < 1e-8)
+    if (fabs(sin(theta)) < 1e-6)
         return (pair){1 - t, t};
     return (pair){sin((1 - t) * theta) / sin(theta), sin(t * theta) / sin(theta)};
 }

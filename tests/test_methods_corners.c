@@ -1,0 +1,495 @@
+/* Merge methods where they could go wrong: tensors of many blocks with equal magnitudes, adapters as inputs,
+ * numbers that are none, parameters at their ends, memory that runs out. */
+#include "methods_case.h"
+
+#include <malloc.h>
+
+typedef struct set {
+    size_t n, count;
+    psoup__tensor tensors[4], base_tensor;
+    psoup__merge_input inputs[4], base;
+    float *x[4], *zero; /* inputs, base */
+    psoup__method_job job;
+} set;
+
+/* Numbers that need not be random, only many and different. */
+static float *numbers(size_t n) {
+    static uint32_t state = 1;
+    float *x = malloc((n + 1) * sizeof *x);
+    for (size_t i = 0; i < n; i++) {
+        state = state * 1664525 + 1013904223;
+        x[i] = (float)(int32_t)state * 0x1p-31f;
+    }
+    return x;
+}
+
+static void make_set(set *s, const char *method, size_t rows, size_t columns, size_t count) {
+    *s = (set){.n = rows * columns, .count = count};
+    for (size_t i = 0; i <= count; i++) {
+        float *x = numbers(s->n);
+        psoup__tensor *tensor = i < count ? &s->tensors[i] : &s->base_tensor;
+        psoup__merge_input *input = i < count ? &s->inputs[i] : &s->base;
+        *tensor = (psoup__tensor){.dtype = PSOUP_F32, .rank = 2, .shape = {(int64_t)rows, (int64_t)columns},
+                                  .bytes = s->n * sizeof *x, .data = x};
+        *input = (psoup__merge_input){.tensor = tensor, .columns = (int64_t)columns};
+        *(i < count ? &s->x[i] : &s->zero) = x;
+    }
+    s->job = (psoup__method_job){.context = context, .name = "model.norm.weight", .n = s->n,
+                                 .columns = (int64_t)columns, .rows = (int64_t)rows, .count = count,
+                                 .inputs = s->inputs, .base = &s->base, .lambda = 1, .t = 0.5, .seed = 11,
+                                 .method = psoup__method_named(method)};
+    ck_assert_ptr_nonnull(s->job.method);
+}
+
+static void free_set(set *s) {
+    for (size_t i = 0; i < s->count; i++)
+        free(s->x[i]);
+    free(s->zero);
+}
+
+/* ---- selection ------------------------------------------------------------------------------------- */
+
+static const float *sorted_by;
+static int by_magnitude(const void *a, const void *b) {
+    size_t i = *(const size_t *)a, j = *(const size_t *)b;
+    float x = fabsf(sorted_by[i]), y = fabsf(sorted_by[j]);
+    return x != y ? (x < y) - (x > y) : (i > j) - (i < j);
+}
+
+/* Values of few different magnitudes, over several blocks: exactly the k largest stay, of equal ones the
+ * first. */
+START_TEST(ties_are_cut_by_index) {
+    enum { ROWS = 401, COLUMNS = 353 };
+    set s;
+    const double densities[] = {0, 1e-7, 0.2, 0.5, 0.99, 1}, gamma[3] = {0.1, 0.1, 0.1};
+    make_set(&s, _i ? "breadcrumbs" : "magnitude_prune", ROWS, COLUMNS, 1);
+    s.job.base = NULL;
+    s.job.gamma = gamma;
+    for (size_t i = 0; i < s.n; i++) {
+        uint32_t word = psoup__philox_word(5, 0, i);
+        s.x[0][i] = (word & 8 ? -1.0f : 1.0f) * (float)(word % 7) * 0.25f; /* zeros too */
+    }
+    size_t *order = malloc(s.n * sizeof *order);
+    char *stays = malloc(s.n);
+    float *out = malloc(s.n * sizeof *out);
+    for (size_t i = 0; i < s.n; i++)
+        order[i] = i;
+    sorted_by = s.x[0];
+    qsort(order, s.n, sizeof *order, by_magnitude);
+    for (size_t d = 0; d < sizeof densities / sizeof *densities; d++) {
+        size_t k = (size_t)(densities[d] * (double)s.n), top = _i ? (size_t)(0.1 * (double)s.n) : 0;
+        top = top + k > s.n ? s.n - k : top;
+        memset(stays, 0, s.n);
+        for (size_t i = 0; i < k; i++)
+            stays[order[top + i]] = 1;
+        s.job.density = &densities[d];
+        run_all_ways(&s.job, out);
+        for (size_t i = 0; i < s.n; i++)
+            ck_assert_msg(out[i] == (stays[i] ? s.x[0][i] : 0), "density %g: element %zu is %g of %g",
+                          densities[d], i, (double)out[i], (double)s.x[0][i]);
+    }
+    free(order);
+    free(stays);
+    free(out);
+    free_set(&s);
+}
+END_TEST
+
+/* ---- many blocks --------------------------------------------------------------------------------- */
+
+static const char *const all[] = {"linear", "task_arithmetic", "magnitude_prune", "ties", "dare_linear",
+                                  "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties",
+                                  "slerp", "nuslerp", "model_stock", "passthrough"};
+enum { ALL = sizeof all / sizeof *all };
+
+static size_t inputs_of(const char *method) {
+    return strcmp(method, "slerp") == 0 || strcmp(method, "passthrough") == 0 ? 1
+           : strcmp(method, "nuslerp") == 0                                  ? 2
+                                                                              : 3;
+}
+
+static const double some_weights[4] = {0.5, 0.7, -0.2, 1}, some_densities[4] = {0.3, 0.6, 0.5, 0.4};
+
+/* A tensor of several blocks, whatever its division, with every switch on and off. */
+START_TEST(large_tensors_have_one_result) {
+    set s;
+    make_set(&s, all[_i], 151, 977, inputs_of(all[_i]));
+    float *out = malloc(s.n * sizeof *out);
+    s.job.weight = some_weights;
+    s.job.density = some_densities;
+    for (int k = 0; k < 4; k++) {
+        s.job.peer = k % 3;
+        s.job.normalize = k % 2;
+        s.job.rescale = k < 2;
+        s.job.flatten = k == 0;
+        s.job.row_wise = k == 1;
+        s.job.filter_wise = k > 1;
+        run_all_ways(&s.job, out);
+        for (size_t i = 0; i < s.n; i++)
+            ck_assert(isfinite(out[i]));
+    }
+    free(out);
+    free_set(&s);
+}
+END_TEST
+
+static size_t bytes_now, most_bytes;
+
+static void *weighed_alloc(void *user, size_t bytes, size_t alignment) {
+    (void)user;
+    void *memory = NULL;
+    if (posix_memalign(&memory, alignment < sizeof(void *) ? sizeof(void *) : alignment, bytes + 1) != 0)
+        return NULL;
+    bytes_now += malloc_usable_size(memory);
+    most_bytes = bytes_now > most_bytes ? bytes_now : most_bytes;
+    return memory;
+}
+
+static void weighed_free(void *user, void *memory) {
+    (void)user;
+    bytes_now -= malloc_usable_size(memory);
+    free(memory);
+}
+
+/* What a method allocates for two million elements it allocates for any number: blocks and histograms. */
+START_TEST(memory_is_bounded) {
+    set s;
+    psoup_context *weighed;
+    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    options.threads = 2;
+    options.allocator = (psoup_allocator){NULL, weighed_alloc, weighed_free};
+    ck_ok(psoup_context_create(&options, &weighed, &error));
+    make_set(&s, all[_i], 1 << 11, 1 << 10, inputs_of(all[_i]));
+    s.job.context = weighed;
+    s.job.weight = some_weights;
+    s.job.density = some_densities;
+    s.job.rescale = true;
+    void *state;
+    size_t before = most_bytes = bytes_now;
+    ck_ok(s.job.method->prepare(&s.job, &state, &error));
+    psoup__free(weighed, state);
+    ck_assert_uint_eq(bytes_now, before);
+    ck_assert_uint_le(most_bytes - before, 7 << 20);
+    psoup_context_free(weighed);
+    free_set(&s);
+}
+END_TEST
+
+/* ---- adapters ---------------------------------------------------------------------------------------- */
+
+/* A base with adapters, as its tensor and factors, is what the same tensors written out give; and a task vector
+ * of it is the adapters' change without the base's rounding. */
+START_TEST(adapters_are_task_vectors) {
+    enum { ROWS = 70, COLUMNS = 45, RANK = 3 };
+    set s, dense;
+    const double one[1] = {0.75};
+    psoup_lora_factors f[3];
+    make_set(&s, all[_i], ROWS, COLUMNS, inputs_of(all[_i]));
+    make_set(&dense, all[_i], ROWS, COLUMNS, s.count);
+    memcpy(dense.zero, s.zero, s.n * sizeof *s.zero);
+    for (size_t i = 0; i < s.count; i++) {
+        f[i] = (psoup_lora_factors){noises(RANK * COLUMNS), noises(ROWS * RANK), RANK, 0.5f};
+        s.inputs[i] = (psoup__merge_input){.tensor = &s.base_tensor, .factors = &f[i], .weights = one,
+                                           .n_factors = 1, .columns = COLUMNS};
+        psoup__merge_read(context, &s.inputs[i], 0, s.n, dense.x[i]);
+    }
+    float *out = malloc(s.n * sizeof *out), *other = malloc(s.n * sizeof *other);
+    s.job.weight = dense.job.weight = some_weights;
+    run_all_ways(&s.job, out);
+    run_all_ways(&dense.job, other);
+    for (size_t i = 0; i < s.n; i++)
+        ck_assert_float_eq_tol(out[i], other[i], 4e-6f);
+    if (strcmp(all[_i], "task_arithmetic") == 0) { /* a base of 1e9 swallows ΔW; the task vector does not */
+        float *change = malloc(s.n * sizeof *change);
+        psoup__merge_input zeros = s.inputs[0];
+        zeros.tensor = NULL;
+        psoup__merge_read(context, &zeros, 0, s.n, change);
+        s.job.count = 1;
+        s.job.weight = (const double[]){1e9};
+        for (size_t i = 0; i < s.n; i++)
+            s.zero[i] = 1e9f;
+        ck_ok(run_blocks(context, &s.job, s.n, out, &error));
+        for (size_t i = 0; i < s.n; i++)
+            ck_assert_float_eq(out[i], 1e9f + 1e9f * change[i]);
+        free(change);
+    }
+    for (size_t i = 0; i < s.count; i++) {
+        free((void *)(uintptr_t)f[i].a);
+        free((void *)(uintptr_t)f[i].b);
+    }
+    free(out);
+    free(other);
+    free_set(&s);
+    free_set(&dense);
+}
+END_TEST
+
+/* ---- numbers that are none ---------------------------------------------------------------------------- */
+
+/* A NaN stays in its element, or the method says that it cannot go on; an input of weight 0 is not read. */
+START_TEST(nan_is_told_or_stays) {
+    enum { ROWS = 40, COLUMNS = 33, BAD = 777 };
+    for (int k = 0; k < 3; k++) { /* a NaN, an infinity, and one in an input of weight 0 */
+        set s;
+        psoup_error why = {0};
+        double weights[3] = {0.5, 0.6, 0.7};
+        make_set(&s, all[_i], ROWS, COLUMNS, inputs_of(all[_i]));
+        const size_t bad = s.count - 1;
+        const bool weighs = (s.job.method->parameters & PSOUP__USES_WEIGHT) != 0;
+        s.x[bad][BAD] = k == 0 ? NAN : INFINITY;
+        if (k == 2)
+            weights[bad] = 0;
+        s.job.weight = weights;
+        s.job.flatten = true;
+        s.job.rescale = true;
+        s.job.density = (const double[]){0.8, 0.8, 0.8};
+        s.job.peer = PSOUP_MERGE_MERGEKIT;
+        float *out = malloc(s.n * sizeof *out);
+        psoup_status status = run_blocks(context, &s.job, s.n, out, &why);
+        if (status == PSOUP_OK) {
+            for (size_t i = 0; i < s.n; i++)
+                ck_assert_msg(i == BAD || isfinite(out[i]), "%s: element %zu", all[_i], i);
+            ck_assert(k != 2 || !weighs || isfinite(out[BAD]));
+        } else {
+            ck_assert_int_eq(status, PSOUP_ERROR_FORMAT);
+            ck_assert_ptr_nonnull(strstr(why.message, "model.norm.weight"));
+            ck_assert_ptr_nonnull(strstr(why.message, "NaN"));
+            ck_assert(k != 2 || !weighs);
+        }
+        free(out);
+        free_set(&s);
+    }
+}
+END_TEST
+
+/* ---- ends ------------------------------------------------------------------------------------------------ */
+
+static void check_equal(const set *s, const float *out, const float *expected, float tolerance) {
+    for (size_t i = 0; i < s->n; i++)
+        ck_assert_msg(fabsf(out[i] - expected[i]) <= tolerance, "%s: element %zu is %g, not %g",
+                      s->job.method->name, i, (double)out[i], (double)expected[i]);
+}
+
+START_TEST(ends_of_parameters) {
+    set s;
+    make_set(&s, "ties", 13, 7, 3);
+    float *out = malloc(s.n * sizeof *out);
+    s.job.normalize = true;
+    s.job.density = (const double[]){0, 0, 0};
+    run_all_ways(&s.job, out);
+    check_equal(&s, out, s.zero, 0); /* nothing is left but the base */
+    s.job.density = NULL;
+    for (size_t i = 0; i < s.n; i++)
+        s.x[0][i] = s.x[1][i] = s.x[2][i] = s.zero[i] + 0.5f;
+    run_all_ways(&s.job, out);
+    check_equal(&s, out, s.x[0], 1e-6f); /* three that agree */
+    for (size_t i = 0; i < s.n; i++) {
+        s.x[0][i] = s.zero[i] + 0.25f;
+        s.x[1][i] = s.zero[i] - 0.25f;
+        s.zero[i] = s.x[2][i] = (s.x[0][i] + s.x[1][i]) / 2;
+    }
+    s.job.count = 2;
+    s.job.base = NULL; /* +v and −v: a tie */
+    for (size_t i = 0; i < s.n; i++) {
+        s.x[0][i] = 1;
+        s.x[1][i] = -1;
+    }
+    run_all_ways(&s.job, out);
+    ck_assert(out[3] == 0); /* the paper's sign of 0 is 0 */
+    s.job.peer = PSOUP_MERGE_MERGEKIT;
+    run_all_ways(&s.job, out);
+    ck_assert(out[3] == 1);
+    s.job.peer = PSOUP_MERGE_PEFT;
+    run_all_ways(&s.job, out);
+    ck_assert(out[3] == 1);
+
+    s.job.method = psoup__method_named("slerp"); /* opposed: straight through 0 */
+    s.job.t = 0.25;
+    run_all_ways(&s.job, out);
+    ck_assert_float_eq_tol(out[3], 0.5f, 1e-6f);
+    s.job.method = psoup__method_named("nuslerp");
+    s.job.weight = (const double[]){0.75, 0.25};
+    run_all_ways(&s.job, out);
+    ck_assert_float_eq_tol(out[3], 0.5f, 1e-6f);
+    memset(s.x[1], 0, s.n * sizeof *s.x[1]);
+    memset(s.x[0], 0, s.n * sizeof *s.x[0]);
+    for (int rows = 0; rows < 3; rows++) { /* zeros have no direction, and stay zeros */
+        s.job.flatten = rows == 0;
+        s.job.row_wise = rows == 1;
+        run_all_ways(&s.job, out);
+        ck_assert(out[5] == 0);
+    }
+    s.job.method = psoup__method_named("slerp");
+    run_all_ways(&s.job, out);
+    ck_assert(out[5] == 0);
+    s.job.method = psoup__method_named("model_stock"); /* what adds up to nothing leaves the base */
+    s.job.base = &s.base;
+    for (size_t i = 0; i < s.n; i++) {
+        s.zero[i] = (float)i;
+        s.x[0][i] = (float)i + 2;
+        s.x[1][i] = (float)i - 2;
+    }
+    for (int rows = 0; rows < 2; rows++) {
+        s.job.filter_wise = rows;
+        run_all_ways(&s.job, out);
+        check_equal(&s, out, s.zero, 0);
+    }
+    free(out);
+    free_set(&s);
+}
+END_TEST
+
+/* One element, and none. */
+START_TEST(smallest_tensors) {
+    for (size_t n = 0; n < 2; n++) {
+        set s;
+        make_set(&s, all[_i], n, n, inputs_of(all[_i]));
+        float *out = malloc(16);
+        s.job.weight = some_weights;
+        s.job.density = some_densities;
+        for (int k = 0; k < 4; k++) {
+            s.job.flatten = k == 0;
+            s.job.row_wise = k == 1;
+            s.job.filter_wise = k == 2;
+            s.job.rescale = k > 1;
+            ck_ok(run_blocks(context, &s.job, n > 0 ? n : 1, out, &error));
+            ck_assert(n == 0 || isfinite(out[0]));
+            s.job.rows = 5; /* [5, 0] */
+            s.job.columns = 0;
+            if (n == 0)
+                ck_ok(run_blocks(context, &s.job, 1, out, &error));
+            s.job.rows = s.job.columns = (int64_t)n;
+        }
+        free(out);
+        free_set(&s);
+    }
+}
+END_TEST
+
+static void refuses(set *s, const char *method, const char *why) {
+    void *state = s;
+    s->job.method = psoup__method_named(method);
+    memset(&error, 0, sizeof error);
+    ck_assert_int_eq(s->job.method->prepare(&s->job, &state, &error), PSOUP_ERROR_ARGUMENT);
+    ck_assert_ptr_null(state);
+    ck_assert_msg(strstr(error.message, why) != NULL && strstr(error.message, "model.norm.weight") != NULL,
+                  "%s", error.message);
+}
+
+START_TEST(refuses_nonsense) {
+    set s;
+    make_set(&s, "ties", 5, 6, 3);
+    s.job.density = (const double[]){0.5, -0.1, 0.5};
+    refuses(&s, "ties", "input 1: density -0.1");
+    refuses(&s, "dare_ties", "density");
+    s.job.density = (const double[]){0.5, 0.5, NAN};
+    refuses(&s, "della", "input 2: density nan");
+    s.job.density = (const double[]){0.9, 0.5, 0.5};
+    refuses(&s, "della_linear", "epsilon 0.15 around density 0.9");
+    s.job.gamma = (const double[]){0.5, 0.5, 1.5};
+    refuses(&s, "breadcrumbs", "input 2: gamma 1.5");
+    refuses(&s, "slerp", "expected two, the base counted");
+    s.job.count = 1;
+    s.job.t = INFINITY;
+    refuses(&s, "slerp", "t is inf");
+    refuses(&s, "model_stock", "at least two");
+    s.job.count = 2;
+    s.job.weight = (const double[]){1, -1};
+    s.job.normalize = true;
+    refuses(&s, "linear", "sum to 0");
+    free_set(&s);
+}
+END_TEST
+
+/* ---- masks --------------------------------------------------------------------------------------------- */
+
+/* DARE keeps what it should in number and in expectation; other names, inputs and seeds draw otherwise. */
+START_TEST(masks_are_fair) {
+    set s;
+    make_set(&s, "dare_linear", 400, 500, 1);
+    float *out = malloc(s.n * sizeof *out), *other = malloc(s.n * sizeof *other);
+    s.job.base = NULL;
+    s.job.density = (const double[]){0.3};
+    s.job.rescale = true;
+    for (size_t i = 0; i < s.n; i++)
+        s.x[0][i] = 1;
+    ck_ok(run_blocks(context, &s.job, 1000, out, &error));
+    double kept = 0, sum = 0;
+    for (size_t i = 0; i < s.n; i++) {
+        kept += out[i] != 0;
+        sum += (double)out[i];
+    }
+    const double sigma = sqrt(0.3 * 0.7 / (double)s.n);
+    ck_assert_double_eq_tol(kept / (double)s.n, 0.3, 4 * sigma);
+    ck_assert_double_eq_tol(sum / (double)s.n, 1, 4 * sigma / 0.3);
+    for (int k = 0; k < 2; k++) {
+        if (k == 0)
+            s.job.name = "model.norm.weigh";
+        else
+            s.job.seed++;
+        ck_ok(run_blocks(context, &s.job, 1000, other, &error));
+        double both = 0;
+        for (size_t i = 0; i < s.n; i++)
+            both += out[i] != 0 && other[i] != 0;
+        ck_assert_double_eq_tol(both / (double)s.n, 0.09, 4 * sqrt(0.09 * 0.91 / (double)s.n)); /* independent */
+        memcpy(out, other, s.n * sizeof *out);
+    }
+    free(out);
+    free(other);
+    free_set(&s);
+}
+END_TEST
+
+/* ---- memory that runs out ---------------------------------------------------------------------------- */
+
+START_TEST(every_allocation_may_fail) {
+    for (int k = 0; k < 3; k++) {
+        set s;
+        make_set(&s, all[_i], 20, 30, inputs_of(all[_i]));
+        for (size_t i = 0; i < s.n; i++) /* ties, so that they are looked for */
+            s.x[0][i] = s.zero[i] + (float)(i % 3);
+        s.job.weight = some_weights;
+        s.job.density = some_densities;
+        s.job.rescale = true;
+        s.job.flatten = k == 0;
+        s.job.row_wise = k == 1;
+        s.job.filter_wise = k == 2;
+        s.job.peer = k;
+        psoup_status status = PSOUP_ERROR_MEMORY;
+        int before = live, fails = 0;
+        for (int at = 0; status != PSOUP_OK; at++) {
+            void *state = NULL;
+            allocations = 0;
+            fail_at = at;
+            status = s.job.method->prepare(&s.job, &state, &error);
+            fail_at = -1;
+            ck_assert(status == PSOUP_OK || status == PSOUP_ERROR_MEMORY);
+            fails += status != PSOUP_OK;
+            psoup__free(context, state);
+            ck_assert_int_eq(live, before);
+        }
+        ck_assert(fails > 0 || k > 0 || s.job.method->parameters == PSOUP__USES_SCALE ||
+                  s.job.method->thinning == PSOUP__THIN_NONE);
+        free_set(&s);
+    }
+}
+END_TEST
+
+int main(void) {
+    Suite *suite = suite_create("methods_corners");
+    TCase *tests = tcase_create("corners");
+    tcase_add_checked_fixture(tests, set_up, tear_down);
+    tcase_set_timeout(tests, 240);
+    tcase_add_loop_test(tests, ties_are_cut_by_index, 0, 2);
+    tcase_add_loop_test(tests, large_tensors_have_one_result, 0, ALL);
+    tcase_add_loop_test(tests, memory_is_bounded, 0, ALL);
+    tcase_add_loop_test(tests, adapters_are_task_vectors, 0, ALL);
+    tcase_add_loop_test(tests, nan_is_told_or_stays, 0, ALL);
+    tcase_add_test(tests, ends_of_parameters);
+    tcase_add_loop_test(tests, smallest_tensors, 0, ALL);
+    tcase_add_test(tests, refuses_nonsense);
+    tcase_add_test(tests, masks_are_fair);
+    tcase_add_loop_test(tests, every_allocation_may_fail, 0, ALL);
+    suite_add_tcase(suite, tests);
+    return run_suite(suite);
+}
