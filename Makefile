@@ -49,7 +49,7 @@ endif
 FLAGS_generic   =
 FLAGS_avx2      = -mavx2 -mfma -mf16c -mbmi2
 FLAGS_avx512    = $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
-KERNEL_SRC      = src/base/gemm_kernel.c src/base/convert.c src/merge/kernels.c src/merge/method_kernels.c src/merge/dense_kernels.c \
+KERNEL_SRC      = src/base/gemm_kernel.c src/base/convert.c src/merge/kernels.c src/merge/fold_kernel.c src/merge/method_kernels.c src/merge/dense_kernels.c \
                   $(filter-out src/cpu/cpu.c,$(wildcard src/cpu/*.c))
 KERNEL_OPT      = $(if $(filter release,$(config)),-O3)
 

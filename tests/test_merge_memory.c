@@ -1,4 +1,4 @@
-/* Merging in the caller's memory: sums, views and folds on every instruction set, against plain loops. */
+/* Merging in the caller's memory: memory, views and folds on every instruction set, against plain loops. */
 #include "merge_case.h"
 
 static const char *const isas[] = {"generic", "avx2", "avx512"};
@@ -132,14 +132,106 @@ START_TEST(streamed_sums_are_the_same) {
 }
 END_TEST
 
+/* ---- folds --------------------------------------------------------------------------------------- */
+
+/* One product per adapter on sums in f32. */
+static void plain_fold(psoup_context *in_context, void *out, const void *base, psoup_dtype dtype, int64_t rows,
+                       int64_t columns, const psoup_lora_factors *factors, const double *weights,
+                       size_t count) {
+    const size_t n = (size_t)(rows * columns);
+    float *acc = malloc(n * sizeof *acc);
+    psoup__to_f32(in_context, acc, base, dtype, n);
+    for (size_t i = 0; i < count; i++) {
+        const psoup__gemm_args args = {.m = rows, .n = columns, .k = factors[i].rank, .c = acc,
+                                       .c_stride = columns, .accumulate = true, .a = factors[i].b,
+                                       .a_row = factors[i].rank, .a_col = 1,
+                                       .alpha = (float)(weights[i] * (double)factors[i].scale),
+                                       .b = factors[i].a, .b_row = columns, .b_col = 1};
+        if (weights[i] != 0)
+            psoup__gemm(in_context, &args);
+    }
+    psoup__from_f32(in_context, out, dtype, acc, n);
+    free(acc);
+}
+
+/* _i: the dtype. */
+START_TEST(folds_have_the_bits_of_a_product_per_adapter) {
+    static const int64_t shapes[][2] = {{1, 1}, {7, 64}, {100, 65}, {193, 1100}, {6, 2048}, {13, 15}};
+    static const int32_t ranks[4] = {3, 16, 1, 70};
+    const double weights[4] = {0.5, 0, -0.75, 1.25};
+    psoup_dtype dtype = narrow[_i];
+    for (int k = 0; k < 6; k++) {
+        int64_t rows = shapes[k][0], columns = shapes[k][1];
+        size_t n = (size_t)(rows * columns), size = psoup_dtype_size(dtype);
+        psoup_lora_factors f[4];
+        float *wide = noises(n), *kept[8];
+        char *base = malloc(n * size), *out = malloc(n * size), *expected = malloc(n * size);
+        psoup__from_f32(context, base, dtype, wide, n);
+        for (int i = 0; i < 4; i++) {
+            f[i].a = kept[2 * i] = noises((size_t)(ranks[i] * columns));
+            f[i].b = kept[2 * i + 1] = noises((size_t)(ranks[i] * rows));
+            f[i].rank = ranks[i];
+            f[i].scale = 0.3f * (float)(i + 1);
+        }
+        kept[2][0] = NAN; /* the weight is 0: it is never read */
+        for (int isa = 0; isa < ISAS; isa++)
+            for (size_t count = 1; count <= 4; count += 3) {
+                psoup_context *other = new_context(2, isas[isa]);
+                if (other == NULL)
+                    continue;
+                plain_fold(other, expected, base, dtype, rows, columns, f, weights, count);
+                ck_ok(psoup_merge_fold(other, out, base, dtype, rows, columns, f, weights, count, &error));
+                ck_assert_msg(memcmp(out, expected, n * size) == 0, "%s, %d × %d", isas[isa], (int)rows,
+                              (int)columns);
+                psoup_context_free(other);
+            }
+        for (int i = 0; i < 8; i++)
+            free(kept[i]);
+        free(wide);
+        free(base);
+        free(out);
+        free(expected);
+    }
+}
+END_TEST
+
+/* Large enough to pass the caches by. */
+START_TEST(streamed_folds_are_the_same) {
+    enum { ROWS = 2100, COLUMNS = 2048, RANK = 4 };
+    float *a = noises(RANK * COLUMNS), *b = noises(ROWS * RANK);
+    const psoup_lora_factors f = {a, b, RANK, 0.5f};
+    const double weight = 0.7;
+    size_t bytes = (size_t)ROWS * COLUMNS * 2;
+    char *base = aligned_alloc(64, bytes), *out = aligned_alloc(64, bytes), *expected = malloc(bytes);
+    for (size_t j = 0; j < bytes; j++)
+        base[j] = (char)(j % 2 == 0 ? j * 31 % 251 : 0x3c);
+    for (int isa = 0; isa < ISAS; isa++) {
+        psoup_context *other = new_context(2, isas[isa]);
+        if (other == NULL)
+            continue;
+        plain_fold(other, expected, base, PSOUP_BF16, ROWS, COLUMNS, &f, &weight, 1);
+        ck_ok(psoup_merge_fold(other, out, base, PSOUP_BF16, ROWS, COLUMNS, &f, &weight, 1, &error));
+        ck_assert_mem_eq(out, expected, bytes);
+        psoup_context_free(other);
+    }
+    free(a);
+    free(b);
+    free(base);
+    free(out);
+    free(expected);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("merge in memory");
-    TCase *sums = tcase_create("sums");
-    tcase_set_timeout(sums, 300);
-    tcase_add_checked_fixture(sums, set_up, tear_down);
-    tcase_add_loop_test(sums, sums_are_the_same_on_every_path, 0, 12);
-    tcase_add_test(sums, streamed_sums_are_the_same);
-    suite_add_tcase(suite, sums);
+    TCase *memory = tcase_create("memory");
+    tcase_set_timeout(memory, 300);
+    tcase_add_checked_fixture(memory, set_up, tear_down);
+    tcase_add_loop_test(memory, sums_are_the_same_on_every_path, 0, 12);
+    tcase_add_test(memory, streamed_sums_are_the_same);
+    tcase_add_loop_test(memory, folds_have_the_bits_of_a_product_per_adapter, 0, 3);
+    tcase_add_test(memory, streamed_folds_are_the_same);
+    suite_add_tcase(suite, memory);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);
     int failed = srunner_ntests_failed(runner);

@@ -57,7 +57,49 @@ bool psoup__merge_finite(psoup_context *context, const float *x, size_t n, psoup
 psoup_status psoup__merge_check_weights(const double *weights, size_t n, bool any_sum,
                                         psoup_error *error);
 
-/* ---- lora.c ----------------------------------------------------------------------------------- */
+/* ---- fold_kernel.c (compiled per instruction set), fold.c ------------------------------------------ */
+
+enum { PSOUP__FOLD_COLUMNS = 64, PSOUP__FOLD_DEPTH = 64 }; /* the most of one strip */
+/* Some of A's columns times some rows of B, over some depths, added to `in`. */
+typedef struct psoup__fold_strip {
+    int64_t rows, columns, depth;
+    const float *a; /* [depth, columns] in panels as `pack` makes them */
+    const float *b; /* [rows, PSOUP__FOLD_DEPTH], scaled */
+    const char *in; /* F32, F16 or BF16; strides in bytes; may be out */
+    psoup_dtype in_dtype;
+    int64_t in_stride;
+    char *out;
+    psoup_dtype out_dtype;
+    int64_t out_stride;
+    bool stream; /* BF16 past the caches; rows of out begin at whole lines */
+} psoup__fold_strip;
+typedef struct psoup__fold_kernels {
+    void (*strip)(const psoup__fold_strip *strip);
+    /* Rows of A [rows, columns] become depths at … at + rows − 1 of `depth`; out holds
+     * depth · PSOUP__FOLD_COLUMNS floats. */
+    void (*pack)(float *out, const float *a, int64_t a_stride, int64_t at, int64_t rows, int64_t depth,
+                 int64_t columns);
+} psoup__fold_kernels;
+extern const psoup__fold_kernels psoup__fold_kernels_generic;
+#ifdef __x86_64__
+extern const psoup__fold_kernels psoup__fold_kernels_avx2, psoup__fold_kernels_avx512;
+#endif
+
+typedef struct psoup__fold_args {
+    void *out; /* [rows, columns] */
+    const void *base;
+    psoup_dtype out_dtype, base_dtype; /* F32, F16 or BF16 */
+    size_t out_stride, base_stride;    /* elements from row to row */
+    int64_t rows, columns;
+    int64_t first_row, first_column; /* of B's rows and A's columns */
+    int64_t in;                      /* A's columns in all */
+    const psoup_lora_factors *factors;
+    const double *weights; /* zero skips */
+    size_t count;
+    bool stream; /* out will not be read soon */
+} psoup__fold_args;
+/* out = base + Σ weights · scale · B A, rounded once. out may be base where dtypes and strides are equal. */
+void psoup__fold(psoup_context *context, const psoup__fold_args *args);
 
 /* acc[rows, in] = rows first … first + rows − 1 of base + Σ weights · scale · B A. */
 void psoup__fold_rows(psoup_context *context, float *acc, const void *base, psoup_dtype dtype,
@@ -68,6 +110,8 @@ void psoup__fold_into(psoup_context *context, float *acc, int64_t first, int64_t
                       const psoup_lora_factors *factors, const double *weights, size_t count);
 /* Rows of one step, so that its sums fit a cache. */
 int64_t psoup__fold_block(int64_t out, int64_t in);
+/* ---- lora.c ----------------------------------------------------------------------------------- */
+
 /* Sizes whose products fit, ranks and pointers there; weights finite. */
 psoup_status psoup__lora_check(const char *who, const psoup_context *context, int64_t out, int64_t in,
                                const psoup_lora_factors *factors, const double *weights, size_t count,
