@@ -125,4 +125,144 @@ typedef struct psoup__peft_output {
 psoup_status psoup__peft_write(psoup_context *context, const char *directory,
                                const psoup__peft_output *adapter, psoup_error *error);
 
+/* ---- gguf.c: GGUF files (llama.cpp's), mapped -------------------------------------------------------
+ * Version 2 or 3, little-endian. Every count, length, offset, name and type is checked against the file
+ * before it is used. Format: ggml's docs/gguf.md. */
+
+typedef enum psoup__gguf_type { /* of a metadata value */
+    PSOUP__GGUF_UINT8, PSOUP__GGUF_INT8, PSOUP__GGUF_UINT16, PSOUP__GGUF_INT16, PSOUP__GGUF_UINT32,
+    PSOUP__GGUF_INT32, PSOUP__GGUF_FLOAT32, PSOUP__GGUF_BOOL, PSOUP__GGUF_STRING, PSOUP__GGUF_ARRAY,
+    PSOUP__GGUF_UINT64, PSOUP__GGUF_INT64, PSOUP__GGUF_FLOAT64, PSOUP__GGUF_TYPES
+} psoup__gguf_type;
+
+typedef struct psoup__gguf_value {
+    const char *key; /* NUL-terminated */
+    psoup__gguf_type type;
+    psoup__gguf_type element; /* of an array */
+    size_t count;             /* elements of an array; 1 otherwise */
+    const unsigned char *data; /* the first element, or the string's length field; unaligned */
+    size_t bytes;              /* all elements */
+} psoup__gguf_value;
+
+typedef struct psoup__gguf psoup__gguf;
+psoup_status psoup__gguf_open(psoup_context *context, const char *path, psoup__gguf **out,
+                              psoup_error *error);
+/* The same from memory that outlives the handle; `name` stands for it in messages. */
+psoup_status psoup__gguf_parse(psoup_context *context, const void *data, size_t length,
+                               const char *name, psoup__gguf **out, psoup_error *error);
+void psoup__gguf_free(psoup__gguf *file);
+const char *psoup__gguf_path(const psoup__gguf *file);
+/* Tensors in the order of their infos, shapes as PyTorch has them (the dimensions reversed), names as
+ * the file has them; `heads` is 0 throughout: which rows are interleaved is the architecture's matter,
+ * see psoup__gguf_layout. */
+size_t psoup__gguf_count(const psoup__gguf *file);
+const char *psoup__gguf_name(const psoup__gguf *file, size_t index);
+const psoup__tensor *psoup__gguf_tensor(const psoup__gguf *file, size_t index);
+const psoup__tensor *psoup__gguf_find(const psoup__gguf *file, const char *name);
+/* Metadata. `get` gives NULL where there is no such key. */
+size_t psoup__gguf_values(const psoup__gguf *file);
+const psoup__gguf_value *psoup__gguf_value_at(const psoup__gguf *file, size_t index);
+const psoup__gguf_value *psoup__gguf_get(const psoup__gguf *file, const char *key);
+/* Any integer type, number type, bool; `otherwise` where the key is absent or of another kind. */
+int64_t psoup__gguf_integer(const psoup__gguf *file, const char *key, int64_t otherwise);
+double psoup__gguf_real(const psoup__gguf *file, const char *key, double otherwise);
+bool psoup__gguf_bool(const psoup__gguf *file, const char *key, bool otherwise);
+/* A string's bytes, not NUL-terminated: false where the key is absent or no string. */
+bool psoup__gguf_string(const psoup__gguf *file, const char *key, const char **text, size_t *length);
+bool psoup__gguf_is(const psoup__gguf *file, const char *key, const char *text); /* equals it */
+/* Walks the strings of an array: *at starts as value->data. */
+void psoup__gguf_next_string(const unsigned char **at, const char **text, size_t *length);
+/* Element i of an array of numbers. */
+double psoup__gguf_number(const psoup__gguf_value *array, size_t i);
+
+/* ---- gguf_names.c: names and row orders of the two worlds ------------------------------------------ */
+
+/* What a model's architecture says about its tensors. */
+typedef struct psoup__gguf_layout {
+    bool permuted; /* q and k lie as psoup__tensor.heads describes: "llama", but not "qwen2" */
+    int32_t heads, kv_heads; /* 0: the file does not say */
+} psoup__gguf_layout;
+/* Of a file, by its general.architecture; refuses other architectures by name. */
+psoup_status psoup__gguf_layout_of(const psoup__gguf *file, psoup__gguf_layout *out,
+                                   psoup_error *error);
+/* "blk.0.attn_q.weight" <-> "model.layers.0.self_attn.q_proj.weight". The ending (".weight", ".bias",
+ * ".weight.lora_a") is kept; without one, modules are renamed: "model.layers.0.mlp.up_proj". False for a
+ * name that has no counterpart. out has PSOUP__GGUF_NAME bytes. */
+enum { PSOUP__GGUF_NAME = 128 };
+bool psoup__gguf_to_hf(const char *name, char *out);
+bool psoup__gguf_from_hf(const char *name, char *out);
+/* The number of heads by which the rows of a tensor (by its Hugging Face name) are interleaved; 0 for all
+ * but q and k of a permuted architecture. */
+int32_t psoup__gguf_heads(const psoup__gguf_layout *layout, const char *hf_name);
+
+/* ---- gguf_write.c ------------------------------------------------------------------------------------
+ * As the safetensors writer: create, metadata and declarations in any order, begin, the data of the
+ * tensors in the order declared and in row-major order as Hugging Face has it, in pieces of any size,
+ * commit. Names are Hugging Face's; rows of q and k are interleaved on the way where the layout says
+ * so, through a buffer of one head. Nothing appears under `path` before commit. */
+typedef struct psoup__gguf_writer psoup__gguf_writer;
+psoup_status psoup__gguf_create(psoup_context *context, const char *path, psoup__gguf_writer **out,
+                                psoup_error *error);
+/* Set before tensors are declared; psoup__gguf_metadata_from sets it too. */
+void psoup__gguf_set_layout(psoup__gguf_writer *writer, const psoup__gguf_layout *layout);
+/* Metadata; a key that was set before is replaced. */
+psoup_status psoup__gguf_set_uint32(psoup__gguf_writer *writer, const char *key, uint32_t value,
+                                    psoup_error *error);
+psoup_status psoup__gguf_set_float32(psoup__gguf_writer *writer, const char *key, float value,
+                                     psoup_error *error);
+psoup_status psoup__gguf_set_bool(psoup__gguf_writer *writer, const char *key, bool value,
+                                  psoup_error *error);
+psoup_status psoup__gguf_set_string(psoup__gguf_writer *writer, const char *key, const char *text,
+                                    psoup_error *error);
+/* data: `count` elements as they lie in the file (strings: u64 length and bytes each). */
+psoup_status psoup__gguf_set_array(psoup__gguf_writer *writer, const char *key,
+                                   psoup__gguf_type element, size_t count, const void *data,
+                                   size_t bytes, psoup_error *error);
+psoup_status psoup__gguf_set_value(psoup__gguf_writer *writer, const psoup__gguf_value *value,
+                                   psoup_error *error); /* copies it from a file */
+/* The dtype in which a tensor goes into a GGUF file when `dtype` is wanted: vectors are f32 (llama.cpp
+ * computes with them so); q8_0 needs rows of whole blocks, others become f16; what GGUF lacks becomes
+ * f32 (f64) or bf16 (8-bit floats). */
+psoup_dtype psoup__gguf_dtype(psoup_dtype dtype, int rank, const int64_t *shape);
+psoup_status psoup__gguf_declare(psoup__gguf_writer *writer, const char *hf_name, psoup_dtype dtype,
+                                 int rank, const int64_t *shape, psoup_error *error);
+psoup_status psoup__gguf_begin(psoup__gguf_writer *writer, psoup_error *error);
+psoup_status psoup__gguf_write(psoup__gguf_writer *writer, const void *data, size_t bytes,
+                               psoup_error *error);
+psoup_status psoup__gguf_commit(psoup__gguf_writer *writer, psoup_error *error);
+void psoup__gguf_writer_free(psoup__gguf_writer *writer);
+
+/* ---- gguf_config.c, gguf_tokenizer.c, gguf_tokenizer_hf.c: what goes with the weights, both ways ---------
+ *
+ * Everything of a GGUF file but the weights, from a model directory (config.json, tokenizer.json,
+ * tokenizer_config.json, chat_template.jinja; a directory without tokenizer.json gives a file without a
+ * vocabulary and a warning in the log) or from another GGUF file. `dtype` is what most matrices will be
+ * (general.file_type). Refuses by name what llama.cpp has no equal of. Sets the layout. Adds the tensor
+ * rope_freqs.weight, whose data the writer writes itself, where the rope scaling needs it. */
+psoup_status psoup__gguf_metadata_from(psoup__gguf_writer *writer, const char *from,
+                                       psoup_dtype dtype, psoup_error *error);
+/* The other way: config.json, generation_config.json, tokenizer.json, tokenizer_config.json of a GGUF
+ * file into a directory. psoup__hf_copy_sidecars calls it when `from` is a .gguf file. */
+psoup_status psoup__gguf_sidecars(psoup_context *context, const char *path, const char *directory,
+                                  psoup_error *error);
+/* The config.json that a GGUF file's metadata amounts to. */
+psoup_json *psoup__gguf_config(const psoup__gguf *file, psoup_error *error);
+
+/* ---- gguf_lora.c: adapters ----------------------------------------------------------------------------
+ * psoup__peft_open reads a .gguf path too. An adapter of a permuted architecture that changes q or k can
+ * only be read when the numbers of heads are known: they are where psoup__gguf_adapter_write put them;
+ * otherwise psoup__peft_open refuses, and this does with the base's numbers (0: unknown). */
+psoup_status psoup__peft_open_heads(psoup_context *context, const char *path, int32_t heads,
+                                    int32_t kv_heads, psoup__peft **out, psoup_error *error);
+/* Heads of a model directory or .gguf model, for the function above and the next. *architecture
+ * receives "llama" or "qwen2", static. */
+psoup_status psoup__model_heads(psoup_context *context, const char *model, const char **architecture,
+                                int32_t *heads, int32_t *kv_heads, psoup_error *error);
+/* Writes one file that llama.cpp loads beside the base. llama.cpp scales every pair by alpha / rank:
+ * other scales (rsLoRA, alpha_pattern, differing ranks) are multiplied into B in f32, rounded once to B's
+ * dtype. architecture and heads are the base's. Refuses a scalar head. */
+psoup_status psoup__gguf_adapter_write(psoup_context *context, const char *path,
+                                       const psoup__peft_output *adapter, const char *architecture,
+                                       int32_t heads, int32_t kv_heads, psoup_error *error);
+
 #endif
