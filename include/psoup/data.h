@@ -26,7 +26,8 @@ typedef enum psoup_json_type {
 } psoup_json_type;
 
 /* Parses `length` bytes. `name` stands for the text in messages ("config.json"). Refuses duplicate
- * keys, invalid UTF-8, trailing text and nesting deeper than 512. */
+ * keys, invalid UTF-8, trailing text and nesting deeper than 512. An integer that int64_t cannot hold is
+ * read as a real. */
 psoup_status psoup_json_parse(const char *text, size_t length, const char *name, psoup_json **out,
                               psoup_error *error);
 psoup_status psoup_json_read(psoup_context *context, const char *path, psoup_json **out,

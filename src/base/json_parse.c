@@ -178,16 +178,14 @@ static psoup_status read_number(parser *p, psoup_json **out) {
     if (p->word.failed)
         return psoup__fail(p->error, PSOUP_ERROR_MEMORY, "%s: out of memory for a number", p->name);
     errno = 0;
-    if (real) {
+    long long whole_number = real ? 0 : strtoll(p->word.data, NULL, 10);
+    if (real || errno == ERANGE) { /* tokenizers' "model_max_length" is 10³⁰ */
         double value = strtod(p->word.data, NULL);
         if (isinf(value))
             return wrong(p, start, "real number overflow");
         *out = psoup_json_new_real(value);
     } else {
-        long long value = strtoll(p->word.data, NULL, 10);
-        if (errno == ERANGE)
-            return wrong(p, start, "too big an integer");
-        *out = psoup_json_new_integer(value);
+        *out = psoup_json_new_integer(whole_number);
     }
     return PSOUP_OK;
 }

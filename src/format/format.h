@@ -39,9 +39,10 @@ psoup_status psoup__safetensors_commit(psoup__safetensors_writer *writer, psoup_
 void psoup__safetensors_writer_free(psoup__safetensors_writer *writer);
 
 /* ---- weights.c: the tensors of a directory or file, over all its shards --------------------------
- * `path` is a .safetensors file, or a directory holding `<stem>.safetensors` or
+ * `path` is a .safetensors file, a .gguf file of a model, or a directory holding `<stem>.safetensors` or
  * `<stem>.safetensors.index.json` (stem "model" or "adapter_model"). A directory that holds only
- * pickles (.bin, .pt) is refused with the command that converts them. */
+ * pickles (.bin, .pt) is refused with the command that converts them. Tensors of a GGUF file have Hugging
+ * Face's names, and may be q8_0 or have `heads`: read them with psoup__tensor_read. */
 typedef struct psoup__weights psoup__weights;
 psoup_status psoup__weights_open(psoup_context *context, const char *path, const char *stem,
                                  psoup__weights **out, psoup_error *error);
@@ -51,10 +52,11 @@ const char *psoup__weights_name(const psoup__weights *weights, size_t index);
 const psoup__tensor *psoup__weights_tensor(const psoup__weights *weights, size_t index);
 const psoup__tensor *psoup__weights_find(const psoup__weights *weights, const char *name);
 const char *psoup__weights_path(const psoup__weights *weights); /* for messages */
+bool psoup__is_gguf(const char *path); /* by its name's ending; no directory */
 
 /* ---- hf.c: config.json ------------------------------------------------------------------------ */
 
-/* Reads an architecture; refuses model types outside the LLaMA family, hidden activations other than
+/* Reads an architecture, of a model directory or a .gguf file; refuses model types outside the LLaMA family, hidden activations other than
  * silu, and sizes that make no sense, by field and value. */
 psoup_status psoup__hf_config_read(psoup_context *context, const char *directory,
                                    psoup_model_config *out, psoup_error *error);
@@ -67,9 +69,13 @@ psoup_status psoup__hf_config_write(psoup_context *context, const char *director
 psoup_status psoup__config_check(psoup_model_config *config, const char *where,
                                  psoup_error *error);
 /* Copies the small files that make a model directory whole (config, generation config, tokenizer and
- * chat template files), those that exist. `from` may be a file in such a directory. */
+ * chat template files), those that exist. `from` may be a file in such a directory; of a .gguf file they
+ * are made from its metadata. */
 psoup_status psoup__hf_copy_sidecars(psoup_context *context, const char *from, const char *to,
                                      psoup_error *error);
+
+/* The directory itself, or the one that the file is in; free it with psoup__free. */
+char *psoup__directory_of(psoup_context *context, const char *path, psoup_error *error);
 
 /* ---- peft.c: adapter directories ------------------------------------------------------------- */
 
@@ -194,6 +200,10 @@ bool psoup__gguf_from_hf(const char *name, char *out);
 /* The number of heads by which the rows of a tensor (by its Hugging Face name) are interleaved; 0 for all
  * but q and k of a permuted architecture. */
 int32_t psoup__gguf_heads(const psoup__gguf_layout *layout, const char *hf_name);
+/* Sets tensor->heads by that; refuses rows that do not divide into heads, and heads that are unknown.
+ * `name` is for messages. */
+psoup_status psoup__gguf_set_heads(const psoup__gguf_layout *layout, const char *path, const char *name,
+                                   const char *hf_name, psoup__tensor *tensor, psoup_error *error);
 
 /* ---- gguf_write.c ------------------------------------------------------------------------------------
  * As the safetensors writer: create, metadata and declarations in any order, begin, the data of the
@@ -232,7 +242,7 @@ psoup_status psoup__gguf_write(psoup__gguf_writer *writer, const void *data, siz
 psoup_status psoup__gguf_commit(psoup__gguf_writer *writer, psoup_error *error);
 void psoup__gguf_writer_free(psoup__gguf_writer *writer);
 
-/* ---- gguf_config.c, gguf_tokenizer.c, gguf_tokenizer_hf.c: what goes with the weights, both ways ---------
+/* ---- gguf_sidecars.c, gguf_config.c, gguf_tokenizer.c, gguf_tokenizer_hf.c: what goes with the weights, both ways ---------
  *
  * Everything of a GGUF file but the weights, from a model directory (config.json, tokenizer.json,
  * tokenizer_config.json, chat_template.jinja; a directory without tokenizer.json gives a file without a
@@ -241,12 +251,12 @@ void psoup__gguf_writer_free(psoup__gguf_writer *writer);
  * rope_freqs.weight, whose data the writer writes itself, where the rope scaling needs it. */
 psoup_status psoup__gguf_metadata_from(psoup__gguf_writer *writer, const char *from,
                                        psoup_dtype dtype, psoup_error *error);
-/* The other way: config.json, generation_config.json, tokenizer.json, tokenizer_config.json of a GGUF
- * file into a directory. psoup__hf_copy_sidecars calls it when `from` is a .gguf file. */
+/* The other way: config.json, tokenizer.json and tokenizer_config.json of a GGUF file into a directory. psoup__hf_copy_sidecars calls it when `from` is a .gguf file. */
 psoup_status psoup__gguf_sidecars(psoup_context *context, const char *path, const char *directory,
                                   psoup_error *error);
-/* The config.json that a GGUF file's metadata amounts to. */
-psoup_json *psoup__gguf_config(const psoup__gguf *file, psoup_error *error);
+/* What a GGUF file's metadata says of the architecture. psoup__hf_config_read calls it for a .gguf file. */
+psoup_status psoup__gguf_read_config(const psoup__gguf *file, psoup_model_config *out,
+                                     psoup_error *error);
 
 /* ---- gguf_lora.c: adapters ----------------------------------------------------------------------------
  * psoup__peft_open reads a .gguf path too. An adapter of a permuted architecture that changes q or k can

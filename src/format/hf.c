@@ -271,6 +271,14 @@ psoup_status psoup__hf_config_parse(const char *text, size_t length, const char 
 psoup_status psoup__hf_config_read(psoup_context *context, const char *directory,
                                    psoup_model_config *out, psoup_error *error) {
     psoup_json *root = NULL;
+    psoup__gguf *file;
+    if (psoup__is_gguf(directory)) {
+        psoup_status opened = psoup__gguf_open(context, directory, &file, error);
+        if (opened == PSOUP_OK)
+            opened = psoup__gguf_read_config(file, out, error);
+        psoup__gguf_free(file);
+        return opened;
+    }
     char *path = psoup__path_join(context, directory, "config.json", error);
     if (path == NULL)
         return PSOUP_ERROR_MEMORY;

@@ -134,6 +134,18 @@ fail:
     return status;
 }
 
+char *psoup__directory_of(psoup_context *context, const char *path, psoup_error *error) {
+    char *directory = psoup__strdup(context, path, error);
+    if (directory == NULL || psoup__is_directory(path))
+        return directory;
+    char *slash = strrchr(directory, '/');
+    if (slash == NULL)
+        memcpy(directory, ".", *directory != '\0' ? 2 : 1);
+    else
+        slash[slash == directory] = '\0';
+    return directory;
+}
+
 psoup_status psoup__hf_copy_sidecars(psoup_context *context, const char *from, const char *to,
                                      psoup_error *error) {
     static const char *const names[] = {
@@ -143,16 +155,11 @@ psoup_status psoup__hf_copy_sidecars(psoup_context *context, const char *from, c
         "chat_template.jinja",   "chat_template.json"};
     psoup_status status = PSOUP_ERROR_MEMORY;
     char *source = NULL, *target = NULL;
-    char *directory = psoup__strdup(context, from, error);
+    if (psoup__is_gguf(from))
+        return psoup__gguf_sidecars(context, from, to, error);
+    char *directory = psoup__directory_of(context, from, error);
     if (directory == NULL)
         return PSOUP_ERROR_MEMORY;
-    if (!psoup__is_directory(from)) {
-        char *slash = strrchr(directory, '/');
-        if (slash == NULL)
-            memcpy(directory, ".", *directory != '\0' ? 2 : 1);
-        else
-            slash[slash == directory] = '\0';
-    }
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         psoup__free(context, source);
         psoup__free(context, target);

@@ -9,6 +9,9 @@ struct psoup__weights {
     char *path;
     psoup__safetensors **files; /* [n_files] */
     size_t n_files, files_capacity;
+    psoup__gguf *gguf; /* instead of files, with its tensors as PyTorch knows them: */
+    psoup__tensor *renamed; /* [count] */
+    char (*names)[PSOUP__GGUF_NAME]; /* [count] */
     struct slot {
         const char *name;
         const psoup__tensor *tensor;
@@ -39,6 +42,44 @@ static psoup_status add_file(psoup__weights *weights, const char *path, psoup_er
                                "%s: tensor %.200s is in another shard too", path, slot->name);
         PSOUP__TRY(psoup__map_set(weights->by_name, slot->name, strlen(slot->name),
                                   (int64_t)weights->count, NULL, error));
+        weights->count++;
+    }
+    return PSOUP_OK;
+fail:
+    return status;
+}
+
+/* Opens a GGUF model: tensors under Hugging Face's names, those of q and k with their row order. */
+static psoup_status add_gguf(psoup__weights *weights, const char *path, psoup_error *error) {
+    psoup_status status;
+    psoup_context *context = weights->context;
+    psoup__gguf_layout layout;
+    PSOUP__TRY(psoup__gguf_open(context, path, &weights->gguf, error));
+    const psoup__gguf *file = weights->gguf;
+    if (psoup__gguf_get(file, "general.type") != NULL && !psoup__gguf_is(file, "general.type", "model"))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: general.type: expected \"model\"", path);
+    PSOUP__TRY(psoup__gguf_layout_of(file, &layout, error));
+    size_t n = psoup__gguf_count(file);
+    weights->renamed = psoup__alloc(context, n, sizeof *weights->renamed, error);
+    weights->names = psoup__alloc(context, n, sizeof *weights->names, error);
+    if (weights->renamed == NULL || weights->names == NULL)
+        return PSOUP_ERROR_MEMORY;
+    PSOUP__TRY(psoup__reserve(context, &weights->slots, &weights->slots_capacity, n,
+                              sizeof *weights->slots, error));
+    for (size_t i = 0; i < n; i++) {
+        const char *name = psoup__gguf_name(file, i);
+        char *hf = weights->names[weights->count];
+        psoup__tensor *tensor = &weights->renamed[weights->count];
+        if (strcmp(name, "rope_freqs.weight") == 0) /* config.json says it: rope_scaling */
+            continue;
+        if (!psoup__gguf_to_hf(name, hf))
+            return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                               "%s: tensor %s has no counterpart in a Hugging Face model", path, name);
+        *tensor = *psoup__gguf_tensor(file, i);
+        PSOUP__TRY(psoup__gguf_set_heads(&layout, path, name, hf, tensor, error));
+        weights->slots[weights->count] = (struct slot){hf, tensor, 0};
+        PSOUP__TRY(psoup__map_set(weights->by_name, hf, strlen(hf), (int64_t)weights->count, NULL,
+                                  error));
         weights->count++;
     }
     return PSOUP_OK;
@@ -152,6 +193,10 @@ static bool has_ending(const char *text, const char *ending) {
     return n >= m && strcmp(text + n - m, ending) == 0;
 }
 
+bool psoup__is_gguf(const char *path) {
+    return has_ending(path, ".gguf") && !psoup__is_directory(path);
+}
+
 psoup_status psoup__weights_open(psoup_context *context, const char *path, const char *stem,
                                  psoup__weights **out, psoup_error *error) {
     psoup_status status = PSOUP_ERROR_MEMORY;
@@ -165,12 +210,16 @@ psoup_status psoup__weights_open(psoup_context *context, const char *path, const
         goto fail;
     PSOUP__TRY(psoup__map_create(context, 256, &weights->by_name, error));
     if (!psoup__is_directory(path)) {
-        if (psoup__file_exists(path) && !has_ending(path, ".safetensors")) {
+        if (psoup__file_exists(path) && !has_ending(path, ".safetensors") &&
+            !psoup__is_gguf(path)) {
             status = psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
-                                 "%s: expected a directory or a .safetensors file", path);
+                                 "%s: expected a directory, a .safetensors or a .gguf file", path);
             goto fail;
         }
-        PSOUP__TRY(add_file(weights, path, error));
+        if (psoup__is_gguf(path))
+            PSOUP__TRY(add_gguf(weights, path, error));
+        else
+            PSOUP__TRY(add_file(weights, path, error));
     } else {
         status = PSOUP_ERROR_MEMORY;
         if ((name = psoup__format(context, error, "%s.safetensors", stem)) == NULL ||
@@ -202,6 +251,9 @@ void psoup__weights_free(psoup__weights *weights) {
     for (size_t i = 0; i < weights->n_files; i++)
         psoup__safetensors_free(weights->files[i]);
     psoup__free(context, weights->files);
+    psoup__gguf_free(weights->gguf);
+    psoup__free(context, weights->renamed);
+    psoup__free(context, weights->names);
     psoup__free(context, weights->slots);
     psoup__map_free(weights->by_name);
     psoup__free(context, weights->path);

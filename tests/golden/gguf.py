@@ -1,0 +1,173 @@
+"""Golden files for tests/test_gguf*.c, written by llama.cpp's own converters, and the check that what
+libpsoup writes loads in llama.cpp and transformers with equal logits.
+
+    pip install torch==2.5.1 transformers==4.46.3 peft==0.13.2 sentencepiece protobuf safetensors gguf
+    pip download --no-binary :all: --no-deps llama-cpp-python     (its vendor/llama.cpp is what is meant)
+    python tests/golden/gguf.py --llama-cpp DIR    writes tests/golden/gguf/
+    python tests/golden/gguf.py --check DIR        checks what test_gguf_files wrote with PSOUP_TEST_KEEP=DIR;
+                                                   llama.cpp's part with LLAMA_PYTHON=a python that has
+                                                   llama-cpp-python (pip install llama-cpp-python==0.3.36)
+"""
+import io
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM,
+                          LlamaTokenizerFast, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.join(ROOT, "gguf")
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=256)
+TEXTS = ["It's the soup's turn: 12345 spoons, 3.14 bowls!", "  two spaces,\ttabs\n\nand lines ",
+         "naïve Zé \U0001f372 スープ", "DON'T we'll <s>x</s>[INST]", "a", ""]
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+PRE = {"llama3": "llama-bpe", "qwen2": "qwen2", "gpt2": "gpt-2"}
+
+
+def corpus():
+    return json.load(open(os.path.join(ROOT, "text", "corpus.json"), encoding="utf-8"))
+
+
+def sentencepiece_tokenizer(directory):
+    import sentencepiece
+    words = corpus()
+    lines = words if isinstance(words, list) else list(words.values())
+    lines = [str(line) for line in lines]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 20 + TEXTS), model_writer=model, model_type="bpe", vocab_size=420,
+        byte_fallback=True, character_coverage=0.98, add_dummy_prefix=True, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, hard_vocab_limit=False)
+    with tempfile.TemporaryDirectory() as work:
+        open(os.path.join(work, "tokenizer.model"), "wb").write(model.getvalue())
+        tokenizer = LlamaTokenizerFast(os.path.join(work, "tokenizer.model"))
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.add_tokens(["[INST]"])
+        tokenizer.save_pretrained(directory)
+    for name in ("tokenizer.model", "added_tokens.json", "special_tokens_map.json"):
+        path = os.path.join(directory, name)
+        if os.path.exists(path):
+            os.remove(path)
+    open(os.path.join(directory, "spm.model"), "wb").write(model.getvalue())
+    return len(tokenizer)
+
+
+def byte_level_tokenizer(directory, name):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=os.path.join(ROOT, "text", name + ".json"),
+                                        bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+    os.remove(os.path.join(directory, "special_tokens_map.json"))
+    return len(tokenizer)
+
+
+def write_model(name, make, tokenizer, dtype, outtypes, llama_cpp):
+    directory = os.path.join(HERE, name)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.makedirs(directory)
+    vocab = tokenizer(directory)
+    torch.manual_seed(len(name))
+    model = make(vocab + 3)  # an embedding is often larger than the vocabulary
+    for parameter in model.parameters():  # gains and biases that are not all 1 and 0
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    model.to(dtype).save_pretrained(directory)
+    os.remove(os.path.join(directory, "generation_config.json"))
+    spm = os.path.join(directory, "spm.model")
+    for outtype in outtypes:
+        if os.path.exists(spm):  # as the original publishes it: the converter then has the true scores
+            shutil.copy(spm, os.path.join(directory, "tokenizer.model"))
+        convert(llama_cpp, "convert_hf_to_gguf.py", name, "--outtype", outtype, "--outfile",
+                os.path.join(HERE, f"{name}-{outtype}.gguf"), directory)
+        if os.path.exists(spm):
+            os.remove(os.path.join(directory, "tokenizer.model"))
+    if os.path.exists(spm):
+        os.remove(spm)
+    return directory
+
+
+def convert(llama_cpp, script, name, *arguments):
+    """Runs a converter in this process; tokenizers this small are in no table of known hashes."""
+    sys.path.insert(0, llama_cpp)
+    from conversion.base import TextModel
+    TextModel.get_vocab_base_pre = lambda self, tokenizer: PRE[name]
+    argv = sys.argv
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(os.path.join(llama_cpp, script), run_name="__main__")
+    finally:
+        sys.argv = argv
+
+
+def write_adapter(name, base, llama_cpp, **settings):
+    directory = os.path.join(HERE, "adapter_" + name)
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(base, torch_dtype=torch.float32)
+    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=True, **settings))
+    for key, parameter in peft.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+    peft.save_pretrained(directory)
+    os.remove(os.path.join(directory, "README.md"))
+    path = os.path.join(directory, "adapter_config.json")
+    config = json.load(open(path))
+    config["base_model_name_or_path"] = ""
+    json.dump(config, open(path, "w"), indent=2, sort_keys=True)
+    convert(llama_cpp, "convert_lora_to_gguf.py", name, "--outtype", "f32", "--base", base, "--outfile",
+            directory + ".gguf", directory)
+
+
+def main(llama_cpp):
+    os.makedirs(HERE, exist_ok=True)
+    llama = write_model("llama", lambda n: LlamaForCausalLM(LlamaConfig(vocab_size=n, **SMALL)),
+                        sentencepiece_tokenizer, torch.bfloat16, ["bf16", "q8_0"], llama_cpp)
+    rope = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=64)
+    write_model("llama3", lambda n: LlamaForCausalLM(LlamaConfig(
+        vocab_size=n, **SMALL, rope_scaling=rope, rope_theta=500000.0, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_id=1, attention_bias=True)),
+        lambda d: byte_level_tokenizer(d, "llama3"), torch.float16, ["f16"], llama_cpp)
+    write_model("qwen2", lambda n: Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=n, **{**SMALL, "num_hidden_layers": 1}, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=1)),
+        lambda d: byte_level_tokenizer(d, "qwen2"), torch.float32, ["f32"], llama_cpp)
+    write_adapter("llama", llama, llama_cpp, r=4, lora_alpha=6,
+                  target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                                  "down_proj"])
+    write_adapter("qwen2", os.path.join(HERE, "qwen2"), llama_cpp, r=2, lora_alpha=8,
+                  target_modules=["q_proj", "v_proj"])
+    write_rslora(llama)
+
+
+def write_rslora(base):
+    """Scales that llama.cpp cannot say: rsLoRA, patterns of alpha and rank. No golden by llama.cpp's
+    converter, which leaves them out."""
+    directory = os.path.join(HERE, "adapter_rslora")
+    torch.manual_seed(4)
+    model = AutoModelForCausalLM.from_pretrained(base, torch_dtype=torch.float32)
+    peft = get_peft_model(model, LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=6, use_rslora=True, rank_pattern={"k_proj": 2},
+        alpha_pattern={"v_proj": 3}, target_modules=["q_proj", "k_proj", "v_proj"]))
+    for key, parameter in peft.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+    peft.save_pretrained(directory)
+    os.remove(os.path.join(directory, "README.md"))
+    path = os.path.join(directory, "adapter_config.json")
+    config = json.load(open(path))
+    config["base_model_name_or_path"] = ""
+    json.dump(config, open(path, "w"), indent=2, sort_keys=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] == "--llama-cpp":
+        main(os.path.abspath(sys.argv[2]))
+    else:
+        sys.exit(__doc__)
