@@ -222,6 +222,102 @@ START_TEST(streamed_folds_are_the_same) {
 }
 END_TEST
 
+/* ---- new weights for many modules ----------------------------------------------------------------- */
+
+/* delta or factors as the formulas have them, in f64. */
+static void plain_factors(bool delta, float *a, float *b, const psoup_merge_module *m) {
+    int64_t at = 0;
+    memset(a, 0, (size_t)m->rank * (size_t)m->in_features * sizeof *a);
+    memset(b, 0, (size_t)m->rank * (size_t)m->out_features * sizeof *b);
+    for (size_t f = 0; f < m->count && delta; at += m->factors[f++].rank) {
+        const psoup_lora_factors *x = &m->factors[f];
+        for (int64_t i = 0; i < x->rank * m->in_features && m->weights[f] != 0; i++)
+            a[at * m->in_features + i] = x->a[i];
+        for (int64_t i = 0; i < x->rank * m->out_features && m->weights[f] != 0; i++)
+            b[i / x->rank * m->rank + at + i % x->rank] =
+                (float)(m->weights[f] * (double)x->scale * (double)x->b[i]);
+    }
+    for (int of_b = 0; of_b < 2 && !delta; of_b++)
+        for (int64_t i = 0; i < m->rank * (of_b ? m->out_features : m->in_features); i++) {
+            double sum = 0;
+            for (size_t f = 0; f < m->count; f++)
+                if (m->weights[f] != 0)
+                    sum += m->weights[f] * (double)(of_b ? m->factors[f].b : m->factors[f].a)[i];
+            (of_b ? b : a)[i] = (float)((of_b ? (double)m->factors[0].scale : 1) * sum);
+        }
+}
+
+/* _i: 0 ranks of their own, delta; 1 equal ranks, delta; 2 equal ranks, factors. Large enough together to
+ * pass the caches by. */
+START_TEST(batches_are_every_module_by_itself) {
+    enum { MODULES = 9, COUNT = 3 };
+    static const int32_t uneven[COUNT] = {16, 5, 32};
+    const double weights[COUNT] = {0.5, _i == 1 ? 0 : 0.3, 0.2};
+    psoup_lora_factors f[MODULES][COUNT];
+    psoup_merge_module m[MODULES];
+    float *kept[MODULES][COUNT][2], *a[MODULES], *b[MODULES];
+    for (int k = 0; k < MODULES; k++) {
+        int64_t in = k == 0 ? 6400 : 3000 + k, out = k == 1 ? 1 : 4096 - 3 * k;
+        m[k] = (psoup_merge_module){.factors = f[k], .weights = weights, .count = COUNT, .in_features = in,
+                                    .out_features = out};
+        for (int i = 0; i < COUNT; i++) {
+            int32_t rank = _i == 0 ? uneven[i] : 32;
+            kept[k][i][0] = noises((size_t)(rank * in));
+            kept[k][i][1] = noises((size_t)(rank * out));
+            f[k][i] = (psoup_lora_factors){kept[k][i][0], kept[k][i][1], rank, 2.5f};
+            m[k].rank += _i == 2 && i > 0 ? 0 : rank;
+        }
+        if (_i == 1)
+            kept[k][1][0][0] = NAN;
+        m[k].a_out = aligned_alloc(64, ((size_t)(m[k].rank * in) * 4 + 63) / 64 * 64);
+        m[k].b_out = aligned_alloc(64, ((size_t)(m[k].rank * out) * 4 + 63) / 64 * 64);
+        a[k] = malloc((size_t)(m[k].rank * in) * 4);
+        b[k] = malloc((size_t)(m[k].rank * out) * 4);
+        plain_factors(_i < 2, a[k], b[k], &m[k]);
+    }
+    psoup_merge_method method = _i < 2 ? PSOUP_MERGE_DELTA : PSOUP_MERGE_FACTORS;
+    for (int isa = 0; isa < ISAS; isa++) {
+        psoup_context *other = new_context(1 + isa, isas[isa]);
+        if (other == NULL)
+            continue;
+        ck_ok(psoup_merge_factors_batch(other, method, m, MODULES, 0, &error));
+        for (int k = 0; k < MODULES; k++) {
+            ck_assert_mem_eq(m[k].a_out, a[k], (size_t)(m[k].rank * m[k].in_features) * 4);
+            ck_assert_mem_eq(m[k].b_out, b[k], (size_t)(m[k].rank * m[k].out_features) * 4);
+            memset(m[k].b_out, 0xff, (size_t)(m[k].rank * m[k].out_features) * 4);
+        }
+        psoup_context_free(other);
+    }
+    if (_i < 2) { /* B alone */
+        float *kept_a = m[0].a_out;
+        m[0].a_out = NULL;
+        ck_ok(psoup_merge_factors_batch(context, method, m, MODULES, 1, &error));
+        ck_assert_mem_eq(m[0].b_out, b[0], (size_t)(m[0].rank * m[0].out_features) * 4);
+        ck_assert(m[0].relative_error == 0);
+        m[0].a_out = kept_a;
+    } else {
+        double alone = 0;
+        ck_ok(psoup_merge_factors_batch(context, method, m, 2, 1, &error));
+        ck_ok(psoup_merge_factors(context, method, a[1], b[1], m[1].rank, m[1].out_features,
+                                  m[1].in_features, f[1], weights, COUNT, &alone, &error));
+        ck_assert(alone > 0 && alone == m[1].relative_error);
+        float *a_of_1 = m[1].a_out;
+        m[1].a_out = NULL;
+        ck_assert_int_eq(psoup_merge_factors_batch(context, method, m, 2, 0, &error), PSOUP_ERROR_ARGUMENT);
+        ck_assert_ptr_nonnull(strstr(error.message, "module 1"));
+        m[1].a_out = a_of_1;
+    }
+    for (int k = 0; k < MODULES; k++) {
+        for (int i = 0; i < COUNT * 2; i++)
+            free(kept[k][i / 2][i % 2]);
+        free(m[k].a_out);
+        free(m[k].b_out);
+        free(a[k]);
+        free(b[k]);
+    }
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("merge in memory");
     TCase *memory = tcase_create("memory");
@@ -231,6 +327,7 @@ int main(void) {
     tcase_add_test(memory, streamed_sums_are_the_same);
     tcase_add_loop_test(memory, folds_have_the_bits_of_a_product_per_adapter, 0, 3);
     tcase_add_test(memory, streamed_folds_are_the_same);
+    tcase_add_loop_test(memory, batches_are_every_module_by_itself, 0, 3);
     suite_add_tcase(suite, memory);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);

@@ -124,6 +124,27 @@ psoup_status psoup_merge_factors(psoup_context *context, psoup_merge_method meth
                                  const double *weights, size_t count, double *relative_error,
                                  psoup_error *error);
 
+/* One module of a batch: the same with its own factors, weights (which modules may share) and results. */
+typedef struct psoup_merge_module {
+    const psoup_lora_factors *factors; /* [count] */
+    const double *weights;             /* [count] */
+    size_t count;
+    int64_t out_features, in_features;
+    float *a_out; /* [rank, in]. PSOUP_MERGE_DELTA takes NULL: A is left as it was, for it does not change
+                   * with the weights while the same of them are 0 */
+    float *b_out; /* [out, rank] */
+    int32_t rank;
+    int32_t reserved32;    /* 0 */
+    double relative_error; /* receives ‖merged − exact‖/‖exact‖ where `errors` is set, else 0 */
+    uint64_t reserved[4];  /* 0 */
+} psoup_merge_module;
+/* New weights for a whole adapter: every module as psoup_merge_factors merges it, all in parallel. With
+ * errors = 0 the error of a lossy method is not computed, which takes longer than the merge itself
+ * (PSOUP_MERGE_SVD knows it anyway). All modules are checked before the first is written. */
+psoup_status psoup_merge_factors_batch(psoup_context *context, psoup_merge_method method,
+                                       psoup_merge_module *modules, size_t n, int32_t errors,
+                                       psoup_error *error);
+
 #ifdef __cplusplus
 }
 #endif

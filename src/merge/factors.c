@@ -132,9 +132,8 @@ static psoup_status take_values(psoup_context *context, float *out, int64_t row,
     return status;
 }
 
-/* PSOUP_MERGE_SVD, and the error of other methods (a and b NULL): both live in the small square between the
- * spans. */
-static psoup_status between_spans(psoup_context *context, psoup_merge_method method, float *a, float *b,
+/* Both live in the small square between the spans. */
+psoup_status psoup__factors_between(psoup_context *context, psoup_merge_method method, float *a, float *b,
                                   int64_t rank, int64_t out, int64_t in,
                                   const psoup_lora_factors *factors, const double *weights,
                                   size_t count, int64_t total, double *relative_error,
@@ -200,46 +199,7 @@ int32_t psoup__merge_rank(psoup_merge_method method, int32_t svd_rank,
     return (int32_t)total;
 }
 
-/* a = the A_i one below the other, b = the w_i s_i B_i side by side. */
-static void concatenate(float *a, float *b, int64_t rank, int64_t out, int64_t in,
-                        const psoup_lora_factors *factors, const double *weights, size_t count) {
-    int64_t at = 0;
-    for (size_t f = 0; f < count; at += factors[f++].rank) {
-        const psoup_lora_factors *x = &factors[f];
-        if (weights[f] == 0) /* left zero */
-            continue;
-        double w = weights[f] * (double)x->scale;
-        memcpy(a + at * in, x->a, (size_t)x->rank * (size_t)in * sizeof *a);
-        for (int64_t i = 0; i < out; i++)
-            for (int64_t k = 0; k < x->rank; k++)
-                b[i * rank + at + k] = (float)(w * (double)x->b[i * x->rank + k]);
-    }
-}
-
-/* a = Σ w_j A_j, b = s Σ w_i B_i; or both with √(w s) in w's place and no s. */
-static void add_factors(psoup_merge_method method, float *a, float *b, int64_t rank, int64_t out,
-                        int64_t in, const psoup_lora_factors *factors, const double *weights,
-                        size_t count, double *w /* [count] */) {
-    const int64_t n_a = rank * in, n_b = out * rank;
-    const double scale = method == PSOUP_MERGE_FACTORS ? (double)factors[0].scale : 1;
-    for (size_t f = 0; f < count; f++)
-        w[f] = method == PSOUP_MERGE_FACTORS ? weights[f] : sqrt(weights[f] * (double)factors[f].scale);
-    for (int64_t i = 0; i < n_a; i++) {
-        double sum = 0;
-        for (size_t f = 0; f < count; f++)
-            sum += weights[f] != 0 ? w[f] * (double)factors[f].a[i] : 0;
-        a[i] = (float)sum;
-    }
-    for (int64_t i = 0; i < n_b; i++) {
-        double sum = 0;
-        for (size_t f = 0; f < count; f++)
-            sum += weights[f] != 0 ? w[f] * (double)factors[f].b[i] : 0;
-        b[i] = (float)(scale * sum);
-    }
-}
-
-/* What a method asks of its factors beside what all do. */
-static psoup_status check_method(psoup_context *context, psoup_merge_method method, int64_t out, int64_t in,
+psoup_status psoup__factors_check(psoup_context *context, psoup_merge_method method, int64_t out, int64_t in,
                                  const psoup_lora_factors *factors, const double *weights, size_t count,
                                  psoup_error *error) {
     if (method != PSOUP_MERGE_DELTA && method != PSOUP_MERGE_FACTORS && method != PSOUP_MERGE_SVD &&
@@ -262,47 +222,4 @@ static psoup_status check_method(psoup_context *context, psoup_merge_method meth
                                i, weights[i], (double)factors[i].scale);
     }
     return PSOUP_OK;
-}
-
-psoup_status psoup_merge_factors(psoup_context *context, psoup_merge_method method, float *a_out,
-                                 float *b_out, int32_t rank, int64_t out_features,
-                                 int64_t in_features, const psoup_lora_factors *factors,
-                                 const double *weights, size_t count, double *relative_error,
-                                 psoup_error *error) {
-    psoup_status status;
-    double lost = 0, *roots = NULL;
-    PSOUP__TRY(psoup__lora_check("psoup_merge_factors", context, out_features, in_features, factors,
-                                 weights, count, error));
-    PSOUP__TRY(check_method(context, method, out_features, in_features, factors, weights, count, error));
-    int32_t expected = psoup__merge_rank(method, rank, factors, count, error);
-    if (expected == 0)
-        return PSOUP_ERROR_ARGUMENT;
-    if (rank != expected || a_out == NULL || b_out == NULL)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_merge_factors: rank %d; expected %d, a_out and b_out", (int)rank,
-                           (int)expected);
-    int64_t total = 0;
-    for (size_t i = 0; i < count; i++)
-        total += weights[i] != 0 ? factors[i].rank : 0;
-    const bool adds = method == PSOUP_MERGE_FACTORS || method == PSOUP_MERGE_PEFT_LINEAR;
-    const bool is_svd = method == PSOUP_MERGE_SVD;
-    memset(a_out, 0, (size_t)rank * (size_t)in_features * sizeof *a_out);
-    memset(b_out, 0, (size_t)rank * (size_t)out_features * sizeof *b_out);
-    if (total > 0 && method == PSOUP_MERGE_DELTA)
-        concatenate(a_out, b_out, rank, out_features, in_features, factors, weights, count);
-    if (total > 0 && adds) {
-        if ((roots = psoup__alloc(context, count, sizeof *roots, error)) == NULL)
-            return PSOUP_ERROR_MEMORY;
-        add_factors(method, a_out, b_out, rank, out_features, in_features, factors, weights, count, roots);
-        psoup__free(context, roots);
-    }
-    if (total > 0 && (is_svd || (adds && relative_error != NULL)))
-        PSOUP__TRY(between_spans(context, method, is_svd ? a_out : NULL, is_svd ? b_out : NULL,
-                                 is_svd ? rank : 0, out_features, in_features, factors, weights, count,
-                                 total, &lost, error));
-    if (relative_error != NULL)
-        *relative_error = lost;
-    return PSOUP_OK;
-fail:
-    return status;
 }

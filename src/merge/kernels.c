@@ -177,3 +177,53 @@ bool PSOUP__NAME(psoup__merge_sum_run)(const psoup__sum_run *run) {
 #endif
     return !any_lane(outside);
 }
+
+/* ---- factors ------------------------------------------------------------------------------------ */
+
+enum { HALF = VECTOR / 2 };
+
+void PSOUP__NAME(psoup__merge_scatter)(float *out, size_t out_stride, const float *x, size_t rank,
+                                       size_t rows, double w, bool stream) {
+    stream &= (uintptr_t)out % 64 == 0 && out_stride % 16 == 0 && rank % 16 == 0; /* whole lines */
+    for (size_t i = 0; i < rows; i++, out += out_stride, x += rank) {
+        size_t k = 0;
+        for (size_t line = 0; line < rank; line += 16)
+            __builtin_prefetch(x + line + AHEAD / sizeof *x);
+        for (; k + HALF <= rank; k += HALF)
+            narrow(out + k, w * widen(x + k), stream);
+        for (; k < rank; k++)
+            out[k] = (float)(w * (double)x[k]);
+    }
+#if defined(__x86_64__)
+    if (stream)
+        _mm_sfence();
+#endif
+}
+
+void PSOUP__NAME(psoup__merge_add_double)(double *y, const float *x, double w, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __builtin_prefetch(x + i + AHEAD / sizeof *x);
+#pragma GCC unroll 8
+        for (size_t k = 0; k < 16; k += HALF) {
+            loose_doubles *at = (loose_doubles *)(y + i + k);
+            *at = *at + w * widen(x + i + k);
+        }
+    }
+    for (; i < n; i++)
+        y[i] += w * (double)x[i];
+}
+
+void PSOUP__NAME(psoup__merge_round_double)(float *out, const double *x, double scale, size_t n,
+                                            bool stream) {
+    size_t i = 0;
+    stream &= (uintptr_t)out % 64 == 0;
+    for (; i + HALF <= n; i += HALF)
+        narrow(out + i, scale * *(const loose_doubles *)(x + i), stream);
+    for (; i < n; i++)
+        out[i] = (float)(scale * x[i]);
+#if defined(__x86_64__)
+    if (stream)
+        _mm_sfence();
+#endif
+}

@@ -27,11 +27,25 @@ typedef struct psoup__sum_run {
     bool stream; /* past the caches */
 } psoup__sum_run;
 typedef bool (*psoup__merge_sum_fn)(const psoup__sum_run *run);
+/* Products and sums of factors, in f64, each rounded once; `stream` goes past the caches where the place
+ * allows it. scatter: rows [rows, rank] to rows out_stride apart, times w. */
+typedef void (*psoup__merge_scatter_fn)(float *out, size_t out_stride, const float *x, size_t rank,
+                                        size_t rows, double w, bool stream);
+typedef void (*psoup__merge_add_double_fn)(double *y, const float *x, double w, size_t n); /* y += w · x */
+typedef void (*psoup__merge_round_double_fn)(float *out, const double *x, double scale, size_t n,
+                                             bool stream);
 #define PSOUP__MERGE_DECLARE(variant)                                                              \
     void PSOUP__PASTE(psoup__merge_add, variant)(float *y, const float *x, float w, size_t n,      \
                                                  bool first);                                      \
     bool PSOUP__PASTE(psoup__merge_within, variant)(const float *x, float limit, size_t n);        \
-    bool PSOUP__PASTE(psoup__merge_sum_run, variant)(const psoup__sum_run *run);
+    bool PSOUP__PASTE(psoup__merge_sum_run, variant)(const psoup__sum_run *run);                   \
+    void PSOUP__PASTE(psoup__merge_scatter, variant)(float *out, size_t out_stride, const float *x, \
+                                                     size_t rank, size_t rows, double w,           \
+                                                     bool stream);                                 \
+    void PSOUP__PASTE(psoup__merge_add_double, variant)(double *y, const float *x, double w,       \
+                                                        size_t n);                                 \
+    void PSOUP__PASTE(psoup__merge_round_double, variant)(float *out, const double *x,             \
+                                                          double scale, size_t n, bool stream);
 PSOUP__MERGE_DECLARE(generic)
 PSOUP__MERGE_DECLARE(avx2)
 PSOUP__MERGE_DECLARE(avx512)
@@ -117,7 +131,19 @@ psoup_status psoup__lora_check(const char *who, const psoup_context *context, in
                                const psoup_lora_factors *factors, const double *weights, size_t count,
                                psoup_error *error);
 
-/* ---- factors.c -------------------------------------------------------------------------------- */
+/* ---- factors.c, reweight.c -------------------------------------------------------------------- */
+
+/* What a method asks of its factors beside what all do. */
+psoup_status psoup__factors_check(psoup_context *context, psoup_merge_method method, int64_t out, int64_t in,
+                                  const psoup_lora_factors *factors, const double *weights, size_t count,
+                                  psoup_error *error);
+/* PSOUP_MERGE_SVD into zeroed a and b, and the error of other methods (a and b NULL). total: the ranks of
+ * the factors in use together, at least 1. */
+psoup_status psoup__factors_between(psoup_context *context, psoup_merge_method method, float *a, float *b,
+                                    int64_t rank, int64_t out, int64_t in,
+                                    const psoup_lora_factors *factors, const double *weights,
+                                    size_t count, int64_t total, double *relative_error,
+                                    psoup_error *error);
 
 /* The rank that a method's result has; 0 when the method cannot be used, with *error set. */
 int32_t psoup__merge_rank(psoup_merge_method method, int32_t svd_rank,

@@ -146,4 +146,31 @@ INLINE void stream_as(char *to, vec x, vec y, psoup_dtype dtype) {
 #endif
 }
 
+/* Half a vector of floats as doubles. */
+typedef double doubles __attribute__((vector_size(4 * VECTOR)));
+typedef float half_vec __attribute__((vector_size(2 * VECTOR)));
+typedef double loose_doubles __attribute__((vector_size(4 * VECTOR), aligned(8), may_alias));
+typedef half_vec loose_half_vec __attribute__((aligned(4), may_alias));
+
+INLINE doubles widen(const float *from) {
+    return __builtin_convertvector(*(const loose_half_vec *)from, doubles);
+}
+
+/* Past the caches where `stream` is set and the machine can; `to` is then aligned to what is written. */
+INLINE void narrow(float *to, doubles x, bool stream) {
+    half_vec half = __builtin_convertvector(x, half_vec);
+#if defined(__AVX512F__)
+    if (stream) {
+        _mm256_stream_ps(to, (__m256)half);
+        return;
+    }
+#elif defined(__AVX2__)
+    if (stream) {
+        _mm_stream_ps(to, (__m128)half);
+        return;
+    }
+#endif
+    *(loose_half_vec *)to = half;
+}
+
 #endif
