@@ -35,7 +35,7 @@ START_TEST(refuses_what_cannot_be) {
                             .method = PSOUP_MERGE_SVD, .svd_rank = 2}, "only the method delta");
     expect_refusal((recipe){.sources = {A}, .weights = {1}, .dtype = -1, .method = PSOUP_MERGE_SVD},
                    "svd_rank 0");
-    expect_refusal((recipe){.sources = {A}, .weights = {1}, .dtype = -1, .method = 9}, "method 9");
+    expect_refusal((recipe){.sources = {A}, .weights = {1}, .dtype = -1, .method = 99}, "method 99");
     expect_refusal((recipe){.sources = {A}, .weights = {1}, .dtype = PSOUP_I8}, "dtype i8");
     expect_refusal((recipe){.sources = {A}, .weights = {NAN}, .dtype = -1}, "weight 0 is nan");
     expect_refusal((recipe){.sources = {"/nowhere"}, .weights = {1}, .dtype = -1}, "/nowhere");

@@ -15,7 +15,7 @@
 #ifndef PSOUP_MERGE_H
 #define PSOUP_MERGE_H
 
-#include "psoup/common.h"
+#include "psoup/data.h" /* psoup_named_tensor */
 
 #ifdef __cplusplus
 extern "C" {
@@ -51,17 +51,47 @@ typedef enum psoup_merge_peer {
     PSOUP_MERGE_PEFT = 2
 } psoup_merge_peer;
 
+/* What a result is written as. */
+typedef enum psoup_merge_format {
+    PSOUP_MERGE_AS_SOURCES = 0, /* adapters: a PEFT directory; else safetensors */
+    PSOUP_MERGE_GGUF = 1        /* one file, DIRECTORY then being its name: of a model, or of an adapter */
+} psoup_merge_format;
+
+/* The name of a method ("dare_ties"; borrowed, static; "?" for a value that is none), and back. */
+const char *psoup_merge_method_name(int32_t method);
+psoup_status psoup_merge_method_parse(const char *name, int32_t *out, psoup_error *error);
+
+/* Fields after progress_user are since 0.2. What the numbers mean is in docs/merging.md, by method. Each is
+ * the value where nothing more special was said with psoup_merger_set_parameter. */
 typedef struct psoup_merger_options {
     size_t size;
-    int32_t method;   /* psoup_merge_method; full models know only PSOUP_MERGE_DELTA, others are
-                       * refused */
+    int32_t method;   /* psoup_merge_method. The three of factors, and peft_linear, are of adapters;
+                       * PSOUP_MERGE_DELTA of full models is their weighted sum */
     int32_t svd_rank; /* for PSOUP_MERGE_SVD */
-    int32_t any_sum;  /* accept weights that do not sum to 1 within 1e-6 */
+    int32_t any_sum;  /* accept weights that do not sum to 1 within 1e-6; methods of task vectors, and
+                       * those that normalise, always do */
     int32_t dtype;    /* psoup_dtype of the output; −1: that of the base or first source */
-    psoup_progress_fn progress;
+    psoup_progress_fn progress; /* called from the thread that merges */
     void *progress_user;
+    int32_t peer;        /* psoup_merge_peer */
+    int32_t format;      /* psoup_merge_format */
+    uint64_t shard_size; /* most bytes of tensors in one safetensors file; 0: one file */
+    double density;      /* the part of a task vector that stays, 0 to 1 */
+    double gamma;        /* breadcrumbs: the part that is cut off as the largest */
+    double epsilon;      /* della: the half width of the densities around density */
+    double lambda;       /* multiplies the merged task vector */
+    double t;            /* slerp: 0 is the first, 1 the second; PSOUP_MERGE_UNSAID, which slerp refuses */
+    int32_t normalize;   /* 0, 1, or −1: as the peer has it */
+    int32_t rescale;     /* 0, 1, or −1: as the peer has it */
+    uint64_t seed;       /* of DARE and DELLA */
+    int32_t sha256;      /* put the SHA-256 of every source file into the certificate: reads them once more */
+    int32_t resume;      /* continue from the shards that a killed run of the same merge has finished, and
+                          * keep finished shards where this run fails */
 } psoup_merger_options;
-#define PSOUP_MERGER_OPTIONS_INIT {.size = sizeof(psoup_merger_options), .dtype = -1}
+#define PSOUP_MERGER_OPTIONS_INIT                                                                          \
+    {.size = sizeof(psoup_merger_options), .dtype = -1, .density = 1, .gamma = 0.01, .epsilon = 0.15,      \
+     .lambda = 1, .t = PSOUP_MERGE_UNSAID, .normalize = -1, .rescale = -1}
+#define PSOUP_MERGE_UNSAID (-1e308)
 
 typedef struct psoup_merger psoup_merger;
 
@@ -69,20 +99,67 @@ psoup_status psoup_merger_create(psoup_context *context, const psoup_merger_opti
                                  psoup_merger **out, psoup_error *error);
 void psoup_merger_free(psoup_merger *merger);
 
-/* Sets the base that adapters are folded into: a model directory or .safetensors file. With a base
- * and adapters the result is a full model; without a base, one adapter. */
+/* Sets the base: a model directory, .safetensors or .gguf file. With a base and adapters the result is a
+ * full model; without a base, one adapter. Methods of task vectors take the sources' differences from it. */
 psoup_status psoup_merger_set_base(psoup_merger *merger, const char *path, psoup_error *error);
-/* Adds a source and its weight: a PEFT directory, a model directory or .safetensors file. All sources
- * are of one kind. They stay mapped until the merger is freed. */
+/* Adds a source and its weight: a PEFT directory or GGUF adapter, a model directory, .safetensors or .gguf
+ * file. They stay mapped until the merger is freed. Adapters alone become one adapter, or with a base a
+ * full model. Beside full models an adapter stands for the base with its change, and the base must be set.
+ * "MODEL+ADAPTER" names a full model that is MODEL with the adapter folded in. */
 psoup_status psoup_merger_add(psoup_merger *merger, const char *path, double weight,
                               psoup_error *error);
-/* New weights for the sources in the order they were added; nothing is read again. */
+/* New weights for the sources in the order they were added; nothing is read or opened again. */
 psoup_status psoup_merger_set_weights(psoup_merger *merger, const double *weights, size_t n,
                                       psoup_error *error);
 
-/* Merges into a directory: model.safetensors with the config and tokenizer files of the base (or of
- * the first source), or a PEFT directory. */
+/* A parameter by its name in docs/merging.md ("weight", "density", "gamma", "epsilon", "lambda", "t",
+ * "normalize", "rescale", "scale", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise"), for one source (its
+ * number in the order added) or for all (−1). `filter` says for which tensors: NULL all; "re:" and an
+ * expression as PEFT's rank_pattern has them, which must match the end of the name from its beginning or
+ * after a dot; otherwise any tensor whose name contains it. n values are a gradient over the depth, as
+ * mergekit has it: the first layer has the first value, the last the last, those between are interpolated;
+ * tensors outside the layers have the first. What is said later goes before what was said earlier, a
+ * source's before that of all. Values are copied. */
+psoup_status psoup_merger_set_parameter(psoup_merger *merger, int64_t source, const char *parameter,
+                                        const char *filter, const double *values, size_t n,
+                                        psoup_error *error);
+
+/* Merges into a directory: model.safetensors (or shards and their index) with the config and tokenizer files
+ * of the base (or of the first model), or a PEFT directory; with PSOUP_MERGE_GGUF into a file. The
+ * certificate psoup-merge.json is written beside, or NAME.psoup-merge.json beside NAME.gguf. The result
+ * appears when it is whole: until then it grows in DIRECTORY.psoup-partial, or in DIRECTORY/.psoup-partial
+ * where the directory is there already. */
 psoup_status psoup_merger_write(psoup_merger *merger, const char *directory, psoup_error *error);
+
+/* Receives the results instead of files, in order, all from the thread that calls. Functions return 0, or
+ * anything else to stop (PSOUP_ERROR_CANCELLED). */
+typedef struct psoup_merge_sink {
+    size_t size;
+    void *user;
+    /* A tensor begins: row-major, little-endian; name and shape are borrowed for the call. */
+    int (*tensor)(void *user, const char *name, psoup_dtype dtype, int32_t rank, const int64_t *shape);
+    /* The next bytes of it, borrowed for the call; `offset` counts from its beginning. */
+    int (*write)(void *user, uint64_t offset, const void *data, size_t bytes);
+} psoup_merge_sink;
+#define PSOUP_MERGE_SINK_INIT {.size = sizeof(psoup_merge_sink)}
+psoup_status psoup_merger_run(psoup_merger *merger, const psoup_merge_sink *sink, psoup_error *error);
+
+/* A full model that the caller holds. Tensors are described once, under Hugging Face's names; data NULL
+ * means that `read` gives them. */
+typedef struct psoup_merge_tensors {
+    size_t size;
+    const char *name;                    /* of the source, for messages; copied */
+    const psoup_named_tensor *tensors; /* [n]; names and shapes are copied, data borrowed
+                                          * until the merger is freed */
+    size_t n;
+    /* Bytes offset … offset + bytes − 1 of tensor `index` into out; 0, or anything else for "cannot". Called
+     * from several threads at once, and more than once for the same bytes where a method needs it. */
+    int (*read)(void *user, size_t index, uint64_t offset, size_t bytes, void *out);
+    void *user;
+} psoup_merge_tensors;
+#define PSOUP_MERGE_TENSORS_INIT {.size = sizeof(psoup_merge_tensors)}
+psoup_status psoup_merger_add_tensors(psoup_merger *merger, const psoup_merge_tensors *source,
+                                      double weight, psoup_error *error);
 
 /* How good a lossy result is, after a run. */
 typedef struct psoup_merge_report {

@@ -20,6 +20,7 @@ size_t psoup__safetensors_count(const psoup__safetensors *file);
 const char *psoup__safetensors_name(const psoup__safetensors *file, size_t index);
 const psoup__tensor *psoup__safetensors_tensor(const psoup__safetensors *file, size_t index);
 const psoup_json *psoup__safetensors_metadata(const psoup__safetensors *file); /* or NULL */
+const char *psoup__safetensors_path(const psoup__safetensors *file); /* NULL when it was in memory */
 /* "F32", "BF16", …: the format's own names; NULL for a value that is no dtype. */
 const char *psoup__safetensors_dtype_name(psoup_dtype dtype);
 
@@ -51,8 +52,11 @@ size_t psoup__weights_count(const psoup__weights *weights);
 const char *psoup__weights_name(const psoup__weights *weights, size_t index);
 const psoup__tensor *psoup__weights_tensor(const psoup__weights *weights, size_t index);
 const psoup__tensor *psoup__weights_find(const psoup__weights *weights, const char *name);
+bool psoup__weights_index(const psoup__weights *weights, const char *name, size_t *index);
 const char *psoup__weights_path(const psoup__weights *weights); /* for messages */
 bool psoup__is_gguf(const char *path); /* by its name's ending; no directory */
+size_t psoup__weights_files(const psoup__weights *weights);
+const char *psoup__weights_file(const psoup__weights *weights, size_t index); /* its path */
 
 /* ---- hf.c: config.json ------------------------------------------------------------------------ */
 
@@ -130,6 +134,9 @@ typedef struct psoup__peft_output {
 /* Pairs whose scale differs from alpha/rank get rank_pattern and alpha_pattern entries. */
 psoup_status psoup__peft_write(psoup_context *context, const char *directory,
                                const psoup__peft_output *adapter, psoup_error *error);
+/* adapter_config.json alone, into a directory that is there. Of the pairs the module, rank and scale count. */
+psoup_status psoup__peft_write_config(psoup_context *context, const char *directory,
+                                      const psoup__peft_output *adapter, psoup_error *error);
 
 /* ---- gguf.c: GGUF files (llama.cpp's), mapped -------------------------------------------------------
  * Version 2 or 3, little-endian. Every count, length, offset, name and type is checked against the file

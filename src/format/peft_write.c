@@ -127,22 +127,28 @@ fail:
     return status;
 }
 
-psoup_status psoup__peft_write(psoup_context *context, const char *directory,
-                               const psoup__peft_output *adapter, psoup_error *error) {
+psoup_status psoup__peft_write_config(psoup_context *context, const char *directory,
+                                      const psoup__peft_output *adapter, psoup_error *error) {
     psoup_status status;
     psoup_json *config = NULL;
     char *path = psoup__path_join(context, directory, "adapter_config.json", error);
     if (path == NULL)
         return PSOUP_ERROR_MEMORY;
-    if ((config = config_json(adapter)) == NULL) {
+    if ((config = config_json(adapter)) == NULL)
         status = psoup__out_of_memory(error, 0);
-        goto fail;
-    }
-    PSOUP__TRY(psoup__make_directories(directory, error));
-    PSOUP__TRY(write_tensors(context, directory, adapter, error));
-    PSOUP__TRY(psoup_json_write(context, path, config, error));
-fail:
+    else
+        status = psoup_json_write(context, path, config, error);
     psoup_json_free(config);
     psoup__free(context, path);
+    return status;
+}
+
+psoup_status psoup__peft_write(psoup_context *context, const char *directory,
+                               const psoup__peft_output *adapter, psoup_error *error) {
+    psoup_status status;
+    PSOUP__TRY(psoup__make_directories(directory, error));
+    PSOUP__TRY(write_tensors(context, directory, adapter, error));
+    PSOUP__TRY(psoup__peft_write_config(context, directory, adapter, error));
+fail:
     return status;
 }

@@ -239,3 +239,7 @@ const psoup__tensor *psoup__safetensors_tensor(const psoup__safetensors *file, s
 const psoup_json *psoup__safetensors_metadata(const psoup__safetensors *file) {
     return file->metadata;
 }
+
+const char *psoup__safetensors_path(const psoup__safetensors *file) {
+    return file->file.path;
+}

@@ -282,3 +282,20 @@ const psoup__tensor *psoup__weights_find(const psoup__weights *weights, const ch
 const char *psoup__weights_path(const psoup__weights *weights) {
     return weights->path;
 }
+
+size_t psoup__weights_files(const psoup__weights *weights) {
+    return weights->gguf != NULL ? 1 : weights->n_files;
+}
+
+const char *psoup__weights_file(const psoup__weights *weights, size_t index) {
+    return weights->gguf != NULL ? psoup__gguf_path(weights->gguf)
+                                 : psoup__safetensors_path(weights->files[index]);
+}
+
+bool psoup__weights_index(const psoup__weights *weights, const char *name, size_t *index) {
+    int64_t found;
+    if (!psoup__map_get(weights->by_name, name, strlen(name), &found))
+        return false;
+    *index = (size_t)found;
+    return true;
+}

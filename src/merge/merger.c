@@ -1,9 +1,67 @@
-/* The merger's handle: what is merged with what weights. */
-#include "merge/merge.h"
+/* The merger's handle: what is merged, with what weights and parameters, and the run. */
+#include "merge/engine.h"
 
 #include <math.h>
 #include <string.h>
 #include <sys/stat.h>
+
+/* ---- names of methods -------------------------------------------------------------------------------- */
+
+static const char *const factor_methods[] = {[PSOUP_MERGE_DELTA] = "delta", [PSOUP_MERGE_FACTORS] = "factors",
+                                             [PSOUP_MERGE_SVD] = "svd",
+                                             [PSOUP_MERGE_PEFT_LINEAR] = "peft_linear"};
+
+const char *psoup_merge_method_name(int32_t method) {
+    const psoup__method *whole = psoup__method_of((psoup_merge_method)method);
+    if (whole != NULL)
+        return whole->name;
+    if (method < 0 || method > PSOUP_MERGE_PEFT_LINEAR || factor_methods[method] == NULL)
+        return "?";
+    return factor_methods[method];
+}
+
+psoup_status psoup_merge_method_parse(const char *name, int32_t *out, psoup_error *error) {
+    for (int32_t i = 0; name != NULL && i <= PSOUP_MERGE_PEFT_LINEAR; i++)
+        if (strcmp(name, psoup_merge_method_name(i)) == 0) {
+            *out = i;
+            return PSOUP_OK;
+        }
+    char known[512] = "";
+    for (int32_t i = 0; i <= PSOUP_MERGE_PEFT_LINEAR; i++) {
+        strncat(known, i > 0 ? ", " : "", sizeof known - strlen(known) - 1);
+        strncat(known, psoup_merge_method_name(i), sizeof known - strlen(known) - 1);
+    }
+    return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "method \"%.60s\": expected %s",
+                       name != NULL ? name : "", known);
+}
+
+/* ---- the handle ------------------------------------------------------------------------------------------ */
+
+static psoup_status check_options(const psoup_merger_options *o, psoup_error *error) {
+    if (strcmp(psoup_merge_method_name(o->method), "?") == 0)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_merger_options: method %d; expected a psoup_merge_method", (int)o->method);
+    if (o->method == PSOUP_MERGE_SVD && (o->svd_rank < 1 || o->svd_rank > 1 << 20))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_merger_options: svd_rank %d; expected 1 to %d", (int)o->svd_rank, 1 << 20);
+    bool known = o->dtype == -1 || o->dtype == PSOUP_F32 || o->dtype == PSOUP_F16 || o->dtype == PSOUP_BF16 ||
+                 o->dtype == PSOUP_F8_E4M3 || o->dtype == PSOUP_F8_E5M2 ||
+                 (o->dtype == PSOUP_Q8_0 && o->format == PSOUP_MERGE_GGUF);
+    if (!known)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_merger_options: dtype %s; expected f32, f16, bf16, f8_e4m3, f8_e5m2, or "
+                           "q8_0 in GGUF",
+                           psoup_dtype_name((psoup_dtype)o->dtype));
+    if (o->peer < PSOUP_MERGE_PAPER || o->peer > PSOUP_MERGE_PEFT || o->format < PSOUP_MERGE_AS_SOURCES ||
+        o->format > PSOUP_MERGE_AS_SOURCES)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_merger_options: peer %d, format %d",
+                           (int)o->peer, (int)o->format);
+    if (!isfinite(o->density) || !isfinite(o->gamma) || !isfinite(o->epsilon) || !isfinite(o->lambda) ||
+        !isfinite(o->t))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_merger_options: density, gamma, epsilon, lambda and t must be finite");
+    return PSOUP_OK;
+}
 
 psoup_status psoup_merger_create(psoup_context *context, const psoup_merger_options *options,
                                  psoup_merger **out, psoup_error *error) {
@@ -13,18 +71,7 @@ psoup_status psoup_merger_create(psoup_context *context, const psoup_merger_opti
     if (context == NULL)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_merger_create: no context");
     PSOUP__TRY(psoup__options(&checked, sizeof checked, options, "psoup_merger_options", error));
-    if (checked.method < PSOUP_MERGE_DELTA || checked.method > PSOUP_MERGE_SVD)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_merger_options: method %d; expected delta, factors or svd",
-                           (int)checked.method);
-    if (checked.method == PSOUP_MERGE_SVD && (checked.svd_rank < 1 || checked.svd_rank > 1 << 20))
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_merger_options: svd_rank %d; expected 1 to %d",
-                           (int)checked.svd_rank, 1 << 20);
-    if (checked.dtype < -1 || checked.dtype > PSOUP_BF16)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_merger_options: dtype %s; expected f32, f16 or bf16",
-                           psoup_dtype_name((psoup_dtype)checked.dtype));
+    PSOUP__TRY(check_options(&checked, error));
     psoup_merger *merger = psoup__alloc(context, 1, sizeof *merger, error);
     if (merger == NULL)
         return PSOUP_ERROR_MEMORY;
@@ -39,122 +86,124 @@ fail:
 void psoup_merger_free(psoup_merger *merger) {
     if (merger == NULL)
         return;
-    for (size_t i = 0; i < merger->n; i++) {
-        psoup__weights_free(merger->sources[i].model);
-        psoup__peft_free(merger->sources[i].adapter);
+    psoup_context *context = merger->context;
+    for (size_t i = 0; i < merger->n; i++)
+        psoup__source_free(context, &merger->sources[i]);
+    psoup__source_free(context, &merger->base);
+    for (size_t i = 0; i < merger->n_slices; i++) {
+        psoup__slice *slice = &merger->slices[i];
+        for (size_t j = 0; j < slice->n; j++)
+            psoup__settings_free(context, &slice->parts[j].settings);
+        psoup__settings_free(context, &slice->settings);
+        psoup__free(context, slice->parts);
     }
-    psoup__weights_free(merger->base);
-    psoup__free(merger->context, merger->sources);
-    psoup__free(merger->context, merger->weights);
-    psoup__free(merger->context, merger);
+    psoup__settings_free(context, &merger->settings);
+    psoup_json_free(merger->expected);
+    psoup__free(context, merger->slices);
+    psoup__free(context, merger->sources);
+    psoup__free(context, merger->weights);
+    psoup__free(context, merger->sidecars);
+    psoup__free(context, merger->chat_template);
+    psoup__free(context, merger);
+}
+
+psoup__merge_source *psoup__merger_source(psoup_merger *merger, size_t index) {
+    return index == PSOUP__NONE ? &merger->base : &merger->sources[index];
 }
 
 psoup_status psoup_merger_set_base(psoup_merger *merger, const char *path, psoup_error *error) {
-    psoup__weights *base;
-    psoup_status status = psoup__weights_open(merger->context, path, "model", &base, error);
+    psoup__merge_source base;
+    psoup_status status = psoup__source_open(merger->context, path, true, &base, error);
     if (status != PSOUP_OK)
         return status;
-    psoup__weights_free(merger->base);
+    psoup__source_free(merger->context, &merger->base);
     merger->base = base;
+    merger->has_base = true;
     return PSOUP_OK;
 }
 
-static bool same_shape(const psoup__tensor *a, const psoup__tensor *b) {
-    return a->rank == b->rank &&
-           memcmp(a->shape, b->shape, (size_t)a->rank * sizeof *a->shape) == 0;
-}
-
-/* Full models are summed tensor by tensor: the same names, the same shapes. A head that is tied in one
- * and not in the other shows as a missing name. */
-static psoup_status check_models_agree(const psoup__weights *first, const psoup__weights *other,
-                                       psoup_error *error) {
-    const psoup__weights *sides[2][2] = {{first, other}, {other, first}};
-    for (int side = 0; side < 2; side++)
-        for (size_t i = 0; i < psoup__weights_count(sides[side][0]); i++) {
-            const char *name = psoup__weights_name(sides[side][0], i);
-            const psoup__tensor *a = psoup__weights_tensor(sides[side][0], i);
-            const psoup__tensor *b = psoup__weights_find(sides[side][1], name);
-            if (b == NULL)
-                return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                                   "%s: has no tensor %.200s, which %s has",
-                                   psoup__weights_path(sides[side][1]), name,
-                                   psoup__weights_path(sides[side][0]));
-            if (!same_shape(a, b))
-                return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                                   "%s: tensor %.200s has another shape than in %s",
-                                   psoup__weights_path(other), name, psoup__weights_path(first));
-        }
-    return PSOUP_OK;
-}
-
-static psoup_status open_source(psoup_context *context, const char *path,
-                                psoup__merge_source *source, psoup_error *error) {
-    char *config = psoup__path_join(context, path, "adapter_config.json", error);
-    if (config == NULL)
-        return PSOUP_ERROR_MEMORY;
-    bool adapter = psoup__file_exists(config);
-    psoup__free(context, config);
-    if (adapter) {
-        psoup_status status = psoup__peft_open(context, path, &source->adapter, error);
-        if (status == PSOUP_OK)
-            source->path = source->adapter->path;
-        return status;
-    }
-    psoup_status status = psoup__weights_open(context, path, "model", &source->model, error);
-    if (status != PSOUP_OK)
-        return status;
-    source->path = psoup__weights_path(source->model);
-    for (size_t i = 0; i < psoup__weights_count(source->model); i++)
-        if (strstr(psoup__weights_name(source->model, i), ".lora_A.") != NULL)
-            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                               "%s: holds an adapter; expected its directory, with "
-                               "adapter_config.json",
-                               path);
-    return PSOUP_OK;
-}
-
-psoup_status psoup_merger_add(psoup_merger *merger, const char *path, double weight,
-                              psoup_error *error) {
+/* Takes the source in any case. */
+static psoup_status add_source(psoup_merger *merger, psoup__merge_source *source, double weight,
+                               psoup_error *error) {
     psoup_status status;
-    psoup_context *context = merger->context;
-    psoup__merge_source source = {0};
-    PSOUP__TRY(psoup__merge_check_weights(&weight, 1, true, error));
-    PSOUP__TRY(psoup__reserve(context, &merger->sources, &merger->sources_capacity, merger->n + 1,
+    PSOUP__TRY(psoup__reserve(merger->context, &merger->sources, &merger->sources_capacity, merger->n + 1,
                               sizeof *merger->sources, error));
-    PSOUP__TRY(psoup__reserve(context, &merger->weights, &merger->weights_capacity, merger->n + 1,
+    PSOUP__TRY(psoup__reserve(merger->context, &merger->weights, &merger->weights_capacity, merger->n + 1,
                               sizeof *merger->weights, error));
-    PSOUP__TRY(open_source(context, path, &source, error));
-    if (merger->n > 0) {
-        const psoup__merge_source *first = &merger->sources[0];
-        if ((first->adapter != NULL) != (source.adapter != NULL)) {
-            status = psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                                 "%s is %s and %s %s; expected sources of one kind", path,
-                                 source.adapter != NULL ? "an adapter" : "a model", first->path,
-                                 first->adapter != NULL ? "an adapter" : "a model");
-            goto fail;
-        }
-        if (source.model != NULL)
-            PSOUP__TRY(check_models_agree(first->model, source.model, error));
-    }
-    merger->sources[merger->n] = source;
+    merger->sources[merger->n] = *source;
     merger->weights[merger->n++] = weight;
     return PSOUP_OK;
 fail:
-    psoup__weights_free(source.model);
-    psoup__peft_free(source.adapter);
+    psoup__source_free(merger->context, source);
+    return status;
+}
+
+psoup_status psoup_merger_add(psoup_merger *merger, const char *path, double weight, psoup_error *error) {
+    psoup_status status;
+    psoup__merge_source source;
+    PSOUP__TRY(psoup__merge_check_weights(&weight, 1, true, error));
+    PSOUP__TRY(psoup__source_open(merger->context, path, false, &source, error));
+    PSOUP__TRY(add_source(merger, &source, weight, error));
+fail:
+    return status;
+}
+
+psoup_status psoup_merger_add_tensors(psoup_merger *merger, const psoup_merge_tensors *tensors,
+                                      double weight, psoup_error *error) {
+    psoup_status status;
+    psoup__merge_source source;
+    PSOUP__TRY(psoup__merge_check_weights(&weight, 1, true, error));
+    PSOUP__TRY(psoup__source_hold(merger->context, tensors, &source, error));
+    PSOUP__TRY(add_source(merger, &source, weight, error));
+fail:
     return status;
 }
 
 psoup_status psoup_merger_set_weights(psoup_merger *merger, const double *weights, size_t n,
                                       psoup_error *error) {
     if (n != merger->n)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%zu weights for %zu sources", n,
-                           merger->n);
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%zu weights for %zu sources", n, merger->n);
+    bool sums = merger->options.method <= PSOUP_MERGE_SVD || merger->options.method == PSOUP_MERGE_PEFT_LINEAR;
     psoup_status status =
-        psoup__merge_check_weights(weights, n, merger->options.any_sum, error);
+        psoup__merge_check_weights(weights, n, merger->options.any_sum || !sums, error);
     if (status == PSOUP_OK && n > 0)
         memcpy(merger->weights, weights, n * sizeof *weights);
     return status;
+}
+
+psoup_status psoup_merger_set_parameter(psoup_merger *merger, int64_t source, const char *parameter,
+                                        const char *filter, const double *values, size_t n,
+                                        psoup_error *error) {
+    psoup__parameter which = psoup__parameter_named(parameter != NULL ? parameter : "");
+    if (which == PSOUP__PARAMETERS)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "parameter \"%.60s\": expected weight, density, gamma, epsilon, scale, lambda, t, "
+                           "normalize, rescale, vote, nuslerp_flatten, nuslerp_row_wise or filter_wise",
+                           parameter != NULL ? parameter : "");
+    if (source < -1 || source >= (int64_t)merger->n)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "parameter %s: source %lld of %zu", parameter,
+                           (long long)source, merger->n);
+    if (source >= 0 && which > PSOUP__SCALE)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "parameter %s is not of one source", parameter);
+    if (n == 0 || n > 1 << 20 || values == NULL)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "parameter %s: expected values", parameter);
+    for (size_t i = 0; i < n; i++)
+        if (!isfinite(values[i]))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "parameter %s is %g; expected a finite number",
+                               parameter, values[i]);
+    return psoup__settings_add(merger->context,
+                               source < 0 ? &merger->settings : &merger->sources[source].settings, which,
+                               filter, values, n, true, error);
+}
+
+/* ---- running --------------------------------------------------------------------------------------------- */
+
+psoup_status psoup__merge_progress(psoup_merger *merger, size_t done, size_t total, psoup_error *error) {
+    const psoup_merger_options *options = &merger->options;
+    if (options->progress == NULL ||
+        options->progress(options->progress_user, "merge", (int64_t)done, (int64_t)total) == 0)
+        return PSOUP_OK;
+    return psoup__fail(error, PSOUP_ERROR_CANCELLED, "merging was cancelled after %zu of %zu", done, total);
 }
 
 /* Whether two names are one file or directory. */
@@ -163,52 +212,69 @@ static bool same_place(const char *a, const char *b) {
     return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
-psoup_status psoup_merger_write(psoup_merger *merger, const char *directory, psoup_error *error) {
-    psoup_status status;
-    if (merger->n == 0)
-        return psoup__fail(error, PSOUP_ERROR_STATE, "nothing to merge: no source was added");
-    bool adapters = merger->sources[0].adapter != NULL;
-    if (!adapters && merger->base != NULL)
-        return psoup__fail(error, PSOUP_ERROR_STATE,
-                           "%s is a full model; a base goes with adapters", merger->sources[0].path);
-    if (!adapters && merger->options.method != PSOUP_MERGE_DELTA)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "%s is a full model, which only the method delta merges",
-                           merger->sources[0].path);
-    PSOUP__TRY(psoup__merge_check_weights(merger->weights, merger->n, merger->options.any_sum,
-                                          error));
-    PSOUP__TRY(psoup__make_directories(directory, error));
+static psoup_status check_place(psoup_merger *merger, const char *directory, psoup_error *error) {
     for (size_t i = 0; i <= merger->n; i++) {
-        const char *path = i < merger->n ? merger->sources[i].path
-                           : merger->base != NULL ? psoup__weights_path(merger->base) : NULL;
-        if (path != NULL && same_place(path, directory))
-            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                               "%s: is a source; expected another directory for the result",
-                               directory);
+        const psoup__merge_source *source = i < merger->n ? &merger->sources[i] : &merger->base;
+        const char *paths[2] = {source->model != NULL ? psoup__weights_path(source->model) : NULL,
+                                source->adapter != NULL ? source->adapter->path : NULL};
+        for (int j = 0; j < 2; j++)
+            if (paths[j] != NULL && same_place(paths[j], directory))
+                return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                                   "%s: is a source; expected another place for the result", directory);
     }
+    return PSOUP_OK;
+}
+
+/* Into a directory, or where that is NULL into a sink. */
+static psoup_status run(psoup_merger *merger, const char *directory, const psoup_merge_sink *sink,
+                        psoup_error *error) {
+    psoup_status status;
+    psoup__plan plan = {0};
+    psoup__certificate certificate = {0};
+    psoup__output *output = NULL;
     merger->ran = false;
     merger->report = (psoup_merge_report){.size = sizeof merger->report};
     merger->error_sum = 0;
     merger->errors = 0;
-    if (adapters && merger->base == NULL)
-        PSOUP__TRY(psoup__merge_adapters(merger, directory, error));
+    PSOUP__TRY(psoup__plan_make(merger, &plan, error));
+    if (directory != NULL)
+        PSOUP__TRY(check_place(merger, directory, error));
+    PSOUP__TRY(psoup__certificate_create(&plan, &certificate, error));
+    if (directory != NULL)
+        PSOUP__TRY(psoup__output_directory(&plan, directory, &output, error));
     else
-        PSOUP__TRY(psoup__merge_models(merger, directory, error));
+        PSOUP__TRY(psoup__output_sink(&plan, sink, &output, error));
+    output->made = &certificate;
+    PSOUP__TRY(output->kind->begin(output, error));
+    PSOUP__TRY(psoup__run(&plan, &certificate, output, error));
+    PSOUP__TRY(output->kind->commit(output, "", error));
+    merger->report.tensors = plan.n;
     if (merger->errors > 0)
         merger->report.mean_error = merger->error_sum / (double)merger->errors;
     merger->ran = true;
-    return PSOUP_OK;
 fail:
+    if (output != NULL)
+        output->kind->free(output);
+    psoup__certificate_free(&certificate);
+    psoup__plan_free(&plan);
     return status;
 }
 
-psoup_status psoup_merger_report(const psoup_merger *merger, psoup_merge_report *out,
-                                 psoup_error *error) {
+psoup_status psoup_merger_write(psoup_merger *merger, const char *directory, psoup_error *error) {
+    if (directory == NULL || *directory == '\0')
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_merger_write: no place for the result");
+    return run(merger, directory, NULL, error);
+}
+
+psoup_status psoup_merger_run(psoup_merger *merger, const psoup_merge_sink *sink, psoup_error *error) {
+    return run(merger, NULL, sink, error);
+}
+
+psoup_status psoup_merger_report(const psoup_merger *merger, psoup_merge_report *out, psoup_error *error) {
     size_t size = out->size;
     if (size < sizeof size)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_merge_report: size %zu; expected sizeof(psoup_merge_report)",
-                           size);
+                           "psoup_merge_report: size %zu; expected sizeof(psoup_merge_report)", size);
     if (!merger->ran)
         return psoup__fail(error, PSOUP_ERROR_STATE, "nothing was merged yet");
     memset(out, 0, size);

@@ -23,8 +23,8 @@ const psoup__method_kernels *psoup__method_kernels_of(const psoup_context *conte
 const float *psoup__method_view(const psoup__method_job *job, const psoup__merge_input *input, size_t at,
                                 size_t n, float *buffer) {
     const psoup__tensor *tensor = input->tensor;
-    if (tensor != NULL && input->n_factors == 0 && tensor->dtype == PSOUP_F32 && tensor->heads == 0 &&
-        (uintptr_t)tensor->data % sizeof(float) == 0)
+    if (tensor != NULL && tensor->data != NULL && input->n_factors == 0 && tensor->heads == 0 &&
+        tensor->dtype == PSOUP_F32 && (uintptr_t)tensor->data % sizeof(float) == 0)
         return (const float *)tensor->data + at;
     psoup__merge_read(job->context, input, at, n, buffer);
     return buffer;
@@ -34,9 +34,10 @@ void psoup__method_delta(const psoup__method_job *job, size_t i, size_t at, size
                          float *out) {
     psoup__merge_input input = job->inputs[i];
     if (base != NULL && input.tensor != NULL && job->base->tensor != NULL && job->base->n_factors == 0 &&
-        input.tensor->data == job->base->tensor->data &&
-        input.tensor->dtype == job->base->tensor->dtype &&
-        input.tensor->heads == job->base->tensor->heads) {
+        (input.tensor == job->base->tensor ||
+         (input.tensor->data != NULL && input.tensor->data == job->base->tensor->data &&
+          input.tensor->dtype == job->base->tensor->dtype &&
+          input.tensor->heads == job->base->tensor->heads))) {
         input.tensor = NULL;
         base = NULL;
     }

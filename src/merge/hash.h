@@ -1,0 +1,19 @@
+/* src/merge/hash.h: fingerprints of what goes in and comes out. */
+#ifndef PSOUP__MERGE_HASH_H
+#define PSOUP__MERGE_HASH_H
+
+#include "base/base.h"
+
+enum { PSOUP__HASH_TEXT = 33, PSOUP__SHA256_TEXT = 65 }; /* hexadecimal digits and a NUL */
+
+/* XXH3-128, in order; freed by psoup__free. hash.c is the one file that knows libxxhash. */
+typedef struct psoup__hash psoup__hash;
+psoup__hash *psoup__hash_create(psoup_context *context, psoup_error *error);
+void psoup__hash_update(psoup__hash *hash, const void *data, size_t bytes);
+void psoup__hash_text(const psoup__hash *hash, char out[PSOUP__HASH_TEXT]); /* as xxhsum -H2 prints it */
+
+/* SHA-256 of a file. sha256.c is the one file that knows libmd. */
+psoup_status psoup__sha256_file(psoup_context *context, const char *path, char out[PSOUP__SHA256_TEXT],
+                                psoup_error *error);
+
+#endif

@@ -1,0 +1,271 @@
+/* The executor. A window of blocks, of one tensor or of several, is made in parallel while the window before
+ * it is hashed and written; so no tensor is ever whole in memory, and results come in order. */
+#include "merge/engine.h"
+
+#include <string.h>
+
+enum {
+    WINDOW_BLOCKS = 64,
+    WINDOW_BYTES = 8 << 20 /* of results; what was read for them is then still in the last cache */
+};
+
+typedef struct block {
+    psoup__work *work;
+    size_t at, n;
+    size_t place, bytes; /* in the window's memory */
+} block;
+
+typedef struct window {
+    block blocks[WINDOW_BLOCKS];
+    size_t n, bytes;
+    unsigned char *memory; /* [capacity] */
+    size_t capacity;
+} window;
+
+typedef struct run {
+    const psoup__plan *plan;
+    psoup__certificate *certificate;
+    psoup__output *output;
+    window windows[2];
+    window *next, *last; /* being made; made, being hashed and written */
+    psoup__work *current; /* the result that the next window begins with, or NULL */
+    psoup__work *pair_a;  /* whose b is to come */
+    psoup__work *open;    /* list of works */
+    size_t opened;        /* results */
+    float *scratch; /* [workers, scratch_size] */
+    size_t scratch_size;
+    struct hashing {
+        psoup__work *work;
+        psoup__stream *stream;
+    } *hashing; /* [n_hashing] streams of the last window */
+    size_t n_hashing, hashing_capacity;
+    psoup_status written; /* what writing the last window came to */
+    psoup_error write_error;
+} run;
+
+/* ---- a window: what is made next ---------------------------------------------------------------------- */
+
+static psoup_status open_next(run *r, psoup_error *error) {
+    psoup_status status;
+    psoup__work *work = NULL;
+    while (r->opened < r->plan->n && r->output->there != NULL && r->output->there[r->opened])
+        r->opened++;
+    if (r->opened == r->plan->n)
+        return PSOUP_OK;
+    bool b = r->plan->results[r->opened].kind == PSOUP__PAIR_B;
+    PSOUP__TRY(psoup__work_open(r->plan, r->opened, r->certificate, b ? r->pair_a : NULL, &work, error));
+    r->opened++;
+    r->current = work;
+    work->next = r->open;
+    r->open = work;
+    if (work->result->kind == PSOUP__PAIR_A)
+        r->pair_a = work;
+    size_t need = psoup__work_scratch(work);
+    if (need > r->scratch_size) {
+        size_t floats;
+        psoup_context *context = r->plan->merger->context;
+        if (!psoup__multiply(need, (size_t)psoup_context_threads(context), &floats))
+            return psoup__out_of_memory(error, SIZE_MAX);
+        psoup__free(context, r->scratch);
+        r->scratch_size = 0;
+        if ((r->scratch = psoup__alloc(context, floats, sizeof *r->scratch, error)) == NULL)
+            return PSOUP_ERROR_MEMORY;
+        r->scratch_size = need;
+    }
+fail:
+    return status;
+}
+
+static psoup_status fill(run *r, psoup_error *error) {
+    psoup_status status;
+    window *w = r->next;
+    w->n = w->bytes = 0;
+    while (w->n < WINDOW_BLOCKS && (w->n == 0 || w->bytes < WINDOW_BYTES)) {
+        if (r->current == NULL)
+            PSOUP__TRY(open_next(r, error));
+        psoup__work *work = r->current;
+        if (work == NULL)
+            break;
+        size_t left = work->result->n - work->planned;
+        block *b = &w->blocks[w->n];
+        *b = (block){.work = work, .at = work->planned, .n = left < work->block ? left : work->block,
+                     .place = (w->bytes + 63) / 64 * 64};
+        psoup__dtype_bytes(work->result->dtype, b->n, &b->bytes);
+        /* a block of another result that makes the window much larger begins the next one */
+        if (w->n > 0 && b->bytes > 2 * (size_t)WINDOW_BYTES)
+            break;
+        w->n++;
+        w->bytes = b->place + b->bytes;
+        work->planned += b->n;
+        if (work->planned == work->result->n)
+            r->current = NULL;
+    }
+    if (w->bytes > w->capacity) {
+        psoup_context *context = r->plan->merger->context;
+        size_t capacity = w->bytes < WINDOW_BYTES + WINDOW_BYTES / 2 ? WINDOW_BYTES + WINDOW_BYTES / 2
+                                                                     : w->bytes;
+        psoup__free(context, w->memory);
+        w->capacity = 0;
+        if ((w->memory = psoup__alloc(context, capacity, 1, error)) == NULL)
+            return PSOUP_ERROR_MEMORY;
+        w->capacity = capacity;
+    }
+    return PSOUP_OK;
+fail:
+    return status;
+}
+
+/* ---- a round ------------------------------------------------------------------------------------------------ */
+
+/* The last window into the output, in order. */
+static void write_last(run *r) {
+    const window *w = r->last;
+    psoup__output *output = r->output;
+    for (size_t i = 0; i < w->n && r->written == PSOUP_OK; i++) {
+        const block *b = &w->blocks[i];
+        psoup__work *work = b->work;
+        if (b->at == 0)
+            r->written = output->kind->tensor(output, work->index, &r->write_error);
+        if (r->written == PSOUP_OK && b->bytes > 0)
+            r->written = output->kind->write(output, work->index, w->memory + b->place, b->bytes,
+                                             &r->write_error);
+        if (r->written == PSOUP_OK && b->at + b->n == work->result->n)
+            r->written = output->kind->finish(output, work->index, &r->write_error);
+        work->written += b->n;
+    }
+}
+
+static void hash_stream(run *r, size_t i) {
+    const struct hashing *h = &r->hashing[i];
+    for (size_t j = 0; j < r->last->n; j++) {
+        const block *b = &r->last->blocks[j];
+        if (b->work == h->work)
+            psoup__stream_update(h->work, h->stream, b->at, b->n, r->last->memory + b->place);
+    }
+}
+
+static void do_task(void *arg, size_t task, int worker) {
+    run *r = arg;
+    size_t writes = r->output->kind->any_thread && r->last->n > 0;
+    if (task < writes) {
+        write_last(r);
+    } else if ((task -= writes) < r->n_hashing) {
+        hash_stream(r, task);
+    } else {
+        const block *b = &r->next->blocks[task - r->n_hashing];
+        psoup__work_block(b->work, b->at, b->n, r->next->memory + b->place,
+                          r->scratch + (size_t)worker * r->scratch_size, worker);
+    }
+}
+
+static psoup_status list_streams(run *r, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    r->n_hashing = 0;
+    for (size_t i = 0; i < r->last->n; i++) {
+        psoup__work *work = r->last->blocks[i].work;
+        if (i > 0 && r->last->blocks[i - 1].work == work)
+            continue;
+        PSOUP__TRY(psoup__reserve(r->plan->merger->context, &r->hashing, &r->hashing_capacity,
+                                  r->n_hashing + work->n_streams, sizeof *r->hashing, error));
+        for (size_t j = 0; j < work->n_streams; j++)
+            r->hashing[r->n_hashing++] = (struct hashing){work, &work->streams[j]};
+    }
+fail:
+    return status;
+}
+
+static psoup_status check_sources(const psoup__plan *plan, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup_merger *merger = plan->merger;
+    for (size_t i = 0; i <= merger->n && status == PSOUP_OK; i++) {
+        const psoup__merge_source *source = i < merger->n ? &merger->sources[i] : &merger->base;
+        status = psoup__source_check(source, error);
+        if (status == PSOUP_OK && source->pull_failed != NULL && *source->pull_failed)
+            status = psoup__fail(error, PSOUP_ERROR_IO, "%s: its read function could not give a tensor's "
+                                                        "bytes", source->path);
+    }
+    return status;
+}
+
+static psoup_status check_blocks(const run *r, psoup_error *error) {
+    for (size_t i = 0; i < r->next->n; i++)
+        if (r->next->blocks[i].work->bad)
+            return psoup__work_blame(r->next->blocks[i].work, error);
+    return PSOUP_OK;
+}
+
+static void close_work(run *r, psoup__work *work) {
+    psoup__work **at = &r->open;
+    while (*at != work)
+        at = &(*at)->next;
+    *at = work->next;
+    psoup__work_free(work);
+}
+
+/* Frees what the last window finished, and tells of it. A pair's a stays for its b. */
+static psoup_status close_last(run *r, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t i = 0; i < r->last->n && status == PSOUP_OK; i++) {
+        const block *b = &r->last->blocks[i];
+        psoup__work *work = b->work;
+        if (b->at + b->n < work->result->n)
+            continue;
+        status = psoup__merge_progress(r->plan->merger, work->index + 1, r->plan->n, error);
+        if (work->pair != NULL)
+            close_work(r, work->pair);
+        if (work->result->kind != PSOUP__PAIR_A)
+            close_work(r, work);
+    }
+    r->last->n = 0;
+    return status;
+}
+
+static psoup_status do_round(run *r, psoup_error *error) {
+    psoup_status status;
+    psoup_context *context = r->plan->merger->context;
+    PSOUP__TRY(check_sources(r->plan, error));
+    PSOUP__TRY(list_streams(r, error));
+    size_t tasks = r->n_hashing + r->next->n;
+    if (r->output->kind->any_thread)
+        tasks += r->last->n > 0;
+    else
+        write_last(r);
+    psoup__parallel(context, tasks, do_task, r);
+    PSOUP__TRY(check_sources(r->plan, error));
+    if (r->written != PSOUP_OK)
+        return psoup__fail(error, r->written, "%s", r->write_error.message);
+    PSOUP__TRY(check_blocks(r, error));
+    PSOUP__TRY(close_last(r, error));
+fail:
+    return status;
+}
+
+psoup_status psoup__run(const psoup__plan *plan, psoup__certificate *certificate, psoup__output *output,
+                        psoup_error *error) {
+    psoup_status status;
+    psoup_context *context = plan->merger->context;
+    run *r = psoup__alloc(context, 1, sizeof *r, error);
+    if (r == NULL)
+        return PSOUP_ERROR_MEMORY;
+    r->plan = plan;
+    r->certificate = certificate;
+    r->output = output;
+    r->next = &r->windows[0];
+    r->last = &r->windows[1];
+    do {
+        PSOUP__TRY(fill(r, error));
+        PSOUP__TRY(do_round(r, error));
+        window *made = r->next;
+        r->next = r->last;
+        r->last = made;
+    } while (r->last->n > 0);
+fail:
+    while (r->open != NULL)
+        close_work(r, r->open);
+    psoup__free(context, r->windows[0].memory);
+    psoup__free(context, r->windows[1].memory);
+    psoup__free(context, r->scratch);
+    psoup__free(context, r->hashing);
+    psoup__free(context, r);
+    return status;
+}

@@ -1,0 +1,445 @@
+/* One result in the making: its inputs opened, its blocks made, its fingerprints taken. */
+#include "merge/engine.h"
+
+#include <string.h>
+
+enum {
+    SUM_BLOCK = 1 << 17,     /* elements: two tasks' worth of psoup__sum */
+    MADE_BLOCK = 1 << 18,    /* elements at most; fewer where a method needs much scratch: */
+    SCRATCH_BYTES = 64 << 20 /* of all workers together, but for rows that are longer */
+};
+
+/* ---- factors ------------------------------------------------------------------------------------------ */
+
+static psoup_status check_factor(const psoup__work *work, const psoup__plan_part *part, char which,
+                                 const float *x, size_t n, psoup_error *error) {
+    if (psoup__merge_finite(work->merger->context, x, n, PSOUP_F32))
+        return PSOUP_OK;
+    return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %.200s.lora_%c holds a NaN or infinity",
+                       work->merger->sources[part->source].path, part->pair->module, which);
+}
+
+static size_t elements(const psoup__tensor *tensor) {
+    size_t n = 0;
+    psoup__tensor_elements(tensor, &n);
+    return n;
+}
+
+static bool is_f32(const psoup__tensor *tensor) {
+    return tensor->dtype == PSOUP_F32 && tensor->heads == 0 &&
+           (uintptr_t)tensor->data % sizeof(float) == 0;
+}
+
+/* Points at the numbers where they are f32, reads them into *at otherwise. */
+static psoup_status load_factor(const psoup__work *work, const psoup__plan_part *part, char which,
+                                float **at, const float **out, psoup_error *error) {
+    const psoup__tensor *tensor = which == 'A' ? &part->pair->a : &part->pair->b;
+    size_t n = elements(tensor);
+    if (is_f32(tensor)) {
+        *out = tensor->data;
+    } else {
+        psoup__tensor_read(work->merger->context, tensor, 0, n, *at);
+        *out = *at;
+        *at += n;
+    }
+    return check_factor(work, part, which, *out, n, error);
+}
+
+/* Those of weight 0 keep their rank and are not read. */
+static psoup_status load_factors(psoup__work *work, const psoup__plan_part *parts, size_t n,
+                                 psoup_error *error) {
+    psoup_status status;
+    psoup_context *context = work->merger->context;
+    size_t need = 0;
+    for (size_t i = 0; i < n; i++) {
+        const psoup__tensor *two[2] = {&parts[i].pair->a, &parts[i].pair->b};
+        for (int j = 0; j < 2; j++)
+            if (parts[i].weight != 0 && !is_f32(two[j]) && !psoup__add(need, elements(two[j]), &need))
+                return psoup__out_of_memory(error, SIZE_MAX);
+    }
+    status = PSOUP_ERROR_MEMORY;
+    if ((work->factors = psoup__alloc(context, n, sizeof *work->factors, error)) == NULL ||
+        (work->weights = psoup__alloc(context, n, sizeof *work->weights, error)) == NULL ||
+        (work->memory = psoup__alloc(context, need, sizeof *work->memory, error)) == NULL)
+        goto fail;
+    float *at = work->memory;
+    for (size_t i = 0; i < n; i++) {
+        psoup_lora_factors *f = &work->factors[i];
+        *f = (psoup_lora_factors){.rank = parts[i].pair->rank, .scale = parts[i].pair->scale};
+        work->weights[i] = parts[i].weight;
+        if (parts[i].weight == 0)
+            continue;
+        PSOUP__TRY(load_factor(work, &parts[i], 'A', &at, &f->a, error));
+        PSOUP__TRY(load_factor(work, &parts[i], 'B', &at, &f->b, error));
+    }
+    return PSOUP_OK;
+fail:
+    return status;
+}
+
+/* All factors into one pair of scale 1. Keeps the error for the report. */
+static psoup_status merge_factors(psoup__work *work, size_t n, double *lost, psoup_error *error) {
+    psoup_status status;
+    psoup_merger *merger = work->merger;
+    psoup_merge_method method = (psoup_merge_method)merger->options.method;
+    psoup_merge_report *report = &merger->report;
+    psoup_error inner = {0};
+    const psoup__peft_pair *like = work->plan->parts[work->plan->inputs[work->result->input].part].pair;
+    int64_t out = like->b.shape[0], in = like->a.shape[1];
+    int32_t rank = psoup__merge_rank(method, merger->options.svd_rank, work->factors, n, &inner);
+    if (rank == 0)
+        return psoup__fail(error, inner.status, "%.200s: %s", work->result->module, inner.message);
+    float *a = psoup__alloc(merger->context, (size_t)rank, ((size_t)in + (size_t)out) * sizeof *a, error);
+    if ((work->merged_memory = a) == NULL)
+        return PSOUP_ERROR_MEMORY;
+    float *b = a + (size_t)rank * (size_t)in;
+    PSOUP__TRY(psoup_merge_factors(merger->context, method, a, b, rank, out, in, work->factors,
+                                   work->weights, n, lost, error));
+    work->merged = (psoup_lora_factors){.a = a, .b = b, .rank = rank, .scale = 1};
+    merger->error_sum += *lost;
+    merger->errors++;
+    if (*lost > report->worst_error) {
+        report->worst_error = *lost;
+        memset(report->worst_name, 0, sizeof report->worst_name);
+        strncpy(report->worst_name, work->result->module, sizeof report->worst_name - 1);
+    }
+fail:
+    return status;
+}
+
+/* ---- opening -------------------------------------------------------------------------------------------- */
+
+static const psoup__plan_input *input_of(const psoup__work *work, size_t i) {
+    return i < work->result->inputs ? &work->plan->inputs[work->result->input + i]
+                                    : &work->plan->inputs[work->result->base];
+}
+
+static size_t input_count(const psoup__work *work) {
+    return work->result->inputs + (work->result->base != PSOUP__NONE);
+}
+
+static psoup_status open_values(psoup__work *work, psoup_error *error) {
+    size_t n = work->result->inputs;
+    for (int p = 0; p <= PSOUP__SCALE; p++) {
+        work->values[p] = psoup__alloc(work->merger->context, n, sizeof **work->values, error);
+        if (work->values[p] == NULL)
+            return PSOUP_ERROR_MEMORY;
+        for (size_t i = 0; i < n; i++)
+            work->values[p][i] = input_of(work, i)->values[p];
+    }
+    return PSOUP_OK;
+}
+
+static psoup_status open_sum(psoup__work *work, psoup_error *error) {
+    psoup_context *context = work->merger->context;
+    size_t n = work->result->inputs;
+    if ((work->dtypes = psoup__alloc(context, n, sizeof *work->dtypes, error)) == NULL)
+        return PSOUP_ERROR_MEMORY;
+    for (size_t i = 0; i < n; i++)
+        work->dtypes[i] = input_of(work, i)->tensor->dtype;
+    work->block = SUM_BLOCK;
+    return PSOUP_OK;
+}
+
+static psoup_status open_made(psoup__work *work, psoup__made *made, psoup_error *error) {
+    psoup_status status;
+    psoup_context *context = work->merger->context;
+    const psoup__result *r = work->result;
+    const psoup__plan *plan = work->plan;
+    const psoup_merger_options *o = &work->merger->options;
+    size_t n = input_count(work), first = plan->inputs[r->input].part, parts = 0;
+    for (size_t i = 0; i < n; i++)
+        parts += input_of(work, i)->parts;
+    if ((work->inputs = psoup__alloc(context, n, sizeof *work->inputs, error)) == NULL)
+        return PSOUP_ERROR_MEMORY;
+    PSOUP__TRY(load_factors(work, plan->parts + first, parts, error));
+    bool as_one = r->module != NULL && parts > 0;
+    static const double one = 1;
+    if (as_one)
+        PSOUP__TRY(merge_factors(work, parts, &made->error, error));
+    int64_t columns = r->rank > 0 ? r->shape[r->rank - 1] : 1;
+    for (size_t i = 0; i < n; i++) {
+        const psoup__plan_input *input = input_of(work, i);
+        work->inputs[i] = (psoup__merge_input){.tensor = input->tensor, .columns = columns,
+                                               .pull = input->pull, .n_factors = input->parts};
+        if (input->parts > 0) {
+            work->inputs[i].factors = as_one ? &work->merged : work->factors + (input->part - first);
+            work->inputs[i].weights = as_one ? &one : work->weights + (input->part - first);
+            work->inputs[i].n_factors = as_one ? 1 : input->parts;
+        }
+    }
+    work->job = (psoup__method_job){
+        .context = context, .name = r->name, .n = r->n, .columns = columns,
+        .rows = r->rank > 0 ? r->shape[0] : 1, .count = r->inputs, .inputs = work->inputs,
+        .base = r->base != PSOUP__NONE ? &work->inputs[r->inputs] : NULL,
+        .weight = work->values[PSOUP__WEIGHT], .density = work->values[PSOUP__DENSITY],
+        .gamma = work->values[PSOUP__GAMMA], .epsilon = work->values[PSOUP__EPSILON],
+        .scale = work->values[PSOUP__SCALE], .lambda = r->values[PSOUP__LAMBDA], .t = r->values[PSOUP__T],
+        .normalize = r->values[PSOUP__NORMALIZE] != 0, .rescale = r->values[PSOUP__RESCALE] != 0,
+        .seed = o->seed, .peer = o->peer, .method = r->method, .vote = (int32_t)r->values[PSOUP__VOTE],
+        .flatten = r->values[PSOUP__FLATTEN] != 0, .row_wise = r->values[PSOUP__ROW_WISE] != 0,
+        .filter_wise = r->values[PSOUP__FILTER_WISE] != 0};
+    if (r->n > 0)
+        PSOUP__TRY(r->method->prepare(&work->job, &work->state, error));
+    size_t floats = SCRATCH_BYTES / sizeof(float) / (size_t)psoup_context_threads(context);
+    size_t most = floats / (psoup__method_scratch(&work->job) + 1);
+    work->block = most < MADE_BLOCK ? most : MADE_BLOCK;
+    work->block = work->block < 1024 ? 1024 : work->block / 1024 * 1024;
+    if ((r->method->whole_rows || parts > 0) && columns > 0)
+        work->block = work->block < (size_t)columns ? (size_t)columns
+                                                    : work->block / (size_t)columns * (size_t)columns;
+fail:
+    return status;
+}
+
+static psoup_status open_pair(psoup__work *work, psoup__work *pair, psoup__made *made,
+                              psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    const psoup__plan_input *input = input_of(work, 0);
+    if (pair == NULL) {
+        PSOUP__TRY(load_factors(work, work->plan->parts + input->part, input->parts, error));
+        PSOUP__TRY(merge_factors(work, input->parts, &made->error, error));
+    } else {
+        work->pair = pair;
+        work->merged = pair->merged;
+        *made = (psoup__made){.error = made[-1].error};
+    }
+    work->block = SUM_BLOCK;
+fail:
+    return status;
+}
+
+static psoup_status add_stream(psoup__work *work, const psoup__tensor *tensor,
+                               const psoup__merge_pull *pull, char *to, psoup_error *error) {
+    psoup__stream *stream = &work->streams[work->n_streams];
+    *stream = (psoup__stream){.tensor = tensor, .pull = pull, .to = to};
+    if ((stream->hash = psoup__hash_create(work->merger->context, error)) == NULL)
+        return PSOUP_ERROR_MEMORY;
+    work->n_streams++;
+    return PSOUP_OK;
+}
+
+/* Factors are small and read whole: hashed at once. Tensors are hashed as their blocks are made, by the first
+ * result that reads them. */
+static psoup_status open_streams(psoup__work *work, psoup__certificate *certificate, psoup_error *error) {
+    psoup_status status;
+    psoup_context *context = work->merger->context;
+    size_t n = work->result->kind == PSOUP__PAIR_A || work->result->kind == PSOUP__PAIR_B
+                   ? 0
+                   : input_count(work);
+    work->streams = psoup__alloc(context, n + 1, sizeof *work->streams, error);
+    if (work->streams == NULL)
+        return PSOUP_ERROR_MEMORY;
+    PSOUP__TRY(add_stream(work, NULL, NULL, certificate->made[work->index].text, error));
+    for (size_t i = 0; i < input_count(work); i++) {
+        const psoup__plan_input *input = input_of(work, i);
+        psoup__entry *entry = input->entry != PSOUP__NONE ? &certificate->entries[input->entry] : NULL;
+        if (n > 0 && entry != NULL && !entry->claimed) {
+            entry->claimed = true;
+            PSOUP__TRY(add_stream(work, input->tensor, input->pull, entry->text, error));
+        }
+        for (size_t j = 0; j < 2 * input->parts; j++) {
+            const psoup__plan_part *part = &work->plan->parts[input->part + j / 2];
+            const psoup__tensor *tensor = j % 2 == 0 ? &part->pair->a : &part->pair->b;
+            if (part->entries[j % 2] == PSOUP__NONE || certificate->entries[part->entries[j % 2]].claimed)
+                continue;
+            entry = &certificate->entries[part->entries[j % 2]];
+            entry->claimed = true;
+            psoup__hash *hash = psoup__hash_create(context, error);
+            if (hash == NULL)
+                return PSOUP_ERROR_MEMORY;
+            psoup__hash_update(hash, tensor->data, tensor->bytes);
+            psoup__hash_text(hash, entry->text);
+            psoup__free(context, hash);
+        }
+    }
+fail:
+    return status;
+}
+
+psoup_status psoup__work_open(const psoup__plan *plan, size_t index, psoup__certificate *certificate,
+                              psoup__work *pair, psoup__work **out, psoup_error *error) {
+    psoup_status status;
+    psoup_context *context = plan->merger->context;
+    psoup__made *made = &certificate->made[index];
+    psoup__work *work = psoup__alloc(context, 1, sizeof *work, error);
+    *out = NULL;
+    if (work == NULL)
+        return PSOUP_ERROR_MEMORY;
+    work->merger = plan->merger;
+    work->plan = plan;
+    work->result = &plan->results[index];
+    work->index = index;
+    work->in = psoup__alloc(context, work->result->inputs,
+                            sizeof *work->in * (size_t)psoup_context_threads(context), error);
+    if (work->in == NULL) {
+        status = PSOUP_ERROR_MEMORY;
+        goto fail;
+    }
+    PSOUP__TRY(open_values(work, error));
+    switch (work->result->kind) {
+    case PSOUP__SUM: PSOUP__TRY(open_sum(work, error)); break;
+    case PSOUP__MADE: PSOUP__TRY(open_made(work, made, error)); break;
+    case PSOUP__KEPT: work->block = SUM_BLOCK; break;
+    default: PSOUP__TRY(open_pair(work, pair, made, error)); break;
+    }
+    PSOUP__TRY(open_streams(work, certificate, error));
+    *out = work;
+    return PSOUP_OK;
+fail:
+    psoup__work_free(work);
+    return status;
+}
+
+void psoup__work_free(psoup__work *work) {
+    if (work == NULL)
+        return;
+    psoup_context *context = work->merger->context;
+    for (size_t i = 0; i < work->n_streams; i++)
+        psoup__free(context, work->streams[i].hash);
+    for (int p = 0; p <= PSOUP__SCALE; p++)
+        psoup__free(context, work->values[p]);
+    psoup__free(context, work->streams);
+    psoup__free(context, work->in);
+    psoup__free(context, work->dtypes);
+    psoup__free(context, work->state);
+    psoup__free(context, work->inputs);
+    psoup__free(context, work->factors);
+    psoup__free(context, work->weights);
+    psoup__free(context, work->memory);
+    psoup__free(context, work->merged_memory);
+    psoup__free(context, work);
+}
+
+/* ---- blocks ------------------------------------------------------------------------------------------------- */
+
+size_t psoup__work_scratch(const psoup__work *work) {
+    size_t n = work->block < work->result->n ? work->block : work->result->n;
+    return work->result->kind == PSOUP__MADE ? n * (psoup__method_scratch(&work->job) + 1) : 0;
+}
+
+static void spoil(psoup__work *work) {
+    __atomic_store_n(&work->bad, 1, __ATOMIC_RELAXED);
+}
+
+/* The bytes of elements at …, from memory or into buffer. */
+static const void *raw_bytes(const psoup__work *work, const psoup__plan_input *input, size_t at, size_t bytes,
+                             void *buffer) {
+    if (input->pull == NULL)
+        return (const char *)input->tensor->data + at;
+    if (input->pull->read(input->pull->user, input->pull->index, at, bytes, buffer) != 0) {
+        __atomic_store_n(input->pull->failed, 1, __ATOMIC_RELAXED);
+        memset(buffer, 0, bytes);
+    }
+    (void)work;
+    return buffer;
+}
+
+/* Tensors that are no floats must be the same everywhere, and are kept. */
+static void keep_block(psoup__work *work, size_t at, size_t n, char *out) {
+    enum { PIECE = 4096 };
+    char buffer[PIECE];
+    size_t size = psoup_dtype_size(work->result->dtype), bytes = n * size, first = at * size;
+    for (size_t i = 0; i < input_count(work); i++) {
+        const psoup__plan_input *input = input_of(work, i);
+        if (input->tensor->dtype != work->result->dtype) {
+            spoil(work);
+            continue;
+        }
+        for (size_t done = 0; done < bytes; done += PIECE) {
+            size_t m = bytes - done < PIECE ? bytes - done : PIECE;
+            const void *raw = raw_bytes(work, input, first + done, m, buffer);
+            if (i == 0)
+                memcpy(out + done, raw, m);
+            else if (memcmp(out + done, raw, m) != 0)
+                spoil(work);
+        }
+    }
+}
+
+void psoup__work_block(psoup__work *work, size_t at, size_t n, void *out, float *scratch, int worker) {
+    psoup_context *context = work->merger->context;
+    const psoup__result *r = work->result;
+    if (r->kind == PSOUP__KEPT) {
+        keep_block(work, at, n, out);
+    } else if (r->kind == PSOUP__SUM) {
+        const void **in = work->in + (size_t)worker * r->inputs;
+        for (size_t i = 0; i < r->inputs; i++)
+            in[i] = (const char *)input_of(work, i)->tensor->data +
+                    at * psoup_dtype_size(work->dtypes[i]);
+        const psoup__sum_args args = {.out = out, .out_dtype = r->dtype, .in = in, .dtypes = work->dtypes,
+                                      .weights = work->values[PSOUP__WEIGHT], .count = r->inputs, .n = n};
+        if (!psoup__sum(context, &args))
+            spoil(work);
+    } else {
+        const float *from = scratch;
+        if (r->kind == PSOUP__MADE)
+            r->method->block(&work->job, work->state, at, n, scratch, scratch + n);
+        else
+            from = (r->kind == PSOUP__PAIR_A ? work->merged.a : work->merged.b) + at;
+        if (!psoup__merge_finite(context, from, n, r->dtype))
+            spoil(work);
+        psoup__from_f32(context, out, r->dtype, from, n);
+    }
+}
+
+void psoup__stream_update(const psoup__work *work, psoup__stream *stream, size_t at, size_t n,
+                          const void *out) {
+    enum { PIECE = 1 << 14 };
+    char buffer[PIECE];
+    size_t from, to;
+    psoup_dtype dtype = stream->tensor != NULL ? stream->tensor->dtype : work->result->dtype;
+    /* a block may end within a q8_0 block of an input: the next one hashes that */
+    psoup__dtype_bytes(dtype, dtype == PSOUP_Q8_0 ? at / PSOUP__Q8_BLOCK * PSOUP__Q8_BLOCK : at, &from);
+    psoup__dtype_bytes(dtype, dtype == PSOUP_Q8_0 ? (at + n) / PSOUP__Q8_BLOCK * PSOUP__Q8_BLOCK : at + n,
+                       &to);
+    if (stream->tensor == NULL) {
+        psoup__hash_update(stream->hash, out, to - from);
+    } else if (stream->pull == NULL) {
+        psoup__hash_update(stream->hash, (const char *)stream->tensor->data + from, to - from);
+    } else {
+        const psoup__plan_input input = {.tensor = stream->tensor, .pull = stream->pull};
+        for (; from < to; from += PIECE) {
+            size_t m = to - from < PIECE ? to - from : PIECE;
+            psoup__hash_update(stream->hash, raw_bytes(work, &input, from, m, buffer), m);
+        }
+    }
+    if (at + n == work->result->n)
+        psoup__hash_text(stream->hash, stream->to);
+}
+
+/* ---- what went wrong ------------------------------------------------------------------------------------------ */
+
+psoup_status psoup__work_blame(const psoup__work *work, psoup_error *error) {
+    psoup_merger *merger = work->merger;
+    const psoup__result *r = work->result;
+    const char *path = r->inputs > 0 && r->kind <= PSOUP__KEPT
+                           ? psoup__merger_source(merger, input_of(work, 0)->source)->path
+                           : "";
+    float chunk[1024];
+    if (r->kind == PSOUP__PAIR_A || r->kind == PSOUP__PAIR_B)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%.200s: the merged factors are too large for %s",
+                           r->module, psoup_dtype_name(r->dtype));
+    if (r->kind == PSOUP__KEPT)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "%s: tensor %.200s (%s) is another in other sources and is no sum of floats", path,
+                           r->name, psoup_dtype_name(r->dtype));
+    for (size_t i = 0; i < input_count(work); i++) {
+        const psoup__plan_input *input = input_of(work, i);
+        const psoup__merge_input plain = {.tensor = input->tensor, .pull = input->pull};
+        if (i < r->inputs &&
+            (r->kind == PSOUP__SUM || (r->method->parameters & PSOUP__USES_WEIGHT) != 0) &&
+            input->values[PSOUP__WEIGHT] == 0)
+            continue;
+        for (size_t at = 0; at < r->n; at += 1024) {
+            size_t m = r->n - at < 1024 ? r->n - at : 1024;
+            psoup__merge_read(merger->context, &plain, at, m, chunk);
+            if (!psoup__merge_finite(merger->context, chunk, m, PSOUP_F32))
+                return psoup__fail(error, PSOUP_ERROR_FORMAT,
+                                   "%s: tensor %.200s holds a NaN or infinity",
+                                   psoup__merger_source(merger, input->source)->path, input->name);
+        }
+    }
+    return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: tensor %.200s: the result is too large for %s", path,
+                       r->name, psoup_dtype_name(r->dtype));
+}
