@@ -277,7 +277,8 @@ deps-bench:
 # ---- installing -----------------------------------------------------------------------------------
 install: lib bin/psoup
 	install -d $(DESTDIR)$(PREFIX)/include/psoup $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/bin
-	install -m 644 include/psoup/*.h $(DESTDIR)$(PREFIX)/include/psoup
+	install -m 644 include/psoup/*.h bindings/cpp/psoup/*.hpp $(DESTDIR)$(PREFIX)/include/psoup
+	install -m 644 bindings/cpp/psoup.hpp $(DESTDIR)$(PREFIX)/include
 	install -m 644 lib/libpsoup.a lib/libpsoup-merge.a $(DESTDIR)$(PREFIX)/lib
 	install -m 755 lib/libpsoup.so $(DESTDIR)$(PREFIX)/lib/$(SONAME)
 	ln -sf $(SONAME) $(DESTDIR)$(PREFIX)/lib/libpsoup.so

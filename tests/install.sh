@@ -9,6 +9,7 @@ PKG_CONFIG_SYSROOT_DIR=$root PKG_CONFIG_LIBDIR=$root$prefix/lib/pkgconfig
 export PKG_CONFIG_SYSROOT_DIR PKG_CONFIG_LIBDIR
 lib=$root$prefix/lib
 mkdir "$root/work"
+cpp_test=$(cd "$(dirname "$0")" && pwd)/cpp/soup.cc
 cd "$root/work"
 
 cat >soup.c <<'END'
@@ -80,6 +81,20 @@ int main(void) {
 }
 END
 
+cat >merge.cc <<'END'
+#include <psoup/merge.hpp>
+
+int main() {
+    auto context = psoup::context::create();
+    const float a[3] = {1, 2, 3}, b[3] = {3, 2, 1};
+    const void *const in[2] = {a, b};
+    const double weights[2] = {0.25, 0.75};
+    float out[3];
+    if (!context || !psoup::merge_sum(*context, out, PSOUP_F32, in, PSOUP_F32, weights, 3)) return 1;
+    return out[0] == 2.5f && out[1] == 2 && out[2] == 1.5f ? 0 : 1;
+}
+END
+
 # c FILE PACKAGE ARGUMENT… and cxx the same: compile strictly with what pkg-config says of the package.
 # Its words are many, and split on purpose.
 # shellcheck disable=SC2046,SC2086
@@ -96,11 +111,30 @@ cxx() {
 }
 has_cxx() { command -v "$CXX" >/dev/null; }
 
-for header in "$root$prefix"/include/psoup/*.h; do
+include=$root$prefix/include
+for header in "$include"/psoup/*.h; do
     echo "#include <psoup/$(basename "$header")>" | tee alone.cc >alone.c
     c alone.c psoup -fsyntax-only
     ! has_cxx || cxx alone.cc psoup -fsyntax-only
 done
+
+# The C++ binding has every function of C.
+for f in $(cat "$include"/psoup/*.h | tr -d '\n' | sed 's|/\*|\n|g' | sed 's|^.*\*/||' |
+    grep -o '\bpsoup_[a-z0-9_]*(' | tr -d '(' | sort -u); do
+    grep -q "\b$f\b" "$include"/psoup/*.hpp || { echo "psoup.hpp has no $f"; exit 1; }
+done
+
+# cpp NAME COMPILER FLAG…: the binding's own test, compiled strictly and run.
+# shellcheck disable=SC2046,SC2086
+cpp() {
+    name=$1 compiler=$2
+    shift 2
+    command -v "$compiler" >/dev/null || return 0
+    $compiler "$@" -Wall -Wextra -pedantic -Werror $(pkg-config --cflags psoup) "$cpp_test" -o "$name" \
+        $LDFLAGS $(pkg-config --static --libs psoup)
+    ./"$name"
+    compiled="$compiled $compiler"
+}
 
 # shellcheck disable=SC2046
 {
@@ -111,10 +145,24 @@ done
     ./soup
     c merge.c psoup-merge -o merge $(pkg-config --static --libs psoup-merge)
     ./merge
+    # Each library that it names is one that the archive needs.
+    for l in $(pkg-config --static --libs-only-l psoup-merge); do
+        case $l in -lpsoup-merge | -lm) continue ;; esac
+        ! c merge.c psoup-merge -o less -Wl,--whole-archive -L"$lib" -lpsoup-merge -Wl,--no-whole-archive \
+            $(pkg-config --static --libs-only-l psoup-merge | sed "s/-lpsoup-merge//; s/$l\\b//") 2>less.log ||
+            { echo "psoup-merge.pc names $l, which the archive does not need"; exit 1; }
+    done
     if has_cxx; then
         cxx soup.cc psoup -o soup++ $(pkg-config --static --libs psoup)
         ./soup++
-        third="one in C++"
+        cxx merge.cc psoup-merge -o merge++ $(pkg-config --static --libs psoup-merge)
+        ./merge++
+        compiled=
+        cpp soup17 "$CXX" -std=c++17
+        cpp soup17n "$CXX" -std=c++17 -fno-exceptions
+        case $CXX in *clang*) other=g++ ;; *) other=clang++ ;; esac
+        cpp soup20 $other -std=c++20 -DPSOUP_CPP_EXCEPTIONS
+        third="one in C++, psoup.hpp's test by$compiled"
     else
         third="C++ skipped: there is no $CXX"
     fi

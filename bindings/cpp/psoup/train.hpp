@@ -1,0 +1,210 @@
+/* psoup/train.hpp: supervised fine-tuning, reward models, PPO. See psoup.hpp. */
+#ifndef PSOUP_TRAIN_HPP
+#define PSOUP_TRAIN_HPP
+
+#include "psoup/model.hpp"
+#include "psoup/train.h"
+
+namespace psoup {
+
+PSOUP_CPP_QUIET_BEGIN
+PSOUP_CPP_DEFAULTS(psoup_sft_options, PSOUP_SFT_OPTIONS_INIT)
+PSOUP_CPP_DEFAULTS(psoup_reward_options, PSOUP_REWARD_OPTIONS_INIT)
+PSOUP_CPP_DEFAULTS(psoup_ppo_options, PSOUP_PPO_OPTIONS_INIT)
+PSOUP_CPP_QUIET_END
+
+/* Return false to stop with PSOUP_ERROR_CANCELLED. */
+using on_step = std::function<bool(const psoup_step &)>;
+
+namespace detail {
+using step_callback = callback<bool(const psoup_step &)>;
+inline int run_step(void *user, const psoup_step *step) {
+    auto *c = static_cast<step_callback *>(user);
+    return c->run([&] { return c->function(*step); });
+}
+} // namespace detail
+
+inline const psoup_field *sft_fields() { return psoup_sft_fields(); }
+inline const psoup_field *reward_fields() { return psoup_reward_fields(); }
+inline const psoup_field *ppo_fields() { return psoup_ppo_fields(); }
+
+/* An empty adapter name trains the base itself. */
+inline result<void> sft(model &m, const std::string &adapter, span<const psoup_example> train,
+                        psoup_sft_options options = defaults<psoup_sft_options>(), on_step each = {},
+                        span<const psoup_example> validation = {}) {
+    detail::step_callback c(std::move(each));
+    if (c.function) {
+        options.on_step = detail::run_step;
+        options.user = &c;
+    }
+    auto done = detail::call(psoup_sft, m.get(), adapter.empty() ? nullptr : adapter.c_str(), train.data(),
+                             train.size(), validation.data(), validation.size(), &options);
+    c.rethrow();
+    return done;
+}
+
+/* ---- reward models ----------------------------------------------------------------------------------- */
+
+class reward : public handle<psoup_reward, psoup_reward_free> {
+public:
+    using handle::handle;
+    static result<reward> create(model &m, const std::string &name,
+                                 const psoup_adapter_options &options = defaults<psoup_adapter_options>()) {
+        return detail::make<reward>(psoup_reward_create, m.get(), name.c_str(), &options);
+    }
+    static result<reward> load(model &m, const std::string &name, const std::string &directory) {
+        return detail::make<reward>(psoup_reward_load, m.get(), name.c_str(), directory.c_str());
+    }
+    result<void> save(const std::string &directory, const std::string &base_name = {}) const {
+        return detail::call(psoup_reward_save, static_cast<const psoup_reward *>(get()), directory.c_str(),
+                            base_name.c_str());
+    }
+    const char *name() const { return psoup_reward_name(get()); }
+    /* Mixes of the rows are not read. */
+    result<std::vector<float>> score(span<const row> rows) {
+        std::vector<psoup_row> c;
+        for (const row &r : rows) c.push_back({r.tokens.data(), r.tokens.size(), nullptr});
+        std::vector<float> out(rows.size());
+        auto done = detail::call(psoup_reward_score, get(), c.data(), c.size(), out.data());
+        if (!done) return done.error();
+        return out;
+    }
+};
+
+namespace detail {
+inline std::vector<psoup_reward *> pointers(span<reward *const> rewards) {
+    std::vector<psoup_reward *> out;
+    for (reward *r : rewards) out.push_back(r->get());
+    return out;
+}
+} // namespace detail
+
+inline result<void> train_rewards(span<reward *const> rewards, span<const psoup_comparison> train,
+                                  psoup_reward_options options = defaults<psoup_reward_options>(), on_step each = {},
+                                  span<const psoup_comparison> validation = {}) {
+    detail::step_callback c(std::move(each));
+    if (c.function) {
+        options.on_step = detail::run_step;
+        options.user = &c;
+    }
+    const auto r = detail::pointers(rewards);
+    auto done = detail::call(psoup_reward_train, r.data(), r.size(), train.data(), train.size(), validation.data(),
+                             validation.size(), &options);
+    c.rethrow();
+    return done;
+}
+
+struct accuracy {
+    double rate, loss;
+};
+inline result<accuracy> reward_accuracy(span<reward *const> rewards, span<const psoup_comparison> comparisons) {
+    const auto r = detail::pointers(rewards);
+    accuracy out{};
+    auto done = detail::call(psoup_reward_accuracy, r.data(), r.size(), comparisons.data(), comparisons.size(),
+                             &out.rate, &out.loss);
+    if (!done) return done.error();
+    return out;
+}
+
+/* ---- PPO ------------------------------------------------------------------------------------------------ */
+
+/* Scores rollouts; return false on failure. */
+using reward_function = std::function<bool(span<const psoup_rollout>, span<float> scores)>;
+
+struct policy {
+    std::string adapter;
+    span<const psoup_ppo_prompt> prompts; /* borrowed until the ppo is gone, and so are its rewards */
+    reward_function function;             /* instead of reward models */
+    std::vector<reward *> rewards;
+    span<const psoup_ppo_prompt> validation = {};
+    std::uint64_t seed = 0;
+};
+
+inline result<psoup_ppo_options> ppo_preset(const std::string &name) {
+    auto out = defaults<psoup_ppo_options>();
+    auto done = detail::call(psoup_ppo_preset, name.c_str(), &out);
+    if (!done) return done.error();
+    return out;
+}
+
+class ppo : public handle<psoup_ppo, psoup_ppo_free> {
+public:
+    using handle::handle;
+    static result<ppo> create(model &m, std::vector<policy> policies,
+                              psoup_ppo_options options = defaults<psoup_ppo_options>(), on_step each = {}) {
+        auto kept = std::make_unique<state>(std::move(policies), std::move(each));
+        if (kept->step.function) {
+            options.on_step = detail::run_step;
+            options.user = &kept->step;
+        }
+        auto made = detail::make<ppo>(psoup_ppo_create, m.get(), kept->c_policies.data(), kept->c_policies.size(),
+                                      &options);
+        if (made) made->state_ = made->keep(std::move(kept));
+        return made;
+    }
+    /* How many steps are left. */
+    result<std::int64_t> step() {
+        std::int64_t remaining = 0;
+        auto done = detail::call(psoup_ppo_step, get(), &remaining);
+        state_->rethrow();
+        if (!done) return done.error();
+        return remaining;
+    }
+    result<void> run() {
+        auto done = detail::call(psoup_ppo_run, get());
+        state_->rethrow();
+        return done;
+    }
+    bool diverged(std::size_t policy) const { return psoup_ppo_diverged(get(), policy) != 0; }
+    /* Its arrays are borrowed until the next call. */
+    result<psoup_ppo_trace> trace(std::size_t policy) const {
+        auto out = defaults<psoup_ppo_trace>();
+        auto done = detail::call(psoup_ppo_get_trace, static_cast<const psoup_ppo *>(get()), policy, &out);
+        if (!done) return done.error();
+        return out;
+    }
+
+private:
+    using reward_callback = detail::callback<bool(span<const psoup_rollout>, span<float>)>;
+    static int run_reward(void *user, const psoup_rollout *rollouts, std::size_t n, float *scores) {
+        auto *c = static_cast<reward_callback *>(user);
+        return c->run([&] { return c->function({rollouts, n}, {scores, n}); });
+    }
+    /* What C borrows, at addresses that moving a ppo does not change. */
+    struct state {
+        state(std::vector<policy> p, on_step each) : policies(std::move(p)), step(std::move(each)) {
+            for (policy &each_policy : policies) {
+                functions.push_back(std::make_unique<reward_callback>(each_policy.function));
+                rewards.push_back(detail::pointers(each_policy.rewards));
+                psoup_ppo_policy c{};
+                c.adapter = each_policy.adapter.c_str();
+                c.rewards = rewards.back().data();
+                c.n_rewards = rewards.back().size();
+                if (each_policy.function) {
+                    c.reward_fn = run_reward;
+                    c.reward_user = functions.back().get();
+                }
+                c.prompts = each_policy.prompts.data();
+                c.n_prompts = each_policy.prompts.size();
+                c.validation = each_policy.validation.data();
+                c.n_validation = each_policy.validation.size();
+                c.seed = each_policy.seed;
+                c_policies.push_back(c);
+            }
+        }
+        void rethrow() {
+            step.rethrow();
+            for (auto &f : functions) f->rethrow();
+        }
+        std::vector<policy> policies;
+        detail::step_callback step;
+        std::vector<std::unique_ptr<reward_callback>> functions;
+        std::vector<std::vector<psoup_reward *>> rewards;
+        std::vector<psoup_ppo_policy> c_policies;
+    };
+    state *state_ = nullptr;
+};
+
+} // namespace psoup
+
+#endif
