@@ -113,7 +113,8 @@ typedef struct psoup_model_config {
      .more_eos_token_ids = {-1, -1, -1, -1, -1, -1, -1}}
 
 /* Loads a Hugging Face model directory: config.json with one model.safetensors, or several named by
- * model.safetensors.index.json. Weights keep their dtype. NaN and infinite weights are refused with
+ * model.safetensors.index.json; or a .gguf file (f32, f16, bf16, q8_0; its tokenizer is not read). Weights
+ * keep their dtype, q8_0 becomes f32. NaN and infinite weights are refused with
  * the tensor's name. */
 psoup_status psoup_model_load(psoup_context *context, const char *directory, psoup_model **out,
                               psoup_error *error);

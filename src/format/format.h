@@ -40,7 +40,7 @@ psoup_status psoup__safetensors_commit(psoup__safetensors_writer *writer, psoup_
 void psoup__safetensors_writer_free(psoup__safetensors_writer *writer);
 
 /* ---- weights.c: the tensors of a directory or file, over all its shards --------------------------
- * `path` is a .safetensors file, a .gguf file of a model, or a directory holding `<stem>.safetensors` or
+ * `path` is a .safetensors file, a .gguf file (of a model, or with another stem of an adapter), or a directory holding `<stem>.safetensors` or
  * `<stem>.safetensors.index.json` (stem "model" or "adapter_model"). A directory that holds only
  * pickles (.bin, .pt) is refused with the command that converts them. Tensors of a GGUF file have Hugging
  * Face's names, and may be q8_0 or have `heads`: read them with psoup__tensor_read. */
@@ -48,6 +48,10 @@ typedef struct psoup__weights psoup__weights;
 psoup_status psoup__weights_open(psoup_context *context, const char *path, const char *stem,
                                  psoup__weights **out, psoup_error *error);
 void psoup__weights_free(psoup__weights *weights);
+/* The same, for GGUF adapters whose file does not say how many heads their rows are interleaved by. */
+psoup_status psoup__weights_open_heads(psoup_context *context, const char *path, const char *stem,
+                                       int32_t heads, int32_t kv_heads, psoup__weights **out,
+                                       psoup_error *error);
 size_t psoup__weights_count(const psoup__weights *weights);
 const char *psoup__weights_name(const psoup__weights *weights, size_t index);
 const psoup__tensor *psoup__weights_tensor(const psoup__weights *weights, size_t index);
@@ -57,6 +61,8 @@ const char *psoup__weights_path(const psoup__weights *weights); /* for messages 
 bool psoup__is_gguf(const char *path); /* by its name's ending; no directory */
 size_t psoup__weights_files(const psoup__weights *weights);
 const char *psoup__weights_file(const psoup__weights *weights, size_t index); /* its path */
+struct psoup__gguf;
+const struct psoup__gguf *psoup__weights_gguf(const psoup__weights *weights); /* NULL: is none */
 
 /* ---- hf.c: config.json ------------------------------------------------------------------------ */
 
@@ -94,8 +100,9 @@ typedef struct psoup__peft_pair {
 typedef struct psoup__peft {
     psoup_context *context;
     psoup__weights *weights;
-    psoup_json *config;
-    psoup__peft_pair *pairs; /* sorted by module name */
+    psoup_json *config; /* of a .gguf file: r, lora_alpha */
+    psoup__peft_pair *pairs; /* sorted by module name; of a .gguf file B's rows may be interleaved and
+                              * either factor q8_0: read with psoup__tensor_read */
     size_t n;
     psoup__tensor head; /* modules_to_save "score": [1, dim]; data NULL when there is none */
     psoup__tensor head_bias;
@@ -204,6 +211,8 @@ psoup_status psoup__gguf_layout_of(const psoup__gguf *file, psoup__gguf_layout *
 enum { PSOUP__GGUF_NAME = 128 };
 bool psoup__gguf_to_hf(const char *name, char *out);
 bool psoup__gguf_from_hf(const char *name, char *out);
+/* "blk.0.attn_q.weight.lora_a" -> "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight". */
+bool psoup__gguf_to_peft(const char *name, char *out);
 /* The number of heads by which the rows of a tensor (by its Hugging Face name) are interleaved; 0 for all
  * but q and k of a permuted architecture. */
 int32_t psoup__gguf_heads(const psoup__gguf_layout *layout, const char *hf_name);

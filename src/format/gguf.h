@@ -49,6 +49,14 @@ psoup_context *psoup__gguf_writer_context(const psoup__gguf_writer *writer);
 psoup_status psoup__gguf_add_vector(psoup__gguf_writer *writer, const char *name,
                                     const float *values, int64_t n, psoup_error *error);
 
+/* ---- gguf_lora.c */
+
+/* The rank and scale that llama.cpp gives a pair. */
+psoup_status psoup__gguf_scale(const psoup__gguf *file, psoup__peft_pair *pair, psoup_error *error);
+/* What adapter_config.json would say of a file: r, lora_alpha. */
+psoup_status psoup__gguf_adapter_config(const psoup__gguf *file, int32_t rank, psoup_json **out,
+                                        psoup_error *error);
+
 /* ---- gguf_config.c */
 
 psoup_status psoup__gguf_write_config(psoup__gguf_writer *writer, const psoup_model_config *config,

@@ -28,7 +28,7 @@ enum { OUTER = sizeof outer / sizeof *outer, INNER = sizeof inner / sizeof *inne
 /* What may follow a module's name; "" is the module itself. */
 static bool is_ending(const char *text) {
     static const char *const endings[] = {"", ".weight", ".bias", ".weight.lora_a",
-                                          ".weight.lora_b"};
+                                          ".weight.lora_b", ".lora_A.weight", ".lora_B.weight"};
     for (size_t i = 0; i < sizeof endings / sizeof *endings; i++)
         if (strcmp(text, endings[i]) == 0)
             return true;
@@ -54,13 +54,13 @@ static bool has_layer(const char *text, const char *prefix, const char **digits,
     return *n >= 1 && *n <= 6 && (*n == 1 || **digits != '0') && (*digits)[*n] == '.';
 }
 
-static bool rename_to(const char *name, bool to_hf, char *out) {
+static bool rename_to(const char *name, bool to_hf, char *out, size_t room) {
     const char *ending, *digits, *rest;
     int n;
     for (size_t i = 0; i < OUTER; i++) {
         const char *from = to_hf ? outer[i].gguf : outer[i].hf, *to = to_hf ? outer[i].hf : outer[i].gguf;
         if (is_module(name, from, &ending)) {
-            snprintf(out, PSOUP__GGUF_NAME, "%s%s", to, ending);
+            snprintf(out, room, "%s%s", to, ending);
             return true;
         }
     }
@@ -69,8 +69,7 @@ static bool rename_to(const char *name, bool to_hf, char *out) {
     for (size_t i = 0; i < INNER; i++) {
         const char *from = to_hf ? inner[i].gguf : inner[i].hf, *to = to_hf ? inner[i].hf : inner[i].gguf;
         if (is_module(rest, from, &ending)) {
-            snprintf(out, PSOUP__GGUF_NAME, "%s%.*s.%s%s", to_hf ? "model.layers." : "blk.", n, digits,
-                     to, ending);
+            snprintf(out, room, "%s%.*s.%s%s", to_hf ? "model.layers." : "blk.", n, digits, to, ending);
             return true;
         }
     }
@@ -78,11 +77,31 @@ static bool rename_to(const char *name, bool to_hf, char *out) {
 }
 
 bool psoup__gguf_to_hf(const char *name, char *out) {
-    return rename_to(name, true, out);
+    return rename_to(name, true, out, PSOUP__GGUF_NAME);
 }
 
 bool psoup__gguf_from_hf(const char *name, char *out) {
-    return rename_to(name, false, out);
+    return rename_to(name, false, out, PSOUP__GGUF_NAME);
+}
+
+bool psoup__gguf_to_peft(const char *name, char *out) {
+    static const struct {
+        const char *from, *to;
+    } endings[] = {{".weight.lora_a", ".lora_A.weight"}, {".weight.lora_b", ".lora_B.weight"}};
+    char module[PSOUP__GGUF_MAX_NAME + 1], hf[PSOUP__GGUF_NAME - 40];
+    size_t length = strlen(name);
+    for (size_t i = 0; i < 2; i++) {
+        size_t n = strlen(endings[i].from);
+        if (length <= n || length > PSOUP__GGUF_MAX_NAME || strcmp(name + length - n, endings[i].from) != 0)
+            continue;
+        snprintf(module, sizeof module, "%.*s", (int)(length - n), name);
+        /* of the embedding llama.cpp has the factors the other way round, and PEFT other names */
+        if (strcmp(module, "token_embd") == 0 || !rename_to(module, true, hf, sizeof hf))
+            return false;
+        snprintf(out, PSOUP__GGUF_NAME, "base_model.model.%s%s", hf, endings[i].to);
+        return true;
+    }
+    return false;
 }
 
 /* ---- rows --------------------------------------------------------------------------------------- */
@@ -117,13 +136,19 @@ psoup_status psoup__gguf_layout_of(const psoup__gguf *file, psoup__gguf_layout *
 }
 
 int32_t psoup__gguf_heads(const psoup__gguf_layout *layout, const char *hf_name) {
+    static const char peft[] = "base_model.model.";
     const char *digits, *rest, *ending;
     int n;
+    if (strncmp(hf_name, peft, strlen(peft)) == 0)
+        hf_name += strlen(peft);
     if (!layout->permuted || !has_layer(hf_name, "model.layers.", &digits, &n, &rest))
         return 0;
-    if (is_module(rest, "self_attn.q_proj", &ending))
-        return layout->heads;
-    return is_module(rest, "self_attn.k_proj", &ending) ? layout->kv_heads : 0;
+    bool q = is_module(rest, "self_attn.q_proj", &ending);
+    if (!q && !is_module(rest, "self_attn.k_proj", &ending))
+        return 0;
+    if (strcmp(ending, ".weight.lora_a") == 0 || strcmp(ending, ".lora_A.weight") == 0)
+        return 0; /* A's rows are the rank */
+    return q ? layout->heads : layout->kv_heads;
 }
 
 /* Whether the tensor is q's or k's of a permuted architecture. */

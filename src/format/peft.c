@@ -1,6 +1,6 @@
 /* PEFT adapters, read: adapter_config.json and adapter_model.safetensors. What the fields mean: peft,
  * tuners/lora/config.py; what the tensors are called: utils/save_and_load.py. */
-#include "format/format.h"
+#include "format/gguf.h"
 
 #include <float.h>
 #include <math.h>
@@ -195,10 +195,6 @@ static bool cut_ending(const char *name, size_t *length, const char *ending) {
     return true;
 }
 
-static bool is_float(psoup_dtype dtype) {
-    return dtype == PSOUP_F32 || dtype == PSOUP_F16 || dtype == PSOUP_BF16 || dtype == PSOUP_F64;
-}
-
 typedef enum part { PART_A, PART_B, PART_HEAD, PART_HEAD_BIAS, PART_UNKNOWN } part;
 
 /* What a tensor is: [*begin, *begin + *length) of its name is its module. Some tools leave the
@@ -250,7 +246,7 @@ static psoup_status collect(psoup__peft *peft, psoup_error *error) {
         bool head = kind == PART_HEAD && tensor->rank == 2 && tensor->shape[0] == 1;
         bool bias = kind == PART_HEAD_BIAS && tensor->rank == 1 && tensor->shape[0] == 1;
         bool factor = (kind == PART_A || kind == PART_B) && tensor->rank == 2;
-        if (kind == PART_UNKNOWN || !is_float(tensor->dtype) || !(head || bias || factor)) {
+        if (kind == PART_UNKNOWN || !psoup__dtype_is_float(tensor->dtype) || !(head || bias || factor)) {
             status = psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
                                  "%s: tensor %.200s (%s of rank %d): expected "
                                  "base_model.model.….lora_A.weight or .lora_B.weight, matrices of "
@@ -304,7 +300,10 @@ static psoup_status finish_pairs(psoup__peft *peft, const char *config_path, pso
         if (a->data == NULL || b->data == NULL)
             return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %.200s has no lora_%s", path,
                                pair->module, a->data == NULL ? "A" : "B");
-        PSOUP__TRY(find_scale(peft->config, pair->module, config_path, pair, error));
+        if (psoup__weights_gguf(peft->weights) != NULL)
+            PSOUP__TRY(psoup__gguf_scale(psoup__weights_gguf(peft->weights), pair, error));
+        else
+            PSOUP__TRY(find_scale(peft->config, pair->module, config_path, pair, error));
         if (a->shape[0] != pair->rank || b->shape[1] != pair->rank || a->shape[1] < 1 ||
             b->shape[0] < 1)
             return psoup__fail(error, PSOUP_ERROR_FORMAT,
@@ -344,7 +343,13 @@ fail:
 
 psoup_status psoup__peft_open(psoup_context *context, const char *directory, psoup__peft **out,
                               psoup_error *error) {
+    return psoup__peft_open_heads(context, directory, 0, 0, out, error);
+}
+
+psoup_status psoup__peft_open_heads(psoup_context *context, const char *directory, int32_t heads,
+                                    int32_t kv_heads, psoup__peft **out, psoup_error *error) {
     psoup_status status = PSOUP_ERROR_MEMORY;
+    bool gguf = psoup__is_gguf(directory);
     char *config_path = NULL;
     *out = NULL;
     psoup__peft *peft = psoup__alloc(context, 1, sizeof *peft, error);
@@ -352,13 +357,20 @@ psoup_status psoup__peft_open(psoup_context *context, const char *directory, pso
         return PSOUP_ERROR_MEMORY;
     peft->context = context;
     if ((peft->path = psoup__strdup(context, directory, error)) == NULL ||
-        (config_path = psoup__path_join(context, directory, "adapter_config.json", error)) == NULL)
+        (config_path = gguf ? psoup__strdup(context, directory, error)
+                            : psoup__path_join(context, directory, "adapter_config.json", error)) == NULL)
         goto fail;
-    PSOUP__TRY(psoup_json_read(context, config_path, &peft->config, error));
-    PSOUP__TRY(check_config(peft->config, config_path, error));
-    PSOUP__TRY(psoup__weights_open(context, directory, "adapter_model", &peft->weights, error));
+    if (!gguf) {
+        PSOUP__TRY(psoup_json_read(context, config_path, &peft->config, error));
+        PSOUP__TRY(check_config(peft->config, config_path, error));
+    }
+    PSOUP__TRY(psoup__weights_open_heads(context, directory, "adapter_model", heads, kv_heads,
+                                         &peft->weights, error));
     PSOUP__TRY(collect(peft, error));
     PSOUP__TRY(finish_pairs(peft, config_path, error));
+    if (gguf)
+        PSOUP__TRY(psoup__gguf_adapter_config(psoup__weights_gguf(peft->weights),
+                                              peft->n > 0 ? peft->pairs[0].rank : 0, &peft->config, error));
     if (peft->n == 0 && peft->head.data == NULL) {
         status = psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: holds no lora_A and lora_B",
                              psoup__weights_path(peft->weights));

@@ -49,16 +49,23 @@ fail:
     return status;
 }
 
-/* Opens a GGUF model: tensors under Hugging Face's names, those of q and k with their row order. */
-static psoup_status add_gguf(psoup__weights *weights, const char *path, psoup_error *error) {
+/* Opens a GGUF file: a model's tensors under Hugging Face's names, an adapter's under PEFT's, those of q
+ * and k with their row order. */
+static psoup_status add_gguf(psoup__weights *weights, const char *path, const char *stem,
+                             int32_t heads, int32_t kv_heads, psoup_error *error) {
     psoup_status status;
     psoup_context *context = weights->context;
     psoup__gguf_layout layout;
     PSOUP__TRY(psoup__gguf_open(context, path, &weights->gguf, error));
     const psoup__gguf *file = weights->gguf;
-    if (psoup__gguf_get(file, "general.type") != NULL && !psoup__gguf_is(file, "general.type", "model"))
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: general.type: expected \"model\"", path);
+    bool adapter = strcmp(stem, "model") != 0;
+    const char *type = adapter ? "adapter" : "model";
+    if ((adapter || psoup__gguf_get(file, "general.type") != NULL) &&
+        !psoup__gguf_is(file, "general.type", type))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: general.type: expected \"%s\"", path, type);
     PSOUP__TRY(psoup__gguf_layout_of(file, &layout, error));
+    if (layout.heads == 0)
+        layout = (psoup__gguf_layout){layout.permuted, heads, kv_heads};
     size_t n = psoup__gguf_count(file);
     weights->renamed = psoup__alloc(context, n, sizeof *weights->renamed, error);
     weights->names = psoup__alloc(context, n, sizeof *weights->names, error);
@@ -72,9 +79,9 @@ static psoup_status add_gguf(psoup__weights *weights, const char *path, psoup_er
         psoup__tensor *tensor = &weights->renamed[weights->count];
         if (strcmp(name, "rope_freqs.weight") == 0) /* config.json says it: rope_scaling */
             continue;
-        if (!psoup__gguf_to_hf(name, hf))
+        if (!(adapter ? psoup__gguf_to_peft(name, hf) : psoup__gguf_to_hf(name, hf)))
             return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
-                               "%s: tensor %s has no counterpart in a Hugging Face model", path, name);
+                               "%s: tensor %s has no counterpart in a Hugging Face %s", path, name, type);
         *tensor = *psoup__gguf_tensor(file, i);
         PSOUP__TRY(psoup__gguf_set_heads(&layout, path, name, hf, tensor, error));
         weights->slots[weights->count] = (struct slot){hf, tensor, 0};
@@ -199,6 +206,12 @@ bool psoup__is_gguf(const char *path) {
 
 psoup_status psoup__weights_open(psoup_context *context, const char *path, const char *stem,
                                  psoup__weights **out, psoup_error *error) {
+    return psoup__weights_open_heads(context, path, stem, 0, 0, out, error);
+}
+
+psoup_status psoup__weights_open_heads(psoup_context *context, const char *path, const char *stem,
+                                       int32_t heads, int32_t kv_heads, psoup__weights **out,
+                                       psoup_error *error) {
     psoup_status status = PSOUP_ERROR_MEMORY;
     char *name = NULL, *single = NULL, *index = NULL;
     *out = NULL;
@@ -217,7 +230,7 @@ psoup_status psoup__weights_open(psoup_context *context, const char *path, const
             goto fail;
         }
         if (psoup__is_gguf(path))
-            PSOUP__TRY(add_gguf(weights, path, error));
+            PSOUP__TRY(add_gguf(weights, path, stem, heads, kv_heads, error));
         else
             PSOUP__TRY(add_file(weights, path, error));
     } else {
@@ -277,6 +290,10 @@ const psoup__tensor *psoup__weights_find(const psoup__weights *weights, const ch
     if (!psoup__map_get(weights->by_name, name, strlen(name), &index))
         return NULL;
     return weights->slots[index].tensor;
+}
+
+const psoup__gguf *psoup__weights_gguf(const psoup__weights *weights) {
+    return weights->gguf;
 }
 
 const char *psoup__weights_path(const psoup__weights *weights) {

@@ -223,7 +223,7 @@ static psoup_status copy_tensor(psoup_model *model, const float *to, const psoup
     float *values = psoup__alloc(model->context, count, sizeof(float), error);
     if (!values)
         return PSOUP_ERROR_MEMORY;
-    psoup__to_f32(model->context, values, tensor->data, tensor->dtype, count);
+    psoup__tensor_read(model->context, tensor, 0, count, values);
     model->be->ops->write(model->be, (float *)(uintptr_t)to, values, count * sizeof(float));
     psoup__free(model->context, values);
     return PSOUP_OK;
@@ -270,7 +270,8 @@ psoup_status psoup_model_load_adapter(psoup_model *model, const char *name, cons
     psoup__peft *peft = NULL;
     psoup__adapter *adapter = NULL;
     psoup_status status;
-    PSOUP__TRY(psoup__peft_open(model->context, directory, &peft, error));
+    PSOUP__TRY(psoup__peft_open_heads(model->context, directory, model->config.num_attention_heads,
+                                      model->config.num_key_value_heads, &peft, error));
     PSOUP__TRY(create_adapter(model, name, &adapter, error));
     adapter->rank = (int32_t)psoup_json_integer(psoup_json_get(peft->config, "r"), 0);
     adapter->alpha = (float)psoup_json_real(psoup_json_get(peft->config, "lora_alpha"), 0);

@@ -1,4 +1,4 @@
-/* Reading a Hugging Face model directory. */
+/* Reading a Hugging Face model directory, or a GGUF file. */
 #include "model/model.h"
 
 #include <stdatomic.h>
@@ -26,6 +26,12 @@ static void scan_piece(void *arg, size_t task, int worker) {
             uint32_t bits;
             memcpy(&bits, (const char *)s->tensor->data + 4 * i, 4);
             found |= (bits & 0x7f800000u) == 0x7f800000u;
+        }
+    } else if (s->tensor->dtype == PSOUP_Q8_0) { /* SCAN_PIECE is whole blocks */
+        for (size_t i = first / PSOUP__Q8_BLOCK; i < end / PSOUP__Q8_BLOCK; i++) {
+            uint16_t scale;
+            memcpy(&scale, (const char *)s->tensor->data + PSOUP__Q8_BYTES * i, 2);
+            found |= (scale & 0x7c00) == 0x7c00;
         }
     } else {
         uint16_t mask = s->tensor->dtype == PSOUP_F16 ? 0x7c00 : 0x7f80;
@@ -69,9 +75,10 @@ static psoup_status check_tensor(const psoup_model *model, const psoup__paramete
                            "%s: tensor %s has shape [%s], config.json asks for [%d]", path, p->name,
                            shape, (int)p->rows);
     }
-    if (tensor->dtype != PSOUP_F32 && tensor->dtype != PSOUP_F16 && tensor->dtype != PSOUP_BF16)
+    if (tensor->dtype != PSOUP_F32 && tensor->dtype != PSOUP_F16 && tensor->dtype != PSOUP_BF16 &&
+        tensor->dtype != PSOUP_Q8_0)
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
-                           "%s: tensor %s is %s; weights must be f32, f16 or bf16", path, p->name,
+                           "%s: tensor %s is %s; weights must be f32, f16, bf16 or q8_0", path, p->name,
                            psoup_dtype_name(tensor->dtype));
     if (has_non_finite(model->context, tensor, p->count))
         return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: tensor %s holds NaN or infinite values",
@@ -109,7 +116,7 @@ static psoup_status copy_vector(psoup_model *model, const psoup__parameter *p,
     float *values = psoup__alloc(model->context, p->count, sizeof(float), error);
     if (!values)
         return PSOUP_ERROR_MEMORY;
-    psoup__to_f32(model->context, values, tensor->data, tensor->dtype, p->count);
+    psoup__tensor_read(model->context, tensor, 0, p->count, values);
     model->be->ops->write(model->be, *p->vector, values, p->count * sizeof(float));
     psoup__free(model->context, values);
     return PSOUP_OK;
@@ -120,11 +127,9 @@ static psoup_status copy_matrix(psoup_model *model, const psoup__parameter *p,
     float *piece = psoup__alloc(model->context, 2 * (size_t)PSOUP__PIECE, sizeof(float), error);
     if (!piece)
         return PSOUP_ERROR_MEMORY;
-    size_t item = psoup_dtype_size(tensor->dtype);
     for (size_t first = 0; first < p->count; first += PSOUP__PIECE) {
         size_t n = p->count - first < PSOUP__PIECE ? p->count - first : PSOUP__PIECE;
-        psoup__to_f32(model->context, piece, (const char *)tensor->data + first * item,
-                      tensor->dtype, n);
+        psoup__tensor_read(model->context, tensor, first, n, piece);
         psoup__parameter_write(model, p, first, n, piece, piece + PSOUP__PIECE);
     }
     psoup__free(model->context, piece);
@@ -136,7 +141,7 @@ psoup_status psoup__model_read(psoup_model *model, const char *directory, psoup_
                                               error);
     if (status != PSOUP_OK)
         return status;
-    bool mappable = true; /* matrices are read in place when they lie at multiples of their items */
+    bool mappable = true; /* matrices are read in place when they lie at multiples of their items, in order */
     bool one_dtype = true;
     psoup_dtype dtype = (psoup_dtype)model->config.torch_dtype;
     for (psoup__parameter p = {.next = 0}; psoup__model_next(model, &p);) {
@@ -144,10 +149,12 @@ psoup_status psoup__model_read(psoup_model *model, const char *directory, psoup_
         PSOUP__TRY(check_tensor(model, &p, tensor, error));
         if (!p.weight)
             continue;
+        psoup_dtype exact = tensor->dtype == PSOUP_Q8_0 ? PSOUP_F32 : tensor->dtype;
         if (p.weight == &model->embed)
-            dtype = tensor->dtype;
-        one_dtype = one_dtype && tensor->dtype == dtype;
-        mappable = mappable && (uintptr_t)tensor->data % psoup_dtype_size(tensor->dtype) == 0;
+            dtype = exact;
+        one_dtype = one_dtype && exact == dtype;
+        mappable = mappable && tensor->dtype == exact && tensor->heads == 0 &&
+                   (uintptr_t)tensor->data % psoup_dtype_size(exact) == 0;
     }
     PSOUP__TRY(refuse_extra(model, error));
     /* What the files hold, whatever config.json says; f32 holds any mixture exactly. */

@@ -40,15 +40,15 @@ def sentencepiece_tokenizer(directory):
     import sentencepiece
     words = corpus()
     lines = words if isinstance(words, list) else list(words.values())
-    lines = [str(line) for line in lines]
+    lines = [str(line).encode("ascii", "ignore").decode() for line in lines]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines * 20 + TEXTS), model_writer=model, model_type="bpe", vocab_size=420,
+        sentence_iterator=iter(lines * 20), model_writer=model, model_type="bpe", vocab_size=520,
         byte_fallback=True, character_coverage=0.98, add_dummy_prefix=True, remove_extra_whitespaces=False,
         normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, hard_vocab_limit=False)
     with tempfile.TemporaryDirectory() as work:
         open(os.path.join(work, "tokenizer.model"), "wb").write(model.getvalue())
-        tokenizer = LlamaTokenizerFast(os.path.join(work, "tokenizer.model"))
+        tokenizer = LlamaTokenizerFast(os.path.join(work, "tokenizer.model"), add_prefix_space=True)
         tokenizer.chat_template = TEMPLATE
         tokenizer.add_tokens(["[INST]"])
         tokenizer.save_pretrained(directory)
