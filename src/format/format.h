@@ -40,9 +40,9 @@ psoup_status psoup__safetensors_commit(psoup__safetensors_writer *writer, psoup_
 void psoup__safetensors_writer_free(psoup__safetensors_writer *writer);
 
 /* ---- weights.c: the tensors of a directory or file, over all its shards --------------------------
- * `path` is a .safetensors file, a .gguf file (of a model, or with another stem of an adapter), or a directory holding `<stem>.safetensors` or
- * `<stem>.safetensors.index.json` (stem "model" or "adapter_model"). A directory that holds only
- * pickles (.bin, .pt) is refused with the command that converts them. Tensors of a GGUF file have Hugging
+ * `path` is a .safetensors file, a .gguf file (of a model, or with another stem of an adapter), or a
+ * directory holding `<stem>.safetensors` or `<stem>.safetensors.index.json` (stem "model" or
+ * "adapter_model"). A directory that holds only pickles (.bin, .pt) is refused with the command that converts them. Tensors of a GGUF file have Hugging
  * Face's names, and may be q8_0 or have `heads`: read them with psoup__tensor_read. */
 typedef struct psoup__weights psoup__weights;
 psoup_status psoup__weights_open(psoup_context *context, const char *path, const char *stem,
@@ -66,8 +66,8 @@ const struct psoup__gguf *psoup__weights_gguf(const psoup__weights *weights); /*
 
 /* ---- hf.c: config.json ------------------------------------------------------------------------ */
 
-/* Reads an architecture, of a model directory or a .gguf file; refuses model types outside the LLaMA family, hidden activations other than
- * silu, and sizes that make no sense, by field and value. */
+/* Reads an architecture, of a model directory or a .gguf file; refuses model types outside the LLaMA
+ * family, hidden activations other than silu, and sizes that make no sense, by field and value. */
 psoup_status psoup__hf_config_read(psoup_context *context, const char *directory,
                                    psoup_model_config *out, psoup_error *error);
 /* The same from memory; `name` stands for it in messages. */
