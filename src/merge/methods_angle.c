@@ -110,7 +110,7 @@ typedef struct nuslerp {
 } nuslerp;
 
 static division nuslerp_division(const psoup__method_job *job) {
-    if (job->flatten || (size_t)(job->row_wise ? job->rows : job->columns) == job->n)
+    if (job->flatten || job->n == 0 || (size_t)(job->row_wise ? job->rows : job->columns) == job->n)
         return WHOLE;
     return job->row_wise ? COLUMNS : ROWS;
 }
@@ -224,7 +224,7 @@ psoup_status psoup__nuslerp_prepare(const psoup__method_job *job, void **state, 
     const double t = nuslerp_t(job);
     double sums[PAIR_SUMS];
     size_t vectors = 1, bytes;
-    if (by != WHOLE && job->n > 0)
+    if (by != WHOLE)
         vectors = job->n / (size_t)(by == ROWS ? job->columns : job->rows);
     *state = NULL;
     if (!psoup__multiply(vectors, 2 * sizeof(float), &bytes) || !psoup__add(bytes, sizeof(nuslerp), &bytes))
