@@ -125,5 +125,5 @@ const psoup__method *psoup__method_named(const char *name) {
 
 size_t psoup__method_scratch(const psoup__method_job *job) {
     const psoup__method *method = job->method;
-    return 3 + (method->whole_rows ? 3 : 0) + (method->elects ? job->count : 1);
+    return 3 + (method->whole_rows ? PSOUP__THIN_SPACE : 0) + (method->elects ? job->count : 1);
 }

@@ -101,7 +101,8 @@ typedef struct psoup__thin { /* one input's */
 } psoup__thin;
 /* [job->count], from the context's allocator. */
 psoup_status psoup__thin_prepare(const psoup__method_job *job, psoup__thin **out, psoup_error *error);
-/* Thins x [n], elements at … of input i's task vector. space is [3 · n] where method->whole_rows. */
+/* Thins x [n], elements at … of input i's task vector. space is [PSOUP__THIN_SPACE · n] where rows are whole. */
+enum { PSOUP__THIN_SPACE = 6 };
 void psoup__thin_apply(const psoup__method_job *job, const psoup__thin *thin, size_t at, size_t n, float *x,
                        float *space);
 

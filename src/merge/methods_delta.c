@@ -34,7 +34,7 @@ typedef struct delta_chunk {
     const psoup__thin *thins; /* or NULL */
     size_t at, n;
     const float *base;                      /* [n] or NULL */
-    float *values, *sign, *divisor, *space; /* [count, n], [n], [n]; [3 · n] where rows are sorted */
+    float *values, *sign, *divisor, *space; /* [count, n], [n], [n], [6 · n] */
 } delta_chunk;
 
 static void thinned(const delta_chunk *c, size_t i, float *out) {
@@ -99,7 +99,7 @@ void psoup__delta_block(const psoup__method_job *job, const void *state, size_t 
     c.sign = base + chunk;
     c.divisor = c.sign + chunk;
     c.space = c.divisor + chunk;
-    c.values = c.space + (job->method->whole_rows ? 3 * chunk : 0);
+    c.values = c.space + (job->method->whole_rows ? PSOUP__THIN_SPACE * chunk : 0);
     for (size_t done = 0; done < n; done += chunk) {
         c.at = at + done;
         c.n = n - done < chunk ? n - done : chunk;

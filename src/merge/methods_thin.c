@@ -31,51 +31,53 @@ static uint32_t magnitude(float x) {
     return bits & 0x7fffffff;
 }
 
-/* index [n] = the positions of x in order of |x|, the smallest first, equal ones in their own order; a NaN
- * is larger than any number. Radix sort, `digit` bits a pass; space [2 · n]. */
-static void sort_magnitudes(const float *x, size_t n, uint32_t *index, uint32_t *space) {
-    uint32_t *keys = space, *from = index, *to = space + n;
-    const int digit = n < 2048 ? 8 : 11;
-    uint32_t starts[2048];
+/* The elements of x in order of |x|, the smallest first, equal ones in their own order; a NaN is larger than
+ * any number. Each is |x|'s bits above its index. space [2 · n]; returns the half of it that is sorted. */
+static const uint64_t *sort_magnitudes(const float *x, size_t n, uint64_t *space) {
+    enum { DIGIT = 11, PASSES = 3, VALUES = 1 << DIGIT };
+    uint64_t *from = space, *to = space + n;
+    uint32_t starts[PASSES][VALUES];
+    memset(starts, 0, sizeof starts);
     for (size_t i = 0; i < n; i++) {
-        from[i] = (uint32_t)i;
-        keys[i] = magnitude(x[i]);
+        uint32_t bits = magnitude(x[i]);
+        from[i] = (uint64_t)bits << 32 | (uint32_t)i;
+        for (int pass = 0; pass < PASSES; pass++)
+            starts[pass][bits >> DIGIT * pass & (VALUES - 1)]++;
     }
-    for (int shift = 0; shift < 31; shift += digit) {
-        const uint32_t mask = (1u << digit) - 1;
-        memset(starts, 0, sizeof starts);
-        for (size_t i = 0; i < n; i++)
-            starts[keys[i] >> shift & mask]++;
-        uint32_t sum = 0;
-        for (uint32_t b = 0; b <= mask; b++) {
-            uint32_t count = starts[b];
-            starts[b] = sum;
+    for (int pass = 0; pass < PASSES; pass++) {
+        uint32_t sum = 0, *start = starts[pass];
+        for (int b = 0; b < VALUES; b++) {
+            uint32_t count = start[b];
+            start[b] = sum;
             sum += count;
         }
         for (size_t i = 0; i < n; i++)
-            to[starts[keys[from[i]] >> shift & mask]++] = from[i];
-        uint32_t *swap = from;
+            to[start[from[i] >> (32 + DIGIT * pass) & (VALUES - 1)]++] = from[i];
+        uint64_t *swap = from;
         from = to;
         to = swap;
     }
-    if (from != index)
-        memcpy(index, from, n * sizeof *index);
+    return from;
 }
 
 /* One row: the element of rank r of n (0: the smallest) stays with probability least + spread · r/(n−1).
- * space [3 · n]. */
+ * space [PSOUP__THIN_SPACE · n]: five for what is sorted and drawn, and room to align it. */
 static void thin_row(const psoup__method_job *job, const psoup__thin *thin, size_t at, size_t n, float *x,
                      float *space) {
-    uint32_t *index = (uint32_t *)(void *)space, *drawn = index + n;
     const psoup__method_kernels *kernels = psoup__method_kernels_of(job->context);
-    sort_magnitudes(x, n, index, drawn); /* which are drawn after */
+    uint64_t *pairs = (uint64_t *)(void *)(space + (uintptr_t)space / sizeof *space % 2);
+    uint32_t *drawn = (uint32_t *)(void *)(pairs + 2 * n);
+    const uint64_t *order = sort_magnitudes(x, n, pairs);
     kernels->draw(drawn, n, job->seed, thin->sequence, at);
     for (size_t r = 0; r < n; r++) {
-        uint32_t e = index[r];
+        uint32_t e = (uint32_t)order[r];
         double place = n > 1 ? (double)r / (double)(n - 1) : 0.5;
         double chance = thin->least + place * thin->spread;
-        bool stays = (double)drawn[e] * 0x1p-24 < chance;
-        x[e] = !stays ? 0 : thin->each ? (float)((double)x[e] / chance) : thin->scale * x[e];
+        float value = thin->each ? (float)((double)x[e] / chance) : thin->scale * x[e];
+        uint32_t bits, stays = (double)drawn[e] * 0x1p-24 < chance; /* no branch: it would be a coin's */
+        memcpy(&bits, &value, sizeof bits);
+        bits &= 0 - stays;
+        memcpy(&x[e], &bits, sizeof bits);
     }
 }
 
@@ -236,7 +238,8 @@ static psoup_status keep_norms(const psoup__method_job *job, psoup__thin *thins,
     double *sums = psoup__alloc(job->context, job->count, 2 * sizeof *sums, error);
     if (sums == NULL)
         return PSOUP_ERROR_MEMORY;
-    psoup_status status = psoup__method_walk(job, job->method->whole_rows ? 5 : 2, sum_absolute, thins,
+    psoup_status status = psoup__method_walk(job, 2 + (job->method->whole_rows ? PSOUP__THIN_SPACE : 0),
+                                             sum_absolute, thins,
                                              2 * job->count, sums, error);
     for (size_t i = 0; i < job->count && status == PSOUP_OK; i++) {
         if (!isfinite(sums[2 * i]))
