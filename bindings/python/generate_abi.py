@@ -323,8 +323,8 @@ from typing import Sequence, TypedDict, Union
 ''']
     notes, defaults = comments(), h.defaults()
     for name, fields in h.structs:
-        if name not in defaults:
-            continue
+        if name not in defaults or any("(*)" in t for _, t in fields):
+            continue  # a struct of callbacks is no set of options
         lines = []
         for field, ctype in fields:
             if field in ("size", "user", "log_user", "progress_user", "n_stop_tokens") \

@@ -160,6 +160,9 @@ typedef struct psoup_merge_tensors {
 #define PSOUP_MERGE_TENSORS_INIT {.size = sizeof(psoup_merge_tensors)}
 psoup_status psoup_merger_add_tensors(psoup_merger *merger, const psoup_merge_tensors *source,
                                       double weight, psoup_error *error);
+/* The base in the same way. */
+psoup_status psoup_merger_set_base_tensors(psoup_merger *merger, const psoup_merge_tensors *base,
+                                           psoup_error *error);
 
 /* How good a lossy result is, after a run. */
 typedef struct psoup_merge_report {

@@ -111,15 +111,27 @@ psoup__merge_source *psoup__merger_source(psoup_merger *merger, size_t index) {
     return index == PSOUP__NONE ? &merger->base : &merger->sources[index];
 }
 
+static void replace_base(psoup_merger *merger, const psoup__merge_source *base) {
+    psoup__source_free(merger->context, &merger->base);
+    merger->base = *base;
+    merger->has_base = true;
+}
+
 psoup_status psoup_merger_set_base(psoup_merger *merger, const char *path, psoup_error *error) {
     psoup__merge_source base;
     psoup_status status = psoup__source_open(merger->context, path, true, &base, error);
-    if (status != PSOUP_OK)
-        return status;
-    psoup__source_free(merger->context, &merger->base);
-    merger->base = base;
-    merger->has_base = true;
-    return PSOUP_OK;
+    if (status == PSOUP_OK)
+        replace_base(merger, &base);
+    return status;
+}
+
+psoup_status psoup_merger_set_base_tensors(psoup_merger *merger, const psoup_merge_tensors *tensors,
+                                           psoup_error *error) {
+    psoup__merge_source base;
+    psoup_status status = psoup__source_hold(merger->context, tensors, &base, error);
+    if (status == PSOUP_OK)
+        replace_base(merger, &base);
+    return status;
 }
 
 /* Takes the source in any case. */

@@ -2,6 +2,7 @@
  * exceptions and without, as C++17 and C++20. Needs nothing but the library. */
 #include <psoup.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -206,7 +207,67 @@ static void test_merging_in_memory(const psoup::context &context) {
     CHECK((folded == floats{9, 17, 25, 11, 21, 31}));
     CHECK(NEED(psoup::merge_factors(context, PSOUP_MERGE_DELTA, ra, rb, 1, 2, 3, factors, one)) < 1e-6);
     CHECK(ra[1] * rb[1] == 20);
+    psoup_merge_module module{};
+    module.factors = factors;
+    module.weights = one.data();
+    module.count = 1;
+    module.out_features = 2;
+    module.in_features = 3;
+    module.rank = 1;
+    floats qa(3), qb(2);
+    module.a_out = qa.data();
+    module.b_out = qb.data();
+    NEED(psoup::merge_factors_batch(context, PSOUP_MERGE_DELTA, {&module, 1}));
+    CHECK(qa[1] * qb[1] == 20);
     CHECK(!psoup::merge_factors(context, PSOUP_MERGE_DELTA, {ra.data(), 2}, rb, 1, 2, 3, factors, one));
+}
+
+static void test_merging_what_the_caller_holds(const psoup::context &context) {
+    CHECK(std::string(psoup::merge_method_name(PSOUP_MERGE_TIES)) == "ties");
+    CHECK(NEED(psoup::parse_merge_method("slerp")) == PSOUP_MERGE_SLERP && !psoup::parse_merge_method("blend"));
+    const floats base{1, 1, 1, 1}, a{2, 1, 0, 1}, b{1, 3, 1, 1};
+    const std::int64_t shape[]{2, 2};
+    auto named = [&](const float *data) {
+        psoup_named_tensor t{};
+        t.name = "w";
+        t.dtype = PSOUP_F32;
+        t.rank = 2;
+        t.shape = shape;
+        t.data = data;
+        return t;
+    };
+    const psoup_named_tensor in_base = named(base.data()), in_a = named(a.data()), pulled = named(nullptr);
+    auto options = psoup::defaults<psoup_merger_options>();
+    options.method = PSOUP_MERGE_TASK_ARITHMETIC;
+    options.any_sum = 1;
+    auto merger = NEED(psoup::merger::create(context, options));
+    NEED(merger.set_base(psoup::tensors{"base", {&in_base, 1}}));
+    NEED(merger.add(psoup::tensors{"a", {&in_a, 1}}, 1));
+    bool broken = false;
+    NEED(merger.add(psoup::tensors{"b", {&pulled, 1}, [&](std::size_t, std::uint64_t offset, std::size_t bytes, void *out) {
+        if (broken) return false;
+        std::copy_n(reinterpret_cast<const char *>(b.data()) + offset, bytes, static_cast<char *>(out));
+        return true;
+    }}, 0.5));
+    floats out(4);
+    psoup::sink into;
+    into.tensor = [&](const char *name, psoup_dtype dtype, psoup::span<const std::int64_t> s) {
+        return name == std::string("w") && dtype == PSOUP_F32 && s.size() == 2 && s[1] == 2;
+    };
+    into.write = [&](std::uint64_t offset, const void *data, std::size_t bytes) {
+        std::copy_n(static_cast<const char *>(data), bytes, reinterpret_cast<char *>(out.data()) + offset);
+        return true;
+    };
+    NEED(merger.run(into));
+    CHECK((out == floats{2, 2, 0, 1}));
+    NEED(merger.set_parameter("lambda", std::vector<double>{2}));
+    NEED(merger.run(into));
+    CHECK((out == floats{3, 3, -1, 1}));
+    into.write = [](std::uint64_t, const void *, std::size_t) { return false; };
+    auto stopped = merger.run(into);
+    CHECK(!stopped && stopped.error().status == PSOUP_ERROR_CANCELLED);
+    broken = true;
+    CHECK(!merger.run(into));
 }
 
 static void test_rewards_and_ppo(psoup::model &model) {
@@ -397,6 +458,7 @@ int main() {
     test_scores_and_generation(model);
     test_files(context, model);
     test_merging_in_memory(context);
+    test_merging_what_the_caller_holds(context);
     test_rewards_and_ppo(model);
     test_evaluation(context);
     test_data(context);

@@ -2,6 +2,7 @@
 #ifndef PSOUP_COMMON_HPP
 #define PSOUP_COMMON_HPP
 
+#include <atomic>
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
@@ -174,7 +175,8 @@ PSOUP_CPP_QUIET_END
 
 namespace detail {
 
-/* Keeps what a callback throws until C has returned, and carries it over. */
+/* Keeps what a callback throws until C has returned, and carries it over. Several threads may run it at
+ * once: the first to throw is kept. */
 class guard {
 public:
     template <class F> int run(F &&f) noexcept {
@@ -182,7 +184,7 @@ public:
         try {
             return f() ? 0 : 1;
         } catch (...) {
-            thrown_ = std::current_exception();
+            if (!taken_.test_and_set()) thrown_ = std::current_exception();
             return 1;
         }
 #else
@@ -191,12 +193,14 @@ public:
     }
     void rethrow() {
 #if PSOUP_CPP_CAN_THROW
+        taken_.clear();
         if (thrown_) std::rethrow_exception(std::exchange(thrown_, nullptr));
 #endif
     }
 
 private:
     std::exception_ptr thrown_;
+    std::atomic_flag taken_ = ATOMIC_FLAG_INIT;
 };
 
 /* A callback of the caller's with its guard, at an address that C can keep. */

@@ -9,34 +9,89 @@ namespace psoup {
 
 PSOUP_CPP_QUIET_BEGIN
 PSOUP_CPP_DEFAULTS(psoup_merger_options, PSOUP_MERGER_OPTIONS_INIT)
+PSOUP_CPP_DEFAULTS(psoup_merge_sink, PSOUP_MERGE_SINK_INIT)
+PSOUP_CPP_DEFAULTS(psoup_merge_tensors, PSOUP_MERGE_TENSORS_INIT)
 PSOUP_CPP_QUIET_END
+
+inline const char *merge_method_name(std::int32_t method) { return psoup_merge_method_name(method); }
+inline result<std::int32_t> parse_merge_method(const std::string &name) {
+    std::int32_t out = 0;
+    auto done = detail::call(psoup_merge_method_parse, name.c_str(), &out);
+    if (!done) return done.error();
+    return out;
+}
+
+/* A full model that the caller holds; the data are borrowed as long as the merger is. Tensors whose data are
+ * null come from `read`: bytes offset … offset + bytes − 1 of tensor `index` into out, from several threads at
+ * once; return false for "cannot". */
+struct tensors {
+    std::string name; /* in messages */
+    span<const psoup_named_tensor> list;
+    std::function<bool(std::size_t index, std::uint64_t offset, std::size_t bytes, void *out)> read = {};
+};
+
+/* Receives results, in order, from the thread that calls; return false to stop. */
+struct sink {
+    std::function<bool(const char *name, psoup_dtype dtype, span<const std::int64_t> shape)> tensor;
+    std::function<bool(std::uint64_t offset, const void *data, std::size_t bytes)> write;
+};
 
 class merger : public handle<psoup_merger, psoup_merger_free> {
 public:
     using handle::handle;
     static result<merger> create(const context &c, psoup_merger_options options = defaults<psoup_merger_options>(),
                                  psoup::progress progress = {}) {
-        std::unique_ptr<detail::progress_callback> kept;
-        if (progress) {
-            kept = std::make_unique<detail::progress_callback>(std::move(progress));
+        auto kept = std::make_unique<state>(std::move(progress));
+        if (kept->progress.function) {
             options.progress = detail::run_progress;
-            options.progress_user = kept.get();
+            options.progress_user = &kept->progress;
         }
         auto made = detail::make<merger>(psoup_merger_create, c.get(), &options);
-        if (made) made->progress_ = made->keep(std::move(kept));
+        if (made) made->state_ = made->keep(std::move(kept));
         return made;
     }
     result<void> set_base(const std::string &path) {
         return detail::call(psoup_merger_set_base, get(), path.c_str());
     }
+    result<void> set_base(tensors base) {
+        const psoup_merge_tensors c = held(base);
+        return detail::call(psoup_merger_set_base_tensors, get(), &c);
+    }
     result<void> add(const std::string &path, double weight) {
         return detail::call(psoup_merger_add, get(), path.c_str(), weight);
+    }
+    result<void> add(tensors source, double weight) {
+        const psoup_merge_tensors c = held(source);
+        return detail::call(psoup_merger_add_tensors, get(), &c, weight);
     }
     result<void> set_weights(span<const double> weights) {
         return detail::call(psoup_merger_set_weights, get(), weights.data(), weights.size());
     }
-    result<void> write(const std::string &directory) {
-        return run(psoup_merger_write, directory.c_str());
+    /* One value, or a gradient over the depth; source −1 is all; an empty filter is all tensors. */
+    result<void> set_parameter(const std::string &parameter, span<const double> values, std::int64_t source = -1,
+                               const std::string &filter = {}) {
+        return detail::call(psoup_merger_set_parameter, get(), source, parameter.c_str(),
+                            filter.empty() ? nullptr : filter.c_str(), values.data(), values.size());
+    }
+    result<void> write(const std::string &directory) { return run_and_rethrow(psoup_merger_write, directory.c_str()); }
+    result<void> run(psoup::sink into) {
+        struct both {
+            detail::guard guard;
+            psoup::sink sink;
+        } user{{}, std::move(into)};
+        auto c = defaults<psoup_merge_sink>();
+        c.user = &user;
+        c.tensor = [](void *u, const char *name, psoup_dtype dtype, std::int32_t rank, const std::int64_t *shape) {
+            auto *b = static_cast<both *>(u);
+            return b->guard.run([&] { return b->sink.tensor(name, dtype, {shape, static_cast<std::size_t>(rank)}); });
+        };
+        c.write = [](void *u, std::uint64_t offset, const void *data, std::size_t bytes) {
+            auto *b = static_cast<both *>(u);
+            return b->guard.run([&] { return b->sink.write(offset, data, bytes); });
+        };
+        auto done = run_and_rethrow(psoup_merger_run, static_cast<const psoup_merge_sink *>(&c));
+        user.guard.rethrow();
+        return done;
     }
     result<psoup_merge_report> report() const {
         auto out = defaults<psoup_merge_report>();
@@ -46,12 +101,34 @@ public:
     }
 
 private:
-    template <class F, class... A> result<void> run(F f, A... arguments) {
-        auto done = detail::call(f, get(), arguments...);
-        if (progress_) progress_->rethrow();
+    using read_callback = detail::callback<bool(std::size_t, std::uint64_t, std::size_t, void *)>;
+    struct state {
+        explicit state(psoup::progress p) : progress(std::move(p)) {}
+        detail::progress_callback progress;
+        std::vector<std::unique_ptr<read_callback>> reads;
+    };
+    psoup_merge_tensors held(tensors &source) {
+        auto c = defaults<psoup_merge_tensors>();
+        c.name = source.name.c_str();
+        c.tensors = source.list.data();
+        c.n = source.list.size();
+        if (source.read) {
+            state_->reads.push_back(std::make_unique<read_callback>(std::move(source.read)));
+            c.user = state_->reads.back().get();
+            c.read = [](void *user, std::size_t index, std::uint64_t offset, std::size_t bytes, void *out) {
+                auto *r = static_cast<read_callback *>(user);
+                return r->run([&] { return r->function(index, offset, bytes, out); });
+            };
+        }
+        return c;
+    }
+    template <class F, class A> result<void> run_and_rethrow(F f, A argument) {
+        auto done = detail::call(f, get(), argument);
+        state_->progress.rethrow();
+        for (auto &r : state_->reads) r->rethrow();
         return done;
     }
-    detail::progress_callback *progress_ = nullptr;
+    state *state_ = nullptr;
 };
 
 /* ---- in memory ------------------------------------------------------------------------------------- */
@@ -93,6 +170,12 @@ inline result<double> merge_factors(const context &c, psoup_merge_method method,
                              in_features, factors.data(), weights.data(), factors.size(), &relative);
     if (!done) return done.error();
     return relative;
+}
+
+/* New weights for a whole adapter: every module in parallel. */
+inline result<void> merge_factors_batch(const context &c, psoup_merge_method method, span<psoup_merge_module> modules,
+                                        bool errors = false) {
+    return detail::call(psoup_merge_factors_batch, c.get(), method, modules.data(), modules.size(), errors ? 1 : 0);
 }
 
 } // namespace psoup

@@ -132,6 +132,11 @@ class MergePeer(IntEnum):
     PEFT = 2
 
 
+class MergeFormat(IntEnum):
+    AS_SOURCES = 0
+    GGUF = 1
+
+
 class Schedule(IntEnum):
     CONSTANT = 0
     LINEAR = 1
@@ -154,6 +159,7 @@ ENUMS = {  # by their C names
     "psoup_finish": Finish,
     "psoup_merge_method": MergeMethod,
     "psoup_merge_peer": MergePeer,
+    "psoup_merge_format": MergeFormat,
     "psoup_schedule": Schedule,
     "psoup_early_stop": EarlyStop,
 }
@@ -293,11 +299,23 @@ class psoup_merger(Structure):
     pass
 
 
+class psoup_merge_sink(Structure):
+    pass
+
+
+class psoup_merge_tensors(Structure):
+    pass
+
+
 class psoup_merge_report(Structure):
     pass
 
 
 class psoup_lora_factors(Structure):
+    pass
+
+
+class psoup_merge_module(Structure):
     pass
 
 
@@ -535,6 +553,33 @@ psoup_merger_options._fields_ = [
     ("dtype", c_int32),
     ("progress", psoup_progress_fn),
     ("progress_user", c_void_p),
+    ("peer", c_int32),
+    ("format", c_int32),
+    ("shard_size", c_uint64),
+    ("density", c_double),
+    ("gamma", c_double),
+    ("epsilon", c_double),
+    ("lambda", c_double),
+    ("t", c_double),
+    ("normalize", c_int32),
+    ("rescale", c_int32),
+    ("seed", c_uint64),
+    ("sha256", c_int32),
+    ("resume", c_int32),
+]
+psoup_merge_sink._fields_ = [
+    ("size", c_size_t),
+    ("user", c_void_p),
+    ("tensor", CFUNCTYPE(c_int, c_void_p, c_char_p, c_int, c_int32, POINTER(c_int64))),
+    ("write", CFUNCTYPE(c_int, c_void_p, c_uint64, c_void_p, c_size_t)),
+]
+psoup_merge_tensors._fields_ = [
+    ("size", c_size_t),
+    ("name", c_char_p),
+    ("tensors", POINTER(psoup_named_tensor)),
+    ("n", c_size_t),
+    ("read", CFUNCTYPE(c_int, c_void_p, c_size_t, c_uint64, c_size_t, c_void_p)),
+    ("user", c_void_p),
 ]
 psoup_merge_report._fields_ = [
     ("size", c_size_t),
@@ -548,6 +593,19 @@ psoup_lora_factors._fields_ = [
     ("b", POINTER(c_float)),
     ("rank", c_int32),
     ("scale", c_float),
+]
+psoup_merge_module._fields_ = [
+    ("factors", POINTER(psoup_lora_factors)),
+    ("weights", POINTER(c_double)),
+    ("count", c_size_t),
+    ("out_features", c_int64),
+    ("in_features", c_int64),
+    ("a_out", POINTER(c_float)),
+    ("b_out", POINTER(c_float)),
+    ("rank", c_int32),
+    ("reserved32", c_int32),
+    ("relative_error", c_double),
+    ("reserved", c_uint64 * 4),
 ]
 psoup_step._fields_ = [
     ("size", c_size_t),
@@ -746,8 +804,11 @@ STRUCTS = (
     psoup_duel,
     psoup_rate,
     psoup_merger_options,
+    psoup_merge_sink,
+    psoup_merge_tensors,
     psoup_merge_report,
     psoup_lora_factors,
+    psoup_merge_module,
     psoup_step,
     psoup_example,
     psoup_sft_options,
@@ -812,6 +873,17 @@ DEFAULTS = {
     },
     psoup_merger_options: {
         "dtype": -1,
+        "density": 1.0,
+        "gamma": 0.01,
+        "epsilon": 0.15,
+        "lambda": 1.0,
+        "t": -1e+308,
+        "normalize": -1,
+        "rescale": -1,
+    },
+    psoup_merge_sink: {
+    },
+    psoup_merge_tensors: {
     },
     psoup_sft_options: {
         "epochs": 1,
@@ -877,7 +949,7 @@ ENUM_FIELDS = {
     psoup_field: {"type": FieldType},
     psoup_model_config: {"rope_scaling": RopeScaling, "torch_dtype": Dtype},
     psoup_completion: {"finish": Finish},
-    psoup_merger_options: {"method": MergeMethod, "dtype": Dtype},
+    psoup_merger_options: {"method": MergeMethod, "dtype": Dtype, "peer": MergePeer, "format": MergeFormat},
     psoup_sft_options: {"schedule": Schedule},
     psoup_reward_options: {"schedule": Schedule},
     psoup_rollout: {"finish": Finish},
@@ -990,16 +1062,23 @@ FUNCTIONS = {
     "psoup_winrate_criterion": (c_int, [POINTER(psoup_context), POINTER(psoup_duel), c_size_t, c_int32, c_uint64, POINTER(psoup_rate), POINTER(psoup_error)]),
     "psoup_winrate_helpfulness": (c_int, [POINTER(psoup_context), POINTER(psoup_duel), c_size_t, c_uint64, POINTER(psoup_rate), POINTER(psoup_error)]),
     "psoup_judge_duels": (c_int, [POINTER(psoup_judge), POINTER(psoup_preferences), POINTER(c_char_p), POINTER(c_char_p), POINTER(c_char_p), POINTER(psoup_duel), c_size_t, c_int, POINTER(c_int32), POINTER(c_int32), POINTER(psoup_error)]),
+    "psoup_merge_method_name": (c_char_p, [c_int32]),
+    "psoup_merge_method_parse": (c_int, [c_char_p, POINTER(c_int32), POINTER(psoup_error)]),
     "psoup_merger_create": (c_int, [POINTER(psoup_context), POINTER(psoup_merger_options), POINTER(POINTER(psoup_merger)), POINTER(psoup_error)]),
     "psoup_merger_free": (None, [POINTER(psoup_merger)]),
     "psoup_merger_set_base": (c_int, [POINTER(psoup_merger), c_char_p, POINTER(psoup_error)]),
     "psoup_merger_add": (c_int, [POINTER(psoup_merger), c_char_p, c_double, POINTER(psoup_error)]),
     "psoup_merger_set_weights": (c_int, [POINTER(psoup_merger), POINTER(c_double), c_size_t, POINTER(psoup_error)]),
+    "psoup_merger_set_parameter": (c_int, [POINTER(psoup_merger), c_int64, c_char_p, c_char_p, POINTER(c_double), c_size_t, POINTER(psoup_error)]),
     "psoup_merger_write": (c_int, [POINTER(psoup_merger), c_char_p, POINTER(psoup_error)]),
+    "psoup_merger_run": (c_int, [POINTER(psoup_merger), POINTER(psoup_merge_sink), POINTER(psoup_error)]),
+    "psoup_merger_add_tensors": (c_int, [POINTER(psoup_merger), POINTER(psoup_merge_tensors), c_double, POINTER(psoup_error)]),
+    "psoup_merger_set_base_tensors": (c_int, [POINTER(psoup_merger), POINTER(psoup_merge_tensors), POINTER(psoup_error)]),
     "psoup_merger_report": (c_int, [POINTER(psoup_merger), POINTER(psoup_merge_report), POINTER(psoup_error)]),
     "psoup_merge_sum": (c_int, [POINTER(psoup_context), c_void_p, c_int, POINTER(c_void_p), c_int, POINTER(c_double), c_size_t, c_size_t, POINTER(psoup_error)]),
     "psoup_merge_fold": (c_int, [POINTER(psoup_context), c_void_p, c_void_p, c_int, c_int64, c_int64, POINTER(psoup_lora_factors), POINTER(c_double), c_size_t, POINTER(psoup_error)]),
     "psoup_merge_factors": (c_int, [POINTER(psoup_context), c_int, POINTER(c_float), POINTER(c_float), c_int32, c_int64, c_int64, POINTER(psoup_lora_factors), POINTER(c_double), c_size_t, POINTER(c_double), POINTER(psoup_error)]),
+    "psoup_merge_factors_batch": (c_int, [POINTER(psoup_context), c_int, POINTER(psoup_merge_module), c_size_t, c_int32, POINTER(psoup_error)]),
     "psoup_sft_fields": (POINTER(psoup_field), []),
     "psoup_sft": (c_int, [POINTER(psoup_model), c_char_p, POINTER(psoup_example), c_size_t, POINTER(psoup_example), c_size_t, POINTER(psoup_sft_options), POINTER(psoup_error)]),
     "psoup_reward_create": (c_int, [POINTER(psoup_model), c_char_p, POINTER(psoup_adapter_options), POINTER(POINTER(psoup_reward)), POINTER(psoup_error)]),

@@ -100,9 +100,10 @@ def call_long(function: Any, *arguments: Any) -> None:
         _raise_pending()
 
 
-def callback(kind: Any, function: Callable[..., Optional[int]]) -> Any:
+def callback(kind: Any, function: Callable[..., Optional[int]], raised: Optional[List[BaseException]] = None) -> Any:
     """`function` as a C callback. What it raises is kept and raised by the call that ran it, which
-    libpsoup leaves because the callback returns non-zero."""
+    libpsoup leaves because the callback returns non-zero. A callback that worker threads run leaves it in
+    `raised` instead, for the caller to raise."""
 
     def run(*arguments: Any) -> int:
         if getattr(_local, "raised", None) is not None:
@@ -110,7 +111,10 @@ def callback(kind: Any, function: Callable[..., Optional[int]]) -> Any:
         try:
             return function(*arguments) or 0
         except BaseException as error:
-            _local.raised = error
+            if raised is None:
+                _local.raised = error
+            else:
+                raised.append(error)
             return 1
 
     return kind(run)

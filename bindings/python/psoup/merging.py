@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_double, c_float, c_void_p
+from ctypes import POINTER, byref, c_double, c_float, c_int64, c_void_p
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, MutableMapping, NamedTuple, Optional, Sequence, Tuple, \
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, MutableMapping, NamedTuple, Optional, Sequence, Tuple, \
     Union
 
 from . import _abi
 from ._abi import Dtype, MergeMethod
-from ._library import Bar, Handle, call, call_long, create, encoded, lib, member, new, progress_callback, record
+from ._library import Bar, Handle, call, call_long, callback, create, encoded, lib, member, new, \
+    progress_callback, record, text
 from .arrays import DtypeLike, View, doubles, dtype_of, empty, empty_like, view
 from .context import Context, default_context
-from .errors import ArgumentError
+from .errors import ArgumentError, Error
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .options import MergerOptions
 
-__all__ = ["Merger", "merge", "merge_sum", "fold", "merge_factors", "Factors"]
+__all__ = ["Merger", "Pulled", "merge", "merge_sum", "fold", "merge_factors", "merge_adapter", "Factors"]
 
 Path = Union[str, "PathLike[str]"]
 Arrays = Mapping[str, Any]
+Source = Union[Path, Arrays]
 
 
 # ---- files --------------------------------------------------------------------------------------------------
+
+
+class Pulled(NamedTuple):
+    """A tensor of a source that is not in memory: `read(offset, out)` fills the memoryview `out` with its
+    bytes from `offset`. It is called from several threads, and more than once where a method needs it."""
+
+    dtype: DtypeLike
+    shape: Sequence[int]
+    read: Callable[[int, memoryview], Any]
 
 
 class Merger(Handle):
@@ -38,11 +49,14 @@ class Merger(Handle):
             merger.add("P2B", 0.5)
             merger.write("soup")
 
-    Options: method="delta" (see MergeMethod), svd_rank, any_sum, dtype. progress: a callable
-    (label, done, total), or True for a bar.
+    A base or source is a path (model directory, .safetensors, .gguf, PEFT directory, GGUF adapter) or a
+    state dict of arrays and `Pulled` tensors, which are not copied. Options: method="delta" (see
+    MergeMethod), dtype, format="gguf", shard_size, svd_rank, any_sum, peer, density, gamma, epsilon,
+    lambda_, t, normalize, rescale, seed, sha256, resume. progress: a callable (label, done, total), or True
+    for a bar.
     """
 
-    def __init__(self, base: Optional[Path] = None, progress: Any = None, context: Optional[Context] = None,
+    def __init__(self, base: Optional[Source] = None, progress: Any = None, context: Optional[Context] = None,
                  **options: Unpack[MergerOptions]) -> None:
         context = context or default_context()
         values: Dict[str, Any] = dict(options)
@@ -50,20 +64,60 @@ class Merger(Handle):
             values["dtype"] = int(dtype_of(values["dtype"]))
         struct = new(_abi.psoup_merger_options, values)
         struct.progress = progress_callback(progress)
+        self._raised: List[BaseException] = []  # by callbacks on worker threads
+        self._kept: List[Any] = [struct]
+        self._like: Arrays = {}
         self._own(create(_abi.psoup_merger, lib.psoup_merger_create, context.handle, struct),
-                  lib.psoup_merger_free, [context], struct)
+                  lib.psoup_merger_free, [context], self._kept)
         if base is not None:
             self.set_base(base)
 
-    def set_base(self, path: Path) -> None:
-        """The base that adapters are folded into: a model directory or file."""
+    def set_base(self, base: Source) -> None:
+        """What adapters are folded into, and what methods of task vectors take differences from."""
         with self.lock:
-            call(lib.psoup_merger_set_base, self.handle, encoded(path))
+            if isinstance(base, Mapping):
+                call(lib.psoup_merger_set_base_tensors, self.handle, self._tensors(base, "the base"))
+            else:
+                call(lib.psoup_merger_set_base, self.handle, encoded(base))
 
-    def add(self, path: Path, weight: float = 1.0) -> None:
-        """Adds a source: an adapter or a model."""
+    def add(self, source: Source, weight: float = 1.0, name: Optional[str] = None) -> None:
+        """Adds an adapter or a model. `name` stands for a state dict in messages."""
         with self.lock:
-            call(lib.psoup_merger_add, self.handle, encoded(path), weight)
+            if isinstance(source, Mapping):
+                call(lib.psoup_merger_add_tensors, self.handle, self._tensors(source, name or "a state dict"), weight)
+            else:
+                call(lib.psoup_merger_add, self.handle, encoded(source), weight)
+
+    def _tensors(self, source: Arrays, name: str) -> Any:
+        named = (_abi.psoup_named_tensor * len(source))()
+        keep: List[Any] = [named]
+        pulled: Dict[int, Pulled] = {}
+        for i, (struct, (key, x)) in enumerate(zip(named, source.items())):
+            if isinstance(x, Pulled):
+                pulled[i] = x
+                dtype, shape = dtype_of(x.dtype), tuple(x.shape)
+            else:
+                seen = view(x, what=key)
+                if not seen.is_contiguous:
+                    raise ArgumentError("%s: %s is not row-major" % (name, key))
+                dtype, shape, struct.data = seen.dtype, seen.shape, seen.address
+                keep.append(seen)
+            sizes = (c_int64 * len(shape))(*shape)
+            struct.name, struct.dtype, struct.rank = encoded(key), dtype, len(shape)
+            struct.shape = ctypes.cast(sizes, POINTER(c_int64))
+            keep.append(sizes)
+        out = new(_abi.psoup_merge_tensors, {"name": name, "n": len(named)}, keep)
+        out.tensors = ctypes.cast(named, POINTER(_abi.psoup_named_tensor))
+        if pulled:
+            def read(user: Any, index: int, offset: int, n: int, data: int) -> int:
+                pulled[index].read(offset, memoryview((ctypes.c_char * n).from_address(data)).cast("B"))
+                return 0
+
+            out.read = callback(dict(_abi.psoup_merge_tensors._fields_)["read"], read, self._raised)
+            keep.append(out.read)
+        self._kept += keep
+        self._like = self._like or source
+        return out
 
     def set_weights(self, weights: Sequence[float]) -> None:
         """New weights for the sources in the order they were added; nothing is read again."""
@@ -71,10 +125,71 @@ class Merger(Handle):
         with self.lock:
             call(lib.psoup_merger_set_weights, self.handle, row.pointer, row.n)
 
-    def write(self, directory: Path) -> None:
-        """Merges into a directory, whole or not at all."""
+    def set_parameter(self, parameter: str, values: Union[float, Sequence[float]], source: Optional[int] = None,
+                      filter: Optional[str] = None) -> None:
+        """A parameter of docs/merging.md, for one source (its number) or all, for the tensors whose name
+        contains `filter` ("re:..." is an expression). Several values are a gradient over the depth."""
+        row = doubles([values] if isinstance(values, (int, float)) else values, parameter)
         with self.lock:
-            call_long(lib.psoup_merger_write, self.handle, encoded(directory))
+            call(lib.psoup_merger_set_parameter, self.handle, -1 if source is None else source, encoded(parameter),
+                 encoded(filter), row.pointer, row.n)
+
+    def _run(self, function: Any, argument: Any) -> None:
+        with self.lock:
+            self._raised.clear()
+            try:
+                call_long(function, self.handle, argument)
+            except Error:
+                if self._raised:
+                    raise self._raised[0] from None
+                raise
+
+    def write(self, path: Path) -> None:
+        """Merges into a directory, or with format="gguf" a file: whole or not at all."""
+        self._run(lib.psoup_merger_write, encoded(path))
+
+    def stream(self, tensor: Callable[[str, Dtype, Tuple[int, ...]], Any],
+               write: Callable[[int, memoryview], Any]) -> None:
+        """Merges into callbacks: `tensor(name, dtype, shape)` begins one, `write(offset, data)` has its next
+        bytes, which are borrowed for the call."""
+        self._stream(tensor, lambda offset, address, n: write(
+            offset, memoryview((ctypes.c_char * n).from_address(address)).cast("B").toreadonly()))
+
+    def _stream(self, tensor: Callable[[str, Dtype, Tuple[int, ...]], Any],
+                write: Callable[[int, int, int], Any]) -> None:
+        kinds = dict(_abi.psoup_merge_sink._fields_)
+
+        def begin(user: Any, name: bytes, dtype: int, rank: int, shape: Any) -> int:
+            tensor(text(name), Dtype(dtype), tuple(shape[:rank]))
+            return 0
+
+        def data(user: Any, offset: int, address: int, n: int) -> int:
+            write(offset, address, n)
+            return 0
+
+        sink = new(_abi.psoup_merge_sink)
+        sink.tensor, sink.write = callback(kinds["tensor"], begin), callback(kinds["write"], data)
+        self._run(lib.psoup_merger_run, sink)
+
+    def run(self, out: Optional[MutableMapping[str, Any]] = None) -> MutableMapping[str, Any]:
+        """Merges into a state dict: into the arrays of `out` where it has the tensor, into new ones of the
+        sources' library otherwise."""
+        result: MutableMapping[str, Any] = {} if out is None else out
+        place: List[View] = []
+
+        def tensor(name: str, dtype: Dtype, shape: Tuple[int, ...]) -> None:
+            if name not in result:
+                like = self._like.get(name)
+                result[name] = (empty(shape, dtype) if like is None or isinstance(like, Pulled)
+                                else empty_like(like, dtype, shape))
+            seen = view(result[name], writable=True, what=name)
+            if seen.shape != shape or seen.dtype != dtype or not seen.is_contiguous:
+                raise ArgumentError("out: %s is %s%s: expected row-major %s%s"
+                                    % (name, seen.dtype.name.lower(), list(seen.shape), dtype.name.lower(), list(shape)))
+            place[:] = [seen]
+
+        self._stream(tensor, lambda offset, address, n: ctypes.memmove(place[0].address + offset, address, n))
+        return result
 
     def report(self) -> Dict[str, Any]:
         """How good a lossy result is, after a run: tensors, worst_error, worst_name, mean_error."""
@@ -184,19 +299,53 @@ def merge_factors(factors: Sequence[Factors], weights: Sequence[float], method: 
     return Factors(a, b, 1.0), error.value
 
 
+def merge_adapter(modules: Mapping[str, Sequence[Factors]], weights: Sequence[float],
+                  method: Union[str, MergeMethod] = "delta", rank: Optional[int] = None,
+                  out: Optional[MutableMapping[str, Factors]] = None,
+                  context: Optional[Context] = None) -> MutableMapping[str, Factors]:
+    """New weights for a whole adapter: each module's factors as `merge_factors` merges them, all in
+    parallel, into the arrays of `out` where it has the module."""
+    kind = member(MergeMethod, method, "method")
+    row = doubles(weights)
+    result: MutableMapping[str, Factors] = {} if out is None else out
+    structs, keep = (_abi.psoup_merge_module * len(modules))(), []
+    for struct, (name, factors) in zip(structs, modules.items()):
+        each, kept, n_out, n_in = _factors(factors)
+        if not factors or row.n != len(factors):
+            raise ArgumentError("%s: there are %d adapters and %d weights" % (name, len(factors), row.n))
+        r = rank or (sum(s.rank for s in each) if kind == MergeMethod.DELTA else each[0].rank)
+        if name not in result:
+            result[name] = Factors(empty((r, n_in)), empty((n_out, r)), 1.0)
+        a, b = (view(x, writable=True, what=name) for x in result[name][:2])
+        if a.shape != (r, n_in) or b.shape != (n_out, r) or not (a.is_contiguous and b.is_contiguous) or \
+                not a.dtype == b.dtype == Dtype.F32:
+            raise ArgumentError("%s: out is not [%d, %d] and [%d, %d] of float32" % (name, r, n_in, n_out, r))
+        struct.factors = ctypes.cast(each, POINTER(_abi.psoup_lora_factors))
+        struct.weights, struct.count = row.pointer, row.n
+        struct.out_features, struct.in_features, struct.rank = n_out, n_in, r
+        struct.a_out, struct.b_out = a.pointer(c_float), b.pointer(c_float)
+        keep += [each, kept, a, b]
+    call(lib.psoup_merge_factors_batch, (context or default_context()).handle, kind, structs, len(modules), 0)
+    return result
+
+
 # ---- state dicts ----------------------------------------------------------------------------------------------
 
 
-def merge(sources: Union[Mapping[str, Arrays], Sequence[Arrays]], weights: Union[Mapping[str, float], Sequence[float]],
-          out: Optional[MutableMapping[str, Any]] = None, dtype: Optional[DtypeLike] = None, any_sum: bool = False,
-          progress: Any = None, context: Optional[Context] = None) -> MutableMapping[str, Any]:
-    """The weighted sum of state dicts, tensor by tensor, as a state dict:
+def merge(sources: Union[Mapping[str, Source], Sequence[Source]],
+          weights: Union[Mapping[str, float], Sequence[float]], method: Union[None, str, MergeMethod] = None,
+          base: Optional[Source] = None, out: Optional[MutableMapping[str, Any]] = None,
+          dtype: Optional[DtypeLike] = None, any_sum: bool = False, progress: Any = None,
+          context: Optional[Context] = None, **options: Unpack[MergerOptions]) -> MutableMapping[str, Any]:
+    """Merges state dicts (or files) into a state dict:
 
         soup = psoup.merge({"a": model_a.state_dict(), "b": model_b.state_dict()}, {"a": 0.3, "b": 0.7})
 
-    Tensors are numpy arrays, torch tensors or anything of `psoup.arrays`; results are of the same library,
-    or go into the arrays of `out`. Tensors that are no floats (position ids, counters) must be equal in all
-    sources and are carried over.
+    Without a method it is the weighted sum, tensor by tensor, straight into its place. Any other is by
+    name ("ties", base=state_dict, density=0.5), with the options of `Merger`. Tensors are numpy arrays,
+    torch tensors or anything of `psoup.arrays`; results are of the same library, or go into the arrays of
+    `out`. In a sum, tensors that are no floats (position ids, counters) must be equal in all sources and
+    are carried over.
     """
     named = isinstance(sources, Mapping)
     keys = list(sources) if named else list(range(len(sources)))
@@ -205,6 +354,10 @@ def merge(sources: Union[Mapping[str, Arrays], Sequence[Arrays]], weights: Union
             raise ArgumentError("the weights are of %s: expected of %s" % (sorted(weights), sorted(map(str, keys))))
         weights = [weights[k] for k in keys]
     weights = [float(w) for w in weights]
+    if method is not None or base is not None or options or \
+            any(not isinstance(sources[k], Mapping) for k in keys):  # type: ignore[index]
+        return _merged([(k, sources[k]) for k in keys], weights, base, out, progress, context,  # type: ignore[index]
+                       dict(options, method=method, dtype=dtype, any_sum=any_sum))
     if len(weights) != len(keys) or not keys:
         raise ArgumentError("there are %d sources and %d weights" % (len(keys), len(weights)))
     if not any_sum and not abs(sum(weights) - 1) <= 1e-6:
@@ -229,6 +382,17 @@ def merge(sources: Union[Mapping[str, Arrays], Sequence[Arrays]], weights: Union
         if report is not None:
             report("merge", done + 1, len(names))
     return result
+
+
+def _merged(sources: Sequence[Tuple[Any, Source]], weights: Sequence[float], base: Optional[Source],
+            out: Optional[MutableMapping[str, Any]], progress: Any, context: Optional[Context],
+            options: Dict[str, Any]) -> MutableMapping[str, Any]:
+    if len(weights) != len(sources):
+        raise ArgumentError("there are %d sources and %d weights" % (len(sources), len(weights)))
+    with Merger(base, progress, context, **options) as merger:
+        for (key, source), weight in zip(sources, weights):
+            merger.add(source, weight, name="source %s" % key)
+        return merger.run(out)
 
 
 def _same(name: str, views: Sequence[View], first: Any) -> Any:

@@ -130,14 +130,43 @@ class FeedbackOptions(TypedDict, total=False):
 
 
 class MergerOptions(TypedDict, total=False):
-    # psoup_merge_method; full models know only PSOUP_MERGE_DELTA, others are refused; default 0
+    # psoup_merge_method. The three of factors, and peft_linear, are of adapters; PSOUP_MERGE_DELTA
+    # of full models is their weighted sum; default 0
     method: Union[int, str]
     # for PSOUP_MERGE_SVD; default 0
     svd_rank: int
-    # accept weights that do not sum to 1 within 1e-6; default 0
+    # accept weights that do not sum to 1 within 1e-6; methods of task vectors, and those that
+    # normalise, always do; default 0
     any_sum: int
     # psoup_dtype of the output; −1: that of the base or first source; default -1
     dtype: Union[int, str]
+    # psoup_merge_peer; default 0
+    peer: Union[int, str]
+    # psoup_merge_format; default 0
+    format: Union[int, str]
+    # most bytes of tensors in one safetensors file; 0: one file; default 0
+    shard_size: int
+    # the part of a task vector that stays, 0 to 1; default 1.0
+    density: float
+    # breadcrumbs: the part that is cut off as the largest; default 0.01
+    gamma: float
+    # della: the half width of the densities around density; default 0.15
+    epsilon: float
+    # multiplies the merged task vector; default 1.0
+    lambda_: float
+    # slerp: 0 is the first, 1 the second; PSOUP_MERGE_UNSAID, which slerp refuses; default -1e+308
+    t: float
+    # 0, 1, or −1: as the peer has it; default -1
+    normalize: int
+    # 0, 1, or −1: as the peer has it; default -1
+    rescale: int
+    # of DARE and DELLA; default 0
+    seed: int
+    # put the SHA-256 of every source file into the certificate: reads them once more; default 0
+    sha256: int
+    # continue from the shards that a killed run of the same merge has finished, and keep finished
+    # shards where this run fails; default 0
+    resume: int
 
 
 class SftOptions(TypedDict, total=False):

@@ -28,6 +28,8 @@ UNUSED = {
     "psoup_fields_read", "psoup_fields_check",
     # dtype_of knows numpy's and torch's names too.
     "psoup_dtype_name", "psoup_dtype_parse",
+    # MergeMethod has the names.
+    "psoup_merge_method_name", "psoup_merge_method_parse",
     "psoup_model_find_adapter",  # name in model.adapters
     "psoup_model_context",       # model.context
 }

@@ -176,6 +176,14 @@ class Adapters(Case):
             for x, y in zip(got, expected):
                 self.assertNear(x, y, 1e-5)
             self.assertLess(error, 1e-6)
+        whole = psoup.merge_adapter({"q": factors, "v": factors}, weights)
+        again = whole["q"].b
+        psoup.merge_adapter({"q": factors, "v": factors}, [1.0, 0.0], out=whole)
+        self.assertIs(whole["q"].b, again)
+        alone, _ = psoup.merge_factors(factors, [1.0, 0.0])
+        for module in whole.values():
+            for x, y in zip(self.product([module], [1.0]), self.product([alone], [1.0])):
+                self.assertNear(x, y, 1e-6)
         _, error = psoup.merge_factors(factors, weights, "svd", 1)
         self.assertGreater(error, 1e-3)
 
@@ -218,6 +226,102 @@ class StateDicts(Case):
         fresh = torch.nn.Linear(5, 3)
         fresh.load_state_dict(soup)
         self.assertTrue(torch.equal(fresh.weight, 0.5 * models[0].weight + 0.5 * models[1].weight))
+
+
+class Methods(Case):
+    """Methods of whole tensors, on what the caller holds."""
+
+    def dicts(self):
+        def values(seed):
+            return {"model.layers.0.mlp.up_proj.weight":
+                    memoryview(array.array("f", [((seed * 7 + i * 5) % 13 - 6) / 4 for i in range(12)])).cast("B").cast("f", (3, 4))}
+        return values(1), values(2), values(3)
+
+    NAME = "model.layers.0.mlp.up_proj.weight"
+
+    def test_task_arithmetic_is_its_formula(self):
+        base, x, y = self.dicts()
+        out = psoup.merge({"x": x, "y": y}, [0.5, 0.25], "task_arithmetic", base=base, lambda_=2.0)
+        for i in range(3):
+            for j in range(4):
+                b = base[self.NAME][i, j]
+                self.assertAlmostEqual(out[self.NAME][i, j], b + 2 * (0.5 * (x[self.NAME][i, j] - b)
+                                                                     + 0.25 * (y[self.NAME][i, j] - b)), places=5)
+
+    def test_in_memory_pulled_and_from_files_it_is_the_same(self):
+        base, x, y = self.dicts()
+        expected = psoup.merge([x, y], [1, 1], "ties", base=base, density=0.5)[self.NAME].tobytes()
+        for name, d in (("b", base), ("x", x), ("y", y)):
+            psoup.write_safetensors(self.path(name + ".safetensors"), d)
+        files = [self.path(n + ".safetensors") for n in "bxy"]
+        got = psoup.merge(files[1:], [1, 1], "ties", base=files[0], density=0.5)
+        self.assertEqual(bytes(memoryview(got[self.NAME]).cast("B")) if numpy is None else got[self.NAME].tobytes(), expected)
+        reads = []
+
+        def pulled(d):
+            raw = bytes(d[self.NAME].tobytes())
+
+            def read(offset, out):
+                reads.append((offset, len(out)))
+                out[:] = raw[offset:offset + len(out)]
+
+            return {self.NAME: psoup.Pulled("f32", (3, 4), read)}
+
+        got = psoup.merge([pulled(x), y], [1, 1], "ties", base=pulled(base), density=0.5)
+        self.assertEqual(got[self.NAME].tobytes(), expected)
+        self.assertTrue(reads)
+
+    def test_what_a_read_raises_comes_out(self):
+        base, x, _ = self.dicts()
+
+        def read(offset, out):
+            raise ConnectionError("the store is away")
+
+        with self.assertRaisesRegex(ConnectionError, "the store is away"):
+            psoup.merge([{self.NAME: psoup.Pulled("f32", (3, 4), read)}, x], [1, 1], "linear")
+
+    def test_results_stream(self):
+        base, x, y = self.dicts()
+        got, names = {}, []
+        with psoup.Merger(method="linear") as merger:
+            merger.add(x, 0.5)
+            merger.add(y, 0.5)
+
+            def tensor(name, dtype, shape):
+                names.append((name, dtype, shape))
+                got[name] = bytearray(48)
+
+            def write(offset, data):
+                got[names[-1][0]][offset:offset + len(data)] = data
+
+            merger.stream(tensor, write)
+            self.assertEqual(names, [(self.NAME, psoup.Dtype.F32, (3, 4))])
+            self.assertEqual(bytes(got[self.NAME]), merger.run()[self.NAME].tobytes())
+            merger.set_parameter("weight", 0.0, source=1)
+            self.assertEqual(merger.run()[self.NAME].tobytes(), x[self.NAME].tobytes())
+
+            def fail(offset, data):
+                raise InterruptedError("full")
+
+            with self.assertRaisesRegex(InterruptedError, "full"):
+                merger.stream(tensor, fail)
+            with self.assertRaisesRegex(psoup.ArgumentError, "expected row-major f32"):
+                merger.run({self.NAME: array.array("f", [0])})
+
+    def test_unknown_methods_and_options_are_refused(self):
+        _, x, y = self.dicts()
+        with self.assertRaisesRegex(ValueError, "expected one of delta, factors"):
+            psoup.merge([x, y], [0.5, 0.5], "blend")
+        with self.assertRaisesRegex(TypeError, "did you mean 'density'"):
+            psoup.merge([x, y], [0.5, 0.5], "ties", densty=1)
+        with self.assertRaises(psoup.ArgumentError):
+            psoup.merge([x, y], [0.5, 0.5], "ties")  # without a base
+
+    @needs_torch
+    def test_torch_comes_back_as_torch(self):
+        a, b = ({"w": torch.full((4, 4), v, dtype=torch.bfloat16)} for v in (1.0, 3.0))
+        out = psoup.merge([a, b], [0.5, 0.5], "linear")
+        self.assertTrue(torch.equal(out["w"], torch.full((4, 4), 2.0, dtype=torch.bfloat16)))
 
 
 class Files(Case):
