@@ -1,14 +1,17 @@
-/* Adapters merged into one adapter: PEFT's ways, and the fit of a dense change that has no factors. */
+/* Adapters merged into one adapter: PEFT's ways, and the fit of a dense change that has no factors.
+ */
 #include "methods_case.h"
 
 #include "format/format.h"
 
 static const char *const isas[] = {"generic", "avx2", "avx512"};
 
-/* ---- PEFT's linear ----------------------------------------------------------------------------- */
+/* ---- PEFT's linear -----------------------------------------------------------------------------
+ */
 
 static psoup_lora_factors factors_of(const psoup__peft_pair *pair) {
-    size_t n_a = (size_t)(pair->a.shape[0] * pair->a.shape[1]), n_b = (size_t)(pair->b.shape[0] * pair->b.shape[1]);
+    size_t n_a = (size_t)(pair->a.shape[0] * pair->a.shape[1]),
+           n_b = (size_t)(pair->b.shape[0] * pair->b.shape[1]);
     float *a = malloc(n_a * sizeof *a), *b = malloc(n_b * sizeof *b);
     psoup__to_f32(context, a, pair->a.data, pair->a.dtype, n_a);
     psoup__to_f32(context, b, pair->b.data, pair->b.dtype, n_b);
@@ -22,7 +25,8 @@ static void free_factors(psoup_lora_factors *f, size_t n) {
     }
 }
 
-/* tests/golden/merge.py has PEFT 0.13.2 merge a and b, 0.3 and 0.7, as "linear", and stores the dense change. */
+/* tests/golden/merge.py has PEFT 0.13.2 merge a and b, 0.3 and 0.7, as "linear", and stores the
+ * dense change. */
 START_TEST(peft_linear_is_peft_s) {
     const double weights[2] = {0.3, 0.7};
     psoup__peft *adapters[2];
@@ -36,19 +40,20 @@ START_TEST(peft_linear_is_peft_s) {
         psoup_lora_factors f[2] = {factors_of(pair), factors_of(&adapters[1]->pairs[i])};
         const int64_t in = pair->a.shape[1], out = pair->b.shape[0];
         const psoup__tensor *dense = psoup__weights_find(golden, pair->module);
-        float *a = malloc((size_t)(in * pair->rank) * 4), *b = malloc((size_t)(out * pair->rank) * 4);
+        float *a = malloc((size_t)(in * pair->rank) * 4),
+              *b = malloc((size_t)(out * pair->rank) * 4);
         double lost = -1, gap = 0, whole = 0;
         ck_assert_ptr_nonnull(dense);
-        ck_ok(psoup_merge_factors(context, PSOUP_MERGE_PEFT_LINEAR, a, b, pair->rank, out, in, f, weights, 2,
-                                  &lost, &error));
+        ck_ok(psoup_merge_factors(context, PSOUP_MERGE_PEFT_LINEAR, a, b, pair->rank, out, in, f,
+                                  weights, 2, &lost, &error));
         for (int64_t r = 0; r < out; r++)
             for (int64_t c = 0; c < in; c++) {
                 double sum = 0, exact = 0;
                 for (int64_t k = 0; k < pair->rank; k++) {
                     sum += (double)b[r * pair->rank + k] * (double)a[k * in + c];
                     for (int x = 0; x < 2; x++)
-                        exact += weights[x] * (double)f[x].scale * (double)f[x].b[r * pair->rank + k] *
-                                 (double)f[x].a[k * in + c];
+                        exact += weights[x] * (double)f[x].scale *
+                                 (double)f[x].b[r * pair->rank + k] * (double)f[x].a[k * in + c];
                 }
                 ck_assert_double_eq_tol(sum, as_double(dense, (size_t)(r * in + c)), 1e-6);
                 gap += (sum - exact) * (sum - exact);
@@ -70,24 +75,28 @@ START_TEST(peft_linear_refuses) {
     float x[64] = {0}, a[64], b[64];
     psoup_lora_factors f[2] = {{x, x, 2, 1}, {x, x, 2, 3}};
     double weights[2] = {1, -1};
-    ck_assert_int_eq(psoup_merge_factors(context, PSOUP_MERGE_PEFT_LINEAR, a, b, 2, 4, 4, f, weights, 2, NULL,
-                                         &error), PSOUP_ERROR_ARGUMENT);
+    ck_assert_int_eq(psoup_merge_factors(context, PSOUP_MERGE_PEFT_LINEAR, a, b, 2, 4, 4, f,
+                                         weights, 2, NULL, &error),
+                     PSOUP_ERROR_ARGUMENT);
     ck_assert_ptr_nonnull(strstr(error.message, "square root"));
     weights[1] = 0;
-    ck_ok(psoup_merge_factors(context, PSOUP_MERGE_PEFT_LINEAR, a, b, 2, 4, 4, f, weights, 2, NULL, &error));
+    ck_ok(psoup_merge_factors(context, PSOUP_MERGE_PEFT_LINEAR, a, b, 2, 4, 4, f, weights, 2, NULL,
+                              &error));
     f[1].rank = 3;
     weights[1] = 1;
-    ck_assert_int_eq(psoup_merge_factors(context, PSOUP_MERGE_PEFT_LINEAR, a, b, 2, 4, 4, f, weights, 2, NULL,
-                                         &error), PSOUP_ERROR_ARGUMENT);
+    ck_assert_int_eq(psoup_merge_factors(context, PSOUP_MERGE_PEFT_LINEAR, a, b, 2, 4, 4, f,
+                                         weights, 2, NULL, &error),
+                     PSOUP_ERROR_ARGUMENT);
     ck_assert_ptr_nonnull(strstr(error.message, "equal ranks"));
     f[1].rank = 2;
-    ck_assert_int_eq(psoup_merge_factors(context, PSOUP_MERGE_TIES, a, b, 2, 4, 4, f, weights, 2, NULL, &error),
-                     PSOUP_ERROR_ARGUMENT);
+    ck_assert_int_eq(
+        psoup_merge_factors(context, PSOUP_MERGE_TIES, a, b, 2, 4, 4, f, weights, 2, NULL, &error),
+        PSOUP_ERROR_ARGUMENT);
     ck_assert_ptr_nonnull(strstr(error.message, "expected delta"));
 }
 END_TEST
 
-/* ---- the same bits whatever the machine ------------------------------------------------------------- */
+/* ---- the same bits whatever the machine ------------------------------------------------------ */
 
 START_TEST(svd_has_one_result) {
     enum { OUT = 1100, IN = 700, R = 9, N = 3 };
@@ -106,8 +115,8 @@ START_TEST(svd_has_one_result) {
             psoup_context *made = new_context(threads, isas[isa]);
             if (made == NULL)
                 continue;
-            ck_ok(psoup_merge_factors(made, PSOUP_MERGE_SVD, a[!first], b[!first], 5, OUT, IN, f, weights, N,
-                                      NULL, &error));
+            ck_ok(psoup_merge_factors(made, PSOUP_MERGE_SVD, a[!first], b[!first], 5, OUT, IN, f,
+                                      weights, N, NULL, &error));
             ck_assert(first || memcmp(a[0], a[1], 5 * IN * sizeof(float)) == 0);
             ck_assert(first || memcmp(b[0], b[1], 5 * OUT * sizeof(float)) == 0);
             first = false;
@@ -121,12 +130,12 @@ START_TEST(svd_has_one_result) {
 }
 END_TEST
 
-/* ---- the fit of a dense change -------------------------------------------------------------------------- */
+/* ---- the fit of a dense change --------------------------------------------------------------- */
 
 static const char *const dense_methods[] = {"ties", "dare_linear", "dare_ties", "magnitude_prune"};
 
-static double distance_to(const float *dense, const float *a, const float *b, int64_t rows, int64_t columns,
-                          int32_t rank, double *whole) {
+static double distance_to(const float *dense, const float *a, const float *b, int64_t rows,
+                          int64_t columns, int32_t rank, double *whole) {
     double gap = 0;
     *whole = 0;
     for (int64_t i = 0; i < rows; i++)
@@ -149,19 +158,31 @@ START_TEST(fits_what_has_no_factors) {
     psoup_lora_factors f[N];
     psoup__merge_input inputs[N];
     char name[64];
-    ck_ok(psoup__weights_open(context, "tests/golden/methods/model.safetensors", "model", &golden, &error));
+    ck_ok(psoup__weights_open(context, "tests/golden/methods/model.safetensors", "model", &golden,
+                              &error));
     for (int i = 0; i < N; i++) {
         snprintf(name, sizeof name, "lora.%c.A", 'a' + i);
         const psoup__tensor *a = psoup__weights_find(golden, name);
         snprintf(name, sizeof name, "lora.%c.B", 'a' + i);
         const psoup__tensor *b = psoup__weights_find(golden, name);
-        const psoup__peft_pair pair = {.a = *a, .b = *b, .scale = 1.5f, .rank = (int32_t)a->shape[0]};
+        const psoup__peft_pair pair = {
+            .a = *a, .b = *b, .scale = 1.5f, .rank = (int32_t)a->shape[0]};
         f[i] = factors_of(&pair);
-        inputs[i] = (psoup__merge_input){.factors = &f[i], .weights = &one, .n_factors = 1, .columns = COLUMNS};
+        inputs[i] = (psoup__merge_input){
+            .factors = &f[i], .weights = &one, .n_factors = 1, .columns = COLUMNS};
     }
-    psoup__method_job job = {.context = context, .name = "lora", .n = ROWS * COLUMNS, .columns = COLUMNS,
-                             .rows = ROWS, .count = N, .inputs = inputs, .weight = weight, .density = density,
-                             .lambda = 1, .peer = PSOUP_MERGE_PEFT, .seed = 0x1234567890abcdef,
+    psoup__method_job job = {.context = context,
+                             .name = "lora",
+                             .n = ROWS * COLUMNS,
+                             .columns = COLUMNS,
+                             .rows = ROWS,
+                             .count = N,
+                             .inputs = inputs,
+                             .weight = weight,
+                             .density = density,
+                             .lambda = 1,
+                             .peer = PSOUP_MERGE_PEFT,
+                             .seed = 0x1234567890abcdef,
                              .method = psoup__method_named(method)};
     job.normalize = (job.method->on[PSOUP_MERGE_PEFT] & PSOUP__USES_NORMALIZE) != 0;
     job.rescale = (job.method->on[PSOUP_MERGE_PEFT] & PSOUP__USES_RESCALE) != 0;
@@ -196,12 +217,20 @@ START_TEST(fits_have_one_result) {
     double lost;
     for (int i = 0; i < N; i++) {
         f[i] = (psoup_lora_factors){noises(3 * COLUMNS), noises(ROWS * 3), 3, 0.7f};
-        inputs[i] = (psoup__merge_input){.factors = &f[i], .weights = &one, .n_factors = 1, .columns = COLUMNS};
+        inputs[i] = (psoup__merge_input){
+            .factors = &f[i], .weights = &one, .n_factors = 1, .columns = COLUMNS};
         a[i] = malloc(RANK * COLUMNS * sizeof(float));
         b[i] = malloc(RANK * ROWS * sizeof(float));
     }
-    psoup__method_job job = {.name = "lora", .n = ROWS * COLUMNS, .columns = COLUMNS, .rows = ROWS, .count = N,
-                             .inputs = inputs, .weight = weight, .density = density, .lambda = 1,
+    psoup__method_job job = {.name = "lora",
+                             .n = ROWS * COLUMNS,
+                             .columns = COLUMNS,
+                             .rows = ROWS,
+                             .count = N,
+                             .inputs = inputs,
+                             .weight = weight,
+                             .density = density,
+                             .lambda = 1,
                              .method = psoup__method_named("task_arithmetic")};
     for (int isa = 0; isa < 3; isa++) {
         bool first = true; /* the matrix products are the same on one instruction set */
@@ -224,9 +253,11 @@ START_TEST(fits_have_one_result) {
     ck_assert(lost == 0 && a[0][7] == 0 && b[0][7] == 0);
     job.weight = weight;
     ((float *)(uintptr_t)f[0].b)[5] = NAN;
-    ck_assert_int_eq(psoup__merge_dense_svd(&job, RANK, a[0], b[0], &lost, &error), PSOUP_ERROR_FORMAT);
+    ck_assert_int_eq(psoup__merge_dense_svd(&job, RANK, a[0], b[0], &lost, &error),
+                     PSOUP_ERROR_FORMAT);
     job.rows = 3;
-    ck_assert_int_eq(psoup__merge_dense_svd(&job, RANK, a[0], b[0], &lost, &error), PSOUP_ERROR_ARGUMENT);
+    ck_assert_int_eq(psoup__merge_dense_svd(&job, RANK, a[0], b[0], &lost, &error),
+                     PSOUP_ERROR_ARGUMENT);
     free_factors(f, N);
     for (int i = 0; i < 2; i++) {
         free(a[i]);

@@ -1,5 +1,5 @@
-/* Every method of whole tensors against mergekit's and PEFT's own code and the papers' formulas, in every way
- * that must give the same bits. The cases are written by tests/golden/methods.py. */
+/* Every method of whole tensors against mergekit's and PEFT's own code and the papers' formulas, in
+ * every way that must give the same bits. The cases are written by tests/golden/methods.py. */
 #include "methods_case.h"
 
 #define CASES "tests/golden/methods/"
@@ -27,7 +27,7 @@ static psoup__merge_input input_of(const char *name) {
 }
 
 /* The numbers of an array, or NULL where there is none. */
-static const double *numbers(const psoup_json *one, const char *key, double out[MOST]) {
+static const double *reals(const psoup_json *one, const char *key, double out[MOST]) {
     const psoup_json *array = psoup_json_get(one, key);
     for (size_t i = 0; i < psoup_json_size(array); i++)
         out[i] = psoup_json_real(psoup_json_at(array, i), NAN);
@@ -67,11 +67,11 @@ static void run_case(const psoup_json *one, size_t index) {
         .count = psoup_json_size(list),
         .inputs = inputs,
         .base = base_name != NULL ? &base : NULL,
-        .weight = numbers(one, "weight", values[0]),
-        .density = numbers(one, "density", values[1]),
-        .gamma = numbers(one, "gamma", values[2]),
-        .epsilon = numbers(one, "epsilon", values[3]),
-        .scale = numbers(one, "scale", values[4]),
+        .weight = reals(one, "weight", values[0]),
+        .density = reals(one, "density", values[1]),
+        .gamma = reals(one, "gamma", values[2]),
+        .epsilon = reals(one, "epsilon", values[3]),
+        .scale = reals(one, "scale", values[4]),
         .lambda = psoup_json_real(psoup_json_get(one, "lambda"), 1),
         .t = psoup_json_real(psoup_json_get(one, "t"), NAN),
         .normalize = truth(one, "normalize", false),
@@ -91,8 +91,9 @@ static void run_case(const psoup_json *one, size_t index) {
     ck_assert_ptr_nonnull(golden);
     ck_assert_uint_eq(golden->bytes, job.n * sizeof *out);
     for (size_t i = 0; i < job.n; i++)
-        ck_assert_msg(fabs((double)out[i] - as_double(golden, i)) <= 2e-6, "case %zu (%s): element %zu is %g, not %g",
-                      index, method, i, (double)out[i], as_double(golden, i));
+        ck_assert_msg(fabs((double)out[i] - as_double(golden, i)) <= 2e-6,
+                      "case %zu (%s): element %zu is %g, not %g", index, method, i, (double)out[i],
+                      as_double(golden, i));
     free(out);
 }
 
@@ -111,7 +112,9 @@ START_TEST(every_method_has_a_case) {
         ck_assert_ptr_nonnull(method);
         ck_assert_ptr_eq(psoup__method_named(method->name), method);
         for (size_t i = 0; i < psoup_json_size(cases); i++)
-            found += strcmp(psoup_json_string(psoup_json_get(psoup_json_at(cases, i), "method"), ""), method->name) == 0;
+            found +=
+                strcmp(psoup_json_string(psoup_json_get(psoup_json_at(cases, i), "method"), ""),
+                       method->name) == 0;
         ck_assert_msg(found > 0, "%s", method->name);
     }
     ck_assert_ptr_null(psoup__method_of(PSOUP_MERGE_DELTA));

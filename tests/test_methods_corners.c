@@ -1,53 +1,10 @@
-/* Merge methods where they could go wrong: tensors of many blocks with equal magnitudes, adapters as inputs,
- * numbers that are none, parameters at their ends, memory that runs out. */
+/* Merge methods where they could go wrong: tensors of many blocks with equal magnitudes, adapters
+ * as inputs, numbers that are none, parameters at their ends, memory that runs out. */
 #include "methods_case.h"
 
 #include <malloc.h>
 
-typedef struct set {
-    size_t n, count;
-    psoup__tensor tensors[4], base_tensor;
-    psoup__merge_input inputs[4], base;
-    float *x[4], *zero; /* inputs, base */
-    psoup__method_job job;
-} set;
-
-/* Numbers that need not be random, only many and different. */
-static float *numbers(size_t n) {
-    static uint32_t state = 1;
-    float *x = malloc((n + 1) * sizeof *x);
-    for (size_t i = 0; i < n; i++) {
-        state = state * 1664525 + 1013904223;
-        x[i] = (float)(int32_t)state * 0x1p-31f;
-    }
-    return x;
-}
-
-static void make_set(set *s, const char *method, size_t rows, size_t columns, size_t count) {
-    *s = (set){.n = rows * columns, .count = count};
-    for (size_t i = 0; i <= count; i++) {
-        float *x = numbers(s->n);
-        psoup__tensor *tensor = i < count ? &s->tensors[i] : &s->base_tensor;
-        psoup__merge_input *input = i < count ? &s->inputs[i] : &s->base;
-        *tensor = (psoup__tensor){.dtype = PSOUP_F32, .rank = 2, .shape = {(int64_t)rows, (int64_t)columns},
-                                  .bytes = s->n * sizeof *x, .data = x};
-        *input = (psoup__merge_input){.tensor = tensor, .columns = (int64_t)columns};
-        *(i < count ? &s->x[i] : &s->zero) = x;
-    }
-    s->job = (psoup__method_job){.context = context, .name = "model.norm.weight", .n = s->n,
-                                 .columns = (int64_t)columns, .rows = (int64_t)rows, .count = count,
-                                 .inputs = s->inputs, .base = &s->base, .lambda = 1, .t = 0.5, .seed = 11,
-                                 .method = psoup__method_named(method)};
-    ck_assert_ptr_nonnull(s->job.method);
-}
-
-static void free_set(set *s) {
-    for (size_t i = 0; i < s->count; i++)
-        free(s->x[i]);
-    free(s->zero);
-}
-
-/* ---- selection ------------------------------------------------------------------------------------- */
+/* ---- selection ------------------------------------------------------------------------------- */
 
 static const float *sorted_by;
 static int by_magnitude(const void *a, const void *b) {
@@ -56,8 +13,8 @@ static int by_magnitude(const void *a, const void *b) {
     return x != y ? (x < y) - (x > y) : (i > j) - (i < j);
 }
 
-/* Values of few different magnitudes, over several blocks: exactly the k largest stay, of equal ones the
- * first. */
+/* Values of few different magnitudes, over several blocks: exactly the k largest stay, of equal
+ * ones the first. */
 START_TEST(ties_are_cut_by_index) {
     enum { ROWS = 401, COLUMNS = 353 };
     set s;
@@ -85,8 +42,9 @@ START_TEST(ties_are_cut_by_index) {
         s.job.density = &densities[d];
         run_all_ways(&s.job, out);
         for (size_t i = 0; i < s.n; i++)
-            ck_assert_msg(out[i] == (stays[i] ? s.x[0][i] : 0), "density %g: element %zu is %g of %g",
-                          densities[d], i, (double)out[i], (double)s.x[0][i]);
+            ck_assert_msg(out[i] == (stays[i] ? s.x[0][i] : 0),
+                          "density %g: element %zu is %g of %g", densities[d], i, (double)out[i],
+                          (double)s.x[0][i]);
     }
     free(order);
     free(stays);
@@ -95,20 +53,7 @@ START_TEST(ties_are_cut_by_index) {
 }
 END_TEST
 
-/* ---- many blocks --------------------------------------------------------------------------------- */
-
-static const char *const all[] = {"linear", "task_arithmetic", "magnitude_prune", "ties", "dare_linear",
-                                  "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties",
-                                  "slerp", "nuslerp", "model_stock", "passthrough"};
-enum { ALL = sizeof all / sizeof *all };
-
-static size_t inputs_of(const char *method) {
-    return strcmp(method, "slerp") == 0 || strcmp(method, "passthrough") == 0 ? 1
-           : strcmp(method, "nuslerp") == 0                                  ? 2
-                                                                              : 3;
-}
-
-static const double some_weights[4] = {0.5, 0.7, -0.2, 1}, some_densities[4] = {0.3, 0.6, 0.5, 0.4};
+/* ---- many blocks ----------------------------------------------------------------------------- */
 
 /* A tensor of several blocks, whatever its division, with every switch on and off. */
 START_TEST(large_tensors_have_one_result) {
@@ -138,7 +83,8 @@ static size_t bytes_now, most_bytes;
 static void *weighed_alloc(void *user, size_t bytes, size_t alignment) {
     (void)user;
     void *memory = NULL;
-    if (posix_memalign(&memory, alignment < sizeof(void *) ? sizeof(void *) : alignment, bytes + 1) != 0)
+    if (posix_memalign(&memory, alignment < sizeof(void *) ? sizeof(void *) : alignment,
+                       bytes + 1) != 0)
         return NULL;
     bytes_now += malloc_usable_size(memory);
     most_bytes = bytes_now > most_bytes ? bytes_now : most_bytes;
@@ -151,7 +97,8 @@ static void weighed_free(void *user, void *memory) {
     free(memory);
 }
 
-/* What a method allocates for two million elements it allocates for any number: blocks and histograms. */
+/* What a method allocates for two million elements it allocates for any number: blocks and
+ * histograms. */
 START_TEST(memory_is_bounded) {
     set s;
     psoup_context *weighed;
@@ -175,10 +122,10 @@ START_TEST(memory_is_bounded) {
 }
 END_TEST
 
-/* ---- adapters ---------------------------------------------------------------------------------------- */
+/* ---- adapters -------------------------------------------------------------------------------- */
 
-/* A base with adapters, as its tensor and factors, is what the same tensors written out give; and a task vector
- * of it is the adapters' change without the base's rounding. */
+/* A base with adapters, as its tensor and factors, is what the same tensors written out give; and a
+ * task vector of it is the adapters' change without the base's rounding. */
 START_TEST(adapters_are_task_vectors) {
     enum { ROWS = 70, COLUMNS = 45, RANK = 3 };
     set s, dense;
@@ -189,8 +136,11 @@ START_TEST(adapters_are_task_vectors) {
     memcpy(dense.zero, s.zero, s.n * sizeof *s.zero);
     for (size_t i = 0; i < s.count; i++) {
         f[i] = (psoup_lora_factors){noises(RANK * COLUMNS), noises(ROWS * RANK), RANK, 0.5f};
-        s.inputs[i] = (psoup__merge_input){.tensor = &s.base_tensor, .factors = &f[i], .weights = one,
-                                           .n_factors = 1, .columns = COLUMNS};
+        s.inputs[i] = (psoup__merge_input){.tensor = &s.base_tensor,
+                                           .factors = &f[i],
+                                           .weights = one,
+                                           .n_factors = 1,
+                                           .columns = COLUMNS};
         psoup__merge_read(context, &s.inputs[i], 0, s.n, dense.x[i]);
     }
     float *out = malloc(s.n * sizeof *out), *other = malloc(s.n * sizeof *other);
@@ -199,7 +149,8 @@ START_TEST(adapters_are_task_vectors) {
     run_all_ways(&dense.job, other);
     for (size_t i = 0; i < s.n; i++)
         ck_assert_float_eq_tol(out[i], other[i], 4e-6f);
-    if (strcmp(all[_i], "task_arithmetic") == 0) { /* a base of 1e9 swallows ΔW; the task vector does not */
+    if (strcmp(all[_i], "task_arithmetic") ==
+        0) { /* a base of 1e9 swallows ΔW; the task vector does not */
         float *change = malloc(s.n * sizeof *change);
         psoup__merge_input zeros = s.inputs[0];
         zeros.tensor = NULL;
@@ -224,45 +175,7 @@ START_TEST(adapters_are_task_vectors) {
 }
 END_TEST
 
-/* ---- numbers that are none ---------------------------------------------------------------------------- */
-
-/* A NaN stays in its element, or the method says that it cannot go on; an input of weight 0 is not read. */
-START_TEST(nan_is_told_or_stays) {
-    enum { ROWS = 40, COLUMNS = 33, BAD = 777 };
-    for (int k = 0; k < 3; k++) { /* a NaN, an infinity, and one in an input of weight 0 */
-        set s;
-        psoup_error why = {0};
-        double weights[3] = {0.5, 0.6, 0.7};
-        make_set(&s, all[_i], ROWS, COLUMNS, inputs_of(all[_i]));
-        const size_t bad = s.count - 1;
-        const bool weighs = (s.job.method->parameters & PSOUP__USES_WEIGHT) != 0;
-        s.x[bad][BAD] = k == 0 ? NAN : INFINITY;
-        if (k == 2)
-            weights[bad] = 0;
-        s.job.weight = weights;
-        s.job.flatten = true;
-        s.job.rescale = true;
-        s.job.density = (const double[]){0.8, 0.8, 0.8};
-        s.job.peer = PSOUP_MERGE_MERGEKIT;
-        float *out = malloc(s.n * sizeof *out);
-        psoup_status status = run_blocks(context, &s.job, s.n, out, &why);
-        if (status == PSOUP_OK) {
-            for (size_t i = 0; i < s.n; i++)
-                ck_assert_msg(i == BAD || isfinite(out[i]), "%s: element %zu", all[_i], i);
-            ck_assert(k != 2 || !weighs || isfinite(out[BAD]));
-        } else {
-            ck_assert_int_eq(status, PSOUP_ERROR_FORMAT);
-            ck_assert_ptr_nonnull(strstr(why.message, "model.norm.weight"));
-            ck_assert_ptr_nonnull(strstr(why.message, "NaN"));
-            ck_assert(k != 2 || !weighs);
-        }
-        free(out);
-        free_set(&s);
-    }
-}
-END_TEST
-
-/* ---- ends ------------------------------------------------------------------------------------------------ */
+/* ---- ends of parameters ---------------------------------------------------------------------- */
 
 static void check_equal(const set *s, const float *out, const float *expected, float tolerance) {
     for (size_t i = 0; i < s->n; i++)
@@ -366,44 +279,10 @@ START_TEST(smallest_tensors) {
 }
 END_TEST
 
-static void refuses(set *s, const char *method, const char *why) {
-    void *state = s;
-    s->job.method = psoup__method_named(method);
-    memset(&error, 0, sizeof error);
-    ck_assert_int_eq(s->job.method->prepare(&s->job, &state, &error), PSOUP_ERROR_ARGUMENT);
-    ck_assert_ptr_null(state);
-    ck_assert_msg(strstr(error.message, why) != NULL && strstr(error.message, "model.norm.weight") != NULL,
-                  "%s", error.message);
-}
+/* ---- masks ----------------------------------------------------------------------------------- */
 
-START_TEST(refuses_nonsense) {
-    set s;
-    make_set(&s, "ties", 5, 6, 3);
-    s.job.density = (const double[]){0.5, -0.1, 0.5};
-    refuses(&s, "ties", "input 1: density -0.1");
-    refuses(&s, "dare_ties", "density");
-    s.job.density = (const double[]){0.5, 0.5, NAN};
-    refuses(&s, "della", "input 2: density nan");
-    s.job.density = (const double[]){0.9, 0.5, 0.5};
-    refuses(&s, "della_linear", "epsilon 0.15 around density 0.9");
-    s.job.gamma = (const double[]){0.5, 0.5, 1.5};
-    refuses(&s, "breadcrumbs", "input 2: gamma 1.5");
-    refuses(&s, "slerp", "expected two, the base counted");
-    s.job.count = 1;
-    s.job.t = INFINITY;
-    refuses(&s, "slerp", "t is inf");
-    refuses(&s, "model_stock", "at least two");
-    s.job.count = 2;
-    s.job.weight = (const double[]){1, -1};
-    s.job.normalize = true;
-    refuses(&s, "linear", "sum to 0");
-    free_set(&s);
-}
-END_TEST
-
-/* ---- masks --------------------------------------------------------------------------------------------- */
-
-/* DARE keeps what it should in number and in expectation; other names, inputs and seeds draw otherwise. */
+/* DARE keeps what it should in number and in expectation; other names, inputs and seeds draw
+ * otherwise. */
 START_TEST(masks_are_fair) {
     set s;
     make_set(&s, "dare_linear", 400, 500, 1);
@@ -431,47 +310,13 @@ START_TEST(masks_are_fair) {
         double both = 0;
         for (size_t i = 0; i < s.n; i++)
             both += out[i] != 0 && other[i] != 0;
-        ck_assert_double_eq_tol(both / (double)s.n, 0.09, 4 * sqrt(0.09 * 0.91 / (double)s.n)); /* independent */
+        ck_assert_double_eq_tol(both / (double)s.n, 0.09,
+                                4 * sqrt(0.09 * 0.91 / (double)s.n)); /* independent */
         memcpy(out, other, s.n * sizeof *out);
     }
     free(out);
     free(other);
     free_set(&s);
-}
-END_TEST
-
-/* ---- memory that runs out ---------------------------------------------------------------------------- */
-
-START_TEST(every_allocation_may_fail) {
-    for (int k = 0; k < 3; k++) {
-        set s;
-        make_set(&s, all[_i], 20, 30, inputs_of(all[_i]));
-        for (size_t i = 0; i < s.n; i++) /* ties, so that they are looked for */
-            s.x[0][i] = s.zero[i] + (float)(i % 3);
-        s.job.weight = some_weights;
-        s.job.density = some_densities;
-        s.job.rescale = true;
-        s.job.flatten = k == 0;
-        s.job.row_wise = k == 1;
-        s.job.filter_wise = k == 2;
-        s.job.peer = k;
-        psoup_status status = PSOUP_ERROR_MEMORY;
-        int before = live, fails = 0;
-        for (int at = 0; status != PSOUP_OK; at++) {
-            void *state = NULL;
-            allocations = 0;
-            fail_at = at;
-            status = s.job.method->prepare(&s.job, &state, &error);
-            fail_at = -1;
-            ck_assert(status == PSOUP_OK || status == PSOUP_ERROR_MEMORY);
-            fails += status != PSOUP_OK;
-            psoup__free(context, state);
-            ck_assert_int_eq(live, before);
-        }
-        ck_assert(fails > 0 || k > 0 || s.job.method->parameters == PSOUP__USES_SCALE ||
-                  s.job.method->thinning == PSOUP__THIN_NONE);
-        free_set(&s);
-    }
 }
 END_TEST
 
@@ -484,12 +329,9 @@ int main(void) {
     tcase_add_loop_test(tests, large_tensors_have_one_result, 0, ALL);
     tcase_add_loop_test(tests, memory_is_bounded, 0, ALL);
     tcase_add_loop_test(tests, adapters_are_task_vectors, 0, ALL);
-    tcase_add_loop_test(tests, nan_is_told_or_stays, 0, ALL);
     tcase_add_test(tests, ends_of_parameters);
     tcase_add_loop_test(tests, smallest_tensors, 0, ALL);
-    tcase_add_test(tests, refuses_nonsense);
     tcase_add_test(tests, masks_are_fair);
-    tcase_add_loop_test(tests, every_allocation_may_fail, 0, ALL);
     suite_add_tcase(suite, tests);
     return run_suite(suite);
 }

@@ -4,13 +4,14 @@
 
 #include "base/base.h"
 
-/* ---- dense_kernels.c (compiled per instruction set) -------------------------------------------------- */
+/* ---- dense_kernels.c (compiled per instruction set) ------------------------------------------ */
 
 /* Every product and sum is rounded, lanes are added in a fixed order: the same bits on all. */
 typedef struct psoup__dense_kernels {
     double (*dot)(const double *x, const double *y, size_t n);
     /* Each of `columns` vectors x [n], `stride` apart: x −= tau (v·x) v. */
-    void (*reflect)(double *x, size_t stride, size_t columns, const double *v, double tau, size_t n);
+    void (*reflect)(double *x, size_t stride, size_t columns, const double *v, double tau,
+                    size_t n);
     /* p = c p − s q, q = s p + c q. */
     void (*rotate)(double *p, double *q, double c, double s, size_t n);
 } psoup__dense_kernels;
@@ -19,7 +20,7 @@ extern const psoup__dense_kernels psoup__dense_kernels_generic;
 extern const psoup__dense_kernels psoup__dense_kernels_avx2, psoup__dense_kernels_avx512;
 #endif
 
-/* ---- qr.c ---------------------------------------------------------------------------------------------- */
+/* ---- qr.c ------------------------------------------------------------------------------------ */
 
 /* The thin QR of x [m, n], m ≥ n ≥ 1, Q kept as the reflections that make it. */
 typedef struct psoup__qr psoup__qr;
@@ -34,7 +35,7 @@ const double *psoup__qr_r(const psoup__qr *qr); /* [n, n], upper triangular */
 psoup_status psoup__qr_apply(const psoup__qr *qr, const double *c, int64_t columns, double *out,
                              psoup_error *error);
 
-/* ---- svd.c ---------------------------------------------------------------------------------------------- */
+/* ---- svd.c ----------------------------------------------------------------------------------- */
 
 /* SVD of x [n, n] = U diag(s) Vᵀ by one-sided Jacobi; x becomes U, vt [n, n]; s descending. Columns
  * of U whose singular value is 0 are 0. */

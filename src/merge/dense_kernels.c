@@ -25,7 +25,8 @@ static void rest(double out[LANES], const double *x, size_t n) {
 static double sum(const vec part[PARTS]) {
     double lane[LANES];
     memcpy(lane, part, sizeof lane);
-    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
+           ((lane[1] + lane[5]) + (lane[3] + lane[7]));
 }
 
 static double dot(const double *x, const double *y, size_t n) {
@@ -104,7 +105,8 @@ static void reflect_four(double *x, size_t stride, const double *v, double tau, 
     }
 }
 
-static void reflect(double *x, size_t stride, size_t columns, const double *v, double tau, size_t n) {
+static void reflect(double *x, size_t stride, size_t columns, const double *v, double tau,
+                    size_t n) {
     size_t c = 0;
     for (; c + 4 <= columns; c += 4)
         reflect_four(x + c * stride, stride, v, tau, n);
@@ -120,5 +122,5 @@ static void rotate(double *p, double *q, double c, double s, size_t n) {
     }
 }
 
-const psoup__dense_kernels PSOUP__NAME(psoup__dense_kernels) = {.dot = dot, .reflect = reflect,
-                                                                .rotate = rotate};
+const psoup__dense_kernels PSOUP__NAME(psoup__dense_kernels) = {
+    .dot = dot, .reflect = reflect, .rotate = rotate};

@@ -1,4 +1,5 @@
-/* LoRA factors merged with each other: into one pair of factors, and how far that is from the exact sum. */
+/* LoRA factors merged with each other: into one pair of factors, and how far that is from the exact
+ * sum. */
 #include "merge/dense.h"
 #include "merge/merge.h"
 
@@ -7,8 +8,8 @@
 
 /* x [m, n] = q · r with orthonormal columns in q; where x is wider than high q is the identity. */
 typedef struct span {
-    psoup__qr *qr; /* NULL: the identity */
-    double *own;   /* r of the identity */
+    psoup__qr *qr;   /* NULL: the identity */
+    double *own;     /* r of the identity */
     const double *r; /* [p, n] */
     int64_t m, n, p;
 } span;
@@ -18,7 +19,8 @@ static void span_free(psoup_context *context, span *s) {
     psoup__free(context, s->own);
 }
 
-static psoup_status span_create(psoup_context *context, span *s, int64_t m, int64_t n, psoup_error *error) {
+static psoup_status span_create(psoup_context *context, span *s, int64_t m, int64_t n,
+                                psoup_error *error) {
     *s = (span){.m = m, .n = n, .p = m < n ? m : n};
     if (m >= n)
         return psoup__qr_create(context, m, n, &s->qr, error);
@@ -42,9 +44,8 @@ static void span_run(span *s) {
 
 /* The spans of [B_1 … B_n] [out, R] and [A_1; …; A_n]ᵀ [in, R], zero weights left out. */
 static psoup_status spans_of(psoup_context *context, int64_t out, int64_t in,
-                             const psoup_lora_factors *factors, const double *weights,
-                             size_t count, int64_t total, span *left, span *right,
-                             psoup_error *error) {
+                             const psoup_lora_factors *factors, const double *weights, size_t count,
+                             int64_t total, span *left, span *right, psoup_error *error) {
     psoup_status status;
     PSOUP__TRY(span_create(context, left, out, total, error));
     PSOUP__TRY(span_create(context, right, in, total, error));
@@ -69,8 +70,8 @@ static double norm(const double *x, size_t n) {
     return sqrt(sum);
 }
 
-/* The merged pair is Σ_ij m_ij B_i A_j: delta has w_i s_i where i = j; factors s w_i w_j; PEFT's linear
- * √(w_i s_i) √(w_j s_j). Less delta, where that is asked for. */
+/* The merged pair is Σ_ij m_ij B_i A_j: delta has w_i s_i where i = j; factors s w_i w_j; PEFT's
+ * linear √(w_i s_i) √(w_j s_j). Less delta, where that is asked for. */
 static double coefficient(psoup_merge_method method, const psoup_lora_factors *factors,
                           const double *weights, size_t i, size_t j, bool minus_delta) {
     double own = weights[i] * (double)factors[i].scale, m = i == j ? own : 0;
@@ -81,8 +82,8 @@ static double coefficient(psoup_merge_method method, const psoup_lora_factors *f
     return minus_delta && i == j ? m - own : m;
 }
 
-/* y[n, n] (its upper left [left.p, right.p]) = left.r · M · right.rᵀ. M, never stored, has the blocks
- * m_ij · I. */
+/* y[n, n] (its upper left [left.p, right.p]) = left.r · M · right.rᵀ. M, never stored, has the
+ * blocks m_ij · I. */
 static void core_of(double *y, int64_t n, const span *left, const span *right,
                     psoup_merge_method method, const psoup_lora_factors *factors,
                     const double *weights, size_t count, bool minus_delta) {
@@ -109,8 +110,8 @@ static void core_of(double *y, int64_t n, const span *left, const span *right,
     }
 }
 
-/* The first `rank` of Q x √s: x [p, n] holds vectors in its columns (or, transposed, its rows); out's element
- * (i, k) is at out[i · row + k · column]. Vectors past the n-th are 0. */
+/* The first `rank` of Q x √s: x [p, n] holds vectors in its columns (or, transposed, its rows);
+ * out's element (i, k) is at out[i · row + k · column]. Vectors past the n-th are 0. */
 static psoup_status take_values(psoup_context *context, float *out, int64_t row, int64_t column,
                                 int64_t rank, const span *s, const double *x, bool transposed,
                                 const double *values, int64_t n, psoup_error *error) {
@@ -126,18 +127,19 @@ static psoup_status take_values(psoup_context *context, float *out, int64_t row,
     }
     for (int64_t k = 0; k < rank && status == PSOUP_OK; k++)
         for (int64_t i = 0; i < s->m; i++)
-            out[i * row + k * column] = k < some ? (float)(wide != NULL ? wide : c)[k * s->m + i] : 0;
+            out[i * row + k * column] =
+                k < some ? (float)(wide != NULL ? wide : c)[k * s->m + i] : 0;
     psoup__free(context, c);
     psoup__free(context, wide);
     return status;
 }
 
 /* Both live in the small square between the spans. */
-psoup_status psoup__factors_between(psoup_context *context, psoup_merge_method method, float *a, float *b,
-                                  int64_t rank, int64_t out, int64_t in,
-                                  const psoup_lora_factors *factors, const double *weights,
-                                  size_t count, int64_t total, double *relative_error,
-                                  psoup_error *error) {
+psoup_status psoup__factors_between(psoup_context *context, psoup_merge_method method, float *a,
+                                    float *b, int64_t rank, int64_t out, int64_t in,
+                                    const psoup_lora_factors *factors, const double *weights,
+                                    size_t count, int64_t total, double *relative_error,
+                                    psoup_error *error) {
     psoup_status status;
     span left = {0}, right = {0};
     double *core = NULL, *vt = NULL, *s = NULL;
@@ -176,13 +178,15 @@ int32_t psoup__merge_rank(psoup_merge_method method, int32_t svd_rank,
     int64_t total = 0;
     for (size_t i = 0; i < count; i++) {
         total += factors[i].rank;
-        bool ranks = factors[i].rank == factors[0].rank, scales = factors[i].scale == factors[0].scale;
+        bool ranks = factors[i].rank == factors[0].rank,
+             scales = factors[i].scale == factors[0].scale;
         if ((method == PSOUP_MERGE_FACTORS && !(ranks && scales)) ||
             (method == PSOUP_MERGE_PEFT_LINEAR && !ranks)) {
             psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                         "method %s: rank %d and scale %g beside rank %d and scale %g; expected "
                         "equal %s",
-                        method == PSOUP_MERGE_FACTORS ? "factors" : "peft-linear", (int)factors[i].rank, (double)factors[i].scale, (int)factors[0].rank,
+                        method == PSOUP_MERGE_FACTORS ? "factors" : "peft-linear",
+                        (int)factors[i].rank, (double)factors[i].scale, (int)factors[0].rank,
                         (double)factors[0].scale, method == PSOUP_MERGE_FACTORS ? "ones" : "ranks");
             return 0;
         }
@@ -199,27 +203,31 @@ int32_t psoup__merge_rank(psoup_merge_method method, int32_t svd_rank,
     return (int32_t)total;
 }
 
-psoup_status psoup__factors_check(psoup_context *context, psoup_merge_method method, int64_t out, int64_t in,
-                                 const psoup_lora_factors *factors, const double *weights, size_t count,
-                                 psoup_error *error) {
+psoup_status psoup__factors_check(psoup_context *context, psoup_merge_method method, int64_t out,
+                                  int64_t in, const psoup_lora_factors *factors,
+                                  const double *weights, size_t count, psoup_error *error) {
     if (method != PSOUP_MERGE_DELTA && method != PSOUP_MERGE_FACTORS && method != PSOUP_MERGE_SVD &&
         method != PSOUP_MERGE_PEFT_LINEAR)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_merge_factors: method %d; expected delta, factors, svd or peft-linear",
-                           (int)method);
+        return psoup__fail(
+            error, PSOUP_ERROR_ARGUMENT,
+            "psoup_merge_factors: method %d; expected delta, factors, svd or peft-linear",
+            (int)method);
     for (size_t i = 0; i < count; i++) {
         if (weights[i] == 0)
             continue;
-        size_t n_a = (size_t)factors[i].rank * (size_t)in, n_b = (size_t)factors[i].rank * (size_t)out;
-        if (method == PSOUP_MERGE_SVD && (!psoup__merge_finite(context, factors[i].a, n_a, PSOUP_F32) ||
-                                          !psoup__merge_finite(context, factors[i].b, n_b, PSOUP_F32)))
+        size_t n_a = (size_t)factors[i].rank * (size_t)in,
+               n_b = (size_t)factors[i].rank * (size_t)out;
+        if (method == PSOUP_MERGE_SVD &&
+            (!psoup__merge_finite(context, factors[i].a, n_a, PSOUP_F32) ||
+             !psoup__merge_finite(context, factors[i].b, n_b, PSOUP_F32)))
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "psoup_merge_factors: factors %zu hold a NaN or infinity", i);
         if (method == PSOUP_MERGE_PEFT_LINEAR && weights[i] * (double)factors[i].scale < 0)
-            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                               "psoup_merge_factors: factors %zu: weight %g times scale %g is negative; "
-                               "peft-linear takes its square root",
-                               i, weights[i], (double)factors[i].scale);
+            return psoup__fail(
+                error, PSOUP_ERROR_ARGUMENT,
+                "psoup_merge_factors: factors %zu: weight %g times scale %g is negative; "
+                "peft-linear takes its square root",
+                i, weights[i], (double)factors[i].scale);
     }
     return PSOUP_OK;
 }

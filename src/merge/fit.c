@@ -1,6 +1,7 @@
-/* The best pair of factors for a dense merged ΔW, as the adapters' ties, dare and magnitude_prune make it:
- * a truncated SVD by randomised subspace iteration (Halko, Martinsson and Tropp 2011, "Finding structure with
- * randomness", algorithms 4.4 and 5.1). Products are in f32, orthogonal bases in f64. */
+/* The best pair of factors for a dense merged ΔW, as the adapters' ties, dare and magnitude_prune
+ * make it: a truncated SVD by randomised subspace iteration (Halko, Martinsson and Tropp 2011,
+ * "Finding structure with randomness", algorithms 4.4 and 5.1). Products are in f32, orthogonal
+ * bases in f64. */
 #include "merge/dense.h"
 #include "merge/merge.h"
 #include "merge/method.h"
@@ -8,11 +9,11 @@
 #include <math.h>
 #include <string.h>
 
-#define MORE 16               /* vectors beside those that stay */
-#define PASSES 24             /* at most; */
-#define ENOUGH 1e-5           /* less when the first `rank` vectors hold only so much more of ΔW's energy */
-#define KEPT (64 << 20)       /* bytes of ΔW that are kept between passes; else it is merged again */
-#define PANEL (4 << 20)       /* bytes of rows that are merged at a time, where it is not kept */
+#define MORE 16     /* vectors beside those that stay */
+#define PASSES 24   /* at most; */
+#define ENOUGH 1e-5 /* less when the first `rank` vectors hold only so much more of ΔW's energy */
+#define KEPT (64 << 20) /* bytes of ΔW that are kept between passes; else it is merged again */
+#define PANEL (4 << 20) /* bytes of rows that are merged at a time, where it is not kept */
 
 typedef struct fit {
     const psoup__method_job *job;
@@ -24,11 +25,11 @@ typedef struct fit {
     int64_t step;                 /* rows of one task */
     float *dense, *scratch;       /* [panel, columns]; [workers, step · per_element] */
     size_t per_element;
-    bool merged;                  /* dense holds all rows */
-    double energy;                /* Σ ΔW² */
+    bool merged;   /* dense holds all rows */
+    double energy; /* Σ ΔW² */
 } fit;
 
-/* ---- ΔW, row panel by row panel ---------------------------------------------------------------------- */
+/* ---- ΔW, row panel by row panel -------------------------------------------------------------- */
 
 typedef struct panel_job {
     const fit *f;
@@ -53,23 +54,44 @@ static const float *panel_of(fit *f, int64_t first, int64_t rows) {
     return f->dense;
 }
 
-/* ---- products ----------------------------------------------------------------------------------------- */
+/* ---- products -------------------------------------------------------------------------------- */
 
 /* y [rows, n] = x [rows, k] · b [k, n]. */
-static void multiply(const fit *f, float *y, const float *x, const float *b, int64_t rows, int64_t n,
-                     int64_t k) {
-    const psoup__gemm_args args = {.m = rows, .n = n, .k = k, .c = y, .c_stride = n, .a = x, .a_row = k,
-                                   .a_col = 1, .alpha = 1, .b = b, .b_dtype = PSOUP_F32, .b_row = n,
+static void multiply(const fit *f, float *y, const float *x, const float *b, int64_t rows,
+                     int64_t n, int64_t k) {
+    const psoup__gemm_args args = {.m = rows,
+                                   .n = n,
+                                   .k = k,
+                                   .c = y,
+                                   .c_stride = n,
+                                   .a = x,
+                                   .a_row = k,
+                                   .a_col = 1,
+                                   .alpha = 1,
+                                   .b = b,
+                                   .b_dtype = PSOUP_F32,
+                                   .b_row = n,
                                    .b_col = 1};
     psoup__gemm(f->context, &args);
 }
 
 /* z [n, k] += xᵀ y, x [rows, n], y [rows, k]. */
-static void multiply_transposed(const fit *f, float *z, const float *x, const float *y, int64_t rows,
-                                int64_t n, int64_t k) {
-    const psoup__gemm_args args = {.m = n, .n = k, .k = rows, .c = z, .c_stride = k, .accumulate = true,
-                                   .a = x, .a_row = 1, .a_col = n, .alpha = 1, .b = y,
-                                   .b_dtype = PSOUP_F32, .b_row = k, .b_col = 1};
+static void multiply_transposed(const fit *f, float *z, const float *x, const float *y,
+                                int64_t rows, int64_t n, int64_t k) {
+    const psoup__gemm_args args = {.m = n,
+                                   .n = k,
+                                   .k = rows,
+                                   .c = z,
+                                   .c_stride = k,
+                                   .accumulate = true,
+                                   .a = x,
+                                   .a_row = 1,
+                                   .a_col = n,
+                                   .alpha = 1,
+                                   .b = y,
+                                   .b_dtype = PSOUP_F32,
+                                   .b_row = k,
+                                   .b_col = 1};
     psoup__gemm(f->context, &args);
 }
 
@@ -112,14 +134,15 @@ static psoup_status sum_energy(fit *f, psoup_error *error) {
     }
     if (isfinite(f->energy))
         return PSOUP_OK;
-    return psoup__fail(error, PSOUP_ERROR_FORMAT, "%.300s: the merged change holds a NaN or infinity",
-                       f->job->name);
+    return psoup__fail(error, PSOUP_ERROR_FORMAT,
+                       "%.300s: the merged change holds a NaN or infinity", f->job->name);
 }
 
-/* ---- bases --------------------------------------------------------------------------------------------- */
+/* ---- bases ----------------------------------------------------------------------------------- */
 
 /* The QR of x [m, width]. */
-static psoup_status factor(const fit *f, const float *x, int64_t m, psoup__qr **out, psoup_error *error) {
+static psoup_status factor(const fit *f, const float *x, int64_t m, psoup__qr **out,
+                           psoup_error *error) {
     psoup_status status = psoup__qr_create(f->context, m, f->width, out, error);
     for (int64_t k = 0; k < f->width && status == PSOUP_OK; k++)
         psoup__qr_column(*out, k, x + k, f->width);
@@ -144,8 +167,10 @@ static psoup_status sum_values(const fit *f, const psoup__qr *qr, double *sum, p
     return PSOUP_OK;
 }
 
-/* x [m, width] becomes an orthonormal basis of its columns' space; *sum, where it is not NULL, as above. */
-static psoup_status orthonormal(const fit *f, float *x, int64_t m, double *sum, psoup_error *error) {
+/* x [m, width] becomes an orthonormal basis of its columns' space; *sum, where it is not NULL, as
+ * above. */
+static psoup_status orthonormal(const fit *f, float *x, int64_t m, double *sum,
+                                psoup_error *error) {
     psoup__qr *qr = NULL;
     const int64_t k = f->width;
     double *eye = psoup__alloc(f->context, (size_t)k, (size_t)k * sizeof *eye, error);
@@ -168,11 +193,11 @@ static psoup_status orthonormal(const fit *f, float *x, int64_t m, double *sum, 
     return status;
 }
 
-/* out's element (i, k) at i · row + k · column = the first `rank` of Q x √s; x [width, width] holds vectors
- * in its columns, or its rows. */
-static psoup_status take(const fit *f, const psoup__qr *qr, int64_t m, const double *x, bool in_rows,
-                         const double *s, int64_t rank, float *out, int64_t row, int64_t column,
-                         psoup_error *error) {
+/* out's element (i, k) at i · row + k · column = the first `rank` of Q x √s; x [width, width] holds
+ * vectors in its columns, or its rows. */
+static psoup_status take(const fit *f, const psoup__qr *qr, int64_t m, const double *x,
+                         bool in_rows, const double *s, int64_t rank, float *out, int64_t row,
+                         int64_t column, psoup_error *error) {
     const int64_t w = f->width, some = rank < w ? rank : w;
     double *c = psoup__alloc(f->context, (size_t)some, (size_t)w * sizeof *c, error);
     double *wide = psoup__alloc(f->context, (size_t)some, (size_t)m * sizeof *wide, error);
@@ -190,7 +215,7 @@ static psoup_status take(const fit *f, const psoup__qr *qr, int64_t m, const dou
     return status;
 }
 
-/* ---- the fit -------------------------------------------------------------------------------------------- */
+/* ---- the fit --------------------------------------------------------------------------------- */
 
 /* v [columns, width] spans, nearly, ΔW's first right singular vectors. */
 static psoup_status find_space(fit *f, float *v, float *y, float *z, psoup_error *error) {
@@ -214,8 +239,8 @@ fail:
 }
 
 /* Y = ΔW v = Q R, ΔWᵀ Q = P S, then U diag(s) Vᵀ of Sᵀ: ΔW ≈ (Q U) diag(s) (P V)ᵀ. */
-static psoup_status take_factors(fit *f, float *v, float *y, float *z, int64_t rank, float *a, float *b,
-                                 psoup_error *error) {
+static psoup_status take_factors(fit *f, float *v, float *y, float *z, int64_t rank, float *a,
+                                 float *b, psoup_error *error) {
     psoup_status status;
     const int64_t w = f->width;
     psoup__qr *left = NULL, *right = NULL;
@@ -261,10 +286,20 @@ static psoup_status measure(fit *f, const float *a, const float *b, int64_t rank
         for (int64_t at = 0; at < rows; at += f->step) {
             int64_t some = rows - at < f->step ? rows - at : f->step;
             memcpy(row, w + at * f->columns, (size_t)(some * f->columns) * sizeof *row);
-            const psoup__gemm_args args = {
-                .m = some, .n = f->columns, .k = rank, .c = row, .c_stride = f->columns,
-                .accumulate = true, .a = b + (first + at) * rank, .a_row = rank, .a_col = 1, .alpha = -1,
-                .b = a, .b_dtype = PSOUP_F32, .b_row = f->columns, .b_col = 1};
+            const psoup__gemm_args args = {.m = some,
+                                           .n = f->columns,
+                                           .k = rank,
+                                           .c = row,
+                                           .c_stride = f->columns,
+                                           .accumulate = true,
+                                           .a = b + (first + at) * rank,
+                                           .a_row = rank,
+                                           .a_col = 1,
+                                           .alpha = -1,
+                                           .b = a,
+                                           .b_dtype = PSOUP_F32,
+                                           .b_row = f->columns,
+                                           .b_col = 1};
             psoup__gemm(f->context, &args);
             for (int64_t i = 0; i < some; i++)
                 lost += energy_of(row + i * f->columns, (size_t)f->columns);
@@ -278,14 +313,18 @@ static psoup_status measure(fit *f, const float *a, const float *b, int64_t rank
 psoup_status psoup__merge_dense_svd(const psoup__method_job *job, int32_t rank, float *a, float *b,
                                     double *relative_error, psoup_error *error) {
     psoup_status status;
-    fit f = {.job = job, .context = job->context, .rows = job->rows, .columns = job->columns,
+    fit f = {.job = job,
+             .context = job->context,
+             .rows = job->rows,
+             .columns = job->columns,
              .rank = rank};
     float *v = NULL, *y = NULL, *z = NULL;
     if (f.rows < 1 || f.columns < 1 || rank < 1 || (size_t)f.rows > job->n ||
         job->n % (size_t)f.rows != 0 || job->n / (size_t)f.rows != (size_t)f.columns)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "%.300s: a fit of rank %d to %lld × %lld of %zu elements; expected a matrix",
-                           job->name, (int)rank, (long long)f.rows, (long long)f.columns, job->n);
+        return psoup__fail(
+            error, PSOUP_ERROR_ARGUMENT,
+            "%.300s: a fit of rank %d to %lld × %lld of %zu elements; expected a matrix", job->name,
+            (int)rank, (long long)f.rows, (long long)f.columns, job->n);
     memset(a, 0, (size_t)rank * (size_t)f.columns * sizeof *a);
     memset(b, 0, (size_t)rank * (size_t)f.rows * sizeof *b);
     *relative_error = 0;
@@ -303,8 +342,10 @@ psoup_status psoup__merge_dense_svd(const psoup__method_job *job, int32_t rank, 
     size_t space = (size_t)(f.step * f.columns) * f.per_element;
     if ((f.dense = psoup__alloc(f.context, (size_t)f.panel, (size_t)row_bytes, error)) == NULL ||
         (f.scratch = psoup__alloc(f.context, workers, space * sizeof *f.scratch, error)) == NULL ||
-        (v = psoup__alloc(f.context, (size_t)f.columns, (size_t)f.width * sizeof *v, error)) == NULL ||
-        (z = psoup__alloc(f.context, (size_t)f.columns, (size_t)f.width * sizeof *z, error)) == NULL ||
+        (v = psoup__alloc(f.context, (size_t)f.columns, (size_t)f.width * sizeof *v, error)) ==
+            NULL ||
+        (z = psoup__alloc(f.context, (size_t)f.columns, (size_t)f.width * sizeof *z, error)) ==
+            NULL ||
         (y = psoup__alloc(f.context, (size_t)f.rows, (size_t)f.width * sizeof *y, error)) == NULL)
         goto fail;
     PSOUP__TRY(sum_energy(&f, error));

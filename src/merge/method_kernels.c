@@ -1,4 +1,5 @@
-/* The methods' inner loops, compiled once per instruction set; plain loops that compilers vectorise. */
+/* The methods' inner loops, compiled once per instruction set; plain loops that compilers
+ * vectorise. */
 #include "merge/methods.h"
 
 #include <math.h>
@@ -26,7 +27,8 @@ static void mix(float *out, const float *x, const float *y, float a, float b, si
         out[i] = a * x[i] + b * y[i];
 }
 
-static void mix_each(float *out, const float *x, const float *y, const float *a, const float *b, size_t n) {
+static void mix_each(float *out, const float *x, const float *y, const float *a, const float *b,
+                     size_t n) {
     for (size_t i = 0; i < n; i++)
         out[i] = a[i] * x[i] + b[i] * y[i];
 }
@@ -49,8 +51,8 @@ static double sum_lanes(const double *lane) {
     return sum;
 }
 
-/* What is left after whole lanes, filled with zeros: lanes are then indexed by constants alone, and stay in
- * registers. */
+/* What is left after whole lanes, filled with zeros: lanes are then indexed by constants alone, and
+ * stay in registers. */
 static void rest(float out[LANES], const float *x, size_t n) {
     memset(out, 0, LANES * sizeof *out);
     memcpy(out, x, n * sizeof *out);
@@ -83,7 +85,7 @@ static double absolute(const float *x, size_t n) {
     return sum_lanes(lane);
 }
 
-/* ---- thinning ------------------------------------------------------------------------------------- */
+/* ---- thinning -------------------------------------------------------------------------------- */
 
 static void window(float *x, size_t n, uint32_t low, uint32_t high, float scale) {
     for (size_t i = 0; i < n; i++) {
@@ -94,7 +96,8 @@ static void window(float *x, size_t n, uint32_t low, uint32_t high, float scale)
     }
 }
 
-/* Blocks of Philox, side by side: words of 32 bits in lanes of 64, of which the upper halves are never read. */
+/* Blocks of Philox, side by side: words of 32 bits in lanes of 64, of which the upper halves are
+ * never read. */
 #if defined(__AVX512F__)
 #define WIDTH 8
 #define SIDE 4 /* vectors at a time: one's products take longer than its turn */
@@ -108,8 +111,8 @@ static void window(float *x, size_t n, uint32_t low, uint32_t high, float scale)
 #define BLOCKS (WIDTH * SIDE)
 typedef uint64_t lanes __attribute__((vector_size(8 * WIDTH)));
 
-/* The products of the lower halves. Compilers make three multiplications of this where they do not know the
- * upper halves to be 0. */
+/* The products of the lower halves. Compilers make three multiplications of this where they do not
+ * know the upper halves to be 0. */
 static inline void multiply(lanes *out, const lanes *a, uint32_t b) {
 #if defined(__AVX512F__)
     *out = (lanes)_mm512_mul_epu32((__m512i)*a, _mm512_set1_epi64(b));
@@ -169,7 +172,7 @@ static void keep(float *x, size_t n, const uint32_t *drawn, uint32_t limit, floa
         x[i] = drawn[i] < limit ? scale * x[i] : 0;
 }
 
-/* ---- electing signs --------------------------------------------------------------------------------- */
+/* ---- electing signs -------------------------------------------------------------------------- */
 
 static void vote(float *votes, const float *x, size_t n, bool of_signs, bool first) {
     if (first)
@@ -211,8 +214,19 @@ static void settle(float *sum, const float *divisor, const float *sign, size_t n
 }
 
 const psoup__method_kernels PSOUP__NAME(psoup__method_kernels) = {
-    .add = PSOUP__NAME(psoup__merge_add), .subtract = subtract, .finish = finish, .mix = mix, .mix_each = mix_each,
-    .dot = dot, .dot_each = dot_each,
-    .absolute = absolute, .window = window, .draw = draw, .keep = keep, .vote = vote, .elect = elect,
-    .agree = agree, .settle = settle,
+    .add = PSOUP__NAME(psoup__merge_add),
+    .subtract = subtract,
+    .finish = finish,
+    .mix = mix,
+    .mix_each = mix_each,
+    .dot = dot,
+    .dot_each = dot_each,
+    .absolute = absolute,
+    .window = window,
+    .draw = draw,
+    .keep = keep,
+    .vote = vote,
+    .elect = elect,
+    .agree = agree,
+    .settle = settle,
 };

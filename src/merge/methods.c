@@ -1,12 +1,12 @@
-/* The table of methods of whole tensors, and those that need to know nothing of a whole tensor. To add one:
- * a function that makes a block (and, where it needs sums over the tensor, one that prepares them), and a
- * row here. */
+/* The table of methods of whole tensors, and those that need to know nothing of a whole tensor. To
+ * add one: a function that makes a block (and, where it needs sums over the tensor, one that
+ * prepares them), and a row here. */
 #include "merge/methods.h"
 
 #include <math.h>
 #include <string.h>
 
-/* ---- linear: Wortsman et al. 2022, "Model soups" -------------------------------------------------- */
+/* ---- linear: Wortsman et al. 2022, "Model soups" --------------------------------------------- */
 
 static double weight_sum(const psoup__method_job *job) {
     double sum = 0;
@@ -24,8 +24,8 @@ static psoup_status linear_prepare(const psoup__method_job *job, void **state, p
                        "%.300s: the weights sum to %g and cannot be normalized", job->name, sum);
 }
 
-static void linear_block(const psoup__method_job *job, const void *state, size_t at, size_t n, float *out,
-                         float *scratch) {
+static void linear_block(const psoup__method_job *job, const void *state, size_t at, size_t n,
+                         float *out, float *scratch) {
     const psoup__method_kernels *kernels = psoup__method_kernels_of(job->context);
     double divisor = job->normalize ? weight_sum(job) : 1;
     size_t chunk = psoup__method_chunk(job, n);
@@ -45,9 +45,10 @@ static void linear_block(const psoup__method_job *job, const void *state, size_t
     }
 }
 
-/* ---- passthrough ------------------------------------------------------------------------------------ */
+/* ---- passthrough ----------------------------------------------------------------------------- */
 
-static psoup_status nothing_to_prepare(const psoup__method_job *job, void **state, psoup_error *error) {
+static psoup_status nothing_to_prepare(const psoup__method_job *job, void **state,
+                                       psoup_error *error) {
     *state = NULL;
     return PSOUP_OK;
 }
@@ -59,17 +60,20 @@ static void passthrough_block(const psoup__method_job *job, const void *state, s
         psoup__method_kernels_of(job->context)->finish(out, NULL, out, (float)job->scale[0], n);
 }
 
-/* ---- the table -------------------------------------------------------------------------------------- */
+/* ---- the table ------------------------------------------------------------------------------- */
 
-#define ON(paper, mergekit, peft) {paper, mergekit, peft}
+#define ON(paper, mergekit, peft)                                                                  \
+    { paper, mergekit, peft }
 #define NORMALIZE PSOUP__USES_NORMALIZE
 #define RESCALE PSOUP__USES_RESCALE
 /* Sums of task vectors: how they are thinned out, what that needs to know, and what is on. */
-#define DELTA(id, text, thin, uses, ...)                                                                \
-    {.name = text, .method = id, .needs_base = true, .least = 1,                                        \
-     .parameters = PSOUP__USES_WEIGHT | NORMALIZE | PSOUP__USES_LAMBDA | (uses), .thinning = thin,      \
-     .whole_rows = (thin) == PSOUP__THIN_RANKED, .prepare = psoup__delta_prepare,                       \
-     .block = psoup__delta_block, __VA_ARGS__}
+#define DELTA(id, text, thin, uses, ...)                                                           \
+    {                                                                                              \
+        .name = text, .method = id, .needs_base = true, .least = 1,                                \
+        .parameters = PSOUP__USES_WEIGHT | NORMALIZE | PSOUP__USES_LAMBDA | (uses),                \
+        .thinning = thin, .whole_rows = (thin) == PSOUP__THIN_RANKED,                              \
+        .prepare = psoup__delta_prepare, .block = psoup__delta_block, __VA_ARGS__                  \
+    }
 #define DENSITY (PSOUP__USES_DENSITY | RESCALE)
 #define RANDOM (DENSITY | PSOUP__USES_SEED)
 #define OUTLIERS (DENSITY | PSOUP__USES_GAMMA)
@@ -77,9 +81,13 @@ static void passthrough_block(const psoup__method_job *job, const void *state, s
 #define VOTE PSOUP__USES_VOTE
 
 static const psoup__method methods[] = {
-    {.name = "linear", .method = PSOUP_MERGE_LINEAR, .least = 1,
-     .parameters = PSOUP__USES_WEIGHT | NORMALIZE, .on = ON(NORMALIZE, NORMALIZE, 0),
-     .prepare = linear_prepare, .block = linear_block},
+    {.name = "linear",
+     .method = PSOUP_MERGE_LINEAR,
+     .least = 1,
+     .parameters = PSOUP__USES_WEIGHT | NORMALIZE,
+     .on = ON(NORMALIZE, NORMALIZE, 0),
+     .prepare = linear_prepare,
+     .block = linear_block},
     DELTA(PSOUP_MERGE_TASK_ARITHMETIC, "task_arithmetic", PSOUP__THIN_NONE, 0, .elects = false),
     DELTA(PSOUP_MERGE_MAGNITUDE_PRUNE, "magnitude_prune", PSOUP__THIN_MAGNITUDE, DENSITY,
           .elects = false),
@@ -96,17 +104,35 @@ static const psoup__method methods[] = {
     DELTA(PSOUP_MERGE_BREADCRUMBS, "breadcrumbs", PSOUP__THIN_OUTLIERS, OUTLIERS, .elects = false),
     DELTA(PSOUP_MERGE_BREADCRUMBS_TIES, "breadcrumbs_ties", PSOUP__THIN_OUTLIERS, OUTLIERS | VOTE,
           .elects = true),
-    {.name = "slerp", .method = PSOUP_MERGE_SLERP, .least = 1, .most = 2, .parameters = PSOUP__USES_T,
-     .prepare = psoup__slerp_prepare, .block = psoup__slerp_block},
-    {.name = "nuslerp", .method = PSOUP_MERGE_NUSLERP, .least = 2, .most = 2,
+    {.name = "slerp",
+     .method = PSOUP_MERGE_SLERP,
+     .least = 1,
+     .most = 2,
+     .parameters = PSOUP__USES_T,
+     .prepare = psoup__slerp_prepare,
+     .block = psoup__slerp_block},
+    {.name = "nuslerp",
+     .method = PSOUP_MERGE_NUSLERP,
+     .least = 2,
+     .most = 2,
      .parameters = PSOUP__USES_WEIGHT | PSOUP__USES_FLATTEN | PSOUP__USES_ROW_WISE,
      .on = ON(PSOUP__USES_FLATTEN, PSOUP__USES_FLATTEN, PSOUP__USES_FLATTEN),
-     .prepare = psoup__nuslerp_prepare, .block = psoup__nuslerp_block},
-    {.name = "model_stock", .method = PSOUP_MERGE_MODEL_STOCK, .needs_base = true, .least = 2,
-     .parameters = PSOUP__USES_FILTER_WISE, .prepare = psoup__stock_prepare,
+     .prepare = psoup__nuslerp_prepare,
+     .block = psoup__nuslerp_block},
+    {.name = "model_stock",
+     .method = PSOUP_MERGE_MODEL_STOCK,
+     .needs_base = true,
+     .least = 2,
+     .parameters = PSOUP__USES_FILTER_WISE,
+     .prepare = psoup__stock_prepare,
      .block = psoup__stock_block},
-    {.name = "passthrough", .method = PSOUP_MERGE_PASSTHROUGH, .least = 1, .most = 1,
-     .parameters = PSOUP__USES_SCALE, .prepare = nothing_to_prepare, .block = passthrough_block},
+    {.name = "passthrough",
+     .method = PSOUP_MERGE_PASSTHROUGH,
+     .least = 1,
+     .most = 1,
+     .parameters = PSOUP__USES_SCALE,
+     .prepare = nothing_to_prepare,
+     .block = passthrough_block},
 };
 
 const psoup__method *psoup__method_of(psoup_merge_method method) {

@@ -11,8 +11,8 @@ typedef struct pair {
 } pair;
 
 /* out = w.from · x + w.to · y; one of weight 0 is not touched. */
-static void mix_pair(const psoup__method_kernels *kernels, float *out, const float *x, const float *y,
-                     pair w, size_t n) {
+static void mix_pair(const psoup__method_kernels *kernels, float *out, const float *x,
+                     const float *y, pair w, size_t n) {
     if (w.to == 0)
         kernels->finish(out, NULL, x, (float)w.from, n);
     else if (w.from == 0)
@@ -21,7 +21,9 @@ static void mix_pair(const psoup__method_kernels *kernels, float *out, const flo
         kernels->mix(out, x, y, (float)w.from, (float)w.to, n);
 }
 
-/* ---- slerp: Shoemake 1985, "Animating rotation with quaternion curves"; as in mergekit's slerp.py ------- */
+/* ---- slerp ----------------------------------------------------------------------------------- */
+
+/* Shoemake 1985, "Animating rotation with quaternion curves"; as in mergekit's slerp.py. */
 
 typedef struct ends {
     const psoup__merge_input *from, *to;
@@ -44,8 +46,8 @@ static void slerp_sums(const psoup__method_job *job, void *arg, size_t at, size_
     partial[FROM_TO] = kernels->dot(x, y, n);
 }
 
-/* Straight where the two are nearly parallel or opposed (|cos| > 0.9995). A vector of zeros counts as at a
- * right angle to any other. Both are mergekit's choices. */
+/* Straight where the two are nearly parallel or opposed (|cos| > 0.9995). A vector of zeros counts
+ * as at a right angle to any other. Both are mergekit's choices. */
 static pair slerp_weights(double t, const double sums[PAIR_SUMS]) {
     double from = sqrt(sums[FROM_FROM]), to = sqrt(sums[TO_TO]), dot = sums[FROM_TO];
     dot = from > 1e-8 ? dot / from : dot;
@@ -64,8 +66,8 @@ psoup_status psoup__slerp_prepare(const psoup__method_job *job, void **state, ps
                            "%.300s: slerp of %zu inputs %s a base; expected two, the base counted",
                            job->name, job->count, job->base != NULL ? "and" : "without");
     if (!isfinite(job->t))
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%.300s: t is %g; expected 0 to 1", job->name,
-                           job->t);
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%.300s: t is %g; expected 0 to 1",
+                           job->name, job->t);
     pair *p = psoup__alloc(job->context, 1, sizeof *p, error);
     if (p == NULL)
         return PSOUP_ERROR_MEMORY;
@@ -85,8 +87,8 @@ fail:
     return status;
 }
 
-void psoup__slerp_block(const psoup__method_job *job, const void *state, size_t at, size_t n, float *out,
-                        float *scratch) {
+void psoup__slerp_block(const psoup__method_job *job, const void *state, size_t at, size_t n,
+                        float *out, float *scratch) {
     const psoup__method_kernels *kernels = psoup__method_kernels_of(job->context);
     const ends e = slerp_ends(job);
     size_t chunk = psoup__method_chunk(job, n);
@@ -98,9 +100,10 @@ void psoup__slerp_block(const psoup__method_job *job, const void *state, size_t 
     }
 }
 
-/* ---- nuslerp: as in mergekit's nuslerp.py ----------------------------------------------------------- */
+/* ---- nuslerp: as in mergekit's nuslerp.py ---------------------------------------------------- */
 
-/* The tensor is one vector, or each row is, or the elements that differ in the first dimension only. */
+/* The tensor is one vector, or each row is, or the elements that differ in the first dimension
+ * only. */
 typedef enum division { WHOLE, ROWS, COLUMNS } division;
 
 typedef struct nuslerp {
@@ -121,8 +124,8 @@ static double nuslerp_t(const psoup__method_job *job) {
 }
 
 /* The two task vectors, or the two tensors where there is no base. */
-static void read_pair(const psoup__method_job *job, size_t at, size_t n, const float **x, const float **y,
-                      const float **base, float *scratch /* [3 · n] */) {
+static void read_pair(const psoup__method_job *job, size_t at, size_t n, const float **x,
+                      const float **y, const float **base, float *scratch /* [3 · n] */) {
     *base = NULL;
     if (job->base == NULL) {
         *x = psoup__method_view(job, &job->inputs[0], at, n, scratch);
@@ -136,8 +139,8 @@ static void read_pair(const psoup__method_job *job, size_t at, size_t n, const f
     *y = scratch + 2 * n;
 }
 
-/* Straight where they are parallel or opposed. mergekit draws the line at 1e-8, which the rounding of an angle
- * of π does not meet: it divides by what is left. */
+/* Straight where they are parallel or opposed. mergekit draws the line at 1e-8, which the rounding
+ * of an angle of π does not meet: it divides by what is left. */
 static pair nuslerp_weights(double t, const double sums[PAIR_SUMS]) {
     double from = fmax(sqrt(sums[FROM_FROM]), 1e-7), to = fmax(sqrt(sums[TO_TO]), 1e-7);
     double theta = acos(fmin(1, fmax(-1, sums[FROM_TO] / from / to)));
@@ -163,7 +166,8 @@ static void set_pair(nuslerp *s, size_t vector, double t, const double sums[PAIR
     s->to[vector] = (float)p.to;
 }
 
-static void row_sums(const psoup__method_job *job, void *arg, size_t row, int worker, float *scratch) {
+static void row_sums(const psoup__method_job *job, void *arg, size_t row, int worker,
+                     float *scratch) {
     double sums[PAIR_SUMS] = {0}, some[PAIR_SUMS];
     size_t columns = (size_t)job->columns, chunk = psoup__method_chunk(job, columns);
     for (size_t done = 0; done < columns; done += chunk) {
@@ -194,7 +198,8 @@ static void column_task(void *arg, size_t task, int worker) {
     for (size_t row = rows * task / PARTS; row < rows * (task + 1) / PARTS; row++)
         for (size_t done = 0; done < width; done += c->chunk) {
             size_t n = width - done < c->chunk ? width - done : c->chunk;
-            read_pair(c->job, row * width + done, n, &x, &y, &base, c->scratch + task * 3 * c->chunk);
+            read_pair(c->job, row * width + done, n, &x, &y, &base,
+                      c->scratch + task * 3 * c->chunk);
             kernels->dot_each(sums + done, sums + width + done, sums + 2 * width + done, x, y, n);
         }
 }
@@ -218,7 +223,8 @@ static psoup_status sum_columns(const psoup__method_job *job, nuslerp *s, psoup_
     return status;
 }
 
-psoup_status psoup__nuslerp_prepare(const psoup__method_job *job, void **state, psoup_error *error) {
+psoup_status psoup__nuslerp_prepare(const psoup__method_job *job, void **state,
+                                    psoup_error *error) {
     psoup_status status = PSOUP_OK;
     const division by = nuslerp_division(job);
     const double t = nuslerp_t(job);
@@ -227,7 +233,8 @@ psoup_status psoup__nuslerp_prepare(const psoup__method_job *job, void **state, 
     if (by != WHOLE)
         vectors = job->n / (size_t)(by == ROWS ? job->columns : job->rows);
     *state = NULL;
-    if (!psoup__multiply(vectors, 2 * sizeof(float), &bytes) || !psoup__add(bytes, sizeof(nuslerp), &bytes))
+    if (!psoup__multiply(vectors, 2 * sizeof(float), &bytes) ||
+        !psoup__add(bytes, sizeof(nuslerp), &bytes))
         return psoup__out_of_memory(error, SIZE_MAX);
     nuslerp *s = psoup__alloc(job->context, 1, bytes, error);
     if (s == NULL)
@@ -257,8 +264,8 @@ fail:
 }
 
 /* Elements at … of all rows or columns that they touch. */
-static void nuslerp_pieces(const psoup__method_job *job, const nuslerp *s, size_t at, size_t n, float *out,
-                           const float *x, const float *y) {
+static void nuslerp_pieces(const psoup__method_job *job, const nuslerp *s, size_t at, size_t n,
+                           float *out, const float *x, const float *y) {
     const psoup__method_kernels *kernels = psoup__method_kernels_of(job->context);
     const size_t width = s->division == ROWS ? (size_t)job->columns : s->width;
     for (size_t done = 0, m; done < n; done += m) {
@@ -271,8 +278,8 @@ static void nuslerp_pieces(const psoup__method_job *job, const nuslerp *s, size_
     }
 }
 
-void psoup__nuslerp_block(const psoup__method_job *job, const void *state, size_t at, size_t n, float *out,
-                          float *scratch) {
+void psoup__nuslerp_block(const psoup__method_job *job, const void *state, size_t at, size_t n,
+                          float *out, float *scratch) {
     const psoup__method_kernels *kernels = psoup__method_kernels_of(job->context);
     const nuslerp *s = state;
     size_t chunk = psoup__method_chunk(job, n);

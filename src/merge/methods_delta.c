@@ -1,5 +1,6 @@
-/* Methods that add a sum of task vectors to the base: Ilharco et al. 2023, "Editing models with task
- * arithmetic". Each is thinned out first, and signs may be elected: Yadav et al. 2023, "TIES-Merging".
+/* Methods that add a sum of task vectors to the base: Ilharco et al. 2023, "Editing models with
+ * task arithmetic". Each is thinned out first, and signs may be elected: Yadav et al. 2023,
+ * "TIES-Merging".
  *
  * An election, where mergekit, PEFT and the paper differ:
  *            votes                   a tie          what agrees is divided by
@@ -89,8 +90,8 @@ static void elected_sum(const delta_chunk *c, float *sum) {
     c->kernels->settle(sum, job->normalize ? c->divisor : NULL, c->sign, c->n);
 }
 
-void psoup__delta_block(const psoup__method_job *job, const void *state, size_t at, size_t n, float *out,
-                        float *scratch) {
+void psoup__delta_block(const psoup__method_job *job, const void *state, size_t at, size_t n,
+                        float *out, float *scratch) {
     const bool elects = job->method->elects;
     const float factor = (float)(elects ? job->lambda : sum_factor(job));
     size_t chunk = psoup__method_chunk(job, n);

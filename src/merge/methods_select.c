@@ -1,23 +1,24 @@
-/* The k largest magnitudes of tensors that are read block by block: a histogram over the upper 16 of the
- * 31 bits of |x|, one over the lower 15 of those in the bin where the k-th lies, and, where only some of
- * the elements equal to it stay, a third reading to find the last of these. */
+/* The k largest magnitudes of tensors that are read block by block: a histogram over the upper 16
+ * of the 31 bits of |x|, one over the lower 15 of those in the bin where the k-th lies, and, where
+ * only some of the elements equal to it stay, a third reading to find the last of these. */
 #include "merge/methods.h"
 
 #include <string.h>
 
 #define UPPER 65536
 #define LOWER 32768
-#define BUDGET (24 << 20) /* bytes of histograms: as many inputs at a time as these hold, one at least */
+#define BUDGET                                                                                     \
+    (24 << 20) /* bytes of histograms: as many inputs at a time as these hold, one at least */
 
 typedef struct selection {
     psoup__cut *cuts; /* [count, per_input] */
     const bool *skip;
     size_t per_input, first, last; /* inputs of this round */
-    uint64_t *bins;    /* [workers, last − first, width]; summed into the first worker's */
+    uint64_t *bins; /* [workers, last − first, width]; summed into the first worker's */
     size_t width;
-    uint32_t *bin;     /* [count, per_input]: where the k-th is; then the k-th itself */
-    uint64_t *left;    /* [count, per_input]: how many of that bin are above the cut */
-    uint32_t *ties;    /* [tasks, count, per_input] */
+    uint32_t *bin;  /* [count, per_input]: where the k-th is; then the k-th itself */
+    uint64_t *left; /* [count, per_input]: how many of that bin are above the cut */
+    uint32_t *ties; /* [tasks, count, per_input] */
     size_t step;
 } selection;
 
@@ -28,7 +29,8 @@ static uint32_t magnitude(float x) {
 }
 
 /* For each of the round's inputs calls the counter with its task vector's block. */
-typedef void (*counter)(selection *s, size_t input, size_t at, size_t n, const float *x, uint64_t *bins);
+typedef void (*counter)(selection *s, size_t input, size_t at, size_t n, const float *x,
+                        uint64_t *bins);
 
 static void each_delta(const psoup__method_job *job, selection *s, size_t at, size_t n, int worker,
                        float *scratch, counter count) {
@@ -44,12 +46,14 @@ static void each_delta(const psoup__method_job *job, selection *s, size_t at, si
     }
 }
 
-static void count_upper(selection *s, size_t input, size_t at, size_t n, const float *x, uint64_t *bins) {
+static void count_upper(selection *s, size_t input, size_t at, size_t n, const float *x,
+                        uint64_t *bins) {
     for (size_t e = 0; e < n; e++)
         bins[magnitude(x[e]) >> 15]++;
 }
 
-static void count_lower(selection *s, size_t input, size_t at, size_t n, const float *x, uint64_t *bins) {
+static void count_lower(selection *s, size_t input, size_t at, size_t n, const float *x,
+                        uint64_t *bins) {
     for (size_t c = 0; c < s->per_input; c++) {
         uint32_t bin = s->bin[input * s->per_input + c];
         for (size_t e = 0; e < n; e++) {
@@ -60,12 +64,14 @@ static void count_lower(selection *s, size_t input, size_t at, size_t n, const f
     }
 }
 
-static void count_ties(selection *s, size_t input, size_t at, size_t n, const float *x, uint64_t *bins) {
+static void count_ties(selection *s, size_t input, size_t at, size_t n, const float *x,
+                       uint64_t *bins) {
     for (size_t c = 0; c < s->per_input; c++) {
         uint32_t bits = s->cuts[input * s->per_input + c].bits, count = 0;
         for (size_t e = 0; e < n; e++)
             count += magnitude(x[e]) == bits;
-        s->ties[(at / s->step * (s->last - s->first) + input - s->first) * s->per_input + c] = count;
+        s->ties[(at / s->step * (s->last - s->first) + input - s->first) * s->per_input + c] =
+            count;
     }
 }
 
@@ -96,8 +102,8 @@ static psoup_status count_bins(const psoup__method_job *job, selection *s, size_
     return status;
 }
 
-/* The bin, from the highest, in which `above` elements are reached; *above becomes how many of it belong
- * above the cut. Where none are asked for, past the highest. */
+/* The bin, from the highest, in which `above` elements are reached; *above becomes how many of it
+ * belong above the cut. Where none are asked for, past the highest. */
 static uint32_t find_bin(const uint64_t *bins, uint32_t n, uint64_t *above) {
     uint32_t bin = n;
     while (*above > 0 && bin > 0 && *above > bins[bin - 1])
@@ -106,8 +112,8 @@ static uint32_t find_bin(const uint64_t *bins, uint32_t n, uint64_t *above) {
 }
 
 /* The ties of a cut that stay are `left` of them, from the lowest index. */
-static psoup_status last_tie(const psoup__method_job *job, const selection *s, size_t input, size_t c,
-                             psoup_error *error) {
+static psoup_status last_tie(const psoup__method_job *job, const selection *s, size_t input,
+                             size_t c, psoup_error *error) {
     psoup__cut *cut = &s->cuts[input * s->per_input + c];
     uint64_t left = s->left[input * s->per_input + c];
     size_t inputs = s->last - s->first, at = 0;
@@ -121,7 +127,8 @@ static psoup_status last_tie(const psoup__method_job *job, const selection *s, s
     float *scratch = psoup__alloc(job->context, n, 2 * sizeof *scratch, error);
     if (scratch == NULL)
         return PSOUP_ERROR_MEMORY;
-    const float *base = job->base != NULL ? psoup__method_view(job, job->base, at, n, scratch) : NULL;
+    const float *base =
+        job->base != NULL ? psoup__method_view(job, job->base, at, n, scratch) : NULL;
     psoup__method_delta(job, input, at, n, base, scratch + n);
     for (size_t e = 0; e < n && left > 0; e++)
         if (magnitude(scratch[n + e]) == cut->bits && --left == 0)
@@ -177,13 +184,16 @@ fail:
 psoup_status psoup__method_cuts(const psoup__method_job *job, psoup__cut *cuts, size_t per_input,
                                 const bool *skip, psoup_error *error) {
     psoup_status status = PSOUP_ERROR_MEMORY;
-    selection s = {.cuts = cuts, .skip = skip, .per_input = per_input, .step = psoup__method_step(job)};
+    selection s = {
+        .cuts = cuts, .skip = skip, .per_input = per_input, .step = psoup__method_step(job)};
     size_t cell = (size_t)psoup_context_threads(job->context) * UPPER * sizeof *s.bins;
     size_t together = BUDGET / cell < 1 ? 1 : BUDGET / cell;
     together = job->count < together ? job->count : together;
     if ((s.bins = psoup__alloc(job->context, together, cell, error)) == NULL ||
-        (s.bin = psoup__alloc(job->context, job->count * per_input, sizeof *s.bin, error)) == NULL ||
-        (s.left = psoup__alloc(job->context, job->count * per_input, sizeof *s.left, error)) == NULL)
+        (s.bin = psoup__alloc(job->context, job->count * per_input, sizeof *s.bin, error)) ==
+            NULL ||
+        (s.left = psoup__alloc(job->context, job->count * per_input, sizeof *s.left, error)) ==
+            NULL)
         goto fail;
     status = PSOUP_OK;
     for (; s.first < job->count; s.first = s.last) {

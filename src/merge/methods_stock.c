@@ -1,6 +1,7 @@
-/* Model Stock (Jang et al. 2024, arXiv 2403.19522): between the base and the mean of N models fine-tuned
- * from it, at t = N cos θ / (1 + (N − 1) cos θ), θ being the angle between two of them as seen from the base.
- * Where there are more than two the cosines of all pairs are averaged, as in mergekit's model_stock.py. */
+/* Model Stock (Jang et al. 2024, arXiv 2403.19522): between the base and the mean of N models
+ * fine-tuned from it, at t = N cos θ / (1 + (N − 1) cos θ), θ being the angle between two of them
+ * as seen from the base. Where there are more than two the cosines of all pairs are averaged, as in
+ * mergekit's model_stock.py. */
 #include "merge/methods.h"
 
 #include <math.h>
@@ -11,7 +12,8 @@ static size_t dots_of(size_t n) {
     return n * (n + 1) / 2;
 }
 
-static void add_dots(const psoup__method_job *job, size_t at, size_t n, float *scratch, double *dots) {
+static void add_dots(const psoup__method_job *job, size_t at, size_t n, float *scratch,
+                     double *dots) {
     const psoup__method_kernels *kernels = psoup__method_kernels_of(job->context);
     const float *base = NULL;
     float *deltas = scratch + n;
@@ -24,8 +26,8 @@ static void add_dots(const psoup__method_job *job, size_t at, size_t n, float *s
             dots[d++] += kernels->dot(deltas + i * n, deltas + j * n, n);
 }
 
-/* t / N, so that the result is base + that · Σ (x_i − base). Task vectors that add up to nothing have no
- * t: the base. NaN where a dot product is not finite. */
+/* t / N, so that the result is base + that · Σ (x_i − base). Task vectors that add up to nothing
+ * have no t: the base. NaN where a dot product is not finite. */
 static double stock_factor(size_t n, const double *dots) {
     double sum = 0;
     size_t pairs = 0;
@@ -57,7 +59,8 @@ typedef struct stock_rows {
     double *dots; /* [workers, dots_of(count)] */
 } stock_rows;
 
-static void row_dots(const psoup__method_job *job, void *arg, size_t row, int worker, float *scratch) {
+static void row_dots(const psoup__method_job *job, void *arg, size_t row, int worker,
+                     float *scratch) {
     const stock_rows *s = arg;
     size_t columns = (size_t)job->columns, chunk = psoup__method_chunk(job, columns);
     double *dots = s->dots + (size_t)worker * dots_of(job->count);
@@ -75,9 +78,10 @@ psoup_status psoup__stock_prepare(const psoup__method_job *job, void **state, ps
     size_t rows = by_row ? job->n / (size_t)job->columns : 1, dots = dots_of(job->count);
     *state = NULL;
     if (job->count < 2)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "%.300s: model_stock of %zu inputs; expected at least two beside the base",
-                           job->name, job->count);
+        return psoup__fail(
+            error, PSOUP_ERROR_ARGUMENT,
+            "%.300s: model_stock of %zu inputs; expected at least two beside the base", job->name,
+            job->count);
     stock *s = psoup__alloc(job->context, 1, sizeof *s + rows * sizeof *s->factor, error);
     stock_rows by = {.stock = s};
     by.dots = psoup__alloc(job->context, (size_t)psoup_context_threads(job->context),
@@ -103,14 +107,15 @@ fail:
     return status;
 }
 
-void psoup__stock_block(const psoup__method_job *job, const void *state, size_t at, size_t n, float *out,
-                        float *scratch) {
+void psoup__stock_block(const psoup__method_job *job, const void *state, size_t at, size_t n,
+                        float *out, float *scratch) {
     const psoup__method_kernels *kernels = psoup__method_kernels_of(job->context);
     const stock *s = state;
     size_t chunk = psoup__method_chunk(job, n);
     float *delta = scratch + chunk;
     for (size_t done = 0; done < n; done += chunk) {
-        size_t m = n - done < chunk ? n - done : chunk, width = s->by_row ? (size_t)job->columns : m;
+        size_t m = n - done < chunk ? n - done : chunk,
+               width = s->by_row ? (size_t)job->columns : m;
         const float *base = NULL;
         if (job->base != NULL)
             base = psoup__method_view(job, job->base, at + done, m, scratch);

@@ -1,6 +1,6 @@
-/* What stays of a task vector: the largest (TIES, Yadav et al. 2023), those between the largest and the
- * smallest (Model Breadcrumbs, Davari and Belilovsky 2023), a random part (DARE, Yu et al. 2023), or a random
- * part in which large elements are likelier (DELLA, Deep et al. 2024). */
+/* What stays of a task vector: the largest (TIES, Yadav et al. 2023), those between the largest and
+ * the smallest (Model Breadcrumbs, Davari and Belilovsky 2023), a random part (DARE, Yu et al.
+ * 2023), or a random part in which large elements are likelier (DELLA, Deep et al. 2024). */
 #include "merge/methods.h"
 
 #include <math.h>
@@ -8,10 +8,10 @@
 
 #define DRAWN 1024 /* random numbers at a time */
 
-/* ---- random numbers ------------------------------------------------------------------------------ */
+/* ---- random numbers -------------------------------------------------------------------------- */
 
-/* The Philox sequence of an input of a tensor: FNV-1a, 64 bits, of the name, a zero byte and the input's
- * index in eight bytes, low first. */
+/* The Philox sequence of an input of a tensor: FNV-1a, 64 bits, of the name, a zero byte and the
+ * input's index in eight bytes, low first. */
 static uint64_t sequence_of(const char *name, uint64_t input) {
     uint64_t hash = 0xcbf29ce484222325u;
     const uint64_t prime = 0x100000001b3u;
@@ -23,7 +23,7 @@ static uint64_t sequence_of(const char *name, uint64_t input) {
     return hash;
 }
 
-/* ---- by rank ----------------------------------------------------------------------------------------- */
+/* ---- by rank --------------------------------------------------------------------------------- */
 
 static uint32_t magnitude(float x) {
     uint32_t bits;
@@ -31,8 +31,9 @@ static uint32_t magnitude(float x) {
     return bits & 0x7fffffff;
 }
 
-/* The elements of x in order of |x|, the smallest first, equal ones in their own order; a NaN is larger than
- * any number. Each is |x|'s bits above its index. space [2 · n]; returns the half of it that is sorted. */
+/* The elements of x in order of |x|, the smallest first, equal ones in their own order; a NaN is
+ * larger than any number. Each is |x|'s bits above its index. space [2 · n]; returns the half of it
+ * that is sorted. */
 static const uint64_t *sort_magnitudes(const float *x, size_t n, uint64_t *space) {
     enum { DIGIT = 11, PASSES = 3, VALUES = 1 << DIGIT };
     uint64_t *from = space, *to = space + n;
@@ -60,10 +61,11 @@ static const uint64_t *sort_magnitudes(const float *x, size_t n, uint64_t *space
     return from;
 }
 
-/* One row: the element of rank r of n (0: the smallest) stays with probability least + spread · r/(n−1).
- * space [PSOUP__THIN_SPACE · n]: five for what is sorted and drawn, and room to align it. */
-static void thin_row(const psoup__method_job *job, const psoup__thin *thin, size_t at, size_t n, float *x,
-                     float *space) {
+/* One row: the element of rank r of n (0: the smallest) stays with probability least + spread ·
+ * r/(n−1). space [PSOUP__THIN_SPACE · n]: five for what is sorted and drawn, and room to align it.
+ */
+static void thin_row(const psoup__method_job *job, const psoup__thin *thin, size_t at, size_t n,
+                     float *x, float *space) {
     const psoup__method_kernels *kernels = psoup__method_kernels_of(job->context);
     uint64_t *pairs = (uint64_t *)(void *)(space + (uintptr_t)space / sizeof *space % 2);
     uint32_t *drawn = (uint32_t *)(void *)(pairs + 2 * n);
@@ -74,18 +76,19 @@ static void thin_row(const psoup__method_job *job, const psoup__thin *thin, size
         double place = n > 1 ? (double)r / (double)(n - 1) : 0.5;
         double chance = thin->least + place * thin->spread;
         float value = thin->each ? (float)((double)x[e] / chance) : thin->scale * x[e];
-        uint32_t bits, stays = (double)drawn[e] * 0x1p-24 < chance; /* no branch: it would be a coin's */
+        uint32_t bits,
+            stays = (double)drawn[e] * 0x1p-24 < chance; /* no branch: it would be a coin's */
         memcpy(&bits, &value, sizeof bits);
         bits &= 0 - stays;
         memcpy(&x[e], &bits, sizeof bits);
     }
 }
 
-/* ---- thinning ------------------------------------------------------------------------------------- */
+/* ---- thinning -------------------------------------------------------------------------------- */
 
 /* Parts at whose ends the cuts' ties end have the same two limits. */
-static void thin_by_magnitude(const psoup__method_kernels *kernels, const psoup__thin *thin, size_t at,
-                              size_t n, float *x) {
+static void thin_by_magnitude(const psoup__method_kernels *kernels, const psoup__thin *thin,
+                              size_t at, size_t n, float *x) {
     const psoup__cut *lower = &thin->cuts[0], *upper = &thin->cuts[1];
     for (size_t e = at, next; e < at + n; e = next) {
         next = at + n;
@@ -98,8 +101,8 @@ static void thin_by_magnitude(const psoup__method_kernels *kernels, const psoup_
     }
 }
 
-void psoup__thin_apply(const psoup__method_job *job, const psoup__thin *thin, size_t at, size_t n, float *x,
-                       float *space) {
+void psoup__thin_apply(const psoup__method_job *job, const psoup__thin *thin, size_t at, size_t n,
+                       float *x, float *space) {
     const psoup__method_kernels *kernels = psoup__method_kernels_of(job->context);
     uint32_t drawn[DRAWN];
     size_t columns = (size_t)job->columns;
@@ -128,7 +131,7 @@ void psoup__thin_apply(const psoup__method_job *job, const psoup__thin *thin, si
     }
 }
 
-/* ---- what must be known of the whole tensor -------------------------------------------------------- */
+/* ---- what must be known of the whole tensor -------------------------------------------------- */
 
 static double parameter(const double *values, size_t i, double otherwise) {
     return values != NULL ? values[i] : otherwise;
@@ -138,17 +141,18 @@ static psoup_status check_parameters(const psoup__method_job *job, size_t i, pso
     double density = psoup__method_density(job, i), gamma = parameter(job->gamma, i, 0.01);
     double epsilon = parameter(job->epsilon, i, 0.15);
     if (!(density >= 0) || isinf(density))
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%.300s: input %zu: density %g; expected 0 to 1",
-                           job->name, i, density);
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "%.300s: input %zu: density %g; expected 0 to 1", job->name, i, density);
     if (job->method->thinning == PSOUP__THIN_OUTLIERS && !(gamma >= 0 && gamma <= 1))
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%.300s: input %zu: gamma %g; expected 0 to 1",
-                           job->name, i, gamma);
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "%.300s: input %zu: gamma %g; expected 0 to 1", job->name, i, gamma);
     if (job->method->thinning == PSOUP__THIN_RANKED && density > 0 && density < 1 &&
         !(epsilon >= 0 && density - epsilon > 0 && density + epsilon < 1))
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "%.300s: input %zu: epsilon %g around density %g; expected chances between 0 "
-                           "and 1",
-                           job->name, i, epsilon, density);
+        return psoup__fail(
+            error, PSOUP_ERROR_ARGUMENT,
+            "%.300s: input %zu: epsilon %g around density %g; expected chances between 0 "
+            "and 1",
+            job->name, i, epsilon, density);
     return PSOUP_OK;
 }
 
@@ -191,7 +195,8 @@ static void set_thin(const psoup__method_job *job, size_t i, psoup__thin *thin) 
     }
 }
 
-static psoup_status find_cuts(const psoup__method_job *job, psoup__thin *thins, psoup_error *error) {
+static psoup_status find_cuts(const psoup__method_job *job, psoup__thin *thins,
+                              psoup_error *error) {
     const size_t per_input = job->method->thinning == PSOUP__THIN_OUTLIERS ? 2 : 1;
     psoup__cut *cuts = psoup__alloc(job->context, job->count * per_input, sizeof *cuts, error);
     bool *skip = psoup__alloc(job->context, job->count, sizeof *skip, error);
@@ -234,13 +239,14 @@ static void sum_absolute(const psoup__method_job *job, void *arg, size_t at, siz
 }
 
 /* mergekit's "rescale": what stays gets the L1 norm of all; norms below 1e-7 are left. */
-static psoup_status keep_norms(const psoup__method_job *job, psoup__thin *thins, psoup_error *error) {
+static psoup_status keep_norms(const psoup__method_job *job, psoup__thin *thins,
+                               psoup_error *error) {
     double *sums = psoup__alloc(job->context, job->count, 2 * sizeof *sums, error);
     if (sums == NULL)
         return PSOUP_ERROR_MEMORY;
-    psoup_status status = psoup__method_walk(job, 2 + (job->method->whole_rows ? PSOUP__THIN_SPACE : 0),
-                                             sum_absolute, thins,
-                                             2 * job->count, sums, error);
+    psoup_status status =
+        psoup__method_walk(job, 2 + (job->method->whole_rows ? PSOUP__THIN_SPACE : 0), sum_absolute,
+                           thins, 2 * job->count, sums, error);
     for (size_t i = 0; i < job->count && status == PSOUP_OK; i++) {
         if (!isfinite(sums[2 * i]))
             status = psoup__method_not_finite(job, i, error);
@@ -251,7 +257,8 @@ static psoup_status keep_norms(const psoup__method_job *job, psoup__thin *thins,
     return status;
 }
 
-psoup_status psoup__thin_prepare(const psoup__method_job *job, psoup__thin **out, psoup_error *error) {
+psoup_status psoup__thin_prepare(const psoup__method_job *job, psoup__thin **out,
+                                 psoup_error *error) {
     psoup_status status = PSOUP_OK;
     const enum psoup__thinning thinning = job->method->thinning;
     psoup__thin *thins = psoup__alloc(job->context, job->count, sizeof *thins, error);

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#define CHUNK 2048    /* floats: some inputs' worth stay in the first cache */
+#define CHUNK 2048     /* floats: some inputs' worth stay in the first cache */
 #define STEP (1 << 16) /* elements of one task of a walk */
 
 const psoup__method_kernels *psoup__method_kernels_of(const psoup_context *context) {
@@ -20,8 +20,8 @@ const psoup__method_kernels *psoup__method_kernels_of(const psoup_context *conte
     return &psoup__method_kernels_generic;
 }
 
-const float *psoup__method_view(const psoup__method_job *job, const psoup__merge_input *input, size_t at,
-                                size_t n, float *buffer) {
+const float *psoup__method_view(const psoup__method_job *job, const psoup__merge_input *input,
+                                size_t at, size_t n, float *buffer) {
     const psoup__tensor *tensor = input->tensor;
     if (tensor != NULL && tensor->data != NULL && input->n_factors == 0 && tensor->heads == 0 &&
         tensor->dtype == PSOUP_F32 && (uintptr_t)tensor->data % sizeof(float) == 0)
@@ -30,10 +30,11 @@ const float *psoup__method_view(const psoup__method_job *job, const psoup__merge
     return buffer;
 }
 
-void psoup__method_delta(const psoup__method_job *job, size_t i, size_t at, size_t n, const float *base,
-                         float *out) {
+void psoup__method_delta(const psoup__method_job *job, size_t i, size_t at, size_t n,
+                         const float *base, float *out) {
     psoup__merge_input input = job->inputs[i];
-    if (base != NULL && input.tensor != NULL && job->base->tensor != NULL && job->base->n_factors == 0 &&
+    if (base != NULL && input.tensor != NULL && job->base->tensor != NULL &&
+        job->base->n_factors == 0 &&
         (input.tensor == job->base->tensor ||
          (input.tensor->data != NULL && input.tensor->data == job->base->tensor->data &&
           input.tensor->dtype == job->base->tensor->dtype &&
@@ -64,7 +65,7 @@ size_t psoup__method_step(const psoup__method_job *job) {
     return columns < STEP ? STEP / columns * columns : columns;
 }
 
-/* ---- whole tensors ---------------------------------------------------------------------------------- */
+/* ---- whole tensors --------------------------------------------------------------------------- */
 
 typedef struct walk {
     const psoup__method_job *job;
@@ -84,8 +85,12 @@ static void walk_task(void *arg, size_t task, int worker) {
 
 psoup_status psoup__method_walk(const psoup__method_job *job, size_t per_element, psoup__walk_fn fn,
                                 void *arg, size_t quantities, double *sums, psoup_error *error) {
-    walk w = {.job = job, .fn = fn, .arg = arg, .step = psoup__method_step(job),
-              .per_element = per_element, .quantities = quantities};
+    walk w = {.job = job,
+              .fn = fn,
+              .arg = arg,
+              .step = psoup__method_step(job),
+              .per_element = per_element,
+              .quantities = quantities};
     psoup_status status = PSOUP_ERROR_MEMORY;
     size_t tasks = job->n / w.step + (job->n % w.step != 0), floats;
     size_t workers = (size_t)psoup_context_threads(job->context);
@@ -94,7 +99,8 @@ psoup_status psoup__method_walk(const psoup__method_job *job, size_t per_element
     if (!psoup__multiply(w.step, per_element * workers, &floats))
         return psoup__out_of_memory(error, SIZE_MAX);
     if ((w.scratch = psoup__alloc(job->context, floats, sizeof *w.scratch, error)) == NULL ||
-        (w.partials = psoup__alloc(job->context, tasks * quantities, sizeof *w.partials, error)) == NULL)
+        (w.partials = psoup__alloc(job->context, tasks * quantities, sizeof *w.partials, error)) ==
+            NULL)
         goto fail;
     psoup__parallel(job->context, tasks, walk_task, &w);
     for (size_t q = 0; q < quantities; q++)
@@ -126,8 +132,8 @@ static void row_task(void *arg, size_t task, int worker) {
         w->fn(w->job, w->arg, row, worker, w->scratch + (size_t)worker * w->space);
 }
 
-psoup_status psoup__method_walk_rows(const psoup__method_job *job, size_t per_element, psoup__rows_fn fn,
-                                     void *arg, psoup_error *error) {
+psoup_status psoup__method_walk_rows(const psoup__method_job *job, size_t per_element,
+                                     psoup__rows_fn fn, void *arg, psoup_error *error) {
     row_walk w = {.job = job, .fn = fn, .arg = arg, .columns = (size_t)job->columns};
     size_t workers = (size_t)psoup_context_threads(job->context), floats;
     w.rows = w.columns > 0 ? job->n / w.columns : 0;
@@ -143,9 +149,11 @@ psoup_status psoup__method_walk_rows(const psoup__method_job *job, size_t per_el
     return PSOUP_OK;
 }
 
-psoup_status psoup__method_not_finite(const psoup__method_job *job, size_t input, psoup_error *error) {
-    return psoup__fail(error, PSOUP_ERROR_FORMAT,
-                       "%.300s: input %zu, or the base, holds a NaN or infinity, or numbers whose squares "
-                       "are too large; %s needs a sum over the whole tensor",
-                       job->name, input, job->method->name);
+psoup_status psoup__method_not_finite(const psoup__method_job *job, size_t input,
+                                      psoup_error *error) {
+    return psoup__fail(
+        error, PSOUP_ERROR_FORMAT,
+        "%.300s: input %zu, or the base, holds a NaN or infinity, or numbers whose squares "
+        "are too large; %s needs a sum over the whole tensor",
+        job->name, input, job->method->name);
 }

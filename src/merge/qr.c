@@ -1,6 +1,7 @@
-/* Householder QR of tall matrices by blocks of rows: each block has its own QR, the R of all blocks one below
- * the other are the next, smaller, matrix (Demmel et al. 2012, "Communication-optimal parallel and sequential
- * QR", section 3). As stable as the plain one; blocks run in parallel and stay in a cache. */
+/* Householder QR of tall matrices by blocks of rows: each block has its own QR, the R of all blocks
+ * one below the other are the next, smaller, matrix (Demmel et al. 2012, "Communication-optimal
+ * parallel and sequential QR", section 3). As stable as the plain one; blocks run in parallel and
+ * stay in a cache. */
 #include "merge/dense.h"
 
 #include <math.h>
@@ -8,8 +9,8 @@
 
 #define LEVELS 24
 
-/* Blocks lie one after the other, each with its columns contiguous. Below the diagonal are the reflections'
- * vectors with 1 at their head, above it R without its diagonal. */
+/* Blocks lie one after the other, each with its columns contiguous. Below the diagonal are the
+ * reflections' vectors with 1 at their head, above it R without its diagonal. */
 typedef struct level {
     int64_t m, rows, blocks; /* rows of a block, at least n; the last block has the rest as well */
     double *x;               /* [m, n] */
@@ -49,7 +50,8 @@ psoup_status psoup__qr_create(psoup_context *context, int64_t m, int64_t n, psou
         *l = (level){.m = m, .rows = rows, .blocks = m / rows > 1 ? m / rows : 1};
         last = l->blocks == 1;
         ok = (l->x = psoup__alloc(context, (size_t)m, (size_t)n * sizeof *l->x, error)) != NULL &&
-             (l->tau = psoup__alloc(context, (size_t)(l->blocks * n), 2 * sizeof *l->tau, error)) != NULL;
+             (l->tau = psoup__alloc(context, (size_t)(l->blocks * n), 2 * sizeof *l->tau, error)) !=
+                 NULL;
         l->diagonal = ok ? l->tau + l->blocks * n : NULL;
     }
     if (ok) {
@@ -104,14 +106,15 @@ typedef struct step {
     double *scratch; /* [blocks, columns, rows of the largest] */
 } step;
 
-/* Golub and Van Loan, Matrix Computations, algorithms 5.1.1 and 5.2.1. Where the vector below the head is
- * all zero nothing is reflected. */
+/* Golub and Van Loan, Matrix Computations, algorithms 5.1.1 and 5.2.1. Where the vector below the
+ * head is all zero nothing is reflected. */
 static void factor_block(void *arg, size_t task, int worker) {
     const step *s = arg;
     const psoup__qr *qr = s->qr;
     const int64_t n = qr->n, m = rows_of(s->level, (int64_t)task);
     double *x = block_of(qr, s->level, (int64_t)task);
-    double *tau = s->level->tau + (int64_t)task * n, *diagonal = s->level->diagonal + (int64_t)task * n;
+    double *tau = s->level->tau + (int64_t)task * n,
+           *diagonal = s->level->diagonal + (int64_t)task * n;
     for (int64_t j = 0; j < n; j++) {
         double *v = x + j * m + j, top = v[0], below = norm_of(qr->kernels, v + 1, m - j - 1);
         diagonal[j] = top;
@@ -147,7 +150,8 @@ void psoup__qr_run(psoup__qr *qr) {
                     const level *next = l + 1;
                     int64_t row = b * n + i, block = row / next->rows;
                     block = block < next->blocks ? block : next->blocks - 1;
-                    block_of(qr, next, block)[j * rows_of(next, block) + row - block * next->rows] = value;
+                    block_of(qr, next, block)[j * rows_of(next, block) + row - block * next->rows] =
+                        value;
                 }
         }
     }
@@ -166,7 +170,8 @@ static void apply_block(void *arg, size_t task, int worker) {
     const double *x = block_of(qr, l, block), *tau = l->tau + block * n;
     double *y = s->scratch + block * l->rows * s->columns; /* [columns, m] */
     for (int64_t k = 0; k < s->columns; k++) {
-        const double *from = s->from != NULL ? s->from + k * n * l->blocks + block * n : s->c + k * n;
+        const double *from =
+            s->from != NULL ? s->from + k * n * l->blocks + block * n : s->c + k * n;
         memcpy(y + k * m, from, (size_t)n * sizeof *y);
         memset(y + k * m + n, 0, (size_t)(m - n) * sizeof *y);
     }
@@ -194,8 +199,13 @@ psoup_status psoup__qr_apply(const psoup__qr *qr, const double *c, int64_t colum
     }
     const double *from = NULL;
     for (int at = qr->levels - 1; at >= 0; at--) {
-        step s = {.qr = qr, .level = &qr->level[at], .from = from, .c = c, .columns = columns,
-                  .to = at == 0 ? out : turns[at % 2], .scratch = scratch};
+        step s = {.qr = qr,
+                  .level = &qr->level[at],
+                  .from = from,
+                  .c = c,
+                  .columns = columns,
+                  .to = at == 0 ? out : turns[at % 2],
+                  .scratch = scratch};
         psoup__parallel(qr->context, (size_t)s.level->blocks, apply_block, &s);
         from = s.to;
     }

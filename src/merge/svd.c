@@ -33,10 +33,10 @@ static void swap_rows(const psoup__dense_kernels *kernels, double *p, double *q,
     kernels->rotate(p, q, 0, 1, (size_t)n);
 }
 
-/* One sweep over all pairs; whether any was rotated. square [n] holds the rows' squared norms; they are
- * carried along, and summed again where a difference has left few digits. */
-static bool sweep_pairs(const psoup__dense_kernels *kernels, double *x, double *vt, double *square, int64_t n,
-                        double nothing) {
+/* One sweep over all pairs; whether any was rotated. square [n] holds the rows' squared norms; they
+ * are carried along, and summed again where a difference has left few digits. */
+static bool sweep_pairs(const psoup__dense_kernels *kernels, double *x, double *vt, double *square,
+                        int64_t n, double nothing) {
     bool rotated = false;
     for (int64_t i = 0; i < n; i++)
         square[i] = kernels->dot(x + i * n, x + i * n, (size_t)n);
