@@ -164,6 +164,14 @@ psoup_status psoup_merger_add_tensors(psoup_merger *merger, const psoup_merge_te
 psoup_status psoup_merger_set_base_tensors(psoup_merger *merger, const psoup_merge_tensors *base,
                                            psoup_error *error);
 
+/* Takes everything from a certificate: the merge that it tells of, into a fresh merger. A run then stops where an input or a result
+ * differs from it, naming file and tensor. */
+psoup_status psoup_merger_load_certificate(psoup_merger *merger, const char *path, psoup_error *error);
+/* Checks a result (a directory, or a .gguf file) against the certificate beside it: every tensor, and the
+ * text in the files' metadata. *tensors (may be NULL) receives how many. */
+psoup_status psoup_merge_verify(psoup_context *context, const char *path, size_t *tensors,
+                                psoup_error *error);
+
 /* How good a lossy result is, after a run. */
 typedef struct psoup_merge_report {
     size_t size;

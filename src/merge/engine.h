@@ -128,9 +128,12 @@ struct psoup_merger {
     psoup_json *expected;  /* the certificate that a replay must reproduce */
     bool ran;
     psoup_merge_report report;
-    double error_sum;
-    size_t errors;
 };
+psoup_status psoup__options_check(const psoup_merger_options *options, psoup_error *error);
+psoup_status psoup__merger_slice(psoup_merger *merger, psoup__slice **out, psoup_error *error);
+/* Layers first … end − 1 of a source (PSOUP__NONE: the base); as many as the slice's other parts have. */
+psoup_status psoup__merger_slice_part(psoup_merger *merger, psoup__slice *slice, size_t source, int64_t first,
+                                      int64_t end, psoup__slice_part **out, psoup_error *error);
 psoup__merge_source *psoup__merger_source(psoup_merger *merger, size_t index); /* PSOUP__NONE: the base */
 psoup_status psoup__merge_progress(psoup_merger *merger, size_t done, size_t total, psoup_error *error);
 
@@ -211,6 +214,12 @@ psoup_status psoup__plan_check_sum(const psoup__plan *plan, const char *tensor, 
 int64_t psoup__layer_of(const char *name, size_t *begin, size_t *end);
 /* Where a layer stands in the model: 0 the first, 1 the last (and the only one), 0 outside. */
 double psoup__depth_of(int64_t layer, int64_t layers);
+/* An adapter's change as an input of a method of whole tensors, with its own parameters; parts follow. */
+psoup_status psoup__plan_task_vector(psoup__plan *plan, size_t source, const psoup__peft_pair *pair,
+                                     psoup__plan_input **out, psoup_error *error);
+/* The parameters of a result of adapters alone whose method and inputs are there. */
+psoup_status psoup__plan_method(psoup__plan *plan, psoup__result *result, const char *name,
+                                psoup_error *error);
 bool psoup__dtype_mergeable(psoup_dtype dtype); /* floats of a file */
 psoup_dtype psoup__result_dtype(const psoup_merger *merger, psoup_dtype dtype);
 
@@ -236,6 +245,18 @@ typedef struct psoup__certificate {
 /* Finds the tensors that the plan reads, and says so in its inputs and parts. */
 psoup_status psoup__certificate_create(psoup__plan *plan, psoup__certificate *out, psoup_error *error);
 void psoup__certificate_free(psoup__certificate *certificate);
+/* certificate_json.c. Fingerprints that are not known yet are "". */
+psoup_json *psoup__certificate_json(const psoup__certificate *certificate, psoup_error *error);
+/* Whether a result's error belongs into the certificate. */
+bool psoup__result_lossy(const psoup__plan *plan, size_t index);
+/* The fingerprints that a killed run of the same merge knew. */
+psoup_status psoup__certificate_take(psoup__certificate *certificate, const psoup_json *json,
+                                     psoup_error *error);
+/* Refuses what is not as `expected` has it, naming file and tensor. */
+psoup_status psoup__certificate_compare(const psoup__certificate *certificate, const psoup_json *expected,
+                                        psoup_error *error);
+/* certificate_read.c: where the certificate of a result is. */
+char *psoup__certificate_path(psoup_context *context, const char *result, psoup_error *error);
 
 /* ---- output.c: where results go ----------------------------------------------------------------------------- */
 
@@ -253,12 +274,15 @@ typedef struct psoup__output_kind {
     /* Every result is written: makes the whole appear, with this certificate. */
     psoup_status (*commit)(psoup__output *output, const char *certificate, psoup_error *error);
     void (*free)(psoup__output *output); /* removes what is not committed */
+    /* After a round: what is written is hashed too. NULL: nothing to do. */
+    psoup_status (*settle)(psoup__output *output, psoup_error *error);
 } psoup__output_kind;
 /* Freed by kind->free. */
 struct psoup__output { /* each kind's struct begins with it */
     const psoup__output_kind *kind;
     const psoup__plan *plan;
     psoup__certificate *made; /* what is known of it so far */
+    size_t space; /* bytes that its text can take inside a JSON string */
     bool *there; /* [plan->n] results that need not be made; NULL: none */
 };
 
@@ -311,6 +335,7 @@ typedef struct psoup__work {
     psoup__method_job job;
     void *state;
     psoup__merge_input *inputs; /* [inputs], then the base */
+    bool folds; /* an input has factors: blocks are whole rows */
     psoup_lora_factors *factors; /* [parts] */
     double *weights;             /* [parts] */
     psoup_lora_factors merged;   /* all of them as one, by a method of factors */

@@ -37,7 +37,7 @@ psoup_status psoup_merge_method_parse(const char *name, int32_t *out, psoup_erro
 
 /* ---- the handle ------------------------------------------------------------------------------------------ */
 
-static psoup_status check_options(const psoup_merger_options *o, psoup_error *error) {
+psoup_status psoup__options_check(const psoup_merger_options *o, psoup_error *error) {
     if (strcmp(psoup_merge_method_name(o->method), "?") == 0)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_merger_options: method %d; expected a psoup_merge_method", (int)o->method);
@@ -71,7 +71,7 @@ psoup_status psoup_merger_create(psoup_context *context, const psoup_merger_opti
     if (context == NULL)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_merger_create: no context");
     PSOUP__TRY(psoup__options(&checked, sizeof checked, options, "psoup_merger_options", error));
-    PSOUP__TRY(check_options(&checked, error));
+    PSOUP__TRY(psoup__options_check(&checked, error));
     psoup_merger *merger = psoup__alloc(context, 1, sizeof *merger, error);
     if (merger == NULL)
         return PSOUP_ERROR_MEMORY;
@@ -105,6 +105,32 @@ void psoup_merger_free(psoup_merger *merger) {
     psoup__free(context, merger->sidecars);
     psoup__free(context, merger->chat_template);
     psoup__free(context, merger);
+}
+
+psoup_status psoup__merger_slice(psoup_merger *merger, psoup__slice **out, psoup_error *error) {
+    psoup_status status;
+    PSOUP__TRY(psoup__reserve(merger->context, &merger->slices, &merger->slices_capacity,
+                              merger->n_slices + 1, sizeof *merger->slices, error));
+    *out = &merger->slices[merger->n_slices++];
+    **out = (psoup__slice){0};
+fail:
+    return status;
+}
+
+psoup_status psoup__merger_slice_part(psoup_merger *merger, psoup__slice *slice, size_t source, int64_t first,
+                                      int64_t end, psoup__slice_part **out, psoup_error *error) {
+    psoup_status status;
+    if (first < 0 || end <= first || end > 100000 ||
+        (slice->n > 0 && end - first != slice->parts[0].end - slice->parts[0].first))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "layers %lld to %lld: expected some, as many as the slice's other sources have",
+                           (long long)first, (long long)end);
+    PSOUP__TRY(psoup__reserve(merger->context, &slice->parts, &slice->capacity, slice->n + 1,
+                              sizeof *slice->parts, error));
+    *out = &slice->parts[slice->n++];
+    **out = (psoup__slice_part){.source = source, .first = first, .end = end};
+fail:
+    return status;
 }
 
 psoup__merge_source *psoup__merger_source(psoup_merger *merger, size_t index) {
@@ -237,6 +263,57 @@ static psoup_status check_place(psoup_merger *merger, const char *directory, pso
     return PSOUP_OK;
 }
 
+static void report_errors(psoup_merger *merger, const psoup__certificate *certificate) {
+    psoup_merge_report *report = &merger->report;
+    const psoup__plan *plan = certificate->plan;
+    double sum = 0;
+    size_t n = 0;
+    for (size_t i = 0; i < plan->n; i++) {
+        double lost = certificate->made[i].error;
+        if (lost < 0 || plan->results[i].kind == PSOUP__PAIR_B)
+            continue;
+        sum += lost;
+        n++;
+        if (lost > report->worst_error) {
+            report->worst_error = lost;
+            memset(report->worst_name, 0, sizeof report->worst_name);
+            strncpy(report->worst_name, plan->results[i].module, sizeof report->worst_name - 1);
+        }
+    }
+    report->tensors = plan->n;
+    report->mean_error = n > 0 ? sum / (double)n : 0;
+}
+
+static psoup_status take_sha256(psoup_merger *merger, psoup_error *error) {
+    psoup_status status;
+    PSOUP__TRY(psoup__source_sha256(merger->context, &merger->base, error));
+    for (size_t i = 0; i < merger->n; i++)
+        PSOUP__TRY(psoup__source_sha256(merger->context, &merger->sources[i], error));
+fail:
+    return status;
+}
+
+static char *certificate_text(const psoup__certificate *certificate, psoup_error *error) {
+    psoup_json *json = psoup__certificate_json(certificate, error);
+    char *text = json != NULL ? psoup_json_text(json, 2) : NULL;
+    psoup_json_free(json);
+    if (text == NULL)
+        psoup__out_of_memory(error, 0);
+    return text;
+}
+
+/* All there is to write but fingerprints, which have their length. */
+static psoup_status measure_certificate(const psoup__certificate *certificate, size_t *space,
+                                        psoup_error *error) {
+    char *text = certificate_text(certificate, error);
+    if (text == NULL)
+        return PSOUP_ERROR_MEMORY;
+    *space = psoup__json_string_bytes(text) +
+             (certificate->n + certificate->plan->n) * (PSOUP__HASH_TEXT - 1);
+    psoup_text_free(text);
+    return PSOUP_OK;
+}
+
 /* Into a directory, or where that is NULL into a sink. */
 static psoup_status run(psoup_merger *merger, const char *directory, const psoup_merge_sink *sink,
                         psoup_error *error) {
@@ -244,27 +321,34 @@ static psoup_status run(psoup_merger *merger, const char *directory, const psoup
     psoup__plan plan = {0};
     psoup__certificate certificate = {0};
     psoup__output *output = NULL;
+    char *text = NULL;
     merger->ran = false;
     merger->report = (psoup_merge_report){.size = sizeof merger->report};
-    merger->error_sum = 0;
-    merger->errors = 0;
     PSOUP__TRY(psoup__plan_make(merger, &plan, error));
     if (directory != NULL)
         PSOUP__TRY(check_place(merger, directory, error));
+    if (merger->options.sha256)
+        PSOUP__TRY(take_sha256(merger, error));
     PSOUP__TRY(psoup__certificate_create(&plan, &certificate, error));
     if (directory != NULL)
         PSOUP__TRY(psoup__output_directory(&plan, directory, &output, error));
     else
         PSOUP__TRY(psoup__output_sink(&plan, sink, &output, error));
     output->made = &certificate;
+    PSOUP__TRY(measure_certificate(&certificate, &output->space, error));
     PSOUP__TRY(output->kind->begin(output, error));
     PSOUP__TRY(psoup__run(&plan, &certificate, output, error));
-    PSOUP__TRY(output->kind->commit(output, "", error));
-    merger->report.tensors = plan.n;
-    if (merger->errors > 0)
-        merger->report.mean_error = merger->error_sum / (double)merger->errors;
+    if (merger->expected != NULL)
+        PSOUP__TRY(psoup__certificate_compare(&certificate, merger->expected, error));
+    if ((text = certificate_text(&certificate, error)) == NULL) {
+        status = PSOUP_ERROR_MEMORY;
+        goto fail;
+    }
+    PSOUP__TRY(output->kind->commit(output, text, error));
+    report_errors(merger, &certificate);
     merger->ran = true;
 fail:
+    psoup_text_free(text);
     if (output != NULL)
         output->kind->free(output);
     psoup__certificate_free(&certificate);

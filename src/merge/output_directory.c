@@ -3,14 +3,19 @@
 #include "merge/engine.h"
 
 #include <string.h>
+#include <unistd.h>
 
 #define ENTRY "model.safetensors"
 #define INDEX "model.safetensors.index.json"
 #define ADAPTER "adapter_model.safetensors"
 
+#define PROGRESS ".progress.json"
+#define METADATA "psoup_merge"
+
 typedef struct shard {
     size_t first, end; /* results */
     char *name;
+    bool done;
 } shard;
 
 typedef struct directory_output {
@@ -20,6 +25,9 @@ typedef struct directory_output {
     size_t n, capacity;
     size_t open; /* the shard being written */
     psoup__safetensors_writer *writer;
+    char *spaces;        /* in the place of the certificate */
+    size_t closed, told; /* shards done, and those of them that the progress tells of */
+    char fingerprint[PSOUP__HASH_TEXT]; /* of the merge and its sources' files */
 } directory_output;
 
 static psoup_context *context_of(const directory_output *o) {
@@ -38,7 +46,7 @@ static psoup_status divide(directory_output *o, psoup_error *error) {
         if (o->n == 0 || (most > 0 && bytes + more > most && bytes > 0)) {
             PSOUP__TRY(psoup__reserve(context_of(o), &o->shards, &o->capacity, o->n + 1,
                                       sizeof *o->shards, error));
-            o->shards[o->n++] = (shard){i, i, NULL};
+            o->shards[o->n++] = (shard){.first = i, .end = i};
             bytes = 0;
         }
         bytes += more;
@@ -67,6 +75,8 @@ static psoup_status open_shard(directory_output *o, size_t index, psoup_error *e
     if (path == NULL)
         return PSOUP_ERROR_MEMORY;
     PSOUP__TRY(psoup__safetensors_create(context_of(o), path, &o->writer, error));
+    if (o->spaces != NULL)
+        PSOUP__TRY(psoup__safetensors_metadata_set(o->writer, METADATA, o->spaces, error));
     for (size_t i = s->first; i < s->end; i++) {
         const psoup__result *r = &plan->results[i];
         PSOUP__TRY(psoup__safetensors_declare(o->writer, r->name, r->dtype, r->rank, r->shape, error));
@@ -82,6 +92,8 @@ static psoup_status close_shard(directory_output *o, psoup_error *error) {
     psoup_status status = psoup__safetensors_commit(o->writer, error);
     psoup__safetensors_writer_free(o->writer);
     o->writer = NULL;
+    o->shards[o->open].done = status == PSOUP_OK;
+    o->closed += status == PSOUP_OK;
     return status;
 }
 
@@ -138,12 +150,126 @@ static psoup_status write_adapter_config(const directory_output *o, psoup_error 
     return status;
 }
 
+/* ---- resuming -------------------------------------------------------------------------------------------- */
+
+static void stamp_files(psoup__hash *hash, const psoup__merge_source *source) {
+    for (size_t i = 0; i < source->n_stamps; i++) {
+        const psoup__stamp *s = &source->stamps[i];
+        const int64_t numbers[5] = {s->bytes, s->seconds, s->nanoseconds, (int64_t)s->device,
+                                    (int64_t)s->inode};
+        psoup__hash_update(hash, s->path, strlen(s->path) + 1);
+        psoup__hash_update(hash, numbers, sizeof numbers);
+    }
+}
+
+/* Of the certificate before anything is known, and of the files. */
+static psoup_status take_fingerprint(directory_output *o, const char *certificate, psoup_error *error) {
+    const psoup_merger *merger = o->output.plan->merger;
+    psoup__hash *hash = psoup__hash_create(context_of(o), error);
+    if (hash == NULL)
+        return PSOUP_ERROR_MEMORY;
+    psoup__hash_update(hash, certificate, strlen(certificate));
+    stamp_files(hash, &merger->base);
+    for (size_t i = 0; i < merger->n; i++)
+        stamp_files(hash, &merger->sources[i]);
+    psoup__hash_text(hash, o->fingerprint);
+    psoup__free(context_of(o), hash);
+    return PSOUP_OK;
+}
+
+static psoup_status write_progress(const directory_output *o, psoup_error *error) {
+    psoup_status status = PSOUP_ERROR_MEMORY;
+    psoup_json *root = psoup_json_new_object(), *done = psoup_json_new_array();
+    char *path = psoup__path_join(context_of(o), o->staging.work, PROGRESS, error);
+    int failed = psoup_json_set(root, "fingerprint", psoup_json_new_string(o->fingerprint));
+    for (size_t i = 0; i < o->n; i++)
+        if (o->shards[i].done)
+            failed |= psoup_json_append(done, psoup_json_new_string(o->shards[i].name));
+    failed |= psoup_json_set(root, "done", done);
+    failed |= psoup_json_set(root, "certificate", psoup__certificate_json(o->output.made, error));
+    if (failed)
+        status = psoup__out_of_memory(error, 0);
+    else if (path != NULL)
+        status = psoup_json_write(context_of(o), path, root, error);
+    psoup__free(context_of(o), path);
+    psoup_json_free(root);
+    return status;
+}
+
+static psoup_status settle(psoup__output *output, psoup_error *error) {
+    directory_output *o = (directory_output *)output;
+    if (o->closed == o->told || o->n == 1)
+        return PSOUP_OK;
+    o->told = o->closed;
+    return write_progress(o, error);
+}
+
+/* Shards that an earlier run of the same merge finished need not be made again. */
+static psoup_status take_progress(directory_output *o, psoup_error *error) {
+    psoup_status status = PSOUP_ERROR_MEMORY;
+    psoup_context *context = context_of(o);
+    psoup_json *root = NULL;
+    char *path = psoup__path_join(context, o->staging.work, PROGRESS, error);
+    if (path == NULL || (o->output.there = psoup__alloc(context, o->output.plan->n, 1, error)) == NULL)
+        goto fail;
+    if (!psoup__file_exists(path) || psoup_json_read(context, path, &root, NULL) != PSOUP_OK ||
+        strcmp(psoup_json_string(psoup_json_get(root, "fingerprint"), ""), o->fingerprint) != 0) {
+        status = PSOUP_OK; /* nothing was finished, or of another merge: it is written over */
+        goto fail;
+    }
+    PSOUP__TRY(psoup__certificate_take(o->output.made, psoup_json_get(root, "certificate"), error));
+    const psoup_json *done = psoup_json_get(root, "done");
+    for (size_t i = 0; i < psoup_json_size(done); i++)
+        for (size_t j = 0; j < o->n; j++) {
+            shard *s = &o->shards[j];
+            if (strcmp(psoup_json_string(psoup_json_at(done, i), ""), s->name) != 0)
+                continue;
+            psoup__free(context, path);
+            path = psoup__path_join(context, o->staging.work, s->name, error);
+            if (path == NULL) {
+                status = PSOUP_ERROR_MEMORY;
+                goto fail;
+            }
+            if (!psoup__file_exists(path))
+                continue;
+            s->done = true;
+            o->closed++;
+            memset(o->output.there + s->first, 1, s->end - s->first);
+        }
+    o->told = o->closed;
+    if (o->closed > 0)
+        psoup__log(context, PSOUP_LOG_INFO, "%s: resuming with %zu of %zu shards", o->staging.target,
+                   o->closed, o->n);
+    status = PSOUP_OK;
+fail:
+    psoup__free(context, path);
+    psoup_json_free(root);
+    return status;
+}
+
 /* ---- the table --------------------------------------------------------------------------------------------- */
 
 static psoup_status begin(psoup__output *output, psoup_error *error) {
+    psoup_status status;
     directory_output *o = (directory_output *)output;
-    return output->plan->adapter ? write_adapter_config(o, error)
-                                 : psoup__write_sidecars(output->plan, o->staging.work, error);
+    psoup_json *json = psoup__certificate_json(output->made, error);
+    char *text = json != NULL ? psoup_json_text(json, 2) : NULL;
+    psoup_json_free(json);
+    if (text == NULL)
+        return psoup__out_of_memory(error, 0);
+    PSOUP__TRY(take_fingerprint(o, text, error));
+    if ((o->spaces = psoup__alloc(context_of(o), output->space + 1, 1, error)) == NULL) {
+        status = PSOUP_ERROR_MEMORY;
+        goto fail;
+    }
+    memset(o->spaces, ' ', output->space);
+    if (output->plan->merger->options.resume)
+        PSOUP__TRY(take_progress(o, error));
+    PSOUP__TRY(output->plan->adapter ? write_adapter_config(o, error)
+                                     : psoup__write_sidecars(output->plan, o->staging.work, error));
+fail:
+    psoup_text_free(text);
+    return status;
 }
 
 static psoup_status tensor(psoup__output *output, size_t index, psoup_error *error) {
@@ -156,7 +282,7 @@ static psoup_status tensor(psoup__output *output, size_t index, psoup_error *err
     return open_shard(o, s, error);
 }
 
-static psoup_status write(psoup__output *output, size_t index, const void *data, size_t bytes,
+static psoup_status put(psoup__output *output, size_t index, const void *data, size_t bytes,
                           psoup_error *error) {
     (void)index;
     return psoup__safetensors_write(((directory_output *)output)->writer, data, bytes, error);
@@ -167,12 +293,39 @@ static psoup_status finish(psoup__output *output, size_t index, psoup_error *err
     return index + 1 == o->shards[o->open].end ? close_shard(o, error) : PSOUP_OK;
 }
 
+/* The certificate into every file's metadata, and beside them. */
+static psoup_status write_certificate(directory_output *o, const char *certificate, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__writer *writer = NULL;
+    char *path = NULL;
+    for (size_t i = 0; i < o->n; i++) {
+        psoup__free(context_of(o), path);
+        if ((path = psoup__path_join(context_of(o), o->staging.work, o->shards[i].name, error)) == NULL)
+            return PSOUP_ERROR_MEMORY;
+        PSOUP__TRY(psoup__safetensors_patch(context_of(o), path, METADATA, certificate, error));
+    }
+    psoup__free(context_of(o), path);
+    if ((path = psoup__path_join(context_of(o), o->staging.work, PROGRESS, error)) == NULL)
+        return PSOUP_ERROR_MEMORY;
+    unlink(path);
+    psoup__free(context_of(o), path);
+    if ((path = psoup__certificate_path(context_of(o), o->staging.work, error)) == NULL)
+        return PSOUP_ERROR_MEMORY;
+    PSOUP__TRY(psoup__writer_create(context_of(o), path, &writer, error));
+    PSOUP__TRY(psoup__writer_write(writer, certificate, strlen(certificate), error));
+    PSOUP__TRY(psoup__writer_commit(writer, error));
+fail:
+    psoup__writer_free(writer);
+    psoup__free(context_of(o), path);
+    return status;
+}
+
 static psoup_status commit(psoup__output *output, const char *certificate, psoup_error *error) {
     psoup_status status;
     directory_output *o = (directory_output *)output;
-    (void)certificate;
     if (o->n > 1)
         PSOUP__TRY(write_index(o, error));
+    PSOUP__TRY(write_certificate(o, certificate, error));
     PSOUP__TRY(psoup__staging_commit(&o->staging, o->n > 1 ? INDEX : o->shards[0].name, error));
 fail:
     return status;
@@ -185,13 +338,16 @@ static void directory_free(psoup__output *output) {
     for (size_t i = 0; i < o->n; i++)
         psoup__free(context, o->shards[i].name);
     psoup__free(context, o->shards);
+    psoup__free(context, o->spaces);
+    psoup__free(context, o->output.there);
     psoup__staging_free(&o->staging);
     psoup__free(context, o);
 }
 
 psoup_status psoup__output_directory(const psoup__plan *plan, const char *directory, psoup__output **out,
                                      psoup_error *error) {
-    static const psoup__output_kind kind = {true, begin, tensor, write, finish, commit, directory_free};
+    static const psoup__output_kind kind = {true, begin, tensor, put, finish, commit, directory_free,
+                                             settle};
     psoup_status status;
     *out = NULL;
     directory_output *o = psoup__alloc(plan->merger->context, 1, sizeof *o, error);

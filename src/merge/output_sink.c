@@ -26,8 +26,8 @@ static psoup_status tensor(psoup__output *output, size_t index, psoup_error *err
     return PSOUP_OK;
 }
 
-static psoup_status write(psoup__output *output, size_t index, const void *data, size_t bytes,
-                          psoup_error *error) {
+static psoup_status put(psoup__output *output, size_t index, const void *data, size_t bytes,
+                        psoup_error *error) {
     sink_output *o = (sink_output *)output;
     if (o->sink.write(o->sink.user, o->at, data, bytes) != 0)
         return stopped(output, index, error);
@@ -51,7 +51,7 @@ static void sink_free(psoup__output *output) {
 
 psoup_status psoup__output_sink(const psoup__plan *plan, const psoup_merge_sink *sink, psoup__output **out,
                                 psoup_error *error) {
-    static const psoup__output_kind kind = {false, begin, tensor, write, finish, commit, sink_free};
+    static const psoup__output_kind kind = {false, begin, tensor, put, finish, commit, sink_free, NULL};
     psoup_merge_sink checked = PSOUP_MERGE_SINK_INIT;
     psoup_status status = psoup__options(&checked, sizeof checked, sink, "psoup_merge_sink", error);
     *out = NULL;

@@ -162,10 +162,10 @@ static psoup_status check_kinds(const psoup_merger *merger, bool models, psoup_e
                            "%s is a full model; a base goes with adapters, or with methods of whole "
                            "tensors",
                            model->path);
-    if (!models && !merger->has_base && whole)
+    if (!models && !merger->has_base && whole && merger->options.svd_rank < 1)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "method %s: what it makes of adapters is no low-rank change; expected a base, or "
-                           "delta, factors, svd or peft_linear",
+                           "svd_rank, the rank to cut it to",
                            psoup_merge_method_name(method));
     return PSOUP_OK;
 }

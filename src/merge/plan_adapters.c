@@ -53,7 +53,10 @@ static psoup_status plan_pair(psoup__plan *plan, const char *module, psoup_error
     if (factors == NULL || name == NULL)
         goto fail;
     PSOUP__TRY(psoup__plan_result(plan, PSOUP__PAIR_A, name, &result, error));
-    PSOUP__TRY(psoup__plan_input_add(plan, &input, error));
+    size_t mine = plan->n - 1;
+    result->method = psoup__method_of((psoup_merge_method)merger->options.method);
+    if (result->method == NULL)
+        PSOUP__TRY(psoup__plan_input_add(plan, &input, error));
     for (size_t i = 0; i < merger->n; i++) {
         const psoup__merge_source *source = &merger->sources[i];
         const psoup__peft_pair *pair = psoup__peft_find(source->adapter, module, strlen(module));
@@ -73,11 +76,16 @@ static psoup_status plan_pair(psoup__plan *plan, const char *module, psoup_error
         }
         psoup__plan_weight(plan, i, module, &weight);
         factors[count++] = (psoup_lora_factors){.rank = pair->rank, .scale = pair->scale};
-        PSOUP__TRY(psoup__plan_part_add(plan, input, i, pair, weight, error));
+        if (result->method != NULL)
+            PSOUP__TRY(psoup__plan_task_vector(plan, i, pair, &input, error));
+        PSOUP__TRY(psoup__plan_part_add(plan, input, i, pair, result->method != NULL ? 1 : weight, error));
     }
-    PSOUP__TRY(psoup__plan_check_sum(plan, module, error));
-    int32_t rank = psoup__merge_rank((psoup_merge_method)merger->options.method, merger->options.svd_rank,
-                                     factors, count, &inner);
+    int32_t rank = merger->options.svd_rank;
+    if (result->method == NULL) {
+        PSOUP__TRY(psoup__plan_check_sum(plan, module, error));
+        rank = psoup__merge_rank((psoup_merge_method)merger->options.method, merger->options.svd_rank,
+                                 factors, count, &inner);
+    }
     if (rank == 0) {
         status = psoup__fail(error, inner.status, "%.200s: %s", module, inner.message);
         goto fail;
@@ -85,14 +93,15 @@ static psoup_status plan_pair(psoup__plan *plan, const char *module, psoup_error
     psoup_dtype dtype = factor_dtype(merger, first->a.dtype);
     const int64_t a[2] = {rank, first->a.shape[1]}, b[2] = {first->b.shape[0], rank};
     result->module = first->module;
-    result->inputs = 1;
+    result->inputs = plan->n_inputs - result->input;
+    if (result->method != NULL)
+        PSOUP__TRY(psoup__plan_method(plan, result, module, error));
     PSOUP__TRY(psoup__result_shape(result, dtype, 2, a, error));
     memcpy(strrchr(name, '_') + 1, "B", 1);
-    size_t at = result->input;
     PSOUP__TRY(psoup__plan_result(plan, PSOUP__PAIR_B, name, &result, error));
     result->module = first->module;
-    result->input = at;
-    result->inputs = 1;
+    result->input = plan->results[mine].input;
+    result->inputs = plan->results[mine].inputs;
     PSOUP__TRY(psoup__result_shape(result, dtype, 2, b, error));
     if (rank > plan->rank)
         plan->rank = rank;

@@ -86,12 +86,23 @@ static double value_of(const psoup__plan *plan, const group *g, size_t part, con
     return out;
 }
 
+static void set_values(const psoup__plan *plan, const group *g, size_t part, const char *name,
+                       psoup__plan_input *input) {
+    const psoup_merger *merger = plan->merger;
+    const psoup_merger_options *o = &merger->options;
+    size_t source = part_source(g, part);
+    const double defaults[PSOUP__SCALE + 1] = {
+        [PSOUP__WEIGHT] = source != PSOUP__NONE ? merger->weights[source] : 1, [PSOUP__DENSITY] = o->density,
+        [PSOUP__GAMMA] = o->gamma, [PSOUP__EPSILON] = o->epsilon, [PSOUP__SCALE] = 1};
+    for (int p = 0; p <= PSOUP__SCALE; p++)
+        input->values[p] = value_of(plan, g, part, name, (psoup__parameter)p, defaults[p]);
+}
+
 /* One source's input, with the parameters that are its own. */
 static psoup_status add_input(psoup__plan *plan, const group *g, size_t part, const char *like_name,
                               psoup__result *result, psoup_error *error) {
     psoup_status status;
     psoup_merger *merger = plan->merger;
-    const psoup_merger_options *o = &merger->options;
     psoup__plan_input *input;
     size_t source = part_source(g, part);
     const psoup__merge_source *from = psoup__merger_source(merger, source);
@@ -108,11 +119,7 @@ static psoup_status add_input(psoup__plan *plan, const group *g, size_t part, co
     const psoup__peft_pair *pair = pair_of(from, name);
     if (pair != NULL)
         PSOUP__TRY(psoup__plan_part_add(plan, input, source, pair, 1, error));
-    const double defaults[PSOUP__SCALE + 1] = {
-        [PSOUP__WEIGHT] = source != PSOUP__NONE ? merger->weights[source] : 1, [PSOUP__DENSITY] = o->density,
-        [PSOUP__GAMMA] = o->gamma, [PSOUP__EPSILON] = o->epsilon, [PSOUP__SCALE] = 1};
-    for (int p = 0; p <= PSOUP__SCALE; p++)
-        input->values[p] = value_of(plan, g, part, name, (psoup__parameter)p, defaults[p]);
+    set_values(plan, g, part, name, input);
 fail:
     psoup__free(merger->context, name);
     return status;
@@ -246,9 +253,30 @@ static psoup_status finish_method(psoup__plan *plan, const group *g, psoup__resu
     if (method->method == PSOUP_MERGE_SLERP && v[PSOUP__T] == PSOUP_MERGE_UNSAID)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "tensor %.200s: slerp needs the parameter t",
                            result->name);
-    if (method->method == PSOUP_MERGE_LINEAR)
+    if (method->method == PSOUP_MERGE_LINEAR && result->kind != PSOUP__PAIR_A)
         return finish_sum(plan, result, v[PSOUP__NORMALIZE] != 0, error);
     return PSOUP_OK;
+}
+
+psoup_status psoup__plan_task_vector(psoup__plan *plan, size_t source, const psoup__peft_pair *pair,
+                                     psoup__plan_input **out, psoup_error *error) {
+    group g = {.n = plan->merger->n};
+    size_t begin, end;
+    psoup_status status = psoup__plan_input_add(plan, out, error);
+    if (status != PSOUP_OK)
+        return status;
+    g.t = psoup__depth_of(psoup__layer_of(pair->module, &begin, &end), plan->depth);
+    (*out)->source = source;
+    set_values(plan, &g, source, pair->module, *out);
+    return PSOUP_OK;
+}
+
+psoup_status psoup__plan_method(psoup__plan *plan, psoup__result *result, const char *name,
+                                psoup_error *error) {
+    group g = {.n = plan->merger->n};
+    size_t begin, end;
+    g.t = psoup__depth_of(psoup__layer_of(name, &begin, &end), plan->depth);
+    return finish_method(plan, &g, result, error);
 }
 
 /* Adapters that do not touch a tensor make no difference to it, whatever the method. */

@@ -235,6 +235,8 @@ static psoup_status do_round(run *r, psoup_error *error) {
     if (r->written != PSOUP_OK)
         return psoup__fail(error, r->written, "%s", r->write_error.message);
     PSOUP__TRY(check_blocks(r, error));
+    if (r->output->kind->settle != NULL)
+        PSOUP__TRY(r->output->kind->settle(r->output, error));
     PSOUP__TRY(close_last(r, error));
 fail:
     return status;

@@ -92,17 +92,21 @@ static bool is_old_shard(const char *name) {
            name[end] == '\0';
 }
 
-static psoup_status clear_target(const psoup__staging *s, psoup_error *error) {
-    static const char *const entries[] = {"model.safetensors.index.json", "model.safetensors",
-                                          "adapter_model.safetensors", "psoup-merge.json"};
+/* An adapter may lie beside a model: each takes the place of its own kind only. */
+static psoup_status clear_target(const psoup__staging *s, const char *entry_name, psoup_error *error) {
+    static const char *const models[] = {"model.safetensors.index.json", "model.safetensors",
+                                         "psoup-merge.json"};
+    static const char *const adapters[] = {"adapter_model.safetensors", "psoup-merge.json"};
+    bool adapter = strcmp(entry_name, adapters[0]) == 0;
+    const char *const *entries = adapter ? adapters : models;
     psoup_status status = PSOUP_OK;
     DIR *directory = opendir(s->target);
     if (directory == NULL)
         return psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot read: %m", s->target);
-    for (size_t i = 0; i < sizeof entries / sizeof *entries && status == PSOUP_OK; i++)
+    for (size_t i = 0; i < (adapter ? 2 : 3) && status == PSOUP_OK; i++)
         if (unlinkat(dirfd(directory), entries[i], 0) != 0 && errno != ENOENT)
             status = psoup__fail(error, PSOUP_ERROR_IO, "%s/%s: cannot remove: %m", s->target, entries[i]);
-    for (const struct dirent *entry; status == PSOUP_OK && (entry = readdir(directory)) != NULL;)
+    for (const struct dirent *entry; !adapter && status == PSOUP_OK && (entry = readdir(directory)) != NULL;)
         if (is_old_shard(entry->d_name))
             unlinkat(dirfd(directory), entry->d_name, 0);
     closedir(directory);
@@ -125,7 +129,7 @@ static psoup_status move_one(const psoup__staging *s, const char *name, psoup_er
 static psoup_status move_files(const psoup__staging *s, const char *last, psoup_error *error) {
     psoup_status status;
     DIR *directory = NULL;
-    PSOUP__TRY(clear_target(s, error));
+    PSOUP__TRY(clear_target(s, last, error));
     directory = opendir(s->work);
     if (directory == NULL)
         return psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot read: %m", s->work);

@@ -77,12 +77,11 @@ fail:
     return status;
 }
 
-/* All factors into one pair of scale 1. Keeps the error for the report. */
+/* All factors into one pair of scale 1. */
 static psoup_status merge_factors(psoup__work *work, size_t n, double *lost, psoup_error *error) {
     psoup_status status;
     psoup_merger *merger = work->merger;
     psoup_merge_method method = (psoup_merge_method)merger->options.method;
-    psoup_merge_report *report = &merger->report;
     psoup_error inner = {0};
     const psoup__peft_pair *like = work->plan->parts[work->plan->inputs[work->result->input].part].pair;
     int64_t out = like->b.shape[0], in = like->a.shape[1];
@@ -96,13 +95,6 @@ static psoup_status merge_factors(psoup__work *work, size_t n, double *lost, pso
     PSOUP__TRY(psoup_merge_factors(merger->context, method, a, b, rank, out, in, work->factors,
                                    work->weights, n, lost, error));
     work->merged = (psoup_lora_factors){.a = a, .b = b, .rank = rank, .scale = 1};
-    merger->error_sum += *lost;
-    merger->errors++;
-    if (*lost > report->worst_error) {
-        report->worst_error = *lost;
-        memset(report->worst_name, 0, sizeof report->worst_name);
-        strncpy(report->worst_name, work->result->module, sizeof report->worst_name - 1);
-    }
 fail:
     return status;
 }
@@ -141,7 +133,10 @@ static psoup_status open_sum(psoup__work *work, psoup_error *error) {
     return PSOUP_OK;
 }
 
-static psoup_status open_made(psoup__work *work, psoup__made *made, psoup_error *error) {
+/* What a method of whole tensors is given: the inputs with their factors, and the parameters. */
+static psoup_status make_job(psoup__work *work, int64_t columns, int64_t rows, psoup__made *made,
+                             psoup_error *error) {
+    static const double one = 1;
     psoup_status status;
     psoup_context *context = work->merger->context;
     const psoup__result *r = work->result;
@@ -153,11 +148,9 @@ static psoup_status open_made(psoup__work *work, psoup__made *made, psoup_error 
     if ((work->inputs = psoup__alloc(context, n, sizeof *work->inputs, error)) == NULL)
         return PSOUP_ERROR_MEMORY;
     PSOUP__TRY(load_factors(work, plan->parts + first, parts, error));
-    bool as_one = r->module != NULL && parts > 0;
-    static const double one = 1;
+    bool as_one = r->kind == PSOUP__MADE && r->module != NULL && parts > 0;
     if (as_one)
         PSOUP__TRY(merge_factors(work, parts, &made->error, error));
-    int64_t columns = r->rank > 0 ? r->shape[r->rank - 1] : 1;
     for (size_t i = 0; i < n; i++) {
         const psoup__plan_input *input = input_of(work, i);
         work->inputs[i] = (psoup__merge_input){.tensor = input->tensor, .columns = columns,
@@ -168,9 +161,10 @@ static psoup_status open_made(psoup__work *work, psoup__made *made, psoup_error 
             work->inputs[i].n_factors = as_one ? 1 : input->parts;
         }
     }
+    work->folds = parts > 0;
     work->job = (psoup__method_job){
-        .context = context, .name = r->name, .n = r->n, .columns = columns,
-        .rows = r->rank > 0 ? r->shape[0] : 1, .count = r->inputs, .inputs = work->inputs,
+        .context = context, .name = r->name, .n = (size_t)rows * (size_t)columns, .columns = columns,
+        .rows = rows, .count = r->inputs, .inputs = work->inputs,
         .base = r->base != PSOUP__NONE ? &work->inputs[r->inputs] : NULL,
         .weight = work->values[PSOUP__WEIGHT], .density = work->values[PSOUP__DENSITY],
         .gamma = work->values[PSOUP__GAMMA], .epsilon = work->values[PSOUP__EPSILON],
@@ -179,15 +173,43 @@ static psoup_status open_made(psoup__work *work, psoup__made *made, psoup_error 
         .seed = o->seed, .peer = o->peer, .method = r->method, .vote = (int32_t)r->values[PSOUP__VOTE],
         .flatten = r->values[PSOUP__FLATTEN] != 0, .row_wise = r->values[PSOUP__ROW_WISE] != 0,
         .filter_wise = r->values[PSOUP__FILTER_WISE] != 0};
+fail:
+    return status;
+}
+
+static psoup_status open_made(psoup__work *work, psoup__made *made, psoup_error *error) {
+    psoup_status status;
+    const psoup__result *r = work->result;
+    int64_t columns = r->rank > 0 ? r->shape[r->rank - 1] : 1;
+    PSOUP__TRY(make_job(work, columns, r->rank > 0 ? r->shape[0] : 1, made, error));
+    work->job.n = r->n;
     if (r->n > 0)
         PSOUP__TRY(r->method->prepare(&work->job, &work->state, error));
-    size_t floats = SCRATCH_BYTES / sizeof(float) / (size_t)psoup_context_threads(context);
+    size_t floats = SCRATCH_BYTES / sizeof(float) / (size_t)psoup_context_threads(work->merger->context);
     size_t most = floats / (psoup__method_scratch(&work->job) + 1);
     work->block = most < MADE_BLOCK ? most : MADE_BLOCK;
     work->block = work->block < 1024 ? 1024 : work->block / 1024 * 1024;
-    if ((r->method->whole_rows || parts > 0) && columns > 0)
+    if ((r->method->whole_rows || work->folds) && columns > 0)
         work->block = work->block < (size_t)columns ? (size_t)columns
                                                     : work->block / (size_t)columns * (size_t)columns;
+fail:
+    return status;
+}
+
+/* A method of whole tensors on the adapters' changes, cut to a rank. */
+static psoup_status cut_change(psoup__work *work, psoup__made *made, psoup_error *error) {
+    psoup_status status;
+    const psoup__peft_pair *like = work->plan->parts[input_of(work, 0)->part].pair;
+    int64_t rows = like->b.shape[0], columns = like->a.shape[1];
+    int32_t rank = (int32_t)work->result->shape[0];
+    PSOUP__TRY(make_job(work, columns, rows, made, error));
+    float *a = psoup__alloc(work->merger->context, (size_t)rank,
+                            ((size_t)rows + (size_t)columns) * sizeof *a, error);
+    if ((work->merged_memory = a) == NULL)
+        return PSOUP_ERROR_MEMORY;
+    float *b = a + (size_t)rank * (size_t)columns;
+    work->merged = (psoup_lora_factors){.a = a, .b = b, .rank = rank, .scale = 1};
+    PSOUP__TRY(psoup__merge_dense_svd(&work->job, rank, a, b, &made->error, error));
 fail:
     return status;
 }
@@ -196,13 +218,15 @@ static psoup_status open_pair(psoup__work *work, psoup__work *pair, psoup__made 
                               psoup_error *error) {
     psoup_status status = PSOUP_OK;
     const psoup__plan_input *input = input_of(work, 0);
-    if (pair == NULL) {
-        PSOUP__TRY(load_factors(work, work->plan->parts + input->part, input->parts, error));
-        PSOUP__TRY(merge_factors(work, input->parts, &made->error, error));
-    } else {
+    if (pair != NULL) {
         work->pair = pair;
         work->merged = pair->merged;
         *made = (psoup__made){.error = made[-1].error};
+    } else if (work->result->method != NULL) {
+        PSOUP__TRY(cut_change(work, made, error));
+    } else {
+        PSOUP__TRY(load_factors(work, work->plan->parts + input->part, input->parts, error));
+        PSOUP__TRY(merge_factors(work, input->parts, &made->error, error));
     }
     work->block = SUM_BLOCK;
 fail:
