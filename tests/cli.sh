@@ -78,7 +78,7 @@ check "no command: 2" test $? -eq 2
 ok --version
 check "version" has '^psoup [0-9]'
 ok --help
-commands="info tokenize generate score feedback sft reward ppo merge winrate"
+commands="info tokenize generate score feedback sft reward ppo merge inspect winrate"
 for c in $commands; do check "help lists $c" has "^  $c "; done
 for c in $commands; do
     ok $c --help
@@ -307,6 +307,17 @@ no 1 'f31' merge --dtype f31 --out left/m P1A=1
 no 1 'base\|kind' merge --out left/m P1A=0.5 base=0.5
 no 1 'bent' merge --out left/m P1A=0.5 bent/none=0.5
 no 2 'expected --out' merge P1A=1
+
+# ---- inspect ------------------------------------------------------------------------------------
+ok inspect P1A P2A --weights 0.25,0.75 --plot m.svg
+check "inspect prints the cosines" has '^cosine'
+check "and the picture" grep -q '</svg>' m.svg
+ok inspect P1A P2A --json
+check "inspect --json names the modules" has '"modules": *\[{"name"'
+no 2 'at least one adapter' inspect
+no 1 'expected 2 numbers' inspect P1A P2A --weights 0.5
+no 1 'left/none' inspect left/none
+no 1 'cannot create' inspect P1A --plot left/none/m.svg
 
 # ---- configurations -----------------------------------------------------------------------------
 for c in feedback sft reward ppo; do

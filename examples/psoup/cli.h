@@ -24,6 +24,7 @@ int cmd_sft(int argc, char **argv);
 int cmd_reward(int argc, char **argv);
 int cmd_ppo(int argc, char **argv);
 int cmd_merge(int argc, char **argv);
+int cmd_inspect(int argc, char **argv);
 int cmd_winrate(int argc, char **argv);
 
 /* ---- arguments --------------------------------------------------------------------------------- */

@@ -233,6 +233,28 @@ psoup_status psoup_merge_factors_batch(psoup_context *context, psoup_merge_metho
                                        psoup_merge_module *modules, size_t n, int32_t errors,
                                        psoup_error *error);
 
+/* What n adapters (PEFT directories or GGUF adapters) have to do with each other, from their small factors
+ * alone: nothing of the size of ΔW is formed. weights [n] are the soup's, NULL: 1/n each; any sum. *out is
+ * an object, to be freed with psoup_json_free; matrices are arrays of rows in the order of the adapters,
+ * numbers that are not defined (an adapter without the module, or 0 there) are null:
+ *   adapters  [{path, modules, parameters, least_rank, largest_rank}]
+ *   norms [n], gram [n][n] = Σ over modules ⟨ΔW_i, ΔW_j⟩, cosine [n][n]
+ *   interference [n][n]: ⟨ΔW_i, ΔW_j⟩ / ‖ΔW_i‖²: what a whole j adds to, or takes from, i along i's own
+ *   direction; opposed [n][n]: the share of common modules where the inner product is negative
+ *   soup      {weights, norm, factors: {error, worst_error, worst_module} or null where ranks, scales or
+ *             modules differ, svd: [{rank, energy, error, least_energy, least_module}]}: the energy that
+ *             the best approximation of each module at that rank keeps (empty where Σ rank exceeds 1024)
+ *   layers    [{layer, norms, cosine}]; modules [{name, layer, norms, gram, cosine, soup_norm,
+ *             factors_error, singular_values}]: of the soup
+ *   warnings  [text]: where `factors` or a truncation to the largest rank would be poor
+ * Refuses a factor with a NaN or infinity, naming file and tensor. */
+psoup_status psoup_merge_inspect(psoup_context *context, const char *const *adapters, size_t n,
+                                 const double *weights, psoup_json **out, psoup_error *error);
+/* A heat map of an inspection as an SVG file: adapters × adapters, layers × pairs, the energy by rank.
+ * `names` [n] label the adapters; NULL: the last parts of their paths. */
+psoup_status psoup_merge_inspect_plot(psoup_context *context, const psoup_json *inspection,
+                                      const char *const *names, const char *path, psoup_error *error);
+
 #ifdef __cplusplus
 }
 #endif
