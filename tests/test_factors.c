@@ -1,13 +1,11 @@
-/* Adapters merged into one adapter: PEFT's ways, and the fit of a dense change that has no factors.
- */
+/* Adapters merged into one adapter: PEFT's ways, and the fit of a dense change without factors. */
 #include "methods_case.h"
 
 #include "format/format.h"
 
 static const char *const isas[] = {"generic", "avx2", "avx512"};
 
-/* ---- PEFT's linear -----------------------------------------------------------------------------
- */
+/* ---- PEFT's linear --------------------------------------------------------------------------- */
 
 static psoup_lora_factors factors_of(const psoup__peft_pair *pair) {
     size_t n_a = (size_t)(pair->a.shape[0] * pair->a.shape[1]),
@@ -244,6 +242,16 @@ START_TEST(fits_have_one_result) {
             ck_assert(first || memcmp(a[0], a[1], RANK * COLUMNS * sizeof(float)) == 0);
             ck_assert(first || memcmp(b[0], b[1], RANK * ROWS * sizeof(float)) == 0);
             first = false;
+            if (threads == 2) { /* merged anew for each pass, in panels of 39 rows and of one */
+                for (int64_t kept = 39 * COLUMNS * 4; kept >= 0; kept -= 39 * COLUMNS * 4) {
+                    double again;
+                    memset(a[1], 0, RANK * COLUMNS * sizeof(float));
+                    ck_ok(psoup__merge_dense_fit(&job, RANK, kept, a[1], b[1], &again, &error));
+                    ck_assert_mem_eq(a[0], a[1], RANK * COLUMNS * sizeof(float));
+                    ck_assert_mem_eq(b[0], b[1], RANK * ROWS * sizeof(float));
+                    ck_assert_double_eq_tol(again, lost, 1e-9);
+                }
+            }
             psoup_context_free(made);
         }
     }
@@ -266,6 +274,49 @@ START_TEST(fits_have_one_result) {
 }
 END_TEST
 
+START_TEST(every_allocation_may_fail) {
+    enum { ROWS = 300, COLUMNS = 30, RANK = 3, N = 2 };
+    psoup_lora_factors f[N];
+    psoup__merge_input inputs[N];
+    const double weight[N] = {0.5, 0.8}, density[N] = {0.6, 0.4}, one = 1;
+    float a[(N + 1) * RANK * COLUMNS], b[ROWS * (N + 1) * RANK];
+    double lost;
+    for (int i = 0; i < N; i++) {
+        f[i] = (psoup_lora_factors){noises(RANK * COLUMNS), noises(ROWS * RANK), RANK, 0.7f};
+        inputs[i] = (psoup__merge_input){
+            .factors = &f[i], .weights = &one, .n_factors = 1, .columns = COLUMNS};
+    }
+    const psoup__method_job job = {.context = context,
+                                   .name = "lora",
+                                   .n = ROWS * COLUMNS,
+                                   .columns = COLUMNS,
+                                   .rows = ROWS,
+                                   .count = N,
+                                   .inputs = inputs,
+                                   .weight = weight,
+                                   .density = density,
+                                   .lambda = 1,
+                                   .method = psoup__method_named("ties")};
+    for (int k = 0; k < 3; k++) {
+        psoup_status status = PSOUP_ERROR_MEMORY;
+        int before = live, at = 0;
+        for (; status != PSOUP_OK; at++) {
+            allocations = 0;
+            fail_at = at;
+            status = k == 0 ? psoup__merge_dense_svd(&job, RANK, a, b, &lost, &error)
+                            : psoup_merge_factors(
+                                  context, k == 1 ? PSOUP_MERGE_SVD : PSOUP_MERGE_PEFT_LINEAR, a, b,
+                                  RANK, ROWS, COLUMNS, f, weight, N, &lost, &error);
+            fail_at = -1;
+            ck_assert(status == PSOUP_OK || status == PSOUP_ERROR_MEMORY);
+            ck_assert_int_eq(live, before);
+        }
+        ck_assert_int_gt(at, 5);
+    }
+    free_factors(f, N);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("factors");
     TCase *tests = tcase_create("factors");
@@ -276,6 +327,7 @@ int main(void) {
     tcase_add_test(tests, svd_has_one_result);
     tcase_add_loop_test(tests, fits_what_has_no_factors, 0, 4);
     tcase_add_test(tests, fits_have_one_result);
+    tcase_add_test(tests, every_allocation_may_fail);
     suite_add_tcase(suite, tests);
     return run_suite(suite);
 }

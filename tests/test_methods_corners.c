@@ -122,6 +122,44 @@ START_TEST(memory_is_bounded) {
 }
 END_TEST
 
+/* ---- dtypes ---------------------------------------------------------------------------------- */
+
+/* Inputs as they lie in files (q8_0, bf16, rows in llama.cpp's order, f32 of any alignment) give
+ * what the same numbers in f32 give. */
+START_TEST(inputs_of_any_dtype) {
+    enum { ROWS = 24, COLUMNS = 96 };
+    set s, plain;
+    make_set(&s, all[_i], ROWS, COLUMNS, inputs_of(all[_i]));
+    make_set(&plain, all[_i], ROWS, COLUMNS, s.count);
+    char *bytes = malloc(s.n * 4 + 1);
+    static const psoup_dtype dtypes[3] = {PSOUP_Q8_0, PSOUP_BF16, PSOUP_F32};
+    for (size_t i = 0; i < s.count; i++) {
+        void *made = malloc(s.n * 4);
+        psoup__from_f32(context, made, dtypes[i], s.x[i], s.n);
+        memcpy(s.x[i], made, s.n * (i == 0 ? 2 : 4));
+        s.tensors[i].dtype = dtypes[i];
+        s.tensors[i].heads = i == 2 ? 2 : 0;
+        ck_assert(psoup__dtype_bytes(dtypes[i], s.n, &s.tensors[i].bytes));
+        psoup__tensor_read(context, &s.tensors[i], 0, s.n, plain.x[i]);
+        free(made);
+    }
+    memcpy(plain.zero, s.zero, s.n * sizeof *s.zero);
+    memcpy(bytes + 1, s.zero, s.n * sizeof *s.zero);
+    s.base_tensor.data = bytes + 1;
+    s.job.weight = plain.job.weight = some_weights;
+    s.job.density = plain.job.density = some_densities;
+    float *out = malloc(s.n * sizeof *out), *expected = malloc(s.n * sizeof *out);
+    run_all_ways(&s.job, out);
+    run_all_ways(&plain.job, expected);
+    ck_assert_mem_eq(out, expected, s.n * sizeof *out);
+    free(bytes);
+    free(out);
+    free(expected);
+    free_set(&s);
+    free_set(&plain);
+}
+END_TEST
+
 /* ---- adapters -------------------------------------------------------------------------------- */
 
 /* A base with adapters, as its tensor and factors, is what the same tensors written out give; and a
@@ -328,6 +366,7 @@ int main(void) {
     tcase_add_loop_test(tests, ties_are_cut_by_index, 0, 2);
     tcase_add_loop_test(tests, large_tensors_have_one_result, 0, ALL);
     tcase_add_loop_test(tests, memory_is_bounded, 0, ALL);
+    tcase_add_loop_test(tests, inputs_of_any_dtype, 0, ALL);
     tcase_add_loop_test(tests, adapters_are_task_vectors, 0, ALL);
     tcase_add_test(tests, ends_of_parameters);
     tcase_add_loop_test(tests, smallest_tensors, 0, ALL);

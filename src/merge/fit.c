@@ -12,7 +12,7 @@
 #define MORE 16     /* vectors beside those that stay */
 #define PASSES 24   /* at most; */
 #define ENOUGH 1e-5 /* less when the first `rank` vectors hold only so much more of ΔW's energy */
-#define KEPT (64 << 20) /* bytes of ΔW that are kept between passes; else it is merged again */
+#define KEPT (64 << 20) /* bytes of ΔW that are kept between passes; else it is merged for each */
 #define PANEL (4 << 20) /* bytes of rows that are merged at a time, where it is not kept */
 
 typedef struct fit {
@@ -312,6 +312,12 @@ static psoup_status measure(fit *f, const float *a, const float *b, int64_t rank
 
 psoup_status psoup__merge_dense_svd(const psoup__method_job *job, int32_t rank, float *a, float *b,
                                     double *relative_error, psoup_error *error) {
+    return psoup__merge_dense_fit(job, rank, KEPT, a, b, relative_error, error);
+}
+
+psoup_status psoup__merge_dense_fit(const psoup__method_job *job, int32_t rank, int64_t kept,
+                                    float *a, float *b, double *relative_error,
+                                    psoup_error *error) {
     psoup_status status;
     fit f = {.job = job,
              .context = job->context,
@@ -333,7 +339,7 @@ psoup_status psoup__merge_dense_svd(const psoup__method_job *job, int32_t rank, 
     f.width = rank + MORE;
     f.width = f.width < f.rows ? f.width : f.rows;
     f.width = f.width < f.columns ? f.width : f.columns;
-    f.panel = (row_bytes <= KEPT / f.rows ? f.rows : PANEL / row_bytes);
+    f.panel = row_bytes <= kept / f.rows ? f.rows : (kept < PANEL ? kept : PANEL) / row_bytes;
     f.panel = f.panel < 1 ? 1 : f.panel;
     f.step = (1 << 16) / f.columns < 1 ? 1 : (1 << 16) / f.columns;
     f.per_element = psoup__method_scratch(job);

@@ -114,5 +114,9 @@ size_t psoup__method_scratch(const psoup__method_job *job);
  * ‖b a − merged‖/‖merged‖ (0 where nothing was merged). */
 psoup_status psoup__merge_dense_svd(const psoup__method_job *job, int32_t rank, float *a, float *b,
                                     double *relative_error, psoup_error *error);
+/* The same, with another limit: a result of more than `kept` bytes is merged again for each of a few dozen
+ * passes, in panels of rows. The bits do not depend on it. */
+psoup_status psoup__merge_dense_fit(const psoup__method_job *job, int32_t rank, int64_t kept, float *a,
+                                    float *b, double *relative_error, psoup_error *error);
 
 #endif
