@@ -132,6 +132,23 @@ bin/%: $B/% FORCE
 	@mkdir -p bin
 	@cmp -s $< $@ || { echo "cp $< $@"; cp $< $@; }
 
+# The example inside llama.cpp, where that is: LLAMA_CPP_DIR is its source tree or where it was installed.
+ifdef LLAMA_CPP_DIR
+LLAMA_FLAGS = -I$(LLAMA_CPP_DIR)/include -I$(LLAMA_CPP_DIR)/ggml/include
+LLAMA_LIBS  = $(foreach d,lib build/bin,-L$(LLAMA_CPP_DIR)/$d -Wl,-rpath,$(abspath $(LLAMA_CPP_DIR)/$d)) -lllama -lggml -lggml-base
+LLAMA_HEADER = $(LLAMA_CPP_DIR)/include/llama.h
+else ifeq ($(shell pkg-config --exists llama 2>/dev/null && echo yes),yes)
+LLAMA_FLAGS = $(shell pkg-config --cflags llama)
+LLAMA_LIBS  = $(shell pkg-config --libs llama) -Wl,-rpath,$(shell pkg-config --variable=libdir llama)
+LLAMA_HEADER = $(shell pkg-config --variable=includedir llama)/llama.h
+endif
+LLAMA_OLD   = $(if $(LLAMA_HEADER),$(shell grep -q llama_set_adapters_lora $(LLAMA_HEADER) || echo -DPSOUP_OLD_LLAMA))
+
+$B/embed_llama_cpp: examples/embed_llama_cpp/soup.c $B/libpsoup-merge.a
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) $(LLAMA_FLAGS) $(LLAMA_OLD) $(LDFLAGS) $^ $(LLAMA_LIBS) $(filter-out -lpcre2-8,$(LIBS)) -o $@
+
 demo: deps
 	@$(MAKE) --no-print-directory bin/psoup-demo lib/libpsoup.a bin/psoup
 	bin/psoup-demo --out build/demo $(if $(FULL),--full)
@@ -225,9 +242,9 @@ wheel: $B/wheel/libpsoup.so
 	@$(PYTHON) bindings/python/backend.py $B/wheel/libpsoup.so $B/wheel
 
 # From the source tree with lib/libpsoup.so's twin, and as pip installs it, without a network.
-check-python: $B/libpsoup.so wheel
+check-python: $B/libpsoup.so wheel $(if $(LLAMA_LIBS),$B/embed_llama_cpp)
 	@echo "== Python, from the source tree"
-	@cd bindings/python && PSOUP_LIBRARY=$(abspath $B/libpsoup.so) CC="$(CC)" $(PYTHON) -B -m unittest discover -t . -s tests
+	@cd bindings/python && PSOUP_TEST_BUILD=$(abspath $B) PSOUP_LIBRARY=$(abspath $B/libpsoup.so) CC="$(CC)" $(PYTHON) -B -m unittest discover -t . -s tests
 	@echo "== Python, installed from the wheel"
 	@rm -rf $B/venv && $(PYTHON) -m venv --system-site-packages $B/venv
 	@$B/venv/bin/pip install -q --disable-pip-version-check --no-index --no-deps $B/wheel/psoup-*.whl

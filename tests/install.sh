@@ -9,6 +9,7 @@ PKG_CONFIG_SYSROOT_DIR=$root PKG_CONFIG_LIBDIR=$root$prefix/lib/pkgconfig
 export PKG_CONFIG_SYSROOT_DIR PKG_CONFIG_LIBDIR
 lib=$root$prefix/lib
 mkdir "$root/work"
+examples=$(cd "$(dirname "$0")/../examples" && pwd)
 cpp_test=$(cd "$(dirname "$0")" && pwd)/cpp/soup.cc
 cd "$root/work"
 
@@ -145,6 +146,8 @@ cpp() {
     ./soup
     c merge.c psoup-merge -o merge $(pkg-config --static --libs psoup-merge)
     ./merge
+    c "$examples/embed_engine.c" psoup-merge -o engine $(pkg-config --static --libs psoup-merge)
+    ./engine >engine.log
     # Each library that it names is one that the archive needs.
     for l in $(pkg-config --static --libs-only-l psoup-merge); do
         case $l in -lpsoup-merge | -lm | -lyaml) continue ;; esac
