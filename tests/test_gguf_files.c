@@ -1,5 +1,5 @@
 /* GGUF adapters, models loaded from GGUF, and tokenizers there and back. With PSOUP_TEST_KEEP=DIR the files
- * stay in DIR for gguf.py --check DIR. Golden: tests/golden/gguf.py. */
+ * stay in DIR for gguf_golden.py --check DIR. Golden: tests/golden/gguf_golden.py. */
 #include "format_case.h"
 
 #include "format/gguf.h"

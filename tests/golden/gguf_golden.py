@@ -3,8 +3,9 @@ libpsoup writes loads in llama.cpp and transformers with equal logits.
 
     pip install torch==2.5.1 transformers==4.46.3 peft==0.13.2 sentencepiece protobuf safetensors gguf
     pip download --no-binary :all: --no-deps llama-cpp-python     (its vendor/llama.cpp is what is meant)
-    python tests/golden/gguf.py --llama-cpp DIR    writes tests/golden/gguf/
-    python tests/golden/gguf.py --check DIR        checks what test_gguf_files wrote with PSOUP_TEST_KEEP=DIR;
+    python tests/golden/gguf_golden.py --llama-cpp DIR    writes tests/golden/gguf/
+    python tests/golden/gguf_golden.py --check DIR        checks what test_gguf and test_gguf_files
+                                                          wrote with PSOUP_TEST_KEEP=DIR;
                                                    llama.cpp's part with LLAMA_PYTHON=a python that has
                                                    llama-cpp-python (pip install llama-cpp-python==0.3.36)
 """
@@ -166,8 +167,85 @@ def write_rslora(base):
     json.dump(config, open(path, "w"), indent=2, sort_keys=True)
 
 
+# ---- what libpsoup wrote, in llama.cpp and transformers ----------------------------------------------
+
+LLAMA = """
+import json, sys
+import numpy as np
+from llama_cpp import Llama
+import llama_cpp.llama_cpp as lib
+model, adapter, tokens, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+llama = Llama(model, n_ctx=64, logits_all=True, verbose=False, type_k=0, type_v=0, n_threads=1,
+              flash_attn=False, **({"lora_path": adapter} if adapter else {}))
+llama.eval(tokens)
+cut = [llama.tokenize(t.encode(), add_bos=bool(lib.llama_vocab_get_add_bos(llama._model.vocab)), special=True)
+       for t in texts]
+json.dump({"logits": np.array(llama.scores[:len(tokens)]).tolist(), "tokens": cut}, sys.stdout)
+"""
+
+
+def llama_cpp(model, tokens, adapter="", texts=()):
+    out = subprocess.run([os.environ["LLAMA_PYTHON"], "-c", LLAMA, model, adapter, json.dumps(tokens),
+                          json.dumps(list(texts))], check=True, capture_output=True, text=True)
+    answer = json.loads(out.stdout)
+    return torch.tensor(answer["logits"]), answer["tokens"]
+
+
+def largest(a, b):
+    return (a - b).abs().max().item()
+
+
+def check(directory):
+    tokens = [1, 5, 42, 17, 9, 200, 33, 77, 3, 250]
+    worst = 0
+    with torch.inference_mode():
+        for name, file in (("llama", "llama-bf16"), ("llama3", "llama3-f16"), ("qwen2", "qwen2-f32")):
+            base = AutoModelForCausalLM.from_pretrained(os.path.join(HERE, name), torch_dtype=torch.float32)
+            want = base(torch.tensor([tokens])).logits[0]
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=os.path.join(HERE, name, "tokenizer.json"))
+            again = AutoTokenizer.from_pretrained(os.path.join(directory, "hf_" + name))
+            texts = [t for t in TEXTS if t]
+            if again.chat_template != TEMPLATE:
+                sys.exit(f"{name}: another chat template")
+            for t in texts:
+                if tokenizer(t)["input_ids"] != again(t)["input_ids"]:
+                    sys.exit(f"{name}: {t!r} is cut otherwise by the tokenizer made of the GGUF file")
+            got, cut = llama_cpp(os.path.join(directory, f"f32-{file}.gguf"), tokens, "", texts)
+            theirs, _ = llama_cpp(os.path.join(HERE, file + ".gguf"), tokens)
+            ours, _ = llama_cpp(os.path.join(directory, file + ".gguf"), tokens)
+            for t, ids in zip(texts, cut):
+                if ids != tokenizer(t)["input_ids"]:
+                    sys.exit(f"{name}: {t!r} is cut otherwise by llama.cpp: {ids}, {tokenizer(t)['input_ids']}")
+            print(f"{name}: logits up to {want.abs().max():.2f}; llama.cpp with our f32 file against transformers: "
+                  f"{largest(got, want):.2e}; with our {file} against the converter's: {largest(ours, theirs):.2e}")
+            worst = max(worst, largest(got, want))
+            if largest(ours, theirs) != 0:
+                sys.exit(f"{name}: our file and the converter's give other logits")
+            for adapter in ("llama", "rslora") if name == "llama" else (name,) if name == "qwen2" else ():
+                peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(
+                    os.path.join(HERE, name), torch_dtype=torch.float32), os.path.join(HERE, "adapter_" + adapter))
+                expected = peft(torch.tensor([tokens])).logits[0]
+                got, _ = llama_cpp(os.path.join(directory, f"f32-{file}.gguf"), tokens,
+                                   os.path.join(directory, f"adapter_{adapter}.gguf"))
+                print(f"  adapter_{adapter}: moves logits by {largest(expected, want):.2f}; llama.cpp against PEFT: "
+                      f"{largest(got, expected):.2e}")
+                worst = max(worst, largest(got, expected))
+    # llama.cpp 0.3.36's AMX kernels fall over q8_0 rows this narrow, the converter's too: bytes instead
+    from gguf import GGUFReader
+    ours = {t.name: bytes(t.data) for t in GGUFReader(os.path.join(directory, "llama-q8_0.gguf")).tensors}
+    theirs = {t.name: bytes(t.data) for t in GGUFReader(os.path.join(HERE, "llama-q8_0.gguf")).tensors}
+    if ours != theirs:
+        sys.exit("our q8_0 file and the converter's differ")
+    print(f"llama q8_0: {len(ours)} tensors, the same bytes as the converter's")
+    if worst > 1e-5:
+        sys.exit("too far apart")
+    print("all as it should be")
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] == "--llama-cpp":
         main(os.path.abspath(sys.argv[2]))
+    elif len(sys.argv) == 3 and sys.argv[1] == "--check":
+        check(sys.argv[2])
     else:
         sys.exit(__doc__)
