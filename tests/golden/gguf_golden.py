@@ -4,10 +4,8 @@ libpsoup writes loads in llama.cpp and transformers with equal logits.
     pip install torch==2.5.1 transformers==4.46.3 peft==0.13.2 sentencepiece protobuf safetensors gguf
     pip download --no-binary :all: --no-deps llama-cpp-python     (its vendor/llama.cpp is what is meant)
     python tests/golden/gguf_golden.py --llama-cpp DIR    writes tests/golden/gguf/
-    python tests/golden/gguf_golden.py --check DIR        checks what test_gguf and test_gguf_files
-                                                          wrote with PSOUP_TEST_KEEP=DIR;
-                                                   llama.cpp's part with LLAMA_PYTHON=a python that has
-                                                   llama-cpp-python (pip install llama-cpp-python==0.3.36)
+    python tests/golden/gguf_golden.py --check DIR        checks what test_gguf and test_gguf_files wrote
+        with PSOUP_TEST_KEEP=DIR; LLAMA_PYTHON names a python that has llama-cpp-python 0.3.36
 """
 import io
 import json
