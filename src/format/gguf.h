@@ -81,6 +81,11 @@ psoup_status psoup__gguf_write_tokenizer(psoup__gguf_writer *writer, const char 
 
 /* ---- gguf_tokenizer_hf.c: and back */
 
+/* tokenizer.json and tokenizer_config.json, both NULL where the file has no vocabulary. */
+psoup_status psoup__gguf_tokenizer_json(psoup_context *context, const psoup__gguf *file,
+                                        const psoup_model_config *config, psoup_json **tokenizer,
+                                        psoup_json **settings, psoup_error *error);
+/* The same into files of a directory (gguf_sidecars.c). */
 psoup_status psoup__gguf_read_tokenizer(psoup_context *context, const psoup__gguf *file,
                                         const char *directory, const psoup_model_config *config,
                                         psoup_error *error);

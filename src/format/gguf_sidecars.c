@@ -115,6 +115,32 @@ fail:
     return status;
 }
 
+static psoup_status write_json(psoup_context *context, const char *directory, const char *name,
+                               const psoup_json *value, psoup_error *error) {
+    char *path = psoup__path_join(context, directory, name, error);
+    if (path == NULL)
+        return PSOUP_ERROR_MEMORY;
+    psoup_status status = psoup_json_write(context, path, value, error);
+    psoup__free(context, path);
+    return status;
+}
+
+psoup_status psoup__gguf_read_tokenizer(psoup_context *context, const psoup__gguf *file,
+                                        const char *directory, const psoup_model_config *config,
+                                        psoup_error *error) {
+    psoup_status status;
+    psoup_json *tokenizer, *settings;
+    PSOUP__TRY(psoup__gguf_tokenizer_json(context, file, config, &tokenizer, &settings, error));
+    if (tokenizer != NULL)
+        PSOUP__TRY(write_json(context, directory, "tokenizer.json", tokenizer, error));
+    if (tokenizer != NULL)
+        PSOUP__TRY(write_json(context, directory, "tokenizer_config.json", settings, error));
+fail:
+    psoup_json_free(tokenizer);
+    psoup_json_free(settings);
+    return status;
+}
+
 psoup_status psoup__gguf_sidecars(psoup_context *context, const char *path, const char *directory,
                                   psoup_error *error) {
     psoup_status status;

@@ -452,22 +452,12 @@ static psoup_status build_config(reading *r, const psoup_model_config *c, psoup_
     return PSOUP_OK;
 }
 
-static psoup_status write_json(const reading *r, const char *directory, const char *name,
-                               const psoup_json *value) {
-    char *path = psoup__path_join(r->context, directory, name, r->error);
-    if (path == NULL)
-        return PSOUP_ERROR_MEMORY;
-    psoup_status status = psoup_json_write(r->context, path, value, r->error);
-    psoup__free(r->context, path);
-    return status;
-}
-
-psoup_status psoup__gguf_read_tokenizer(psoup_context *context, const psoup__gguf *file,
-                                        const char *directory, const psoup_model_config *config,
-                                        psoup_error *error) {
+psoup_status psoup__gguf_tokenizer_json(psoup_context *context, const psoup__gguf *file,
+                                        const psoup_model_config *config, psoup_json **tokenizer,
+                                        psoup_json **settings, psoup_error *error) {
     psoup_status status;
+    *tokenizer = *settings = NULL;
     reading r = {.context = context, .file = file, .path = psoup__gguf_path(file), .error = error};
-    psoup_json *settings = NULL;
     bool none;
     PSOUP__TRY(find_kind(&r, &none));
     if (none)
@@ -475,15 +465,18 @@ psoup_status psoup__gguf_read_tokenizer(psoup_context *context, const psoup__ggu
     PSOUP__TRY(read_texts(&r));
     PSOUP__TRY(read_tables(&r));
     PSOUP__TRY(build(&r));
-    PSOUP__TRY(build_config(&r, config, &settings));
+    PSOUP__TRY(build_config(&r, config, settings));
     if (r.failures > 0) {
         status = psoup__out_of_memory(error, 0);
         goto fail;
     }
-    PSOUP__TRY(write_json(&r, directory, "tokenizer.json", r.root));
-    PSOUP__TRY(write_json(&r, directory, "tokenizer_config.json", settings));
+    *tokenizer = r.root;
+    r.root = NULL;
 fail:
-    psoup_json_free(settings);
+    if (status != PSOUP_OK) {
+        psoup_json_free(*settings);
+        *settings = NULL;
+    }
     psoup_json_free(r.root);
     psoup__map_free(r.ids);
     psoup__free(context, r.texts);

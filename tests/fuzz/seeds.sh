@@ -12,6 +12,7 @@ copy() { # PREFIX, then paths on standard input
 }
 case $1 in
 fuzz_safetensors) find tests/golden -name '*.safetensors' -size -8k | sort | copy '' ;;
+fuzz_gguf) find tests/golden/gguf -name '*.gguf' -size -24k | sort | copy '' ;;
 fuzz_config) find tests/golden -name '*config.json' | sort | copy '' ;;
 fuzz_json) find tests/golden -name '*.json' -size -4k | sort | copy '' ;;
 fuzz_tokenizer)

@@ -143,6 +143,36 @@ def main(llama_cpp):
     write_adapter("qwen2", os.path.join(HERE, "qwen2"), llama_cpp, r=2, lora_alpha=8,
                   target_modules=["q_proj", "v_proj"])
     write_rslora(llama)
+    write_seeds()
+
+
+def write_seeds():
+    """Small files with vocabularies and no weights, for the fuzzer to start from."""
+    from gguf import GGUFWriter
+    for kind in ("llama", "gpt2"):
+        writer = GGUFWriter(os.path.join(HERE, f"seed-{kind}.gguf"), "llama")
+        writer.add_vocab_size(12)
+        writer.add_embedding_length(8)
+        writer.add_feed_forward_length(8)
+        writer.add_block_count(1)
+        writer.add_head_count(2)
+        writer.add_head_count_kv(1)
+        writer.add_context_length(32)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_tokenizer_model(kind)
+        writer.add_tokenizer_pre("default" if kind == "llama" else "llama-bpe")
+        writer.add_token_list(["<unk>", "<s>", "</s>", "<0x0A>", "a", "b", "ab", "aba", "abab", "\u2581", "é", ""])
+        writer.add_token_types([2, 3, 3, 6, 1, 1, 1, 1, 1, 1, 4, 5])
+        if kind == "llama":
+            writer.add_token_scores([float(-i) for i in range(12)])
+        else:
+            writer.add_token_merges(["a b", "ab a", "ab ab"])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_chat_template("{{ x }}")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
 
 
 def write_rslora(base):
