@@ -181,6 +181,15 @@ static void test_files(const psoup::context &context, psoup::model &model) {
         NEED(moved.write("cpp-soup"));
         CHECK(reports > 0 && NEED(moved.report()).tensors > 0);
     }
+    CHECK(NEED(psoup::merge_verify(context, "cpp-soup")) > 0);
+    auto again = NEED(psoup::merger::create(context));
+    NEED(again.load_certificate("cpp-soup/psoup-merge.json"));
+    NEED(again.write("cpp-replayed"));
+    const std::vector<std::string> adapters{"cpp-A", "cpp-B"};
+    auto inspection = NEED(psoup::merge_inspect(context, adapters));
+    CHECK(inspection["norms"].size() == 2 && inspection["cosine"][0][0].real() > 0.999);
+    NEED(psoup::merge_inspect_plot(context, inspection.view(), "cpp-plot.svg", adapters));
+    std::remove("cpp-plot.svg");
     auto merged = NEED(psoup::model::load(context, "cpp-soup"));
     const ids tokens{2, 3, 4, 5, 6};
     const floats mix{0.25f, 0.75f};

@@ -2,7 +2,7 @@
 #ifndef PSOUP_MERGE_HPP
 #define PSOUP_MERGE_HPP
 
-#include "psoup/common.hpp"
+#include "psoup/data.hpp"
 #include "psoup/merge.h"
 
 namespace psoup {
@@ -49,6 +49,10 @@ public:
         auto made = detail::make<merger>(psoup_merger_create, c.get(), &options);
         if (made) made->state_ = made->keep(std::move(kept));
         return made;
+    }
+    /* Everything, into a fresh merger, from the certificate of another merge. */
+    result<void> load_certificate(const std::string &path) {
+        return detail::call(psoup_merger_load_certificate, get(), path.c_str());
     }
     result<void> set_base(const std::string &path) {
         return detail::call(psoup_merger_set_base, get(), path.c_str());
@@ -130,6 +134,30 @@ private:
     }
     state *state_ = nullptr;
 };
+
+/* How many tensors of a result agree with the certificate beside it: all of them, or an error. */
+inline result<std::size_t> merge_verify(const context &c, const std::string &path) {
+    std::size_t n = 0;
+    auto done = detail::call(psoup_merge_verify, c.get(), path.c_str(), &n);
+    if (!done) return done.error();
+    return n;
+}
+
+/* What adapters have to do with each other; no weights are equal ones. */
+inline result<json> merge_inspect(const context &c, span<const std::string> adapters,
+                                  span<const double> weights = {}) {
+    if (!weights.empty() && weights.size() != adapters.size())
+        return error(PSOUP_ERROR_ARGUMENT, "there are other numbers of adapters and weights");
+    const auto paths = detail::c_strings(adapters);
+    return detail::make<json>(psoup_merge_inspect, c.get(), paths.data(), paths.size(),
+                              weights.empty() ? nullptr : weights.data());
+}
+inline result<void> merge_inspect_plot(const context &c, json_view inspection, const std::string &path,
+                                       span<const std::string> names = {}) {
+    const auto labels = detail::c_strings(names);
+    return detail::call(psoup_merge_inspect_plot, c.get(), inspection.get(), labels.empty() ? nullptr : labels.data(),
+                        path.c_str());
+}
 
 /* ---- in memory ------------------------------------------------------------------------------------- */
 

@@ -20,7 +20,7 @@ __all__ = ["read_json", "write_json", "JsonlReader", "JsonlWriter", "write_safet
 Path = Union[str, "PathLike[str]"]
 
 
-def _python(value: Any) -> Any:
+def python_value(value: Any) -> Any:
     """A psoup_json as Python has it."""
     address = lib.psoup_json_text(value, 0)
     if not address:
@@ -49,7 +49,7 @@ def read_json(path: Path, context: Optional[Context] = None) -> Any:
     """Reads a file of one JSON value. Duplicate keys, invalid UTF-8 and trailing text are refused."""
     value = create(_abi.psoup_json, lib.psoup_json_read, (context or default_context()).handle, encoded(path))
     try:
-        return _python(value)
+        return python_value(value)
     finally:
         lib.psoup_json_free(value)
 
@@ -81,7 +81,7 @@ class JsonlReader(Handle):
         if not row:
             raise StopIteration
         try:
-            return _python(row)
+            return python_value(row)
         finally:
             lib.psoup_json_free(row)
 
@@ -134,6 +134,6 @@ def fields(table: Any, options: Any) -> Dict[str, Any]:
     """The current values of an option struct that describes itself (psoup_sft_fields and others)."""
     value = lib.psoup_fields_json(table, byref(options))
     try:
-        return _python(value)
+        return python_value(value)
     finally:
         lib.psoup_json_free(value)

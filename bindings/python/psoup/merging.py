@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, byref, c_double, c_float, c_int64, c_void_p
+from ctypes import POINTER, byref, c_double, c_float, c_int64, c_size_t, c_void_p
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, MutableMapping, NamedTuple, Optional, Sequence, Tuple, \
     Union
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, MutableMap
 from . import _abi
 from ._abi import Dtype, MergeMethod
 from ._library import Bar, Handle, call, call_long, callback, create, encoded, lib, member, new, \
-    progress_callback, record, text
+    progress_callback, record, text, texts
 from .arrays import DtypeLike, View, doubles, dtype_of, empty, empty_like, view
 from .context import Context, default_context
+from .data import python_value
 from .errors import ArgumentError, Error
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
     from .options import MergerOptions
 
-__all__ = ["Merger", "Pulled", "merge", "merge_sum", "fold", "merge_factors", "merge_adapter", "Factors"]
+__all__ = ["Merger", "Pulled", "merge", "merge_sum", "fold", "merge_factors", "merge_adapter", "Factors",
+           "verify", "inspect"]
 
 Path = Union[str, "PathLike[str]"]
 Arrays = Mapping[str, Any]
@@ -71,6 +73,12 @@ class Merger(Handle):
                   lib.psoup_merger_free, [context], self._kept)
         if base is not None:
             self.set_base(base)
+
+    def load_certificate(self, path: Path) -> None:
+        """Takes everything, into a fresh merger, from the certificate of another merge. A run then stops
+        where an input or result differs from it."""
+        with self.lock:
+            call(lib.psoup_merger_load_certificate, self.handle, encoded(path))
 
     def set_base(self, base: Source) -> None:
         """What adapters are folded into, and what methods of task vectors take differences from."""
@@ -197,6 +205,32 @@ class Merger(Handle):
         with self.lock:
             call(lib.psoup_merger_report, self.handle, byref(struct))
         return record(struct)
+
+
+def verify(path: Path, context: Optional[Context] = None) -> int:
+    """Checks a result against the certificate beside it; returns how many tensors it has."""
+    tensors = c_size_t()
+    call(lib.psoup_merge_verify, (context or default_context()).handle, encoded(path), byref(tensors))
+    return tensors.value
+
+
+def inspect(adapters: Sequence[Path], weights: Optional[Sequence[float]] = None, plot: Optional[Path] = None,
+            names: Optional[Sequence[str]] = None, context: Optional[Context] = None) -> Dict[str, Any]:
+    """What adapters have to do with each other, from their small factors: norms, cosines and interference,
+    the soup's norm and how well it can be truncated, and warnings. See psoup/merge.h for the dict's members.
+    `plot` writes a heat map (SVG) with the adapters' `names`."""
+    if weights is not None and len(weights) != len(adapters) or names is not None and len(names) != len(adapters):
+        raise ArgumentError("there are %d adapters and other numbers of weights or names" % len(adapters))
+    where = (context or default_context()).handle
+    row = doubles(weights) if weights is not None else None
+    found = create(_abi.psoup_json, lib.psoup_merge_inspect, where, texts(adapters), len(adapters),
+                   row.pointer if row else None)
+    try:
+        if plot is not None:
+            call(lib.psoup_merge_inspect_plot, where, found, texts(names) if names is not None else None, encoded(plot))
+        return python_value(found)
+    finally:
+        lib.psoup_json_free(found)
 
 
 # ---- arrays -------------------------------------------------------------------------------------------------

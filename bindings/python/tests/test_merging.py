@@ -346,6 +346,35 @@ class Files(Case):
             row = [[2, 3, 4, 5]]
             self.assertNear(self.model.logprobs(row, {name: 1})[0], self.model.logprobs(row, mix)[0], 1e-5)
 
+    def test_a_result_is_verified_and_made_again(self):
+        with psoup.Merger() as merger:
+            merger.add(self.path("A"), 0.5)
+            merger.add(self.path("B"), 0.5)
+            merger.write(self.path("soup"))
+        self.assertGreater(psoup.verify(self.path("soup")), 0)
+        with psoup.Merger() as merger:
+            merger.load_certificate(self.path("soup", "psoup-merge.json"))
+            merger.write(self.path("again"))
+        name = "adapter_model.safetensors"
+        with open(self.path("soup", name), "rb") as f, open(self.path("again", name), "rb") as g:
+            self.assertEqual(f.read(), g.read())
+        with open(self.path("soup", name), "r+b") as f:
+            f.seek(-1, 2)
+            f.write(b"\x01")
+        with self.assertRaises(psoup.Error):
+            psoup.verify(self.path("soup"))
+
+    def test_inspection(self):
+        adapters = [self.path("A"), self.path("B")]
+        found = psoup.inspect(adapters, [0.5, 0.5], plot=self.path("map.svg"), names=["first", "second"])
+        self.assertEqual(len(found["norms"]), 2)
+        self.assertAlmostEqual(found["gram"][0][0], found["norms"][0] ** 2, places=4)
+        self.assertAlmostEqual(found["cosine"][0][1], found["cosine"][1][0])
+        with open(self.path("map.svg")) as f:
+            self.assertIn("second", f.read())
+        with self.assertRaises(psoup.ArgumentError):
+            psoup.inspect(adapters, [1.0])
+
     def test_a_lossy_method_reports(self):
         with psoup.Merger(method="svd", svd_rank=1) as merger:
             merger.add(self.path("A"), 0.5)
