@@ -7,7 +7,8 @@
 #include <string.h>
 
 typedef struct merge_arguments {
-    const char *method, *base, *out, *dtype, *shard_size, *format, *peer, *seed, *replay, *verify;
+    const char *method, *base, *out, *dtype, *shard_size, *format, *peer, *seed, *replay, *verify,
+        *reference;
     bool json, any_sum, sha256, resume;
     int32_t threads;
     cli_list sources, parameters;
@@ -38,6 +39,8 @@ static const char about[] =
     "  psoup merge --base llama --method ties --param density=0.5 --out merged math=1 code=1\n"
     "  psoup merge --method slerp --param t@self_attn=0,0.5,1 --param t=0.5 --base A --out mix B=1\n"
     "  psoup merge --out f16 --dtype f16 --shard-size 2GB llama=1\n"
+    "  psoup merge --out soup.gguf --reference llama P1A=0.5 P2A=0.5\n"
+    "  psoup merge --out llama.gguf --dtype q8_0 llama=1\n"
     "  psoup merge recipe.yaml --out merged --sha256 --resume\n";
 
 /* "svd:8" and "svd(8)" carry the rank. */
@@ -208,6 +211,8 @@ static psoup_status merge(psoup_context *context, const merge_arguments *a, psou
         status = psoup_merger_create(context, &options, &merger, error);
     if (status == PSOUP_OK && a->replay)
         status = psoup_merger_load_certificate(merger, a->replay, error);
+    if (status == PSOUP_OK && a->reference)
+        status = psoup_merger_set_reference(merger, a->reference, error);
     if (status == PSOUP_OK && a->base)
         status = psoup_merger_set_base(merger, a->base, error);
     for (size_t i = 0; status == PSOUP_OK && i < a->sources.n; i++)
@@ -240,6 +245,7 @@ int cmd_merge(int argc, char **argv) {
         {"--dtype", CLI_TEXT, &a.dtype, "T", "f32, f16, bf16, … (that of the base or first source)"},
         {"--shard-size", CLI_TEXT, &a.shard_size, "SIZE", "split a model into files of at most this: 2GB"},
         {"--format", CLI_TEXT, &a.format, "F", "safetensors or gguf (by the name of --out)"},
+        {"--reference", CLI_TEXT, &a.reference, "DIR", "the model that adapters in GGUF are for"},
         {"--any-sum", CLI_FLAG, &a.any_sum, NULL, "accept weights that do not sum to 1"},
         {"--sha256", CLI_FLAG, &a.sha256, NULL, "put the SHA-256 of the sources into the certificate"},
         {"--resume", CLI_FLAG, &a.resume, NULL, "continue what a killed run began, from its finished shards"},

@@ -108,6 +108,10 @@ psoup_status psoup_merger_set_base(psoup_merger *merger, const char *path, psoup
  * "MODEL+ADAPTER" names a full model that is MODEL with the adapter folded in. */
 psoup_status psoup_merger_add(psoup_merger *merger, const char *path, double weight,
                               psoup_error *error);
+/* The model that adapters in GGUF files are for, a directory or .gguf file: its heads say how rows of q and k
+ * are ordered. Not needed where a base is set, where the file says it itself, or where adapter_config.json
+ * names a directory that is here. Before the adapters are added. */
+psoup_status psoup_merger_set_reference(psoup_merger *merger, const char *model, psoup_error *error);
 /* New weights for the sources in the order they were added; nothing is read or opened again. */
 psoup_status psoup_merger_set_weights(psoup_merger *merger, const double *weights, size_t n,
                                       psoup_error *error);

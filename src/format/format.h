@@ -177,6 +177,8 @@ psoup_status psoup__gguf_parse(psoup_context *context, const void *data, size_t 
                                const char *name, psoup__gguf **out, psoup_error *error);
 void psoup__gguf_free(psoup__gguf *file);
 const char *psoup__gguf_path(const psoup__gguf *file);
+/* Where in the file a string lies that psoup__gguf_string gave. */
+size_t psoup__gguf_offset(const psoup__gguf *file, const char *text);
 /* Tensors in the order of their infos, shapes as PyTorch has them (the dimensions reversed), names as
  * the file has them; `heads` is 0 throughout: which rows are interleaved is the architecture's matter,
  * see psoup__gguf_layout. */

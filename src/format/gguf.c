@@ -401,3 +401,7 @@ psoup_status psoup__gguf_open(psoup_context *context, const char *path, psoup__g
         psoup__file_unmap(context, &mapped);
     return status;
 }
+
+size_t psoup__gguf_offset(const psoup__gguf *file, const char *text) {
+    return (size_t)((const unsigned char *)text - file->file.data);
+}

@@ -171,6 +171,8 @@ psoup_json *psoup__certificate_json(const psoup__certificate *c, psoup_error *er
         failed |= psoup_json_set(root, "settings", settings_json(&merger->settings));
     if (merger->n_slices > 0)
         failed |= psoup_json_set(root, "slices", slices_json(merger));
+    if (merger->reference != NULL)
+        failed |= psoup_json_set(root, "reference", psoup_json_new_string(merger->reference));
     if (merger->sidecars != NULL)
         failed |= psoup_json_set(root, "sidecars", psoup_json_new_string(merger->sidecars));
     if (merger->chat_template != NULL)

@@ -132,6 +132,8 @@ psoup_status psoup_merger_load_certificate(psoup_merger *merger, const char *pat
         goto fail;
     }
     PSOUP__TRY(read_options(merger, root, path, error));
+    if ((text = psoup_json_string(psoup_json_get(root, "reference"), NULL)) != NULL)
+        PSOUP__TRY(psoup_merger_set_reference(merger, text, error));
     PSOUP__TRY(read_sources(merger, root, path, error));
     PSOUP__TRY(read_settings(merger, psoup_json_get(root, "settings"), path, &merger->settings, error));
     PSOUP__TRY(read_slices(merger, psoup_json_get(root, "slices"), path, error));
@@ -152,8 +154,7 @@ fail:
 
 /* ---- verifying ------------------------------------------------------------------------------------------- */
 
-/* A tensor's bytes in row-major order, whatever order its rows lie in. */
-static psoup_status hash_tensor(psoup_context *context, const psoup__tensor *tensor,
+psoup_status psoup__hash_tensor(psoup_context *context, const psoup__tensor *tensor,
                                 char out[PSOUP__HASH_TEXT], psoup_error *error) {
     psoup__hash *hash = psoup__hash_create(context, error);
     if (hash == NULL)
@@ -175,6 +176,28 @@ char *psoup__certificate_path(psoup_context *context, const char *result, psoup_
     return psoup__format(context, error, "%.*s.psoup-merge.json", (int)length, result);
 }
 
+/* What a file's metadata says; freed by psoup__free, NULL where it says nothing or memory is out. */
+static char *metadata_text(psoup_context *context, const psoup__weights *weights, const char *path,
+                           psoup_error *error) {
+    psoup__safetensors *file = NULL;
+    const char *text;
+    char *copy = NULL;
+    size_t length;
+    if (psoup__weights_gguf(weights) != NULL) {
+        if (psoup__gguf_string(psoup__weights_gguf(weights), "psoup.merge", &text, &length) &&
+            length < INT32_MAX)
+            copy = psoup__format(context, error, "%.*s", (int)length, text);
+        return copy;
+    }
+    if (psoup__safetensors_open(context, path, &file, error) != PSOUP_OK)
+        return NULL;
+    text = psoup_json_string(psoup_json_get(psoup__safetensors_metadata(file), "psoup_merge"), NULL);
+    if (text != NULL)
+        copy = psoup__strdup(context, text, error);
+    psoup__safetensors_free(file);
+    return copy;
+}
+
 /* The same text must be in every file. */
 static psoup_status check_metadata(psoup_context *context, const psoup__weights *weights,
                                    const psoup_json *certificate, psoup_error *error) {
@@ -182,89 +205,105 @@ static psoup_status check_metadata(psoup_context *context, const psoup__weights 
     char *said = psoup_json_text(certificate, 0);
     if (said == NULL)
         return psoup__out_of_memory(error, 0);
-    for (size_t i = 0; i < psoup__weights_files(weights); i++) {
-        const char *path = psoup__weights_file(weights, i), *text;
-        psoup__safetensors *file = NULL;
+    for (size_t i = 0; i < psoup__weights_files(weights) && status == PSOUP_OK; i++) {
+        const char *path = psoup__weights_file(weights, i);
         psoup_json *inside = NULL;
-        char *again = NULL;
-        if (psoup__is_gguf(path))
-            continue;
-        PSOUP__TRY(psoup__safetensors_open(context, path, &file, error));
-        text = psoup_json_string(psoup_json_get(psoup__safetensors_metadata(file), "psoup_merge"), NULL);
+        char *text = metadata_text(context, weights, path, NULL), *again = NULL;
         if (text != NULL && psoup_json_parse(text, strlen(text), path, &inside, NULL) == PSOUP_OK)
             again = psoup_json_text(inside, 0);
         if (again == NULL || strcmp(again, said) != 0)
-            status = psoup__fail(error, PSOUP_ERROR_FORMAT,
-                                 "%s: its metadata's psoup_merge is not the certificate", path);
+            status = psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: its metadata does not hold the certificate",
+                                 path);
         psoup_text_free(again);
         psoup_json_free(inside);
-        psoup__safetensors_free(file);
-        if (status != PSOUP_OK)
-            goto fail;
+        psoup__free(context, text);
     }
-fail:
     psoup_text_free(said);
     return status;
 }
 
-static psoup_status check_result(psoup_context *context, const psoup__weights *weights,
+/* What is verified: a model's weights, or an adapter's factors (whose file may be of either kind). */
+typedef struct opened {
+    psoup__weights *weights;
+    psoup__peft *peft;
+} opened;
+
+static const psoup__tensor *find_result(const opened *o, const char *name) {
+    static const char prefix[] = "base_model.model.", ending[] = ".lora_A.weight";
+    size_t length = strlen(name), cut = sizeof prefix - 1;
+    if (o->peft == NULL || psoup__weights_gguf(o->peft->weights) == NULL)
+        return psoup__weights_find(o->peft != NULL ? o->peft->weights : o->weights, name);
+    if (length < cut + sizeof ending - 1 || strncmp(name, prefix, cut) != 0)
+        return NULL;
+    const psoup__peft_pair *pair = psoup__peft_find(o->peft, name + cut, length - cut - (sizeof ending - 1));
+    if (pair == NULL)
+        return NULL;
+    return name[length - strlen("A.weight")] == 'A' ? &pair->a : &pair->b;
+}
+
+static psoup_status check_result(psoup_context *context, const opened *o, const char *path,
                                  const psoup_json *one, psoup_error *error) {
     const char *name = psoup_json_string(psoup_json_get(one, "tensor"), "");
     const char *dtype = psoup_json_string(psoup_json_get(one, "dtype"), "");
     const psoup_json *shape = psoup_json_get(one, "shape");
-    const psoup__tensor *tensor = psoup__weights_find(weights, name);
+    const psoup__tensor *tensor = find_result(o, name);
     char text[PSOUP__HASH_TEXT];
     if (tensor == NULL)
         return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: has no tensor %.200s, which the certificate has",
-                           psoup__weights_path(weights), name);
+                           path, name);
     bool same = strcmp(dtype, psoup_dtype_name(tensor->dtype)) == 0 &&
                 psoup_json_size(shape) == (size_t)tensor->rank;
     for (int i = 0; same && i < tensor->rank; i++)
         same = psoup_json_integer(psoup_json_at(shape, (size_t)i), -1) == tensor->shape[i];
     if (!same)
         return psoup__fail(error, PSOUP_ERROR_FORMAT,
-                           "%s: tensor %.200s has another dtype or shape than the certificate says",
-                           psoup__weights_path(weights), name);
-    psoup_status status = hash_tensor(context, tensor, text, error);
+                           "%s: tensor %.200s has another dtype or shape than the certificate says", path, name);
+    psoup_status status = psoup__hash_tensor(context, tensor, text, error);
     if (status == PSOUP_OK && strcmp(text, psoup_json_string(psoup_json_get(one, "xxh3"), "")) != 0)
         status = psoup__fail(error, PSOUP_ERROR_FORMAT,
-                             "%s: tensor %.200s has other bytes than the certificate says",
-                             psoup__weights_path(weights), name);
+                             "%s: tensor %.200s has other bytes than the certificate says", path, name);
     return status;
+}
+
+static psoup_status open_result(psoup_context *context, const char *path, opened *o, psoup_error *error) {
+    bool adapter = false;
+    psoup_status status = psoup__path_is_adapter(context, path, &adapter, error);
+    if (status != PSOUP_OK)
+        return status;
+    return adapter ? psoup__peft_open(context, path, &o->peft, error)
+                   : psoup__weights_open(context, path, "model", &o->weights, error);
 }
 
 psoup_status psoup_merge_verify(psoup_context *context, const char *path, size_t *tensors,
                                 psoup_error *error) {
     psoup_status status;
     psoup_json *root = NULL;
-    psoup__weights *weights = NULL;
+    opened o = {0};
     char *certificate = psoup__certificate_path(context, path, error);
-    char *adapter = psoup__path_join(context, path, "adapter_config.json", error);
-    status = PSOUP_ERROR_MEMORY;
-    if (certificate == NULL || adapter == NULL)
-        goto fail;
+    if (certificate == NULL)
+        return PSOUP_ERROR_MEMORY;
     PSOUP__TRY(psoup_json_read(context, certificate, &root, error));
     const psoup_json *results = psoup_json_get(root, "results");
     if (psoup_json_integer(psoup_json_get(root, "psoup_merge"), 0) != 1 || psoup_json_size(results) == 0) {
         status = bad(certificate, "psoup_merge", error);
         goto fail;
     }
-    PSOUP__TRY(psoup__weights_open(context, path, psoup__file_exists(adapter) ? "adapter_model" : "model",
-                                   &weights, error));
+    PSOUP__TRY(open_result(context, path, &o, error));
+    const psoup__weights *weights = o.peft != NULL ? o.peft->weights : o.weights;
     if (psoup__weights_count(weights) != psoup_json_size(results)) {
         status = psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %zu tensors; the certificate has %zu", path,
                              psoup__weights_count(weights), psoup_json_size(results));
         goto fail;
     }
     for (size_t i = 0; i < psoup_json_size(results); i++)
-        PSOUP__TRY(check_result(context, weights, psoup_json_at(results, i), error));
+        PSOUP__TRY(check_result(context, &o, path, psoup_json_at(results, i), error));
     PSOUP__TRY(check_metadata(context, weights, root, error));
     if (tensors != NULL)
         *tensors = psoup_json_size(results);
 fail:
-    psoup__weights_free(weights);
+    psoup__weights_free(o.weights);
+    psoup__peft_free(o.peft);
     psoup_json_free(root);
     psoup__free(context, certificate);
-    psoup__free(context, adapter);
     return status;
 }

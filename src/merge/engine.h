@@ -78,10 +78,14 @@ typedef struct psoup__merge_source {
     psoup__settings settings;
 } psoup__merge_source;
 
-psoup_status psoup__source_open(psoup_context *context, const char *path, bool base,
+/* reference: the model that an adapter in GGUF is for, or NULL. */
+psoup_status psoup__source_open(psoup_context *context, const char *path, bool base, const char *reference,
                                 psoup__merge_source *out, psoup_error *error);
 psoup_status psoup__source_hold(psoup_context *context, const psoup_merge_tensors *tensors,
                                 psoup__merge_source *out, psoup_error *error);
+/* A PEFT directory, or a GGUF file of an adapter. */
+psoup_status psoup__path_is_adapter(psoup_context *context, const char *path, bool *adapter,
+                                    psoup_error *error);
 void psoup__source_free(psoup_context *context, psoup__merge_source *source);
 bool psoup__source_is_adapter(const psoup__merge_source *source); /* and no model */
 /* The pair of an adapter that changes "<module>.weight", its name being length bytes; or NULL. */
@@ -122,6 +126,7 @@ struct psoup_merger {
     psoup__settings settings;
     psoup__slice *slices; /* [n_slices]; none: all layers of all sources */
     size_t n_slices, slices_capacity;
+    char *reference;       /* a model whose heads an adapter in GGUF is for; NULL: not said */
     char *sidecars;        /* whose tokenizer and templates go along; NULL: the base's or first model's */
     char *chat_template;   /* instead of theirs */
     bool from_recipe;      /* weights are what the recipe says and need not sum to 1 */
@@ -255,7 +260,10 @@ psoup_status psoup__certificate_take(psoup__certificate *certificate, const psou
 /* Refuses what is not as `expected` has it, naming file and tensor. */
 psoup_status psoup__certificate_compare(const psoup__certificate *certificate, const psoup_json *expected,
                                         psoup_error *error);
-/* certificate_read.c: where the certificate of a result is. */
+/* certificate_read.c: of a tensor's bytes in row-major order, whatever order its rows lie in. */
+psoup_status psoup__hash_tensor(psoup_context *context, const psoup__tensor *tensor,
+                                char out[PSOUP__HASH_TEXT], psoup_error *error);
+/* Where the certificate of a result is. */
 char *psoup__certificate_path(psoup_context *context, const char *result, psoup_error *error);
 
 /* ---- output.c: where results go ----------------------------------------------------------------------------- */
@@ -271,7 +279,9 @@ typedef struct psoup__output_kind {
     psoup_status (*write)(psoup__output *output, size_t index, const void *data, size_t bytes,
                           psoup_error *error);
     psoup_status (*finish)(psoup__output *output, size_t index, psoup_error *error); /* all of it is written */
-    /* Every result is written: makes the whole appear, with this certificate. */
+    /* Every result is written, and its fingerprint known but where this says another. NULL: nothing to do. */
+    psoup_status (*close)(psoup__output *output, psoup_error *error);
+    /* Makes the whole appear, with this certificate. */
     psoup_status (*commit)(psoup__output *output, const char *certificate, psoup_error *error);
     void (*free)(psoup__output *output); /* removes what is not committed */
     /* After a round: what is written is hashed too. NULL: nothing to do. */
@@ -289,6 +299,9 @@ struct psoup__output { /* each kind's struct begins with it */
 /* Into a directory: safetensors in one file or in shards, or a PEFT adapter. */
 psoup_status psoup__output_directory(const psoup__plan *plan, const char *directory, psoup__output **out,
                                      psoup_error *error);
+/* Into one GGUF file. */
+psoup_status psoup__output_gguf(const psoup__plan *plan, const char *path, psoup__output **out,
+                                psoup_error *error);
 /* To the caller's functions. */
 psoup_status psoup__output_sink(const psoup__plan *plan, const psoup_merge_sink *sink, psoup__output **out,
                                 psoup_error *error);

@@ -53,7 +53,7 @@ psoup_status psoup__options_check(const psoup_merger_options *o, psoup_error *er
                            "q8_0 in GGUF",
                            psoup_dtype_name((psoup_dtype)o->dtype));
     if (o->peer < PSOUP_MERGE_PAPER || o->peer > PSOUP_MERGE_PEFT || o->format < PSOUP_MERGE_AS_SOURCES ||
-        o->format > PSOUP_MERGE_AS_SOURCES)
+        o->format > PSOUP_MERGE_GGUF)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_merger_options: peer %d, format %d",
                            (int)o->peer, (int)o->format);
     if (!isfinite(o->density) || !isfinite(o->gamma) || !isfinite(o->epsilon) || !isfinite(o->lambda) ||
@@ -102,6 +102,7 @@ void psoup_merger_free(psoup_merger *merger) {
     psoup__free(context, merger->slices);
     psoup__free(context, merger->sources);
     psoup__free(context, merger->weights);
+    psoup__free(context, merger->reference);
     psoup__free(context, merger->sidecars);
     psoup__free(context, merger->chat_template);
     psoup__free(context, merger);
@@ -145,7 +146,7 @@ static void replace_base(psoup_merger *merger, const psoup__merge_source *base) 
 
 psoup_status psoup_merger_set_base(psoup_merger *merger, const char *path, psoup_error *error) {
     psoup__merge_source base;
-    psoup_status status = psoup__source_open(merger->context, path, true, &base, error);
+    psoup_status status = psoup__source_open(merger->context, path, true, NULL, &base, error);
     if (status == PSOUP_OK)
         replace_base(merger, &base);
     return status;
@@ -158,6 +159,15 @@ psoup_status psoup_merger_set_base_tensors(psoup_merger *merger, const psoup_mer
     if (status == PSOUP_OK)
         replace_base(merger, &base);
     return status;
+}
+
+psoup_status psoup_merger_set_reference(psoup_merger *merger, const char *model, psoup_error *error) {
+    char *copy = psoup__strdup(merger->context, model, error);
+    if (copy == NULL)
+        return PSOUP_ERROR_MEMORY;
+    psoup__free(merger->context, merger->reference);
+    merger->reference = copy;
+    return PSOUP_OK;
 }
 
 /* Takes the source in any case. */
@@ -180,7 +190,10 @@ psoup_status psoup_merger_add(psoup_merger *merger, const char *path, double wei
     psoup_status status;
     psoup__merge_source source;
     PSOUP__TRY(psoup__merge_check_weights(&weight, 1, true, error));
-    PSOUP__TRY(psoup__source_open(merger->context, path, false, &source, error));
+    const char *reference = merger->reference != NULL    ? merger->reference
+                            : merger->base.model != NULL ? psoup__weights_path(merger->base.model)
+                                                         : NULL;
+    PSOUP__TRY(psoup__source_open(merger->context, path, false, reference, &source, error));
     PSOUP__TRY(add_source(merger, &source, weight, error));
 fail:
     return status;
@@ -330,7 +343,9 @@ static psoup_status run(psoup_merger *merger, const char *directory, const psoup
     if (merger->options.sha256)
         PSOUP__TRY(take_sha256(merger, error));
     PSOUP__TRY(psoup__certificate_create(&plan, &certificate, error));
-    if (directory != NULL)
+    if (directory != NULL && merger->options.format == PSOUP_MERGE_GGUF)
+        PSOUP__TRY(psoup__output_gguf(&plan, directory, &output, error));
+    else if (directory != NULL)
         PSOUP__TRY(psoup__output_directory(&plan, directory, &output, error));
     else
         PSOUP__TRY(psoup__output_sink(&plan, sink, &output, error));
@@ -338,6 +353,8 @@ static psoup_status run(psoup_merger *merger, const char *directory, const psoup
     PSOUP__TRY(measure_certificate(&certificate, &output->space, error));
     PSOUP__TRY(output->kind->begin(output, error));
     PSOUP__TRY(psoup__run(&plan, &certificate, output, error));
+    if (output->kind->close != NULL)
+        PSOUP__TRY(output->kind->close(output, error));
     if (merger->expected != NULL)
         PSOUP__TRY(psoup__certificate_compare(&certificate, merger->expected, error));
     if ((text = certificate_text(&certificate, error)) == NULL) {

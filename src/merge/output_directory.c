@@ -346,7 +346,7 @@ static void directory_free(psoup__output *output) {
 
 psoup_status psoup__output_directory(const psoup__plan *plan, const char *directory, psoup__output **out,
                                      psoup_error *error) {
-    static const psoup__output_kind kind = {true, begin, tensor, put, finish, commit, directory_free,
+    static const psoup__output_kind kind = {true, begin, tensor, put, finish, NULL, commit, directory_free,
                                              settle};
     psoup_status status;
     *out = NULL;

@@ -51,7 +51,7 @@ static void sink_free(psoup__output *output) {
 
 psoup_status psoup__output_sink(const psoup__plan *plan, const psoup_merge_sink *sink, psoup__output **out,
                                 psoup_error *error) {
-    static const psoup__output_kind kind = {false, begin, tensor, put, finish, commit, sink_free, NULL};
+    static const psoup__output_kind kind = {false, begin, tensor, put, finish, NULL, commit, sink_free, NULL};
     psoup_merge_sink checked = PSOUP_MERGE_SINK_INIT;
     psoup_status status = psoup__options(&checked, sizeof checked, sink, "psoup_merge_sink", error);
     *out = NULL;

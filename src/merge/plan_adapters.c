@@ -171,7 +171,11 @@ psoup_status psoup__plan_adapters(psoup__plan *plan, psoup_error *error) {
     psoup_status status;
     const char **modules = NULL;
     size_t n;
+    int32_t dtype = plan->merger->options.dtype;
     plan->rank = 1;
+    if (dtype > PSOUP_BF16)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "adapters are f32, f16 or bf16, not %s",
+                           psoup_dtype_name((psoup_dtype)dtype));
     PSOUP__TRY(collect_modules(plan->merger, &modules, &n, error));
     for (size_t i = 0; i < n; i++)
         PSOUP__TRY(plan_pair(plan, modules[i], error));

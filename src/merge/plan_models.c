@@ -337,6 +337,8 @@ static psoup_status add_result(psoup__plan *plan, const group *g, const char *na
     for (size_t i = result->input; i < plan->n_inputs; i++)
         PSOUP__TRY(check_input(plan, result, first, &plan->inputs[i], error));
     psoup_dtype dtype = psoup__result_dtype(merger, like->dtype);
+    if (merger->options.format == PSOUP_MERGE_GGUF)
+        dtype = psoup__gguf_dtype(dtype, like->rank, like->shape);
     PSOUP__TRY(psoup__result_shape(result, dtype, like->rank, like->shape, error));
     if (!psoup__dtype_mergeable(like->dtype)) {
         result->kind = PSOUP__KEPT;

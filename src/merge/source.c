@@ -103,10 +103,30 @@ static psoup_status read_architecture(psoup_context *context, psoup__merge_sourc
     return PSOUP_OK;
 }
 
-static psoup_status open_adapter(psoup_context *context, const char *path, psoup__merge_source *source,
-                                 psoup_error *error) {
+psoup_status psoup__path_is_adapter(psoup_context *context, const char *path, bool *adapter,
+                                    psoup_error *error) {
+    psoup__gguf *file = NULL;
+    if (!psoup__is_gguf(path))
+        return has_file(context, path, "adapter_config.json", adapter, error) ? PSOUP_OK
+                                                                              : PSOUP_ERROR_MEMORY;
+    psoup_status status = psoup__gguf_open(context, path, &file, error);
+    *adapter = status == PSOUP_OK && psoup__gguf_is(file, "general.type", "adapter");
+    psoup__gguf_free(file);
+    return status;
+}
+
+/* Rows of q and k in a GGUF file are in llama.cpp's order, which the model's heads undo. */
+static psoup_status open_adapter(psoup_context *context, const char *path, const char *reference,
+                                 psoup__merge_source *source, psoup_error *error) {
     psoup_status status;
-    PSOUP__TRY(psoup__peft_open(context, path, &source->adapter, error));
+    const char *architecture;
+    int32_t heads, kv_heads;
+    if (psoup__is_gguf(path) && reference != NULL) {
+        PSOUP__TRY(psoup__model_heads(context, reference, &architecture, &heads, &kv_heads, error));
+        PSOUP__TRY(psoup__peft_open_heads(context, path, heads, kv_heads, &source->adapter, error));
+    } else {
+        PSOUP__TRY(psoup__peft_open(context, path, &source->adapter, error));
+    }
     PSOUP__TRY(add_stamps(context, source, source->adapter->weights, error));
 fail:
     return status;
@@ -137,25 +157,26 @@ static psoup_status open_both(psoup_context *context, const char *path, psoup__m
     if (model == NULL)
         return PSOUP_ERROR_MEMORY;
     PSOUP__TRY(open_model(context, model, source, error));
-    PSOUP__TRY(open_adapter(context, plus + 1, source, error));
+    PSOUP__TRY(open_adapter(context, plus + 1, model, source, error));
 fail:
     psoup__free(context, model);
     return status;
 }
 
-psoup_status psoup__source_open(psoup_context *context, const char *path, bool base,
+psoup_status psoup__source_open(psoup_context *context, const char *path, bool base, const char *reference,
                                 psoup__merge_source *out, psoup_error *error) {
     psoup_status status = PSOUP_ERROR_MEMORY;
     bool adapter = false;
     *out = (psoup__merge_source){0};
-    if ((out->path = psoup__strdup(context, path, error)) == NULL ||
-        !has_file(context, path, "adapter_config.json", &adapter, error))
+    if ((out->path = psoup__strdup(context, path, error)) == NULL)
         goto fail;
+    if (!base)
+        PSOUP__TRY(psoup__path_is_adapter(context, path, &adapter, error));
     const char *plus = strrchr(path, '+');
     if (plus != NULL && plus > path && strlen(path) < INT32_MAX && !psoup__file_exists(path))
         PSOUP__TRY(open_both(context, path, out, error));
-    else if (adapter && !base)
-        PSOUP__TRY(open_adapter(context, path, out, error));
+    else if (adapter)
+        PSOUP__TRY(open_adapter(context, path, reference, out, error));
     else
         PSOUP__TRY(open_model(context, path, out, error));
     return PSOUP_OK;
