@@ -216,6 +216,68 @@ psoup_status psoup_merge_factors(psoup_context *context, psoup_merge_method meth
                                  const double *weights, size_t count, double *relative_error,
                                  psoup_error *error);
 
+/* ---- slices of tensors, on the host or on a device ---------------------------------------------------- */
+
+typedef enum psoup_merge_place { PSOUP_MERGE_HOST = 0, PSOUP_MERGE_DEVICE = 1 } psoup_merge_place;
+
+/* Rows × columns of a larger tensor that the caller holds: a whole one, or the shard of a tensor-parallel
+ * rank. Nothing is owned. An input is only read. */
+typedef struct psoup_merge_view {
+    void *data;         /* of the first element; any alignment. May be NULL where there is none */
+    int32_t dtype;      /* psoup_dtype: f32, f16, bf16, f64, f8_e4m3, f8_e5m2, q8_0 */
+    int32_t place;      /* psoup_merge_place */
+    int64_t rows, columns;
+    int64_t row_stride; /* elements from row to row, at least `columns`; 0 means `columns`. Of q8_0 the
+                         * columns and the stride are whole blocks of 32 */
+    uint64_t reserved[3]; /* 0 */
+} psoup_merge_view;
+
+/* out = Σ weights[i] · in[i], every view of one shape and of its own dtype and stride: accumulated in f32 in
+ * the order of i, rounded once; the same bits for any threads, strides and slices. A weight of zero skips
+ * its input, which may then be anything. out may be one of the inputs, with the same data, dtype and stride;
+ * it may not overlap an input otherwise (columns of one tensor side by side do not overlap). All views are in
+ * one place. */
+psoup_status psoup_merge_views(psoup_context *context, const psoup_merge_view *out,
+                               const psoup_merge_view *in, const double *weights, size_t count,
+                               psoup_error *error);
+
+/* out = base + Σ_i weights[i] · scale_i · B_i A_i for the slice of a linear [out_features, in_features] that
+ * begins at first_row and first_column (a rank of a column-parallel linear holds some of its rows, of a
+ * row-parallel one some of its columns). The factors are those of the whole linear, where out is. The bits
+ * are those that psoup_merge_fold gives the same elements. out may be base, or not overlap it. */
+psoup_status psoup_merge_fold_view(psoup_context *context, const psoup_merge_view *out,
+                                   const psoup_merge_view *base, int64_t first_row, int64_t first_column,
+                                   int64_t out_features, int64_t in_features,
+                                   const psoup_lora_factors *factors, const double *weights, size_t count,
+                                   psoup_error *error);
+
+/* The elements of one view to another of the same shape and dtype, wherever the two are. */
+psoup_status psoup_merge_copy(psoup_context *context, const psoup_merge_view *out,
+                              const psoup_merge_view *in, psoup_error *error);
+
+/* What works on views whose place is PSOUP_MERGE_DEVICE: psoup_merge_views, psoup_merge_fold_view and
+ * psoup_merge_copy check their arguments and hand them over, device pointers untouched (psoup_lora_factors
+ * too are then on the device). Each returns a status and writes the error on failure; a call has finished
+ * when it returns, or is ordered before what the caller does next with the device. */
+typedef struct psoup_merge_device {
+    size_t size;
+    void *user;
+    psoup_status (*sum)(void *user, const psoup_merge_view *out, const psoup_merge_view *in,
+                        const double *weights, size_t count, psoup_error *error);
+    psoup_status (*fold)(void *user, const psoup_merge_view *out, const psoup_merge_view *base,
+                         int64_t first_row, int64_t first_column, int64_t in_features,
+                         const psoup_lora_factors *factors, const double *weights, size_t count,
+                         psoup_error *error);
+    psoup_status (*copy)(void *user, const psoup_merge_view *out, const psoup_merge_view *in,
+                         psoup_error *error);
+} psoup_merge_device;
+/* Gives the context a device, or with NULL takes it away. The table is copied; all three functions are
+ * needed. Not while another thread uses the context. */
+psoup_status psoup_merge_set_device(psoup_context *context, const psoup_merge_device *device,
+                                    psoup_error *error);
+
+/* ---- new weights for a whole adapter ------------------------------------------------------------------ */
+
 /* One module of a batch: the same with its own factors, weights (which modules may share) and results. */
 typedef struct psoup_merge_module {
     const psoup_lora_factors *factors; /* [count] */

@@ -260,6 +260,7 @@ struct psoup_context {
     psoup__isa isa;
     struct psoup__pool *pool;   /* thread.c */
     struct psoup__gemm_space *gemm; /* gemm.c: packing buffers, sized at creation */
+    struct psoup_merge_device *merge_device; /* psoup/merge.h: who works on the caller's device; or NULL */
 };
 struct psoup__gemm_space *psoup__gemm_space_create(psoup_context *context, psoup_error *error);
 void psoup__gemm_space_free(psoup_context *context, struct psoup__gemm_space *space);

@@ -73,6 +73,7 @@ void psoup_context_free(psoup_context *context) {
         return;
     if (context->gemm != NULL)
         psoup__gemm_space_free(context, context->gemm);
+    psoup__free(context, context->merge_device);
     psoup__pool_free(context);
     psoup_context self = *context; /* its allocator frees it */
     psoup__free(&self, context);
