@@ -270,6 +270,58 @@ START_TEST(sidecars) {
 }
 END_TEST
 
+/* Tokenizers that llama.cpp has no equal of are refused by what they have. */
+START_TEST(strange_tokenizers) {
+#define VOCAB "\"vocab\": {\"a\": 0, \"b\": 1, \"ab\": 2}, \"merges\": [\"a b\"]"
+#define BYTES "\"pre_tokenizer\": {\"type\": \"ByteLevel\", \"add_prefix_space\": false}"
+    static const struct {
+        const char *json, *says;
+    } cases[] = {
+        {"{\"model\": {\"type\": \"BPE\", " VOCAB "}, " BYTES "}", NULL},
+        {"{\"model\": {\"type\": \"Unigram\", " VOCAB "}, " BYTES "}", "Unigram"},
+        {"{\"model\": {\"type\": \"BPE\", \"dropout\": 0.1, " VOCAB "}, " BYTES "}", "dropout"},
+        {"{\"model\": {\"type\": \"BPE\", " VOCAB "}, \"normalizer\": {\"type\": \"Lowercase\"}, " BYTES "}",
+         "Lowercase"},
+        {"{\"model\": {\"type\": \"BPE\", " VOCAB "}, \"pre_tokenizer\": {\"type\": \"Whitespace\"}}",
+         "Whitespace"},
+        {"{\"model\": {\"type\": \"BPE\", " VOCAB "}, \"pre_tokenizer\": {\"type\": \"ByteLevel\"}}",
+         "add_prefix_space"},
+        {"{\"model\": {\"type\": \"BPE\", \"ignore_merges\": true, " VOCAB "}, " BYTES "}", "ignore_merges"},
+        {"{\"model\": {\"type\": \"BPE\", " VOCAB "}, \"pre_tokenizer\": {\"type\": \"Sequence\", "
+         "\"pretokenizers\": [{\"type\": \"Split\", \"pattern\": {\"Regex\": \"x+\"}, \"behavior\": "
+         "\"Isolated\"}, {\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"use_regex\": false}]}}",
+         "x+"},
+        {"{\"model\": {\"type\": \"BPE\", \"byte_fallback\": true, " VOCAB "}}", "pre_tokenizer"},
+        {"{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 10}, \"merges\": []}, " BYTES "}", "id 10"},
+        {"{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 1, \"b\": 1}, \"merges\": []}, " BYTES "}",
+         "one id"},
+        {"{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 1}, \"merges\": [\"a\"]}, " BYTES "}", "merges"},
+    };
+    psoup_model_config c = PSOUP_MODEL_CONFIG_INIT;
+    c.vocab_size = 4;
+    c.hidden_size = c.intermediate_size = 8;
+    c.num_hidden_layers = c.num_attention_heads = 1;
+    OK(psoup__hf_config_write(context, scratch, &c, &error));
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        psoup__gguf_writer *writer;
+        write_file("tokenizer.json", cases[i].json, strlen(cases[i].json));
+        OK(psoup__gguf_create(context, in_scratch("strange.gguf"), &writer, &error));
+        psoup_status status = psoup__gguf_metadata_from(writer, scratch, PSOUP_F32, &error);
+        ck_assert_msg((status == PSOUP_OK) == (cases[i].says == NULL), "%zu: %s", i, error.message);
+        if (cases[i].says != NULL)
+            ck_assert_msg(strstr(error.message, cases[i].says) != NULL, "%zu: %s", i, error.message);
+        psoup__gguf_writer_free(writer);
+    }
+    psoup__gguf_writer *writer;
+    unlink(in_scratch("tokenizer.json"));
+    write_file("tokenizer.model", "x", 1);
+    OK(psoup__gguf_create(context, in_scratch("strange.gguf"), &writer, &error));
+    ck_assert_int_eq(psoup__gguf_metadata_from(writer, scratch, PSOUP_F32, &error), PSOUP_ERROR_UNSUPPORTED);
+    ck_assert_ptr_nonnull(strstr(error.message, "tokenizer.model"));
+    psoup__gguf_writer_free(writer);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("gguf_files");
     TCase *c = tcase_create("gguf_files");
@@ -281,6 +333,7 @@ int main(void) {
     tcase_add_loop_test(c, models_load, 0, 5);
     tcase_add_test(c, quantised_model_loads);
     tcase_add_loop_test(c, sidecars, 0, 3);
+    tcase_add_test(c, strange_tokenizers);
     suite_add_tcase(suite, c);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);

@@ -220,7 +220,8 @@ START_TEST(takes_what_is_legal) {
     b.n = 0;
     put(&b, 0x46554747, 4);
     put(&b, 3, 4);
-    put(&b, 0, 16);
+    put(&b, 0, 8);
+    put(&b, 0, 8);
     ck_assert_msg(parse(&b) == PSOUP_OK, "%s", error.message);
 }
 END_TEST

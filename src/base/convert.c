@@ -97,41 +97,64 @@ static void f32_to_bf16(char *restrict out, const char *restrict in, size_t n) {
     }
 }
 
+/* The choice is one of masks, for a compiler moves a float operation behind a branch when only one side
+ * needs it, and does not vectorise the loop then. */
+static inline uint32_t choose(bool first, uint32_t a, uint32_t b) {
+#ifdef __AVX512F__
+    return first ? a : b; /* which has masked operations for it */
+#else
+    uint32_t mask = 0u - (uint32_t)first;
+    return (a & mask) | (b & ~mask);
+#endif
+}
+
+static inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
 /* e4m3: 1 sign, 4 exponent (bias 7), 3 fraction; magnitude 0x7f is NaN, there is no infinity. */
 static inline uint32_t f32_of_e4m3(uint8_t c) {
-    uint32_t magnitude = c & 0x7fu, normal = (magnitude << 20) + (120u << 23), subnormal;
-    float small = (float)(int32_t)magnitude * 0x1p-9f;
-    memcpy(&subnormal, &small, 4);
-    uint32_t bits = magnitude < 8 ? subnormal : normal;
-    bits = magnitude == 0x7f ? 0x7ff00000u : bits;
+    uint32_t magnitude = c & 0x7fu, small = magnitude < 8; /* 2⁻⁶ (1 + m/8) − 2⁻⁶ then */
+    float value = float_of((magnitude << 20) + ((120u + small) << 23)) - float_of(choose(small, 121u << 23, 0));
+    uint32_t bits = choose(magnitude == 0x7f, 0x7ff00000u, bits_of(value));
     return bits | (uint32_t)(c & 0x80u) << 24;
 }
 
 static inline uint8_t e4m3_of_f32(uint32_t f) {
-    uint32_t magnitude = f & 0x7fffffffu, subnormal;
-    float shifted;
-    memcpy(&shifted, &magnitude, 4);
-    shifted = (magnitude < 0x3c800000u ? shifted : 0.0f) + 0x1p14f; /* a last place of 2⁻⁹ */
-    memcpy(&subnormal, &shifted, 4);
-    subnormal -= 0x46800000u;
+    uint32_t magnitude = f & 0x7fffffffu;
+    bool small = magnitude < 0x3c800000u; /* 2⁻⁶; to a last place of 2⁻⁹ */
+    uint32_t subnormal = bits_of(float_of(choose(small, magnitude, 0)) + 0x1p14f) - 0x46800000u;
     uint32_t normal = (magnitude - (120u << 23) + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
-    uint32_t bits = magnitude < 0x3c800000u ? subnormal : normal; /* 2⁻⁶ */
-    bits = magnitude >= 0x43f00000u ? 0x7fu : bits;               /* 480 and more, infinity, NaN */
+    uint32_t bits = choose(small, subnormal, normal);
+    bits = choose(magnitude >= 0x43f00000u, 0x7fu, bits); /* 480 and more, infinity, NaN */
     return (uint8_t)(bits | (f >> 24 & 0x80u));
 }
 
-/* e5m2: the upper byte of an f16. */
+/* e5m2: the upper byte of an f16; 1 sign, 5 exponent (bias 15), 2 fraction. */
+static inline uint32_t f32_of_e5m2(uint8_t c) {
+    uint32_t magnitude = c & 0x7fu, small = magnitude < 4; /* 2⁻¹⁴ (1 + m/4) − 2⁻¹⁴ then */
+    float value = float_of((magnitude << 21) + ((112u + small) << 23)) - float_of(choose(small, 113u << 23, 0));
+    uint32_t special = magnitude << 21 | 0x7f800000u | (uint32_t)(magnitude > 0x7c) << 22;
+    uint32_t bits = choose(magnitude >= 0x7c, special, bits_of(value));
+    return bits | (uint32_t)(c & 0x80u) << 24;
+}
+
 static inline uint8_t e5m2_of_f32(uint32_t f) {
-    uint32_t magnitude = f & 0x7fffffffu, subnormal;
-    float shifted;
-    memcpy(&shifted, &magnitude, 4);
-    shifted = (magnitude < 0x38800000u ? shifted : 0.0f) + 0x1p7f; /* a last place of 2⁻¹⁶ */
-    memcpy(&subnormal, &shifted, 4);
-    subnormal -= 0x43000000u;
+    uint32_t magnitude = f & 0x7fffffffu;
+    bool small = magnitude < 0x38800000u; /* 2⁻¹⁴; to a last place of 2⁻¹⁶ */
+    uint32_t subnormal = bits_of(float_of(choose(small, magnitude, 0)) + 0x1p7f) - 0x43000000u;
     uint32_t normal = (magnitude - (112u << 23) + 0xfffffu + (magnitude >> 21 & 1u)) >> 21;
-    uint32_t bits = magnitude < 0x38800000u ? subnormal : normal; /* 2⁻¹⁴ */
-    bits = magnitude >= 0x47800000u ? 0x7cu : bits;               /* 65536 and more: infinity */
-    bits = magnitude > 0x7f800000u ? 0x7fu : bits;
+    uint32_t bits = choose(small, subnormal, normal);
+    bits = choose(magnitude >= 0x47800000u, 0x7cu, bits); /* 65536 and more: infinity */
+    bits = choose(magnitude > 0x7f800000u, 0x7fu, bits);
     return (uint8_t)(bits | (f >> 24 & 0x80u));
 }
 
@@ -152,7 +175,7 @@ static void f32_to_e4m3(char *restrict out, const char *restrict in, size_t n) {
 
 static void e5m2_to_f32(char *restrict out, const char *restrict in, size_t n) {
     for (size_t i = 0; i < n; i++) {
-        uint32_t f = f32_of_f16((uint16_t)((uint8_t)in[i] << 8));
+        uint32_t f = f32_of_e5m2((uint8_t)in[i]);
         memcpy(out + 4 * i, &f, 4);
     }
 }
@@ -196,15 +219,18 @@ static void f32_to_q8_0(char *restrict out, const char *restrict in, size_t n) {
         inverse = 1.0f / d;
         memcpy(&bits, &d, 4);
         uint16_t h = f16_of_f32(bits);
-        bool zero = most >= 0x7f800000u || d < 0x1p-126f; /* the inverse of less overflows */
         if (most >= 0x7f800000u)
             h = 0x7e00;
         memcpy(out, &h, 2);
+        if (most >= 0x7f800000u || d < 0x1p-126f) { /* the inverse of less overflows */
+            memset(out + 2, 0, PSOUP__Q8_BLOCK);
+            continue;
+        }
         for (int i = 0; i < PSOUP__Q8_BLOCK; i++) {
-            float v = zero ? 0.0f : x[i] * inverse, whole = (float)(int32_t)v;
-            float rest = v - whole; /* exact */
-            whole += rest >= 0.5f ? 1.0f : rest <= -0.5f ? -1.0f : 0.0f;
-            out[2 + i] = (char)(signed char)(int32_t)whole;
+            float v = x[i] * inverse;
+            int32_t whole = (int32_t)v;
+            float rest = v - (float)whole; /* exact */
+            out[2 + i] = (char)(whole + (rest >= 0.5f) - (rest <= -0.5f));
         }
     }
 }

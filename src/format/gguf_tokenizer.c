@@ -390,10 +390,19 @@ psoup_status psoup__gguf_write_tokenizer(psoup__gguf_writer *writer, const char 
     psoup_context *context = psoup__gguf_writer_context(writer);
     psoup_json *root = NULL;
     vocabulary v = {.writer = writer, .context = context, .n = (size_t)config->vocab_size, .error = error};
-    char *settings = NULL;
+    char *settings = NULL, *spm = NULL;
     if ((v.path = psoup__path_join(context, directory, "tokenizer.json", error)) == NULL ||
-        (settings = psoup__path_join(context, directory, "tokenizer_config.json", error)) == NULL)
+        (settings = psoup__path_join(context, directory, "tokenizer_config.json", error)) == NULL ||
+        (spm = psoup__path_join(context, directory, "tokenizer.model", error)) == NULL)
         goto fail;
+    if (!psoup__file_exists(v.path) && psoup__file_exists(spm)) {
+        status = psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                             "%s: is not read without a tokenizer.json beside it; make one with python -c "
+                             "\"from transformers import AutoTokenizer as T; "
+                             "T.from_pretrained('%.200s').save_pretrained('%.200s')\"",
+                             spm, directory, directory);
+        goto fail;
+    }
     if (!psoup__file_exists(v.path)) {
         psoup__log(context, PSOUP_LOG_WARNING, "%s is not there: %s has no vocabulary", v.path,
                    psoup__gguf_writer_path(writer));
@@ -415,6 +424,7 @@ fail:
     psoup_json_free(v.config);
     psoup_json_free(root);
     psoup__free(context, settings);
+    psoup__free(context, spm);
     psoup__free(context, v.path);
     return status;
 }
