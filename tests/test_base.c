@@ -112,7 +112,9 @@ START_TEST(option_structs_end_without_padding) {
         ENDS(psoup_session_options, reserved),   ENDS(psoup_step, values),
         ENDS(psoup_sft_options, user),           ENDS(psoup_reward_options, user),
         ENDS(psoup_ppo_options, tokenizer),      ENDS(psoup_ppo_trace, kl_coefficient),
-        ENDS(psoup_merger_options, progress_user), ENDS(psoup_merge_report, mean_error),
+        ENDS(psoup_merger_options, resume),      ENDS(psoup_merge_report, mean_error),
+        ENDS(psoup_merge_sink, write),           ENDS(psoup_merge_tensors, user),
+        ENDS(psoup_merge_device, copy),
         ENDS(psoup_feedback_options, user),      ENDS(psoup_feedback_counts, unparsed),
     };
     for (size_t i = 0; i < sizeof structs / sizeof *structs; i++)
