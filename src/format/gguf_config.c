@@ -75,7 +75,10 @@ static const char *key_of(bool qwen2, const char *field, char out[96]) {
 static psoup_status read_sizes(const psoup__gguf *file, bool qwen2, psoup_model_config *c,
                                psoup_error *error) {
     const psoup__tensor *embedding = psoup__gguf_find(file, "token_embd.weight");
-    int64_t rows = embedding != NULL && embedding->rank == 2 ? embedding->shape[0] : -1;
+    const psoup__gguf_value *tokens = psoup__gguf_get(file, "tokenizer.ggml.tokens");
+    int64_t rows = tokens != NULL && tokens->type == PSOUP__GGUF_ARRAY ? (int64_t)tokens->count : -1;
+    if (embedding != NULL && embedding->rank == 2)
+        rows = embedding->shape[0];
     const struct {
         const char *field;
         int32_t *out;
@@ -121,9 +124,10 @@ static psoup_status read_rope(const psoup__gguf *file, bool qwen2, psoup_model_c
     psoup__gguf_string(file, key_of(qwen2, "rope.scaling.type", key), &name, &length);
     double linear = psoup__gguf_real(file, key_of(qwen2, "rope.scale_linear", key), 1);
     c->rope_factor = (float)psoup__gguf_real(file, key_of(qwen2, "rope.scaling.factor", key), linear);
-    c->rope_original_max_position = (int32_t)psoup__gguf_integer(
+    int64_t original = psoup__gguf_integer(
         file, key_of(qwen2, "rope.scaling.original_context_length", key), c->max_position_embeddings);
-    if (c->rope_original_max_position < 1)
+    c->rope_original_max_position = (int32_t)original;
+    if (original < 1 || original > INT32_MAX)
         return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %s: expected a positive number",
                            psoup__gguf_path(file), key);
     if (freqs != NULL)

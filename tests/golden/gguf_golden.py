@@ -6,6 +6,8 @@ libpsoup writes loads in llama.cpp and transformers with equal logits.
     python tests/golden/gguf_golden.py --llama-cpp DIR    writes tests/golden/gguf/
     python tests/golden/gguf_golden.py --check DIR        checks what test_gguf and test_gguf_files wrote
         with PSOUP_TEST_KEEP=DIR; LLAMA_PYTHON names a python that has llama-cpp-python 0.3.36
+    python tests/golden/gguf_golden.py --program bin/psoup    the same of what `psoup merge` writes
+    python tests/golden/gguf_golden.py --vocabularies LLAMA_CPP bin/psoup    published vocabularies, both ways
 """
 import io
 import json
@@ -270,10 +272,117 @@ def check(directory):
     print("all as it should be")
 
 
+def check_program(psoup):
+    """Conversions and merges by the program, in llama.cpp and transformers."""
+    tokens = [1, 5, 42, 17, 9, 200, 33, 77, 3, 250]
+    llama, gguf = os.path.join(HERE, "llama"), os.path.join(HERE, "llama-bf16.gguf")
+
+    def logits(directory, adapter=None):
+        with torch.inference_mode():
+            model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32)
+            if adapter is not None:
+                model = PeftModel.from_pretrained(model, adapter)
+            return model(torch.tensor([tokens])).logits[0]
+
+    with tempfile.TemporaryDirectory() as work:
+        def merge(out, *arguments):
+            path = os.path.join(work, out)
+            subprocess.run([psoup, "merge", "--out", path, *arguments], check=True, capture_output=True)
+            return path
+
+        plain, rslora = os.path.join(HERE, "adapter_llama"), os.path.join(HERE, "adapter_rslora")
+        want = {name: logits(llama, path) for name, path in (("plain", plain), ("rslora", rslora))}
+        base = merge("base.gguf", "--dtype", "f32", llama + "=1")
+        results = {
+            "base.gguf + adapter.gguf folded into one.gguf, llama.cpp against PEFT":
+                (llama_cpp(merge("folded.gguf", "--base", gguf, "--dtype", "f32", plain + ".gguf=1"), tokens)[0],
+                 want["plain"]),
+            "PEFT to adapter.gguf, rsLoRA and patterns, llama.cpp against PEFT":
+                (llama_cpp(base, tokens, merge("adapter.gguf", "--reference", llama, rslora + "=1"))[0],
+                 want["rslora"]),
+            "adapter.gguf to PEFT, against the PEFT it was made of":
+                (logits(llama, merge("peft", "--reference", llama, plain + ".gguf=1")), want["plain"]),
+            "model.gguf to a directory, transformers against the directory it was made of":
+                (logits(merge("hf", gguf + "=1")), logits(llama)),
+            "half of two adapters, one PEFT, one GGUF, as adapter.gguf in llama.cpp against PEFT":
+                (llama_cpp(base, tokens, merge("soup.gguf", "--reference", llama, rslora + "=0.5",
+                                               plain + ".gguf=0.5"))[0],
+                 logits(llama, merge("soup", "--reference", llama, rslora + "=0.5", plain + "=0.5"))),
+        }
+        for name, (got, expected) in results.items():
+            print(f"{name}: {largest(got, expected):.2e}")
+            if largest(got, expected) > 1e-5:
+                sys.exit("too far apart")
+        AutoTokenizer.from_pretrained(os.path.join(work, "hf"))
+    print("all as it should be")
+
+
+VOCAB_ONLY = """
+import json, sys
+from llama_cpp import Llama
+llama = Llama(sys.argv[1], vocab_only=True, verbose=False)
+json.dump([llama.tokenize(t.encode(), add_bos=False, special=False) for t in json.load(sys.stdin)], sys.stdout)
+"""
+VOCABULARIES = ("llama-spm", "llama-bpe", "qwen2", "gpt-2", "starcoder", "refact", "phi-3")
+
+
+def check_vocabularies(llama_cpp_tree, psoup):
+    """llama.cpp's tree has the vocabularies of published models, with texts and the ids that their own
+    tokenizers give: GGUF to tokenizer.json to GGUF by the program."""
+    import numpy as np
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+    from tokenizers import Tokenizer
+    for name in VOCABULARIES:
+        path = os.path.join(llama_cpp_tree, "models", f"ggml-vocab-{name}.gguf")
+        fields = GGUFReader(path).fields
+        texts = open(path + ".inp", encoding="utf-8", newline="").read().split("\n__ggml_vocab_test__\n")
+        ids = [[int(i) for i in line.split()] for line in open(path + ".out")][:len(texts)]
+        with tempfile.TemporaryDirectory() as work:
+            model, back = os.path.join(work, "model.gguf"), os.path.join(work, "back.gguf")
+            hf = os.path.join(work, "hf")
+            writer = GGUFWriter(model, "llama")  # the vocabulary with the least of models around it
+            for key, field in fields.items():
+                if key.startswith("tokenizer."):
+                    sub = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+                    writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub)
+            vocab = len(fields["tokenizer.ggml.tokens"].contents())
+            for add, value in ((writer.add_vocab_size, vocab), (writer.add_context_length, 64),
+                               (writer.add_embedding_length, 2), (writer.add_feed_forward_length, 2),
+                               (writer.add_block_count, 1), (writer.add_head_count, 1),
+                               (writer.add_head_count_kv, 1), (writer.add_layer_norm_rms_eps, 1e-5)):
+                add(value)
+            for tensor, shape in (("token_embd", (vocab, 2)), ("output_norm", (2,)), ("blk.0.attn_norm", (2,)),
+                                  ("blk.0.ffn_norm", (2,)), *((f"blk.0.{m}", (2, 2)) for m in (
+                                      "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up",
+                                      "ffn_down"))):
+                writer.add_tensor(tensor + ".weight", np.zeros(shape, np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            for out, source in ((hf, model), (back, hf)):
+                subprocess.run([psoup, "merge", "--out", out, source + "=1"], check=True, capture_output=True)
+            tokenizer = Tokenizer.from_file(os.path.join(hf, "tokenizer.json"))
+            cut = subprocess.run(
+                [os.environ["LLAMA_PYTHON"], "-c", VOCAB_ONLY, back], input=json.dumps(texts), check=True,
+                capture_output=True, text=True)
+            there = sum(tokenizer.encode(t, add_special_tokens=False).ids != i for t, i in zip(texts, ids))
+            again = sum(got != i for got, i in zip(json.loads(cut.stdout), ids))
+            print(f"{name}: {vocab} tokens, {len(texts)} texts; cut otherwise by tokenizer.json {there}, by our "
+                  f"GGUF of it in llama.cpp {again}")
+            if there + again > 0:
+                sys.exit("not as the model's own tokenizer")
+    print("all as it should be")
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] == "--llama-cpp":
         main(os.path.abspath(sys.argv[2]))
     elif len(sys.argv) == 3 and sys.argv[1] == "--check":
         check(sys.argv[2])
+    elif len(sys.argv) == 3 and sys.argv[1] == "--program":
+        check_program(os.path.abspath(sys.argv[2]))
+    elif len(sys.argv) == 4 and sys.argv[1] == "--vocabularies":
+        check_vocabularies(sys.argv[2], os.path.abspath(sys.argv[3]))
     else:
         sys.exit(__doc__)
