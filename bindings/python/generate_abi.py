@@ -253,14 +253,15 @@ def abi(h):
     out.append(")\nOPAQUE = (")
     out += ["    %s," % n for n, f in h.structs if f is None]
     out.append(")\n")
-    out.append("# What the INIT macros set; other fields are zero, and size is the struct's.\nDEFAULTS = {")
+    out.append("# What the INIT macros set; other fields are zero, and size is the struct's.\n"
+               "DEFAULTS: Dict[Any, Dict[str, Any]] = {")
     for name, values in h.defaults().items():
         out.append("    %s: {" % name)
         out += ['        "%s": %s,' % (f, tuple(v) if isinstance(v, list) else repr(v))
                 for f, v in values.items()]
         out.append("    },")
     out.append("}\n")
-    out.append("# Fields that hold an enum.\nENUM_FIELDS = {")
+    out.append("# Fields that hold an enum.\nENUM_FIELDS: Dict[Any, Dict[str, Any]] = {")
     notes = comments()
     for name, members in h.structs:
         named = [(f, enum_of(h, notes, name, f, t)) for f, t in members or ()]
@@ -268,7 +269,7 @@ def abi(h):
             out.append("    %s: {%s}," % (name, ", ".join('"%s": %s' % (f, camel(e)) for f, e in named if e)))
     out.append("}\n")
     out.append("# ---- functions: name: (result, [parameters]) ----------------------------------------------------\n")
-    out.append("FUNCTIONS = {")
+    out.append("FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {")
     for name, returns, parameters in h.functions:
         words = [h.ctype(t, "parameter") for _, t in parameters]
         out.append('    "%s": (%s, [%s]),' % (name, h.ctype(returns, "return"), ", ".join(words)))
@@ -276,7 +277,7 @@ def abi(h):
     body = "\n".join(out)
     words = sorted(set(re.findall(r"\b(c_\w+|CFUNCTYPE|POINTER|Structure)\b", body)), key=str.lower)
     names = "\n".join(textwrap.wrap(", ".join(words), 80, initial_indent="    ", subsequent_indent="    "))
-    return "%s\nfrom ctypes import (\n%s,\n)\nfrom enum import IntEnum\n%s" % (
+    return "%s\nfrom ctypes import (\n%s,\n)\nfrom enum import IntEnum\nfrom typing import Any, Dict, List, Tuple\n%s" % (
         HEADING % "The binary interface of libpsoup: its enums, structs, callbacks and functions.",
         names, body)
 
@@ -338,7 +339,8 @@ from typing import Sequence, TypedDict, Union
             elif bare in ("float", "double"):
                 kind = "float"
             elif re.match(r"^(u?int\d+_t|int|size_t)$", bare) or bare in h.enum_names:
-                kind = "Union[int, str]" if enum_of(h, notes, name, field, ctype) else "int"
+                kind = ("Union[int, str]" if enum_of(h, notes, name, field, ctype) else
+                        "Union[int, str, Sequence[str]]" if field == "targets" else "int")
             else:
                 continue  # pointers and callbacks: the call's own parameters
             lines.append((field, kind, notes.get(name, {}).get(field, ""),

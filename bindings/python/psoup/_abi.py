@@ -8,6 +8,7 @@ from ctypes import (
     c_uint32, c_uint64, c_void_p, CFUNCTYPE, POINTER, Structure,
 )
 from enum import IntEnum
+from typing import Any, Dict, List, Tuple
 
 # ---- enums -------------------------------------------------------------------------------------
 
@@ -839,7 +840,7 @@ OPAQUE = (
 )
 
 # What the INIT macros set; other fields are zero, and size is the struct's.
-DEFAULTS = {
+DEFAULTS: Dict[Any, Dict[str, Any]] = {
     psoup_context_options: {
     },
     psoup_model_config: {
@@ -943,7 +944,7 @@ DEFAULTS = {
 }
 
 # Fields that hold an enum.
-ENUM_FIELDS = {
+ENUM_FIELDS: Dict[Any, Dict[str, Any]] = {
     psoup_error: {"status": Status},
     psoup_named_tensor: {"dtype": Dtype},
     psoup_field: {"type": FieldType},
@@ -958,7 +959,7 @@ ENUM_FIELDS = {
 
 # ---- functions: name: (result, [parameters]) ----------------------------------------------------
 
-FUNCTIONS = {
+FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_version": (c_char_p, []),
     "psoup_status_name": (c_char_p, [c_int]),
     "psoup_dtype_size": (c_size_t, [c_int]),

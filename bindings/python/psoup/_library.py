@@ -73,7 +73,7 @@ def call(function: Any, *arguments: Any) -> None:
 
 def failure(status: int, message: bytes = b"") -> Error:
     text = message.decode("utf-8", "replace") or lib.psoup_status_name(status).decode()
-    return BY_STATUS.get(status, Error)(text)
+    return BY_STATUS.get(_abi.Status(status), Error)(text)
 
 
 def call_long(function: Any, *arguments: Any) -> None:

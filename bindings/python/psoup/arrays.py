@@ -21,7 +21,7 @@ from ._abi import Dtype
 from ._library import lib, member
 
 try:
-    import numpy
+    import numpy  # type: ignore[import-not-found, unused-ignore]
 except ImportError:  # everything works without it
     numpy = None  # type: ignore[assignment]
 
@@ -242,7 +242,7 @@ def empty(shape: Union[int, Sequence[int]], dtype: DtypeLike = Dtype.F32) -> Any
         if not name:
             name = next(n for n, d in _NAMES.items() if d == kind)
             try:
-                import ml_dtypes
+                import ml_dtypes  # type: ignore[import-not-found, unused-ignore]
                 return numpy.empty(shape, getattr(ml_dtypes, name))
             except (ImportError, AttributeError):
                 name = "uint16" if lib.psoup_dtype_size(kind) == 2 else "uint8"
@@ -252,7 +252,8 @@ def empty(shape: Union[int, Sequence[int]], dtype: DtypeLike = Dtype.F32) -> Any
     for d in shape:
         n *= d
     flat = memoryview(bytearray(max(n, 1) * lib.psoup_dtype_size(kind)))
-    return flat[:n * lib.psoup_dtype_size(kind)].cast(letter, shape) if n else flat[:0].cast(letter)
+    part: Any = flat[:n * lib.psoup_dtype_size(kind)]
+    return part.cast(letter, shape) if n else part.cast(letter)
 
 
 def empty_like(x: Any, dtype: Optional[DtypeLike] = None, shape: Optional[Sequence[int]] = None) -> Any:
@@ -278,12 +279,14 @@ class Row:
 
     __slots__ = ("pointer", "n", "keep")
 
+    keep: Any
+
     def __init__(self, x: Any, dtype: Dtype, kind: Any, letter: str, what: str) -> None:
         if not isinstance(x, (list, tuple)):
             try:
                 seen = view(x, what=what)
             except TypeError:
-                seen = None
+                seen = None  # type: ignore[assignment]
             if seen is not None and len(seen.shape) == 1 and seen.dtype == dtype and seen.is_contiguous:
                 self.pointer, self.n, self.keep = seen.pointer(kind), seen.size, seen
                 return
@@ -293,7 +296,7 @@ class Row:
         own = array.array(letter, x)
         self.keep = own
         self.n = len(own)
-        self.pointer = ctypes.cast(own.buffer_info()[0] or None, POINTER(kind))
+        self.pointer = ctypes.cast(ctypes.c_void_p(own.buffer_info()[0] or None), POINTER(kind))
 
 
 def ids(x: Any, what: str = "tokens") -> Row:

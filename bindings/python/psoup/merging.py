@@ -121,7 +121,8 @@ class Merger(Handle):
                 pulled[index].read(offset, memoryview((ctypes.c_char * n).from_address(data)).cast("B"))
                 return 0
 
-            out.read = callback(dict(_abi.psoup_merge_tensors._fields_)["read"], read, self._raised)
+            kinds: Dict[str, Any] = {name: kind for name, kind, *_ in _abi.psoup_merge_tensors._fields_}
+            out.read = callback(kinds["read"], read, self._raised)
             keep.append(out.read)
         self._kept += keep
         self._like = self._like or source
@@ -165,7 +166,7 @@ class Merger(Handle):
 
     def _stream(self, tensor: Callable[[str, Dtype, Tuple[int, ...]], Any],
                 write: Callable[[int, int, int], Any]) -> None:
-        kinds = dict(_abi.psoup_merge_sink._fields_)
+        kinds: Dict[str, Any] = {name: kind for name, kind, *_ in _abi.psoup_merge_sink._fields_}
 
         def begin(user: Any, name: bytes, dtype: int, rank: int, shape: Any) -> int:
             tensor(text(name), Dtype(dtype), tuple(shape[:rank]))
@@ -370,7 +371,7 @@ def merge(sources: Union[Mapping[str, Source], Sequence[Source]],
           weights: Union[Mapping[str, float], Sequence[float]], method: Union[None, str, MergeMethod] = None,
           base: Optional[Source] = None, out: Optional[MutableMapping[str, Any]] = None,
           dtype: Optional[DtypeLike] = None, any_sum: bool = False, progress: Any = None,
-          context: Optional[Context] = None, **options: Unpack[MergerOptions]) -> MutableMapping[str, Any]:
+          context: Optional[Context] = None, **options: Any) -> MutableMapping[str, Any]:
     """Merges state dicts (or files) into a state dict:
 
         soup = psoup.merge({"a": model_a.state_dict(), "b": model_b.state_dict()}, {"a": 0.3, "b": 0.7})
@@ -381,8 +382,7 @@ def merge(sources: Union[Mapping[str, Source], Sequence[Source]],
     `out`. In a sum, tensors that are no floats (position ids, counters) must be equal in all sources and
     are carried over.
     """
-    named = isinstance(sources, Mapping)
-    keys = list(sources) if named else list(range(len(sources)))
+    keys: List[Any] = list(sources) if isinstance(sources, Mapping) else list(range(len(sources)))
     if isinstance(weights, Mapping):
         if set(weights) != set(keys):
             raise ArgumentError("the weights are of %s: expected of %s" % (sorted(weights), sorted(map(str, keys))))
@@ -396,7 +396,7 @@ def merge(sources: Union[Mapping[str, Source], Sequence[Source]],
         raise ArgumentError("there are %d sources and %d weights" % (len(keys), len(weights)))
     if not any_sum and not abs(sum(weights) - 1) <= 1e-6:
         raise ArgumentError("the weights sum to %.9g: expected 1 (any_sum allows others)" % sum(weights))
-    dicts: List[Arrays] = [sources[k] for k in keys]  # type: ignore[index]
+    dicts: List[Any] = [sources[k] for k in keys]  # type: ignore[index]
     names = list(dicts[0])
     for key, d in zip(keys, dicts):
         odd = set(d).symmetric_difference(names)

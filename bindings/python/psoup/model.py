@@ -156,10 +156,10 @@ class Model(Handle):
             return tuple(text(lib.psoup_model_adapter_name(self.handle, i))
                          for i in range(lib.psoup_model_adapters(self.handle)))
 
-    def add_adapter(self, name: str, targets: Union[int, str, Sequence[str]] = ("q_proj", "v_proj"),
-                    **options: Unpack[AdapterOptions]) -> None:
-        """Adds an adapter: rank=16, alpha=32.0, rslora=0, seed=0; B is zero, so it changes nothing yet."""
-        struct = adapter_options({**options, "targets": targets})
+    def add_adapter(self, name: str, **options: Unpack[AdapterOptions]) -> None:
+        """Adds an adapter: rank=16, alpha=32.0, targets=["q_proj", "v_proj"], rslora=0, seed=0. Its B is zero,
+        so it changes nothing yet."""
+        struct = adapter_options(options)
         with self.lock:
             call(lib.psoup_model_add_adapter, self.handle, encoded(name), struct)
 

@@ -87,7 +87,7 @@ class AdapterOptions(TypedDict, total=False):
     # scale = alpha / sqrt(rank) instead; default 0
     rslora: int
     # default 5
-    targets: int
+    targets: Union[int, str, Sequence[str]]
     # A is uniform(−1/√in, 1/√in) (PEFT's kaiming_uniform, a = √5), B is 0; default 0
     seed: int
 

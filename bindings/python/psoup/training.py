@@ -102,10 +102,8 @@ class Reward(Handle):
 
     model: Model
 
-    def __init__(self, model: Model, name: str,
-                 targets: Union[int, str, Sequence[str]] = ("q_proj", "v_proj"),
-                 **options: Unpack[AdapterOptions]) -> None:
-        struct = adapter_options({**options, "targets": targets})
+    def __init__(self, model: Model, name: str, **options: Unpack[AdapterOptions]) -> None:
+        struct = adapter_options(options)
         with model.lock:
             self._open(create(_abi.psoup_reward, lib.psoup_reward_create, model.handle, encoded(name), struct), model)
 
