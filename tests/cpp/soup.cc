@@ -228,6 +228,23 @@ static void test_merging_in_memory(const psoup::context &context) {
     module.b_out = qb.data();
     NEED(psoup::merge_factors_batch(context, PSOUP_MERGE_DELTA, {&module, 1}));
     CHECK(qa[1] * qb[1] == 20);
+    floats part{0, 0};
+    psoup_merge_view slice{}, whole{};
+    slice.data = part.data();
+    slice.rows = 1;
+    slice.columns = 2;
+    whole = slice;
+    whole.data = const_cast<float *>(base.data());
+    NEED(psoup::merge_fold_view(context, slice, whole, 1, 1, 2, 3, factors, one));
+    CHECK((part == floats{21, 31}));
+    NEED(psoup::merge_views(context, slice, {&whole, 1}, one));
+    CHECK((part == floats{1, 1}));
+    part = {7, 7};
+    NEED(psoup::merge_copy(context, slice, whole));
+    CHECK((part == floats{1, 1}));
+    slice.place = PSOUP_MERGE_DEVICE;
+    CHECK(!psoup::merge_copy(context, slice, slice)); /* there is none */
+    NEED(psoup::set_merge_device(context, nullptr));
     CHECK(!psoup::merge_factors(context, PSOUP_MERGE_DELTA, {ra.data(), 2}, rb, 1, 2, 3, factors, one));
 }
 

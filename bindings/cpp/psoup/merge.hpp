@@ -54,6 +54,9 @@ public:
     result<void> load_certificate(const std::string &path) {
         return detail::call(psoup_merger_load_certificate, get(), path.c_str());
     }
+    result<void> set_reference(const std::string &model) {
+        return detail::call(psoup_merger_set_reference, get(), model.c_str());
+    }
     result<void> set_base(const std::string &path) {
         return detail::call(psoup_merger_set_base, get(), path.c_str());
     }
@@ -204,6 +207,29 @@ inline result<double> merge_factors(const context &c, psoup_merge_method method,
 inline result<void> merge_factors_batch(const context &c, psoup_merge_method method, span<psoup_merge_module> modules,
                                         bool errors = false) {
     return detail::call(psoup_merge_factors_batch, c.get(), method, modules.data(), modules.size(), errors ? 1 : 0);
+}
+
+/* ---- slices, on the host or on a device --------------------------------------------------------------- */
+
+inline result<void> merge_views(const context &c, const psoup_merge_view &out, span<const psoup_merge_view> in,
+                                span<const double> weights) {
+    if (in.size() != weights.size()) return detail::counts("inputs", in.size(), weights.size());
+    return detail::call(psoup_merge_views, c.get(), &out, in.data(), weights.data(), in.size());
+}
+inline result<void> merge_fold_view(const context &c, const psoup_merge_view &out, const psoup_merge_view &base,
+                                    std::int64_t first_row, std::int64_t first_column, std::int64_t out_features,
+                                    std::int64_t in_features, span<const psoup_lora_factors> factors,
+                                    span<const double> weights) {
+    if (factors.size() != weights.size()) return detail::counts("adapters", factors.size(), weights.size());
+    return detail::call(psoup_merge_fold_view, c.get(), &out, &base, first_row, first_column, out_features,
+                        in_features, factors.data(), weights.data(), factors.size());
+}
+inline result<void> merge_copy(const context &c, const psoup_merge_view &out, const psoup_merge_view &in) {
+    return detail::call(psoup_merge_copy, c.get(), &out, &in);
+}
+/* nullptr takes it away. The table's functions are called by C and must not throw. */
+inline result<void> set_merge_device(const context &c, const psoup_merge_device *device) {
+    return detail::call(psoup_merge_set_device, c.get(), device);
 }
 
 } // namespace psoup

@@ -138,6 +138,11 @@ class MergeFormat(IntEnum):
     GGUF = 1
 
 
+class MergePlace(IntEnum):
+    HOST = 0
+    DEVICE = 1
+
+
 class Schedule(IntEnum):
     CONSTANT = 0
     LINEAR = 1
@@ -161,6 +166,7 @@ ENUMS = {  # by their C names
     "psoup_merge_method": MergeMethod,
     "psoup_merge_peer": MergePeer,
     "psoup_merge_format": MergeFormat,
+    "psoup_merge_place": MergePlace,
     "psoup_schedule": Schedule,
     "psoup_early_stop": EarlyStop,
 }
@@ -313,6 +319,14 @@ class psoup_merge_report(Structure):
 
 
 class psoup_lora_factors(Structure):
+    pass
+
+
+class psoup_merge_view(Structure):
+    pass
+
+
+class psoup_merge_device(Structure):
     pass
 
 
@@ -595,6 +609,22 @@ psoup_lora_factors._fields_ = [
     ("rank", c_int32),
     ("scale", c_float),
 ]
+psoup_merge_view._fields_ = [
+    ("data", c_void_p),
+    ("dtype", c_int32),
+    ("place", c_int32),
+    ("rows", c_int64),
+    ("columns", c_int64),
+    ("row_stride", c_int64),
+    ("reserved", c_uint64 * 3),
+]
+psoup_merge_device._fields_ = [
+    ("size", c_size_t),
+    ("user", c_void_p),
+    ("sum", CFUNCTYPE(c_int, c_void_p, POINTER(psoup_merge_view), POINTER(psoup_merge_view), POINTER(c_double), c_size_t, POINTER(psoup_error))),
+    ("fold", CFUNCTYPE(c_int, c_void_p, POINTER(psoup_merge_view), POINTER(psoup_merge_view), c_int64, c_int64, c_int64, POINTER(psoup_lora_factors), POINTER(c_double), c_size_t, POINTER(psoup_error))),
+    ("copy", CFUNCTYPE(c_int, c_void_p, POINTER(psoup_merge_view), POINTER(psoup_merge_view), POINTER(psoup_error))),
+]
 psoup_merge_module._fields_ = [
     ("factors", POINTER(psoup_lora_factors)),
     ("weights", POINTER(c_double)),
@@ -809,6 +839,8 @@ STRUCTS = (
     psoup_merge_tensors,
     psoup_merge_report,
     psoup_lora_factors,
+    psoup_merge_view,
+    psoup_merge_device,
     psoup_merge_module,
     psoup_step,
     psoup_example,
@@ -951,6 +983,7 @@ ENUM_FIELDS: Dict[Any, Dict[str, Any]] = {
     psoup_model_config: {"rope_scaling": RopeScaling, "torch_dtype": Dtype},
     psoup_completion: {"finish": Finish},
     psoup_merger_options: {"method": MergeMethod, "dtype": Dtype, "peer": MergePeer, "format": MergeFormat},
+    psoup_merge_view: {"dtype": Dtype, "place": MergePlace},
     psoup_sft_options: {"schedule": Schedule},
     psoup_reward_options: {"schedule": Schedule},
     psoup_rollout: {"finish": Finish},
@@ -1069,6 +1102,7 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_merger_free": (None, [POINTER(psoup_merger)]),
     "psoup_merger_set_base": (c_int, [POINTER(psoup_merger), c_char_p, POINTER(psoup_error)]),
     "psoup_merger_add": (c_int, [POINTER(psoup_merger), c_char_p, c_double, POINTER(psoup_error)]),
+    "psoup_merger_set_reference": (c_int, [POINTER(psoup_merger), c_char_p, POINTER(psoup_error)]),
     "psoup_merger_set_weights": (c_int, [POINTER(psoup_merger), POINTER(c_double), c_size_t, POINTER(psoup_error)]),
     "psoup_merger_set_parameter": (c_int, [POINTER(psoup_merger), c_int64, c_char_p, c_char_p, POINTER(c_double), c_size_t, POINTER(psoup_error)]),
     "psoup_merger_write": (c_int, [POINTER(psoup_merger), c_char_p, POINTER(psoup_error)]),
@@ -1081,6 +1115,10 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_merge_sum": (c_int, [POINTER(psoup_context), c_void_p, c_int, POINTER(c_void_p), c_int, POINTER(c_double), c_size_t, c_size_t, POINTER(psoup_error)]),
     "psoup_merge_fold": (c_int, [POINTER(psoup_context), c_void_p, c_void_p, c_int, c_int64, c_int64, POINTER(psoup_lora_factors), POINTER(c_double), c_size_t, POINTER(psoup_error)]),
     "psoup_merge_factors": (c_int, [POINTER(psoup_context), c_int, POINTER(c_float), POINTER(c_float), c_int32, c_int64, c_int64, POINTER(psoup_lora_factors), POINTER(c_double), c_size_t, POINTER(c_double), POINTER(psoup_error)]),
+    "psoup_merge_views": (c_int, [POINTER(psoup_context), POINTER(psoup_merge_view), POINTER(psoup_merge_view), POINTER(c_double), c_size_t, POINTER(psoup_error)]),
+    "psoup_merge_fold_view": (c_int, [POINTER(psoup_context), POINTER(psoup_merge_view), POINTER(psoup_merge_view), c_int64, c_int64, c_int64, c_int64, POINTER(psoup_lora_factors), POINTER(c_double), c_size_t, POINTER(psoup_error)]),
+    "psoup_merge_copy": (c_int, [POINTER(psoup_context), POINTER(psoup_merge_view), POINTER(psoup_merge_view), POINTER(psoup_error)]),
+    "psoup_merge_set_device": (c_int, [POINTER(psoup_context), POINTER(psoup_merge_device), POINTER(psoup_error)]),
     "psoup_merge_factors_batch": (c_int, [POINTER(psoup_context), c_int, POINTER(psoup_merge_module), c_size_t, c_int32, POINTER(psoup_error)]),
     "psoup_merge_inspect": (c_int, [POINTER(psoup_context), POINTER(c_char_p), c_size_t, POINTER(c_double), POINTER(POINTER(psoup_json)), POINTER(psoup_error)]),
     "psoup_merge_inspect_plot": (c_int, [POINTER(psoup_context), POINTER(psoup_json), POINTER(c_char_p), c_char_p, POINTER(psoup_error)]),

@@ -80,6 +80,12 @@ class Merger(Handle):
         with self.lock:
             call(lib.psoup_merger_load_certificate, self.handle, encoded(path))
 
+    def set_reference(self, model: Path) -> None:
+        """The model whose heads say how q's and k's rows are ordered in GGUF adapters, where nothing else
+        does. Before the adapters are added."""
+        with self.lock:
+            call(lib.psoup_merger_set_reference, self.handle, encoded(model))
+
     def set_base(self, base: Source) -> None:
         """What adapters are folded into, and what methods of task vectors take differences from."""
         with self.lock:
@@ -239,9 +245,9 @@ def inspect(adapters: Sequence[Path], weights: Optional[Sequence[float]] = None,
 
 def merge_sum(arrays: Sequence[Any], weights: Sequence[float], out: Any = None, dtype: Optional[DtypeLike] = None,
               context: Optional[Context] = None) -> Any:
-    """out = sum of weights[i] * arrays[i]: f32 accumulation in that order, rounded once. Arrays are
-    row-major, of one shape and one dtype (float32, float16 or bfloat16). `out` may be one of them, or a
-    buffer to use again; None makes one of `dtype`, or of theirs."""
+    """out = sum of weights[i] * arrays[i]: f32 accumulation in that order, rounded once. Arrays are of one
+    shape, each of any float dtype; their rows may lie apart, as those of a slice of a larger matrix do.
+    `out` may be one of them, or a buffer to use again; None makes one of `dtype`, or of the first's."""
     views = [view(a, what="arrays[%d]" % i) for i, a in enumerate(arrays)]
     if not views:
         raise ArgumentError("there are no arrays")
@@ -260,13 +266,34 @@ def _sum(context: Context, out: View, views: Sequence[View], weights: Sequence[f
         where = "%s: source %d" % (what, i - 1) if i else "%s: the result" % what
         if v.shape != first.shape:
             raise ArgumentError("%s has shape %s: expected %s" % (where, list(v.shape), list(first.shape)))
-        if i and v.dtype != first.dtype:
-            raise ArgumentError("%s is %s: expected %s" % (where, v.dtype.name.lower(), first.dtype.name.lower()))
-        if not v.is_contiguous:
-            raise ArgumentError("%s is not row-major" % where)
+    if first.dtype not in _SUMMED or any(v.dtype != first.dtype for v in views) or \
+            not all(v.is_contiguous for v in [out, *views]):
+        return _sum_views(context, out, views, row, what)
     pointers = (c_void_p * len(views))(*[v.address for v in views])
     call(lib.psoup_merge_sum, context.handle, out.address, out.dtype, pointers, first.dtype, row.pointer,
          len(views), first.size)
+
+
+_SUMMED = (Dtype.F32, Dtype.F16, Dtype.BF16)
+
+
+def _struct(v: View, what: str) -> Any:
+    """A psoup_merge_view: rows of contiguous elements."""
+    shape, strides = v.shape, v.strides
+    if v.is_contiguous:
+        columns = shape[-1] if shape else 1
+        rows, stride = (v.size // columns if columns else 0), columns
+    elif len(shape) == 2 and (strides[1] == 1 or shape[1] == 1) and strides[0] >= shape[1]:
+        (rows, columns), stride = shape, strides[0]
+    else:
+        raise ArgumentError("%s has strides %s: expected rows of elements side by side" % (what, list(strides)))
+    return _abi.psoup_merge_view(data=v.address, dtype=v.dtype, rows=rows, columns=columns, row_stride=stride)
+
+
+def _sum_views(context: Context, out: View, views: Sequence[View], row: Any, what: str) -> None:
+    structs = (_abi.psoup_merge_view * len(views))(*[_struct(v, "%s: source %d" % (what, i))
+                                                     for i, v in enumerate(views)])
+    call(lib.psoup_merge_views, context.handle, _struct(out, what + ": the result"), structs, row.pointer, len(views))
 
 
 class Factors(NamedTuple):
@@ -296,9 +323,10 @@ def _factors(factors: Sequence[Factors]) -> Tuple[Any, Any, int, int]:
 
 
 def fold(base: Any, factors: Sequence[Factors], weights: Sequence[float], out: Any = None,
-         context: Optional[Context] = None) -> Any:
-    """out = base + sum of weights[i] * scale_i * B_i A_i, rounded once. `base` is [out, in], float32,
-    float16 or bfloat16; `out` may be base itself."""
+         at: Optional[Tuple[int, int]] = None, context: Optional[Context] = None) -> Any:
+    """out = base + sum of weights[i] * scale_i * B_i A_i, rounded once. `base` is [out, in] of any float
+    dtype; `out` may be base itself. With `at` base is a slice of the linear that begins at that row and
+    column (a tensor-parallel shard); the factors are the whole linear's."""
     seen = view(base, what="base")
     structs, keep, n_out, n_in = _factors(factors)
     row = doubles(weights)
@@ -307,6 +335,13 @@ def fold(base: Any, factors: Sequence[Factors], weights: Sequence[float], out: A
     if out is None:
         out = empty_like(base)
     result = view(out, writable=True, what="out")
+    if at is not None or seen.dtype not in _SUMMED or not (seen.is_contiguous and result.is_contiguous):
+        for name, v in (("base", seen), ("out", result)):
+            if len(v.shape) != 2 or v.shape != seen.shape:
+                raise ArgumentError("%s has shape %s: expected a matrix of base's" % (name, list(v.shape)))
+        call(lib.psoup_merge_fold_view, (context or default_context()).handle, _struct(result, "out"),
+             _struct(seen, "base"), *(at or (0, 0)), n_out, n_in, structs, row.pointer, len(factors))
+        return out
     for name, v in (("base", seen), ("out", result)):
         if len(v.shape) != 2 or not v.is_contiguous or v.dtype != seen.dtype or \
                 (factors and v.shape != (n_out, n_in)) or v.shape != seen.shape:
@@ -407,7 +442,7 @@ def merge(sources: Union[Mapping[str, Source], Sequence[Source]],
     report = Bar() if progress is True else progress
     for done, name in enumerate(names):
         views = [view(d[name], what="%s of source %s" % (name, key)) for key, d in zip(keys, dicts)]
-        if views[0].dtype not in (Dtype.F32, Dtype.F16, Dtype.BF16):
+        if views[0].dtype in _WHOLE:
             result[name] = _same(name, views, dicts[0][name])
         else:
             target = out[name] if out is not None and name in out else empty_like(dicts[0][name], dtype)
@@ -427,6 +462,9 @@ def _merged(sources: Sequence[Tuple[Any, Source]], weights: Sequence[float], bas
         for (key, source), weight in zip(sources, weights):
             merger.add(source, weight, name="source %s" % key)
         return merger.run(out)
+
+
+_WHOLE = (Dtype.I8, Dtype.U8, Dtype.I16, Dtype.I32, Dtype.I64, Dtype.BOOL)
 
 
 def _same(name: str, views: Sequence[View], first: Any) -> Any:

@@ -28,6 +28,8 @@ UNUSED = {
     "psoup_fields_read", "psoup_fields_check",
     # dtype_of knows numpy's and torch's names too.
     "psoup_dtype_name", "psoup_dtype_parse",
+    # A device's table is functions of C; arrays are copied by their own libraries.
+    "psoup_merge_set_device", "psoup_merge_copy",
     # MergeMethod has the names.
     "psoup_merge_method_name", "psoup_merge_method_parse",
     "psoup_model_find_adapter",  # name in model.adapters
