@@ -197,6 +197,13 @@ static int print_report(const psoup_merge_report *report, const char *out, bool 
     return 0;
 }
 
+static bool is_recipe(const cli_list *sources) {
+    if (sources->n != 1)
+        return false;
+    const char *dot = strrchr(sources->items[0], '.');
+    return dot && (!strcmp(dot, ".yaml") || !strcmp(dot, ".yml"));
+}
+
 static int keep_nothing(void *user, uint64_t offset, const void *data, size_t bytes) {
     (void)user, (void)offset, (void)data, (void)bytes;
     return 0;
@@ -215,8 +222,14 @@ static psoup_status merge(psoup_context *context, const merge_arguments *a, psou
         status = psoup_merger_set_reference(merger, a->reference, error);
     if (status == PSOUP_OK && a->base)
         status = psoup_merger_set_base(merger, a->base, error);
-    for (size_t i = 0; status == PSOUP_OK && i < a->sources.n; i++)
-        status = add_source(merger, a->sources.items[i], error);
+    if (status == PSOUP_OK && is_recipe(&a->sources)) {
+        if (a->base)
+            status = cli_error(error, PSOUP_ERROR_ARGUMENT, "--base: a recipe names its own base");
+        else
+            status = psoup_merger_load_recipe(merger, a->sources.items[0], error);
+    } else
+        for (size_t i = 0; status == PSOUP_OK && i < a->sources.n; i++)
+            status = add_source(merger, a->sources.items[i], error);
     for (size_t i = a->parameters.n; status == PSOUP_OK && i-- > 0;) /* the first that fits is meant */
         status = set_parameter(merger, a->parameters.items[i], error);
     if (status == PSOUP_OK && a->out) {

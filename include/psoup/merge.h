@@ -168,6 +168,10 @@ psoup_status psoup_merger_add_tensors(psoup_merger *merger, const psoup_merge_te
 psoup_status psoup_merger_set_base_tensors(psoup_merger *merger, const psoup_merge_tensors *base,
                                            psoup_error *error);
 
+/* Takes everything from a mergekit YAML file: method, base, sources, parameters, slices, dtypes. Into a
+ * fresh merger only, whose options say the rest (shards, format, seed, progress). Paths are relative to the
+ * working directory, as mergekit has them. What psoup lacks is refused with its line. */
+psoup_status psoup_merger_load_recipe(psoup_merger *merger, const char *path, psoup_error *error);
 /* Takes everything from a certificate: the merge that it tells of, into a fresh merger. A run then stops where an input or a result
  * differs from it, naming file and tensor. */
 psoup_status psoup_merger_load_certificate(psoup_merger *merger, const char *path, psoup_error *error);

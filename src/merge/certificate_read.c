@@ -107,8 +107,11 @@ static psoup_status read_sources(psoup_merger *merger, const psoup_json *root, c
             merger, psoup_json_string(psoup_json_get(base, "path"), ""), error));
     for (size_t i = 0; i < psoup_json_size(sources); i++) {
         const psoup_json *one = psoup_json_at(sources, i), *files = psoup_json_get(one, "files");
+        double weight = psoup_json_real(psoup_json_get(one, "weight"), 0);
+        bool unsaid = weight == PSOUP_MERGE_UNSAID;
         PSOUP__TRY(psoup_merger_add(merger, psoup_json_string(psoup_json_get(one, "path"), ""),
-                                    psoup_json_real(psoup_json_get(one, "weight"), 0), error));
+                                    unsaid ? 1 : weight, error));
+        merger->weights[merger->n - 1] = weight;
         PSOUP__TRY(read_settings(merger, psoup_json_get(one, "settings"), path,
                                  &merger->sources[merger->n - 1].settings, error));
         if (psoup_json_get(psoup_json_at(files, 0), "sha256") != NULL)

@@ -129,6 +129,7 @@ struct psoup_merger {
     char *reference;       /* a model whose heads an adapter in GGUF is for; NULL: not said */
     char *sidecars;        /* whose tokenizer and templates go along; NULL: the base's or first model's */
     char *chat_template;   /* instead of theirs */
+    bool same_tokenizers;  /* a tokenizer was asked for: all sources' must be the same */
     bool from_recipe;      /* weights are what the recipe says and need not sum to 1 */
     psoup_json *expected;  /* the certificate that a replay must reproduce */
     bool ran;
@@ -141,6 +142,13 @@ psoup_status psoup__merger_slice_part(psoup_merger *merger, psoup__slice *slice,
                                       int64_t end, psoup__slice_part **out, psoup_error *error);
 psoup__merge_source *psoup__merger_source(psoup_merger *merger, size_t index); /* PSOUP__NONE: the base */
 psoup_status psoup__merge_progress(psoup_merger *merger, size_t done, size_t total, psoup_error *error);
+
+/* ---- recipe.c -------------------------------------------------------------------------------------------- */
+
+struct psoup__yaml_node;
+/* Takes what a recipe says into a fresh merger; `path` for messages. */
+psoup_status psoup__recipe_apply(psoup_merger *merger, const struct psoup__yaml_node *root, const char *path,
+                                 psoup_error *error);
 
 /* ---- plan.c, plan_models.c, plan_adapters.c --------------------------------------------------------------- */
 

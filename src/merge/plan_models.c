@@ -242,6 +242,12 @@ static psoup_status finish_method(psoup__plan *plan, const group *g, psoup__resu
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "tensor %.200s: slerp of %zu sources %s a base; expected two models",
                            result->name, result->inputs, result->base != PSOUP__NONE ? "and" : "without");
+    for (size_t i = 0; i < result->inputs && (method->parameters & PSOUP__USES_WEIGHT) != 0; i++) {
+        const psoup__plan_input *input = &plan->inputs[result->input + i];
+        if (input->values[PSOUP__WEIGHT] == PSOUP_MERGE_UNSAID)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: tensor %.200s: no weight is given",
+                               psoup__merger_source(plan->merger, input->source)->path, result->name);
+    }
     v[PSOUP__LAMBDA] = value_of(plan, g, PSOUP__NONE, result->name, PSOUP__LAMBDA, o->lambda);
     v[PSOUP__T] = value_of(plan, g, PSOUP__NONE, result->name, PSOUP__T, o->t);
     v[PSOUP__VOTE] = value_of(plan, g, PSOUP__NONE, result->name, PSOUP__VOTE, PSOUP__VOTE_TOTAL);

@@ -1,9 +1,7 @@
 /* The small files that make a model directory whole. */
 #include "merge/engine.h"
 
-#include <stdio.h>
 #include <string.h>
-#include <unistd.h>
 
 /* torch's name of the dtype that most of the results' bytes have. */
 static const char *torch_dtype(const psoup__plan *plan) {
@@ -61,6 +59,103 @@ static const char *place_of(const psoup__merge_source *source) {
     return source->model != NULL ? psoup__weights_path(source->model) : NULL;
 }
 
+/* Embeddings are merged row by row: a tokenizer goes along only where all sources have the same. */
+static psoup_status check_tokenizers(const psoup_merger *merger, const char *directory, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup_context *context = merger->context;
+    psoup__file own = {0}, other = {0};
+    char *path = psoup__path_join(context, directory, "tokenizer.json", error);
+    if (path == NULL)
+        return PSOUP_ERROR_MEMORY;
+    if (!psoup__file_exists(path))
+        goto fail;
+    PSOUP__TRY(psoup__file_map(context, path, &own, error));
+    for (size_t i = 0; i <= merger->n; i++) {
+        const psoup__merge_source *source = i < merger->n ? &merger->sources[i] : &merger->base;
+        const char *place = place_of(source);
+        if (place == NULL || !psoup__is_directory(place))
+            continue;
+        psoup__free(context, path);
+        if ((path = psoup__path_join(context, place, "tokenizer.json", error)) == NULL) {
+            status = PSOUP_ERROR_MEMORY;
+            goto fail;
+        }
+        if (!psoup__file_exists(path))
+            continue;
+        PSOUP__TRY(psoup__file_map(context, path, &other, error));
+        bool same = own.length == other.length && memcmp(own.data, other.data, own.length) == 0;
+        psoup__file_unmap(context, &other);
+        if (!same) {
+            status = psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                                 "%s: is another tokenizer than that of %s; moving the embeddings' rows to one "
+                                 "vocabulary is not supported",
+                                 path, merger->sidecars);
+            goto fail;
+        }
+    }
+fail:
+    psoup__file_unmap(context, &own);
+    psoup__free(context, path);
+    return status;
+}
+
+/* Another source's tokenizer and templates over `like`'s, whose config.json stays. */
+static psoup_status take_other(const psoup__plan *plan, const char *directory, const char *config_path,
+                               psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup_merger *merger = plan->merger;
+    const psoup__merge_source *from = merger->has_base && strcmp(merger->base.path, merger->sidecars) == 0
+                                          ? &merger->base
+                                          : NULL;
+    psoup_json *config = NULL;
+    for (size_t i = 0; from == NULL && i < merger->n; i++)
+        if (strcmp(merger->sources[i].path, merger->sidecars) == 0)
+            from = &merger->sources[i];
+    if (from == NULL || place_of(from) == NULL)
+        return PSOUP_OK;
+    if (psoup__file_exists(config_path))
+        PSOUP__TRY(psoup_json_read(merger->context, config_path, &config, error));
+    PSOUP__TRY(psoup__hf_copy_sidecars(merger->context, place_of(from), directory, error));
+    if (config != NULL)
+        PSOUP__TRY(psoup_json_write(merger->context, config_path, config, error));
+    if (merger->same_tokenizers)
+        PSOUP__TRY(check_tokenizers(merger, directory, error));
+fail:
+    psoup_json_free(config);
+    return status;
+}
+
+/* transformers reads the file where there is one, and tokenizer_config.json otherwise: both say it. */
+static psoup_status write_template(const psoup__plan *plan, const char *directory, psoup_error *error) {
+    psoup_status status = PSOUP_ERROR_MEMORY;
+    psoup_context *context = plan->merger->context;
+    const char *text = plan->merger->chat_template;
+    psoup__writer *writer = NULL;
+    psoup_json *config = NULL, *changed = NULL;
+    char *path = psoup__path_join(context, directory, "chat_template.jinja", error);
+    char *json = psoup__path_join(context, directory, "tokenizer_config.json", error);
+    if (path == NULL || json == NULL)
+        goto fail;
+    PSOUP__TRY(psoup__writer_create(context, path, &writer, error));
+    PSOUP__TRY(psoup__writer_write(writer, text, strlen(text), error));
+    PSOUP__TRY(psoup__writer_commit(writer, error));
+    if (psoup__file_exists(json)) {
+        PSOUP__TRY(psoup_json_read(context, json, &config, error));
+        changed = psoup_json_copy(config);
+        if (psoup_json_set(changed, "chat_template", psoup_json_new_string(text)) != 0)
+            status = psoup__out_of_memory(error, 0);
+        else
+            status = psoup_json_write(context, json, changed, error);
+    }
+fail:
+    psoup__writer_free(writer);
+    psoup_json_free(config);
+    psoup_json_free(changed);
+    psoup__free(context, path);
+    psoup__free(context, json);
+    return status;
+}
+
 psoup_status psoup__write_sidecars(const psoup__plan *plan, const char *directory, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_context *context = plan->merger->context;
@@ -71,6 +166,10 @@ psoup_status psoup__write_sidecars(const psoup__plan *plan, const char *director
     if (path == NULL)
         return PSOUP_ERROR_MEMORY;
     PSOUP__TRY(psoup__hf_copy_sidecars(context, from, directory, error));
+    if (plan->merger->sidecars != NULL)
+        PSOUP__TRY(take_other(plan, directory, path, error));
+    if (plan->merger->chat_template != NULL)
+        PSOUP__TRY(write_template(plan, directory, error));
     if (psoup__file_exists(path))
         PSOUP__TRY(change_config(plan, path, error));
 fail:
