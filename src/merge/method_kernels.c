@@ -92,7 +92,8 @@ static void window(float *x, size_t n, uint32_t low, uint32_t high, float scale)
         uint32_t bits;
         memcpy(&bits, &x[i], sizeof bits);
         bits &= 0x7fffffff;
-        x[i] = (bits >= low) & (bits < high) ? scale * x[i] : 0;
+        const bool inside = (bits >= low) & (bits < high);
+        x[i] = inside ? scale * x[i] : 0;
     }
 }
 
