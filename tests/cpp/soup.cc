@@ -470,7 +470,8 @@ static void test_data(const psoup::context &context) {
 }
 
 int main() {
-    CHECK(std::string(psoup::version()) == "0.1.0");
+    CHECK(psoup::version() == std::to_string(PSOUP_VERSION_MAJOR) + "." + std::to_string(PSOUP_VERSION_MINOR) + "." +
+                                  std::to_string(PSOUP_VERSION_PATCH));
     auto options = psoup::defaults<psoup_context_options>();
     options.threads = 2;
     int lines = 0;

@@ -25,7 +25,7 @@ try:
 except ImportError:  # everything works without it
     numpy = None  # type: ignore[assignment]
 
-__all__ = ["View", "view", "empty", "empty_like"]
+__all__ = ["View", "view", "packed", "empty", "empty_like"]
 
 DtypeLike = Union[Dtype, str, int]
 
@@ -34,11 +34,8 @@ DtypeLike = Union[Dtype, str, int]
 _NAMES = {  # as numpy, ml_dtypes and torch spell them
     "float32": Dtype.F32, "float16": Dtype.F16, "bfloat16": Dtype.BF16, "float64": Dtype.F64,
     "int8": Dtype.I8, "uint8": Dtype.U8, "int16": Dtype.I16, "int32": Dtype.I32, "int64": Dtype.I64,
-    "bool": Dtype.BOOL, "half": Dtype.F16, "float": Dtype.F32, "double": Dtype.F64,
+    "bool": Dtype.BOOL, "float8_e4m3fn": Dtype.F8_E4M3, "float8_e5m2": Dtype.F8_E5M2, "half": Dtype.F16, "float": Dtype.F32, "double": Dtype.F64,
 }
-for _name, _member in (("float8_e4m3fn", "F8_E4M3"), ("float8_e5m2", "F8_E5M2"), ("q8_0", "Q8_0")):
-    if _member in Dtype.__members__:
-        _NAMES[_name] = Dtype[_member]
 _DLPACK = {(0, 8): "int8", (0, 16): "int16", (0, 32): "int32", (0, 64): "int64", (1, 8): "uint8",
            (2, 16): "float16", (2, 32): "float32", (2, 64): "float64", (4, 16): "bfloat16", (6, 8): "bool",
            (10, 8): "float8_e4m3fn", (12, 8): "float8_e5m2"}
@@ -125,6 +122,28 @@ def view(x: Any, dtype: Optional[DtypeLike] = None, *, writable: bool = False, w
     if writable and found.readonly:
         raise ValueError("%s is read-only" % what)
     return found
+
+
+def packed(x: Any, dtype: DtypeLike, shape: Sequence[int], *, what: str = "the buffer") -> View:
+    """The bytes of a buffer as row-major elements of a dtype and shape: of q8_0, whose 32 elements take 34
+    bytes together, and of whatever else lies in plain bytes."""
+    kind, shape = dtype_of(dtype), tuple(shape)
+    seen = view(x, what=what)
+    expected = bytes_of(kind, shape)
+    if not seen.is_contiguous or seen.size * (lib.psoup_dtype_size(seen.dtype) or 1) != expected:
+        raise ValueError("%s is not %d bytes together, which %s%s takes" % (what, expected, kind.name.lower(), list(shape)))
+    return View(seen.address, kind, shape, None, seen.readonly, seen)
+
+
+def bytes_of(kind: Dtype, shape: Sequence[int]) -> int:
+    n = 1
+    for d in shape:
+        n *= d
+    if kind == Dtype.Q8_0:
+        if shape and shape[-1] % 32:
+            raise ValueError("rows of q8_0 have a multiple of 32 elements: %s" % list(shape))
+        return n // 32 * 34
+    return n * lib.psoup_dtype_size(kind)
 
 
 def _reread(found: str, bits: int, wanted: Optional[Dtype], what: str) -> Dtype:
@@ -233,10 +252,13 @@ def _from_buffer(x: Any, wanted: Optional[Dtype], what: str) -> View:
 
 
 def empty(shape: Union[int, Sequence[int]], dtype: DtypeLike = Dtype.F32) -> Any:
-    """A new array, its values not set: numpy's where it is there, otherwise a memoryview. bfloat16 is
-    ml_dtypes' where numpy knows that, and otherwise its bits as uint16."""
+    """A new array, its values not set: numpy's where it is there, otherwise a memoryview. bfloat16 and
+    float8 are ml_dtypes' where that is there, and otherwise their bits as uint16 and uint8; q8_0 is its bytes
+    (see `packed`)."""
     kind = dtype_of(dtype)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    if kind == Dtype.Q8_0:
+        kind, shape = Dtype.U8, (bytes_of(kind, shape),)
     name, letter = _OUT.get(kind, ("", ""))
     if numpy is not None:
         if not name:
@@ -264,6 +286,8 @@ def empty_like(x: Any, dtype: Optional[DtypeLike] = None, shape: Optional[Sequen
     if type(x).__module__.split(".")[0] == "torch" or "torch" in sys.modules and isinstance(
             x, sys.modules["torch"].Tensor):
         torch = sys.modules["torch"]
+        if kind == Dtype.Q8_0:
+            return torch.empty(bytes_of(kind, shape), dtype=torch.uint8)
         names = [n for n, d in _NAMES.items() if d == kind and hasattr(torch, n)]
         return torch.empty(shape, dtype=getattr(torch, names[0]))
     if numpy is not None and isinstance(x, numpy.ndarray) and kind == seen.dtype:

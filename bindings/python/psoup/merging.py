@@ -12,7 +12,7 @@ from . import _abi
 from ._abi import Dtype, MergeMethod
 from ._library import Bar, Handle, call, call_long, callback, create, encoded, lib, member, new, \
     progress_callback, record, text, texts
-from .arrays import DtypeLike, View, doubles, dtype_of, empty, empty_like, view
+from .arrays import DtypeLike, View, bytes_of, doubles, dtype_of, empty, empty_like, packed, view
 from .context import Context, default_context
 from .data import python_value
 from .errors import ArgumentError, Error
@@ -198,6 +198,8 @@ class Merger(Handle):
                 result[name] = (empty(shape, dtype) if like is None or isinstance(like, Pulled)
                                 else empty_like(like, dtype, shape))
             seen = view(result[name], writable=True, what=name)
+            if dtype == Dtype.Q8_0 or seen.dtype != dtype:  # in plain bytes, or bits of another type
+                seen = packed(result[name], dtype, shape, what=name)
             if seen.shape != shape or seen.dtype != dtype or not seen.is_contiguous:
                 raise ArgumentError("out: %s is %s%s: expected row-major %s%s"
                                     % (name, seen.dtype.name.lower(), list(seen.shape), dtype.name.lower(), list(shape)))
@@ -266,7 +268,7 @@ def _sum(context: Context, out: View, views: Sequence[View], weights: Sequence[f
         where = "%s: source %d" % (what, i - 1) if i else "%s: the result" % what
         if v.shape != first.shape:
             raise ArgumentError("%s has shape %s: expected %s" % (where, list(v.shape), list(first.shape)))
-    if first.dtype not in _SUMMED or any(v.dtype != first.dtype for v in views) or \
+    if first.dtype not in _SUMMED or out.dtype not in _SUMMED or any(v.dtype != first.dtype for v in views) or \
             not all(v.is_contiguous for v in [out, *views]):
         return _sum_views(context, out, views, row, what)
     pointers = (c_void_p * len(views))(*[v.address for v in views])
@@ -445,8 +447,12 @@ def merge(sources: Union[Mapping[str, Source], Sequence[Source]],
         if views[0].dtype in _WHOLE:
             result[name] = _same(name, views, dicts[0][name])
         else:
-            target = out[name] if out is not None and name in out else empty_like(dicts[0][name], dtype)
-            _sum(context, view(target, writable=True, what=name), views, weights, name)
+            kind = dtype_of(dtype) if dtype is not None else views[0].dtype
+            target = out[name] if out is not None and name in out else empty_like(dicts[0][name], kind)
+            place = view(target, writable=True, what=name)
+            if place.dtype != kind and dtype is not None:
+                place = packed(target, kind, views[0].shape, what=name)
+            _sum(context, place, views, weights, name)
             result[name] = target
         if report is not None:
             report("merge", done + 1, len(names))
@@ -469,7 +475,7 @@ _WHOLE = (Dtype.I8, Dtype.U8, Dtype.I16, Dtype.I32, Dtype.I64, Dtype.BOOL)
 
 def _same(name: str, views: Sequence[View], first: Any) -> Any:
     for v in views:
-        n = v.size * lib.psoup_dtype_size(v.dtype)
+        n = bytes_of(v.dtype, v.shape)
         if v.shape != views[0].shape or v.dtype != views[0].dtype or not v.is_contiguous or \
                 ctypes.string_at(v.address, n) != ctypes.string_at(views[0].address, n):
             raise ArgumentError("%s is %s and differs between the sources" % (name, v.dtype.name.lower()))

@@ -44,6 +44,27 @@ class Sums(Case):
         halves = psoup.merge_sum([whole[1:], whole[:2]], [0.5, 0.5])
         self.assertEqual([halves[1, j] for j in range(4)], [6.0, 7.0, 8.0, 9.0])
 
+    def test_quantised(self):
+        block = struct.pack("<e32b", 0.5, *range(-16, 16))
+        x = psoup.packed(block * 2, "q8_0", (2, 32))
+        out = memoryview(bytearray(4 * 64)).cast("f", (2, 32))
+        psoup.merge_sum([x], [2.0], out=out)
+        self.assertEqual([out[1, j] for j in range(32)], [float(j) for j in range(-16, 16)])
+        back = psoup.empty((2, 32), "q8_0")
+        psoup.merge_sum([out], [0.5], out=psoup.packed(back, "q8_0", (2, 32)))
+        again = psoup.merge_sum([psoup.packed(back, "q8_0", (2, 32))], [1.0], out=psoup.empty((2, 32)))
+        self.assertNear([again[0, j] for j in range(32)], [j / 2 for j in range(-16, 16)], 0.05)
+        for shape in ((2, 31), (3, 32)):
+            self.assertRaises(ValueError, psoup.packed, block * 2, "q8_0", shape)
+
+    @needs_torch
+    def test_float8(self):
+        x = torch.tensor([[1.0, -2.0, 448.0, 0.5]]).to(torch.float8_e4m3fn)
+        self.assertEqual((psoup.view(x).dtype, psoup.view(x).address), (psoup.Dtype.F8_E4M3, x.data_ptr()))
+        out = psoup.merge_sum([x, x], [0.25, 0.25], dtype="float32")
+        self.assertTrue(torch.equal(out, 0.5 * x.float()))
+        self.assertEqual(psoup.merge_sum([x, x], [0.25, 0.25]).dtype, torch.float8_e4m3fn)
+
     def test_what_does_not_fit_is_refused(self):
         a = f32(1, 2, 3)
         for arrays, weights, words in (([a, f32(1, 2)], [0.5, 0.5], r"source 1 has shape \[2\]: expected \[3\]"),
