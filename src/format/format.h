@@ -47,8 +47,9 @@ size_t psoup__json_string_bytes(const char *text);
 /* ---- weights.c: the tensors of a directory or file, over all its shards --------------------------
  * `path` is a .safetensors file, a .gguf file (of a model, or with another stem of an adapter), or a
  * directory holding `<stem>.safetensors` or `<stem>.safetensors.index.json` (stem "model" or
- * "adapter_model"). A directory that holds only pickles (.bin, .pt) is refused with the command that converts them. Tensors of a GGUF file have Hugging
- * Face's names, and may be q8_0 or have `heads`: read them with psoup__tensor_read. */
+ * "adapter_model"). A directory that holds only pickles (.bin, .pt) is refused with the command that
+ * converts them. Tensors of a GGUF file have Hugging Face's names, and may be q8_0 or have `heads`: read
+ * them with psoup__tensor_read. */
 typedef struct psoup__weights psoup__weights;
 psoup_status psoup__weights_open(psoup_context *context, const char *path, const char *stem,
                                  psoup__weights **out, psoup_error *error);
@@ -265,7 +266,7 @@ psoup_status psoup__gguf_write(psoup__gguf_writer *writer, const void *data, siz
 psoup_status psoup__gguf_commit(psoup__gguf_writer *writer, psoup_error *error);
 void psoup__gguf_writer_free(psoup__gguf_writer *writer);
 
-/* ---- gguf_sidecars.c, gguf_config.c, gguf_tokenizer.c, gguf_tokenizer_hf.c: what goes with the weights, both ways ---------
+/* ---- gguf_sidecars.c: what goes with the weights, both ways ------------------------------------------
  *
  * Everything of a GGUF file but the weights, from a model directory (config.json, tokenizer.json,
  * tokenizer_config.json, chat_template.jinja; a directory without tokenizer.json gives a file without a
@@ -274,7 +275,8 @@ void psoup__gguf_writer_free(psoup__gguf_writer *writer);
  * rope_freqs.weight, whose data the writer writes itself, where the rope scaling needs it. */
 psoup_status psoup__gguf_metadata_from(psoup__gguf_writer *writer, const char *from,
                                        psoup_dtype dtype, psoup_error *error);
-/* The other way: config.json, tokenizer.json and tokenizer_config.json of a GGUF file into a directory. psoup__hf_copy_sidecars calls it when `from` is a .gguf file. */
+/* The other way: config.json, tokenizer.json and tokenizer_config.json of a GGUF file into a directory.
+ * psoup__hf_copy_sidecars calls it when `from` is a .gguf file. */
 psoup_status psoup__gguf_sidecars(psoup_context *context, const char *path, const char *directory,
                                   psoup_error *error);
 /* What a GGUF file's metadata says of the architecture. psoup__hf_config_read calls it for a .gguf file. */
