@@ -160,7 +160,7 @@ typedef struct psoup_adapter_options {
 /* Adds an adapter under a new name. Adapters are numbered from 0 in the order they were added. */
 psoup_status psoup_model_add_adapter(psoup_model *model, const char *name,
                                      const psoup_adapter_options *options, psoup_error *error);
-/* Reads a PEFT directory (adapter_config.json, adapter_model.safetensors). */
+/* Reads a PEFT directory (adapter_config.json, adapter_model.safetensors), or a .gguf adapter. */
 psoup_status psoup_model_load_adapter(psoup_model *model, const char *name, const char *directory,
                                       psoup_error *error);
 /* Writes a PEFT directory of task type CAUSAL_LM. base_name goes into base_model_name_or_path; NULL: "".

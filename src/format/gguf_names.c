@@ -165,8 +165,8 @@ psoup_status psoup__gguf_set_heads(const psoup__gguf_layout *layout, const char 
     tensor->heads = psoup__gguf_heads(layout, hf_name);
     if (tensor->heads <= 0)
         return psoup__fail(error, PSOUP_ERROR_FORMAT,
-                           "%s: tensor %.200s: its rows are interleaved by heads, and "
-                           "llama.attention.head_count does not say how many there are",
+                           "%s: tensor %.200s: its rows are interleaved by heads, and there is no "
+                           "llama.attention.head_count to say how many; the model it is for knows",
                            path, name);
     int64_t rows = tensor->rank > 0 ? tensor->shape[0] : 0;
     if (tensor->rank < 1 || tensor->rank > 2 || rows % ((int64_t)tensor->heads * 2) != 0)

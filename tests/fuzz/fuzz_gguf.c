@@ -46,6 +46,29 @@ static void walk(const psoup__gguf *file, size_t length) {
         abort();
 }
 
+/* The tensors as a model's or an adapter's, read in Hugging Face's order from the middle of rows. */
+static void read_in_order(psoup_context *context, const psoup__gguf *file) {
+    psoup__gguf_layout layout;
+    psoup_error error = {0};
+    psoup_status status = psoup__gguf_layout_of(file, &layout, &error);
+    check(status, &error);
+    for (size_t i = 0; status == PSOUP_OK && i < psoup__gguf_count(file); i++) {
+        psoup__tensor tensor = *psoup__gguf_tensor(file, i);
+        char name[PSOUP__GGUF_NAME];
+        float values[100];
+        size_t n;
+        if (!psoup__gguf_to_hf(psoup__gguf_name(file, i), name) &&
+            !psoup__gguf_to_peft(psoup__gguf_name(file, i), name))
+            continue;
+        psoup_status known = psoup__gguf_set_heads(&layout, "fuzz", name, name, &tensor, &error);
+        check(known, &error);
+        if (known != PSOUP_OK || !psoup__tensor_elements(&tensor, &n))
+            continue;
+        for (size_t at = 0; at < n && at < 10000; at += 77)
+            psoup__tensor_read(context, &tensor, at, n - at < 100 ? n - at : 100, values);
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t length) {
     static psoup_context *context;
     psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
@@ -61,6 +84,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t length) {
     if (status != PSOUP_OK)
         return file != NULL ? abort(), 0 : 0;
     walk(file, length);
+    read_in_order(context, file);
     check(psoup__gguf_read_config(file, &config, &error), &error);
     check(psoup__gguf_tokenizer_json(context, file, &config, &tokenizer, &settings, &error), &error);
     psoup_json_free(tokenizer);
