@@ -144,7 +144,7 @@ class Merger(Handle):
                       filter: Optional[str] = None) -> None:
         """A parameter of docs/merging.md, for one source (its number) or all, for the tensors whose name
         contains `filter` ("re:..." is an expression). Several values are a gradient over the depth."""
-        row = doubles([values] if isinstance(values, (int, float)) else values, parameter)
+        row = doubles(values if hasattr(values, "__len__") else [values], parameter)
         with self.lock:
             call(lib.psoup_merger_set_parameter, self.handle, -1 if source is None else source, encoded(parameter),
                  encoded(filter), row.pointer, row.n)
