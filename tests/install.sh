@@ -150,7 +150,7 @@ cpp() {
     ./engine >engine.log
     # Each library that it names is one that the archive needs.
     for l in $(pkg-config --static --libs-only-l psoup-merge); do
-        case $l in -lpsoup-merge | -lm | -lyaml) continue ;; esac
+        case $l in -lpsoup-merge | -lm) continue ;; esac
         ! c merge.c psoup-merge -o less -Wl,--whole-archive -L"$lib" -lpsoup-merge -Wl,--no-whole-archive \
             $(pkg-config --static --libs-only-l psoup-merge | sed "s/-lpsoup-merge//; s/$l\\b//") 2>less.log ||
             { echo "psoup-merge.pc names $l, which the archive does not need"; exit 1; }

@@ -185,6 +185,9 @@ static void test_files(const psoup::context &context, psoup::model &model) {
     auto again = NEED(psoup::merger::create(context));
     NEED(again.load_certificate("cpp-soup/psoup-merge.json"));
     NEED(again.write("cpp-replayed"));
+    auto recipe = NEED(psoup::merger::create(context));
+    auto refused = recipe.load_recipe("nowhere.yaml");
+    CHECK(!refused && refused.error().message.find("nowhere.yaml") != std::string::npos);
     const std::vector<std::string> adapters{"cpp-A", "cpp-B"};
     auto inspection = NEED(psoup::merge_inspect(context, adapters));
     CHECK(inspection["norms"].size() == 2 && inspection["cosine"][0][0].real() > 0.999);

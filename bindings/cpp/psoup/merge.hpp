@@ -54,6 +54,10 @@ public:
     result<void> load_certificate(const std::string &path) {
         return detail::call(psoup_merger_load_certificate, get(), path.c_str());
     }
+    /* The same from a mergekit YAML file. */
+    result<void> load_recipe(const std::string &path) {
+        return detail::call(psoup_merger_load_recipe, get(), path.c_str());
+    }
     result<void> set_reference(const std::string &model) {
         return detail::call(psoup_merger_set_reference, get(), model.c_str());
     }

@@ -1109,6 +1109,7 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_merger_run": (c_int, [POINTER(psoup_merger), POINTER(psoup_merge_sink), POINTER(psoup_error)]),
     "psoup_merger_add_tensors": (c_int, [POINTER(psoup_merger), POINTER(psoup_merge_tensors), c_double, POINTER(psoup_error)]),
     "psoup_merger_set_base_tensors": (c_int, [POINTER(psoup_merger), POINTER(psoup_merge_tensors), POINTER(psoup_error)]),
+    "psoup_merger_load_recipe": (c_int, [POINTER(psoup_merger), c_char_p, POINTER(psoup_error)]),
     "psoup_merger_load_certificate": (c_int, [POINTER(psoup_merger), c_char_p, POINTER(psoup_error)]),
     "psoup_merge_verify": (c_int, [POINTER(psoup_context), c_char_p, POINTER(c_size_t), POINTER(psoup_error)]),
     "psoup_merger_report": (c_int, [POINTER(psoup_merger), POINTER(psoup_merge_report), POINTER(psoup_error)]),

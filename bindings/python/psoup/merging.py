@@ -80,6 +80,12 @@ class Merger(Handle):
         with self.lock:
             call(lib.psoup_merger_load_certificate, self.handle, encoded(path))
 
+    def load_recipe(self, path: Path) -> None:
+        """Takes everything, into a fresh merger, from a mergekit YAML file. Paths in it are relative to the
+        working directory; what psoup lacks is refused with its line."""
+        with self.lock:
+            call(lib.psoup_merger_load_recipe, self.handle, encoded(path))
+
     def set_reference(self, model: Path) -> None:
         """The model whose heads say how q's and k's rows are ordered in GGUF adapters, where nothing else
         does. Before the adapters are added."""

@@ -412,6 +412,25 @@ class Files(Case):
         with self.assertRaises(psoup.ArgumentError):
             psoup.inspect(adapters, [1.0])
 
+    def test_a_recipe_of_mergekits(self):
+        for name, scale in (("x", 0.1), ("y", 0.3)):
+            tiny((), initializer_range=scale).save(self.path(name))
+        with open(self.path("r.yaml"), "w") as f:
+            f.write("merge_method: linear\nmodels:\n  - model: %s\n    parameters: {weight: 0.5}\n"
+                    "  - model: %s\n    parameters: {weight: 0.5}\ndtype: float32\n" % (self.path("x"), self.path("y")))
+        with psoup.Merger() as merger:
+            merger.load_recipe(self.path("r.yaml"))
+            merger.write(self.path("recipe"))
+        expected = psoup.merge([self.path("x"), self.path("y")], [0.5, 0.5], "linear")
+        got = psoup.merge([self.path("recipe")], [1.0], "linear")
+        self.assertEqual(set(got), set(expected))
+        for name in got:
+            self.assertEqual(got[name].tobytes(), expected[name].tobytes(), name)
+        with open(self.path("r.yaml"), "a") as f:
+            f.write("merge_method: blend\n")
+        with self.assertRaisesRegex(psoup.Error, "r.yaml"), psoup.Merger() as merger:
+            merger.load_recipe(self.path("r.yaml"))
+
     def test_a_lossy_method_reports(self):
         with psoup.Merger(method="svd", svd_rank=1) as merger:
             merger.add(self.path("A"), 0.5)
