@@ -38,8 +38,8 @@ psoup_status psoup__safetensors_write(psoup__safetensors_writer *writer, const v
                                       size_t bytes, psoup_error *error);
 psoup_status psoup__safetensors_commit(psoup__safetensors_writer *writer, psoup_error *error);
 void psoup__safetensors_writer_free(psoup__safetensors_writer *writer);
-/* Puts text into the metadata of a file that was written: in the place of a value of as many spaces at least
- * as the text takes inside a JSON string (psoup__json_string_bytes). */
+/* Puts text into the metadata of a file that was written, in the place of a value of spaces, which must be as
+ * many at least as the text takes inside a JSON string (psoup__json_string_bytes). May be done again. */
 psoup_status psoup__safetensors_patch(psoup_context *context, const char *path, const char *key,
                                       const char *text, psoup_error *error);
 size_t psoup__json_string_bytes(const char *text);

@@ -36,8 +36,9 @@ size_t psoup__json_string_bytes(const char *text) {
     return bytes;
 }
 
-/* Where the spaces of "key": "   ", as our writer has it, lie in the file, and how many; 0: nowhere. */
-static psoup_status find_spaces(psoup_context *context, const psoup__file *file, const char *key,
+/* Where the value of "key": "…", as our writer has it, lies in the file, and its bytes; 0: nowhere. They are
+ * spaces, or what a run that was killed here put there before. */
+static psoup_status find_value(psoup_context *context, const psoup__file *file, const char *key,
                                 size_t *offset, size_t *count, psoup_error *error) {
     uint64_t header = 0;
     char *pattern = psoup__format(context, error, "\"%s\": \"", key);
@@ -50,8 +51,10 @@ static psoup_status find_spaces(psoup_context *context, const psoup__file *file,
         at = memmem(file->data + 8, (size_t)header, pattern, strlen(pattern));
     *count = 0;
     *offset = at != NULL ? (size_t)(at - file->data) + strlen(pattern) : file->length;
-    while (*offset + *count < file->length && file->data[*offset + *count] == ' ')
-        ++*count;
+    while (*offset + *count < file->length && file->data[*offset + *count] != '"')
+        *count += file->data[*offset + *count] == '\\' ? 2 : 1;
+    if (*offset + *count >= file->length)
+        *count = 0;
     psoup__free(context, pattern);
     return PSOUP_OK;
 }
@@ -85,7 +88,7 @@ psoup_status psoup__safetensors_patch(psoup_context *context, const char *path, 
     psoup__buffer escaped = {.context = context};
     size_t offset, spaces;
     PSOUP__TRY(psoup__file_map(context, path, &file, error));
-    PSOUP__TRY(find_spaces(context, &file, key, &offset, &spaces, error));
+    PSOUP__TRY(find_value(context, &file, key, &offset, &spaces, error));
     if (spaces < psoup__json_string_bytes(text)) {
         status = psoup__fail(error, PSOUP_ERROR_STATE, "%s: no room for the metadata %s", path, key);
         goto fail;
@@ -94,6 +97,9 @@ psoup_status psoup__safetensors_patch(psoup_context *context, const char *path, 
         char out[7];
         psoup__buffer_append(&escaped, out, escape((unsigned char)*text, out));
     }
+    while (!escaped.failed && escaped.length < spaces)
+        psoup__buffer_append(&escaped, "                                ",
+                             spaces - escaped.length < 32 ? spaces - escaped.length : 32);
     if (escaped.failed) {
         status = psoup__out_of_memory(error, escaped.length);
         goto fail;

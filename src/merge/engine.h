@@ -329,6 +329,8 @@ typedef struct psoup__staging {
 /* With `keep` takes what an earlier run left; otherwise begins afresh. Refuses where another merge works. */
 psoup_status psoup__staging_open(psoup_context *context, const char *target, bool keep,
                                  psoup__staging *out, psoup_error *error);
+/* Removes from `work` what an earlier run left, but for these names. */
+void psoup__staging_keep(const psoup__staging *staging, const char *const *names, size_t n);
 /* Everything that is in `work` to the target; of several files `entry`, by which readers find the others,
  * goes away first and comes last, so that the result is absent or complete. */
 psoup_status psoup__staging_commit(psoup__staging *staging, const char *entry, psoup_error *error);

@@ -209,20 +209,25 @@ static psoup_status take_progress(directory_output *o, psoup_error *error) {
     psoup_status status = PSOUP_ERROR_MEMORY;
     psoup_context *context = context_of(o);
     psoup_json *root = NULL;
+    size_t kept = 0;
     char *path = psoup__path_join(context, o->staging.work, PROGRESS, error);
-    if (path == NULL || (o->output.there = psoup__alloc(context, o->output.plan->n, 1, error)) == NULL)
+    const char **names = psoup__alloc(context, o->n + 1, sizeof *names, error);
+    if (path == NULL || names == NULL ||
+        (o->output.there = psoup__alloc(context, o->output.plan->n, 1, error)) == NULL)
         goto fail;
     if (!psoup__file_exists(path) || psoup_json_read(context, path, &root, NULL) != PSOUP_OK ||
         strcmp(psoup_json_string(psoup_json_get(root, "fingerprint"), ""), o->fingerprint) != 0) {
-        status = PSOUP_OK; /* nothing was finished, or of another merge: it is written over */
+        psoup__staging_keep(&o->staging, NULL, 0); /* nothing was finished, or of another merge */
+        status = PSOUP_OK;
         goto fail;
     }
+    names[kept++] = PROGRESS;
     PSOUP__TRY(psoup__certificate_take(o->output.made, psoup_json_get(root, "certificate"), error));
     const psoup_json *done = psoup_json_get(root, "done");
     for (size_t i = 0; i < psoup_json_size(done); i++)
         for (size_t j = 0; j < o->n; j++) {
             shard *s = &o->shards[j];
-            if (strcmp(psoup_json_string(psoup_json_at(done, i), ""), s->name) != 0)
+            if (s->done || strcmp(psoup_json_string(psoup_json_at(done, i), ""), s->name) != 0)
                 continue;
             psoup__free(context, path);
             path = psoup__path_join(context, o->staging.work, s->name, error);
@@ -234,14 +239,17 @@ static psoup_status take_progress(directory_output *o, psoup_error *error) {
                 continue;
             s->done = true;
             o->closed++;
+            names[kept++] = s->name;
             memset(o->output.there + s->first, 1, s->end - s->first);
         }
     o->told = o->closed;
+    psoup__staging_keep(&o->staging, names, kept); /* not what a killed run was writing */
     if (o->closed > 0)
         psoup__log(context, PSOUP_LOG_INFO, "%s: resuming with %zu of %zu shards", o->staging.target,
                    o->closed, o->n);
     status = PSOUP_OK;
 fail:
+    psoup__free(context, names);
     psoup__free(context, path);
     psoup_json_free(root);
     return status;

@@ -261,6 +261,7 @@ psoup_status psoup__run(const psoup__plan *plan, psoup__certificate *certificate
         r->next = r->last;
         r->last = made;
     } while (r->last->n > 0);
+    PSOUP__TRY(check_sources(plan, error));
 fail:
     while (r->open != NULL)
         close_work(r, r->open);

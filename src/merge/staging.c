@@ -46,15 +46,23 @@ static psoup_status take_lock(psoup__staging *s, psoup_error *error) {
     return PSOUP_OK;
 }
 
-/* Drops what an earlier run left, but for the lock. */
-static void begin_afresh(const char *path) {
+/* Drops what an earlier run left, but for the lock and the names. */
+static void drop_others(const char *path, const char *const *names, size_t n) {
     DIR *directory = opendir(path);
     if (directory == NULL)
         return;
-    for (const struct dirent *entry; (entry = readdir(directory)) != NULL;)
-        if (!is_dot(entry->d_name) && strcmp(entry->d_name, LOCK) != 0)
+    for (const struct dirent *entry; (entry = readdir(directory)) != NULL;) {
+        bool kept = is_dot(entry->d_name) || strcmp(entry->d_name, LOCK) == 0;
+        for (size_t i = 0; i < n && !kept; i++)
+            kept = strcmp(entry->d_name, names[i]) == 0;
+        if (!kept)
             unlinkat(dirfd(directory), entry->d_name, 0);
+    }
     closedir(directory);
+}
+
+void psoup__staging_keep(const psoup__staging *staging, const char *const *names, size_t n) {
+    drop_others(staging->work, names, n);
 }
 
 psoup_status psoup__staging_open(psoup_context *context, const char *target, bool keep,
@@ -77,7 +85,7 @@ psoup_status psoup__staging_open(psoup_context *context, const char *target, boo
     PSOUP__TRY(psoup__make_directories(out->work, error));
     PSOUP__TRY(take_lock(out, error));
     if (!keep)
-        begin_afresh(out->work);
+        drop_others(out->work, NULL, 0);
     return PSOUP_OK;
 fail:
     psoup__staging_free(out);

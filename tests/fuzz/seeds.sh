@@ -14,6 +14,7 @@ case $1 in
 fuzz_safetensors) find tests/golden -name '*.safetensors' -size -8k | sort | copy '' ;;
 fuzz_gguf) find tests/golden/gguf -name '*.gguf' -size -24k | sort | copy '' ;;
 fuzz_config) find tests/golden -name '*config.json' | sort | copy '' ;;
+fuzz_recipe) find tests/golden/recipe -name '*.yaml' | sort | copy '' ;;
 fuzz_json) find tests/golden -name '*.json' -size -4k | sort | copy '' ;;
 fuzz_tokenizer)
     # the first byte says what follows: '0' is even, a tokenizer.json; '1' is odd, a text
