@@ -314,7 +314,38 @@ def check_program(psoup):
             if largest(got, expected) > 1e-5:
                 sys.exit("too far apart")
         AutoTokenizer.from_pretrained(os.path.join(work, "hf"))
+        for rope in ROPES:
+            check_rope(merge, work, rope)
     print("all as it should be")
+
+
+ROPES = (None, dict(rope_type="linear", factor=2.0),
+         dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32),
+         dict(rope_type="yarn", factor=4.0),  # 4.46 takes max_position_embeddings for the original length
+         dict(rope_type="yarn", factor=4.0, beta_fast=24.0, beta_slow=2.0,
+              attention_factor=1.25))
+
+
+def check_rope(merge, work, rope):
+    """A rotation over 60 positions, with heads larger than hidden_size / heads, biases and another theta."""
+    torch.manual_seed(5)
+    config = LlamaConfig(vocab_size=524, **{**SMALL, "max_position_embeddings": 64}, head_dim=16,
+                         rope_theta=50000.0, rope_scaling=rope, attention_bias=True, initializer_range=0.3)
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    directory = os.path.join(work, "rope")
+    model.save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(HERE, "llama", name), directory)
+    tokens = [(i * 37 + 5) % 524 for i in range(60)]
+    with torch.inference_mode():
+        want = model(torch.tensor([tokens])).logits[0]
+    got, _ = llama_cpp(merge("rope.gguf", directory + "=1"), tokens)
+    print(f"rope_scaling {rope}: {largest(got, want):.2e} of {want.abs().max():.1f}")
+    if largest(got, want) > 1e-5 * want.abs().max():
+        sys.exit("too far apart")
 
 
 VOCAB_ONLY = """
