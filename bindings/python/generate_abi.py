@@ -277,7 +277,8 @@ def abi(h):
     body = "\n".join(out)
     words = sorted(set(re.findall(r"\b(c_\w+|CFUNCTYPE|POINTER|Structure)\b", body)), key=str.lower)
     names = "\n".join(textwrap.wrap(", ".join(words), 80, initial_indent="    ", subsequent_indent="    "))
-    return "%s\nfrom ctypes import (\n%s,\n)\nfrom enum import IntEnum\nfrom typing import Any, Dict, List, Tuple\n%s" % (
+    return ("%s\nfrom ctypes import (\n%s,\n)\nfrom enum import IntEnum\n"
+            "from typing import Any, Dict, List, Tuple\n%s") % (
         HEADING % "The binary interface of libpsoup: its enums, structs, callbacks and functions.",
         names, body)
 

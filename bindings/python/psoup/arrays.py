@@ -34,7 +34,8 @@ DtypeLike = Union[Dtype, str, int]
 _NAMES = {  # as numpy, ml_dtypes and torch spell them
     "float32": Dtype.F32, "float16": Dtype.F16, "bfloat16": Dtype.BF16, "float64": Dtype.F64,
     "int8": Dtype.I8, "uint8": Dtype.U8, "int16": Dtype.I16, "int32": Dtype.I32, "int64": Dtype.I64,
-    "bool": Dtype.BOOL, "float8_e4m3fn": Dtype.F8_E4M3, "float8_e5m2": Dtype.F8_E5M2, "half": Dtype.F16, "float": Dtype.F32, "double": Dtype.F64,
+    "bool": Dtype.BOOL, "float8_e4m3fn": Dtype.F8_E4M3, "float8_e5m2": Dtype.F8_E5M2,
+    "half": Dtype.F16, "float": Dtype.F32, "double": Dtype.F64,
 }
 _DLPACK = {(0, 8): "int8", (0, 16): "int16", (0, 32): "int32", (0, 64): "int64", (1, 8): "uint8",
            (2, 16): "float16", (2, 32): "float32", (2, 64): "float64", (4, 16): "bfloat16", (6, 8): "bool",
@@ -131,7 +132,8 @@ def packed(x: Any, dtype: DtypeLike, shape: Sequence[int], *, what: str = "the b
     seen = view(x, what=what)
     expected = bytes_of(kind, shape)
     if not seen.is_contiguous or seen.size * (lib.psoup_dtype_size(seen.dtype) or 1) != expected:
-        raise ValueError("%s is not %d bytes together, which %s%s takes" % (what, expected, kind.name.lower(), list(shape)))
+        raise ValueError("%s is not %d bytes together, which %s%s takes"
+                         % (what, expected, kind.name.lower(), list(shape)))
     return View(seen.address, kind, shape, None, seen.readonly, seen)
 
 

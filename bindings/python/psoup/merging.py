@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, byref, c_double, c_float, c_int64, c_size_t, c_void_p
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, MutableMapping, NamedTuple, Optional, Sequence, Tuple, \
-    Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, MutableMapping, NamedTuple, Optional, \
+    Sequence, Tuple, Union
 
 from . import _abi
 from ._abi import Dtype, MergeMethod
@@ -207,8 +207,8 @@ class Merger(Handle):
             if dtype == Dtype.Q8_0 or seen.dtype != dtype:  # in plain bytes, or bits of another type
                 seen = packed(result[name], dtype, shape, what=name)
             if seen.shape != shape or seen.dtype != dtype or not seen.is_contiguous:
-                raise ArgumentError("out: %s is %s%s: expected row-major %s%s"
-                                    % (name, seen.dtype.name.lower(), list(seen.shape), dtype.name.lower(), list(shape)))
+                raise ArgumentError("out: %s is %s%s: expected row-major %s%s" % (
+                    name, seen.dtype.name.lower(), list(seen.shape), dtype.name.lower(), list(shape)))
             place[:] = [seen]
 
         self._stream(tensor, lambda offset, address, n: ctypes.memmove(place[0].address + offset, address, n))

@@ -12,7 +12,7 @@ import time
 import unittest
 import weakref
 
-from .case import Case, needs_numpy, numpy, psoup, tiny
+from .case import Case, needs_numpy, psoup, tiny
 
 
 class Handles(Case):

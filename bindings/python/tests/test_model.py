@@ -137,7 +137,8 @@ class Generation(Case):
 
     def test_prompts_have_settings_of_their_own(self):
         model = tiny()
-        prompts = [psoup.Prompt([2, 3], {"A": 1}, sequence=9, sampling={"max_new_tokens": 2, "seed": 1, "ignore_stop": True}),
+        own = {"max_new_tokens": 2, "seed": 1, "ignore_stop": True}
+        prompts = [psoup.Prompt([2, 3], {"A": 1}, sequence=9, sampling=own),
                    psoup.Prompt([2, 3], {"A": 1}, sequence=9)]
         a, b = model.generate(prompts, max_new_tokens=5, seed=1, ignore_stop=True)
         self.assertEqual((len(a.tokens), len(b.tokens)), (2, 5))

@@ -137,7 +137,8 @@ class Ppo(Case):
         def reward(rollouts):
             raise LookupError("no reward today")
 
-        for wrong, kind in ((reward, LookupError), (lambda r: [1.0], ValueError), (lambda r: ["x"] * len(r), ValueError)):
+        for wrong, kind in ((reward, LookupError), (lambda r: [1.0], ValueError),
+                            (lambda r: ["x"] * len(r), ValueError)):
             ppo = psoup.Ppo(model, [psoup.Policy("A", [[2, 3]], wrong)], steps=1, **self.OPTIONS)
             self.assertRaises(kind, ppo.run)
             ppo.close()
