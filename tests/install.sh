@@ -10,6 +10,7 @@ export PKG_CONFIG_SYSROOT_DIR PKG_CONFIG_LIBDIR
 lib=$root$prefix/lib
 mkdir "$root/work"
 examples=$(cd "$(dirname "$0")/../examples" && pwd)
+readme=$(cd "$(dirname "$0")/../bindings/cpp" && pwd)/README.md
 cpp_test=$(cd "$(dirname "$0")" && pwd)/cpp/soup.cc
 cd "$root/work"
 
@@ -160,6 +161,10 @@ cpp() {
         ./soup++
         cxx merge.cc psoup-merge -o merge++ $(pkg-config --static --libs psoup-merge)
         ./merge++
+        sed -n '/^```cpp/,/^```$/{/^```/d;p}' "$readme" >readme.cc
+        cxx readme.cc psoup -o readme $(pkg-config --static --libs psoup)
+        ./readme >readme.log
+        grep -q '^1: [0-9]' readme.log
         compiled=
         cpp soup17 "$CXX" -std=c++17
         cpp soup17n "$CXX" -std=c++17 -fno-exceptions
