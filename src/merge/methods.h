@@ -64,9 +64,10 @@ void psoup__method_delta(const psoup__method_job *job, size_t i, size_t at, size
  * be read; all n where an input has factors, which are read in whole rows. */
 size_t psoup__method_chunk(const psoup__method_job *job, size_t n);
 
-/* Calls fn for every block of a fixed division of the tensor, in parallel; scratch is
- * [per_element · block] and the worker's own. sums [quantities] (may be NULL) receives the blocks'
- * partial sums, added in the order of the blocks. */
+/* Goes through a fixed division of the tensor into blocks, in parallel, and through each in pieces,
+ * for which it calls fn; scratch is [per_element · piece] and the worker's own. fn adds to its
+ * block's partial sums, and these are added in the order of the blocks to sums [quantities] (which
+ * may be NULL). */
 typedef void (*psoup__walk_fn)(const psoup__method_job *job, void *arg, size_t at, size_t n,
                                int worker, float *scratch, double *partial /* [quantities] */);
 psoup_status psoup__method_walk(const psoup__method_job *job, size_t per_element, psoup__walk_fn fn,

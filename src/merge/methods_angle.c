@@ -41,9 +41,9 @@ static void slerp_sums(const psoup__method_job *job, void *arg, size_t at, size_
     const ends e = slerp_ends(job);
     const float *x = psoup__method_view(job, e.from, at, n, scratch);
     const float *y = psoup__method_view(job, e.to, at, n, scratch + n);
-    partial[FROM_FROM] = kernels->dot(x, x, n);
-    partial[TO_TO] = kernels->dot(y, y, n);
-    partial[FROM_TO] = kernels->dot(x, y, n);
+    partial[FROM_FROM] += kernels->dot(x, x, n);
+    partial[TO_TO] += kernels->dot(y, y, n);
+    partial[FROM_TO] += kernels->dot(x, y, n);
 }
 
 /* Straight where the two are nearly parallel or opposed (|cos| > 0.9995). A vector of zeros counts
@@ -154,9 +154,9 @@ static void whole_sums(const psoup__method_job *job, void *arg, size_t at, size_
     const psoup__method_kernels *kernels = psoup__method_kernels_of(job->context);
     const float *x, *y, *base;
     read_pair(job, at, n, &x, &y, &base, scratch);
-    partial[FROM_FROM] = kernels->dot(x, x, n);
-    partial[TO_TO] = kernels->dot(y, y, n);
-    partial[FROM_TO] = kernels->dot(x, y, n);
+    partial[FROM_FROM] += kernels->dot(x, x, n);
+    partial[TO_TO] += kernels->dot(y, y, n);
+    partial[FROM_TO] += kernels->dot(x, y, n);
 }
 
 static void set_pair(nuslerp *s, size_t vector, double t, const double sums[PAIR_SUMS]) {
@@ -168,13 +168,11 @@ static void set_pair(nuslerp *s, size_t vector, double t, const double sums[PAIR
 
 static void row_sums(const psoup__method_job *job, void *arg, size_t row, int worker,
                      float *scratch) {
-    double sums[PAIR_SUMS] = {0}, some[PAIR_SUMS];
+    double sums[PAIR_SUMS] = {0};
     size_t columns = (size_t)job->columns, chunk = psoup__method_chunk(job, columns);
     for (size_t done = 0; done < columns; done += chunk) {
         size_t n = columns - done < chunk ? columns - done : chunk;
-        whole_sums(job, NULL, row * columns + done, n, worker, scratch, some);
-        for (int i = 0; i < PAIR_SUMS; i++)
-            sums[i] += some[i];
+        whole_sums(job, NULL, row * columns + done, n, worker, scratch, sums);
     }
     set_pair(arg, row, nuslerp_t(job), sums);
 }

@@ -70,8 +70,8 @@ static void count_ties(selection *s, size_t input, size_t at, size_t n, const fl
         uint32_t bits = s->cuts[input * s->per_input + c].bits, count = 0;
         for (size_t e = 0; e < n; e++)
             count += magnitude(x[e]) == bits;
-        s->ties[(at / s->step * (s->last - s->first) + input - s->first) * s->per_input + c] =
-            count;
+        size_t first = (at / s->step * (s->last - s->first) + input - s->first) * s->per_input;
+        s->ties[first + c] += count;
     }
 }
 

@@ -232,9 +232,9 @@ static void sum_absolute(const psoup__method_job *job, void *arg, size_t at, siz
         if (psoup__method_weight(job, i) == 0 || thins[i].all || thins[i].none)
             continue;
         psoup__method_delta(job, i, at, n, base, delta);
-        partial[2 * i] = kernels->absolute(delta, n);
+        partial[2 * i] += kernels->absolute(delta, n);
         psoup__thin_apply(job, &thins[i], at, n, delta, delta + n);
-        partial[2 * i + 1] = kernels->absolute(delta, n);
+        partial[2 * i + 1] += kernels->absolute(delta, n);
     }
 }
 

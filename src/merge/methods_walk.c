@@ -71,16 +71,20 @@ typedef struct walk {
     const psoup__method_job *job;
     psoup__walk_fn fn;
     void *arg;
-    size_t step, per_element, quantities;
-    float *scratch;   /* [workers, step · per_element] */
+    size_t step, piece, per_element, quantities;
+    float *scratch;   /* [workers, piece · per_element] */
     double *partials; /* [tasks, quantities] */
 } walk;
 
 static void walk_task(void *arg, size_t task, int worker) {
     const walk *w = arg;
-    size_t at = task * w->step, n = w->job->n - at < w->step ? w->job->n - at : w->step;
-    w->fn(w->job, w->arg, at, n, worker, w->scratch + (size_t)worker * w->step * w->per_element,
-          w->quantities > 0 ? w->partials + task * w->quantities : NULL);
+    size_t at = task * w->step, end = w->job->n - at < w->step ? w->job->n : at + w->step;
+    float *scratch = w->scratch + (size_t)worker * w->piece * w->per_element;
+    double *partial = w->quantities > 0 ? w->partials + task * w->quantities : NULL;
+    for (; at < end; at += w->piece) {
+        size_t n = end - at < w->piece ? end - at : w->piece;
+        w->fn(w->job, w->arg, at, n, worker, scratch, partial);
+    }
 }
 
 psoup_status psoup__method_walk(const psoup__method_job *job, size_t per_element, psoup__walk_fn fn,
@@ -94,9 +98,10 @@ psoup_status psoup__method_walk(const psoup__method_job *job, size_t per_element
     psoup_status status = PSOUP_ERROR_MEMORY;
     size_t tasks = job->n / w.step + (job->n % w.step != 0), floats;
     size_t workers = (size_t)psoup_context_threads(job->context);
-    if (job->n < w.step)
-        w.step = job->n;
-    if (!psoup__multiply(w.step, per_element * workers, &floats))
+    w.piece = psoup__method_chunk(job, job->n < w.step ? job->n : w.step);
+    if (job->method->whole_rows && !has_factors(job))
+        w.piece = (size_t)job->columns;
+    if (!psoup__multiply(w.piece, per_element * workers, &floats))
         return psoup__out_of_memory(error, SIZE_MAX);
     if ((w.scratch = psoup__alloc(job->context, floats, sizeof *w.scratch, error)) == NULL ||
         (w.partials = psoup__alloc(job->context, tasks * quantities, sizeof *w.partials, error)) ==
