@@ -185,7 +185,7 @@ int32_t psoup__merge_rank(psoup_merge_method method, int32_t svd_rank,
             psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                         "method %s: rank %d and scale %g beside rank %d and scale %g; expected "
                         "equal %s",
-                        method == PSOUP_MERGE_FACTORS ? "factors" : "peft-linear",
+                        method == PSOUP_MERGE_FACTORS ? "factors" : "peft_linear",
                         (int)factors[i].rank, (double)factors[i].scale, (int)factors[0].rank,
                         (double)factors[0].scale, method == PSOUP_MERGE_FACTORS ? "ones" : "ranks");
             return 0;
@@ -210,7 +210,7 @@ psoup_status psoup__factors_check(psoup_context *context, psoup_merge_method met
         method != PSOUP_MERGE_PEFT_LINEAR)
         return psoup__fail(
             error, PSOUP_ERROR_ARGUMENT,
-            "psoup_merge_factors: method %d; expected delta, factors, svd or peft-linear",
+            "psoup_merge_factors: method %d; expected delta, factors, svd or peft_linear",
             (int)method);
     for (size_t i = 0; i < count; i++) {
         if (weights[i] == 0)
@@ -226,7 +226,7 @@ psoup_status psoup__factors_check(psoup_context *context, psoup_merge_method met
             return psoup__fail(
                 error, PSOUP_ERROR_ARGUMENT,
                 "psoup_merge_factors: factors %zu: weight %g times scale %g is negative; "
-                "peft-linear takes its square root",
+                "peft_linear takes its square root",
                 i, weights[i], (double)factors[i].scale);
     }
     return PSOUP_OK;

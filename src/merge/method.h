@@ -99,7 +99,7 @@ enum {
 };
 
 /* The row of a method; NULL for a value that is no full-tensor method (delta, factors, svd,
- * peft-linear). */
+ * peft_linear). */
 const psoup__method *psoup__method_of(psoup_merge_method method);
 /* The row of a name as in the table ("dare_ties"); NULL for another. */
 const psoup__method *psoup__method_named(const char *name);
