@@ -295,6 +295,17 @@ static bool nothing_changes(const psoup__plan *plan, const psoup__result *result
     return result->base != PSOUP__NONE && result->method->needs_base;
 }
 
+/* The dtype that a tensor has in the base, where there is one: whatever is mixed into it. */
+static psoup_dtype base_dtype(const psoup__plan *plan, const char *name, psoup_dtype otherwise) {
+    const psoup__merge_source *base = &plan->merger->base;
+    const psoup__merge_pull *pull;
+    size_t index;
+    if (!plan->merger->has_base || !psoup__dtype_mergeable(otherwise) || !find_tied(base, name, &index))
+        return otherwise;
+    psoup_dtype dtype = psoup__source_tensor(base, index, &pull)->dtype;
+    return psoup__dtype_mergeable(dtype) ? dtype : otherwise;
+}
+
 /* name: of the result; like_name: in the plan's `like`, from which the sources' names are made. */
 static psoup_status add_result(psoup__plan *plan, const group *g, const char *name, const char *like_name,
                                psoup_error *error) {
@@ -342,7 +353,7 @@ static psoup_status add_result(psoup__plan *plan, const group *g, const char *na
     const psoup__tensor *like = base != NULL ? plan->inputs[result->base].tensor : first->tensor;
     for (size_t i = result->input; i < plan->n_inputs; i++)
         PSOUP__TRY(check_input(plan, result, first, &plan->inputs[i], error));
-    psoup_dtype dtype = psoup__result_dtype(merger, like->dtype);
+    psoup_dtype dtype = psoup__result_dtype(merger, base_dtype(plan, like_name, like->dtype));
     if (merger->options.format == PSOUP_MERGE_GGUF)
         dtype = psoup__gguf_dtype(dtype, like->rank, like->shape);
     PSOUP__TRY(psoup__result_shape(result, dtype, like->rank, like->shape, error));
