@@ -39,7 +39,7 @@ MODE     = $(FLAGS_$(config))
 CPPFLAGS += -Iinclude -Isrc -D_GNU_SOURCE
 CFLAGS   += -std=c11 $(MODE) $(WARN) -fPIC -fno-semantic-interposition -fno-math-errno -ffp-contract=off -pthread
 LDFLAGS  += $(if $(filter sanitize coverage,$(config)),$(MODE)) -pthread
-LIBS      = -ljansson -lpcre2-8 -lzstd -lyaml -lxxhash -lmd -lm
+LIBS      = -ljansson -lpcre2-8 -lzstd -lyaml -lmd -lm
 
 # Kernel sources are compiled once per instruction set; see src/base/base.h, isa.c.
 VARIANTS        = generic
@@ -49,7 +49,9 @@ endif
 FLAGS_generic   =
 FLAGS_avx2      = -mavx2 -mfma -mf16c -mbmi2
 FLAGS_avx512    = $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
-KERNEL_SRC      = src/base/gemm_kernel.c src/base/convert.c src/merge/kernels.c src/merge/fold_kernel.c src/merge/method_kernels.c src/merge/dense_kernels.c \
+KERNEL_SRC      = src/base/gemm_kernel.c src/base/convert.c src/merge/kernels.c src/merge/fold_kernel.c \
+                  src/merge/method_kernels.c src/merge/dense_kernels.c \
+                  src/merge/hash_kernel.c \
                   $(filter-out src/cpu/cpu.c,$(wildcard src/cpu/*.c))
 KERNEL_OPT      = $(if $(filter release,$(config)),-O3)
 

@@ -1,34 +1,42 @@
-/* XXH3-128 through libxxhash. */
-#define XXH_STATIC_LINKING_ONLY /* the size of its state, which lies in our memory */
-#include <xxhash.h>
-#if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
-#include <xxh_x86dispatch.h> /* AVX2 and AVX-512 where the machine has them: the same hash, twice as fast */
-#endif
-
+/* Fingerprints: the state, and whose vectors work on it. */
 #include "merge/hash.h"
 
 struct psoup__hash {
-    XXH3_state_t state; /* 64-byte aligned, as psoup__alloc aligns */
+    const psoup__hash_kernels *kernels;
+    _Alignas(64) unsigned char state[]; /* of kernels->bytes; 64-byte aligned, as psoup__alloc aligns */
 };
 
+static const psoup__hash_kernels *kernels_of(const psoup_context *context) {
+#ifdef __x86_64__
+    if (psoup__isa_of(context) == PSOUP__ISA_AVX512)
+        return &psoup__hash_kernels_avx512;
+    if (psoup__isa_of(context) == PSOUP__ISA_AVX2)
+        return &psoup__hash_kernels_avx2;
+#endif
+    return &psoup__hash_kernels_generic;
+}
+
 psoup__hash *psoup__hash_create(psoup_context *context, psoup_error *error) {
-    psoup__hash *hash = psoup__alloc(context, 1, sizeof *hash, error);
-    if (hash != NULL)
-        XXH3_128bits_reset(&hash->state);
+    const psoup__hash_kernels *kernels = kernels_of(context);
+    psoup__hash *hash = psoup__alloc(context, 1, sizeof *hash + kernels->bytes, error);
+    if (hash == NULL)
+        return NULL;
+    hash->kernels = kernels;
+    kernels->reset(hash->state);
     return hash;
 }
 
 void psoup__hash_update(psoup__hash *hash, const void *data, size_t bytes) {
-    XXH3_128bits_update(&hash->state, data, bytes);
+    hash->kernels->update(hash->state, data, bytes);
 }
 
 void psoup__hash_text(const psoup__hash *hash, char out[PSOUP__HASH_TEXT]) {
     static const char digits[] = "0123456789abcdef";
-    XXH128_canonical_t canonical;
-    XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(&hash->state));
+    unsigned char bytes[16];
+    hash->kernels->digest(hash->state, bytes);
     for (int i = 0; i < 16; i++) {
-        out[2 * i] = digits[canonical.digest[i] >> 4];
-        out[2 * i + 1] = digits[canonical.digest[i] & 15];
+        out[2 * i] = digits[bytes[i] >> 4];
+        out[2 * i + 1] = digits[bytes[i] & 15];
     }
     out[32] = '\0';
 }
