@@ -202,7 +202,7 @@ START_TEST(names) {
     }
     for (size_t i = 0; i < sizeof strange / sizeof *strange; i++)
         ck_assert_msg(!psoup__gguf_to_hf(strange[i], out), "%s", strange[i]);
-    const psoup__gguf_layout llama = {true, 8, 2}, qwen2 = {false, 8, 2};
+    const psoup__gguf_layout llama = {true, 8, 2, 0}, qwen2 = {false, 8, 2, 0};
     ck_assert_int_eq(psoup__gguf_heads(&llama, "model.layers.3.self_attn.q_proj.weight"), 8);
     ck_assert_int_eq(psoup__gguf_heads(&llama, "model.layers.3.self_attn.k_proj.bias"), 2);
     ck_assert_int_eq(psoup__gguf_heads(&llama, "model.layers.3.self_attn.v_proj.weight"), 0);
@@ -212,8 +212,8 @@ END_TEST
 
 START_TEST(writer_refuses) {
     psoup__gguf_writer *w;
-    const int64_t shape[2] = {4, 6}, odd[2] = {6, 8}, blocks[2] = {2, 64}, huge[2] = {INT64_MAX, 4};
-    const psoup__gguf_layout layout = {true, 4, 4};
+    const int64_t shape[2] = {4, 6}, odd[2] = {6, 8}, tall[2] = {16, 8}, blocks[2] = {2, 64}, huge[2] = {INT64_MAX, 4};
+    const psoup__gguf_layout layout = {true, 4, 4, 2};
     const char *path = in_scratch("refused.gguf");
     char data[256] = {0};
     OK(psoup__gguf_create(context, path, &w, &error));
@@ -229,6 +229,7 @@ START_TEST(writer_refuses) {
                  {"lm_head.weight", PSOUP_F32, 0, shape},
                  {"lm_head.weight", PSOUP_Q8_0, 2, shape},
                  {"lm_head.weight", PSOUP_F32, 2, huge},
+                 {"model.layers.0.self_attn.q_proj.weight", PSOUP_F32, 2, tall},
                  {"model.layers.0.self_attn.q_proj.weight", PSOUP_F32, 2, odd}};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
         ck_assert_msg(psoup__gguf_declare(w, wrong[i].name, wrong[i].dtype, wrong[i].rank, wrong[i].shape,

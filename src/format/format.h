@@ -209,6 +209,7 @@ double psoup__gguf_number(const psoup__gguf_value *array, size_t i);
 typedef struct psoup__gguf_layout {
     bool permuted; /* q and k lie as psoup__tensor.heads describes: "llama", but not "qwen2" */
     int32_t heads, kv_heads; /* 0: the file does not say */
+    int32_t head_dim;        /* likewise */
 } psoup__gguf_layout;
 /* Of a file, by its general.architecture; refuses other architectures by name. */
 psoup_status psoup__gguf_layout_of(const psoup__gguf *file, psoup__gguf_layout *out,

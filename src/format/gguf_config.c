@@ -271,7 +271,7 @@ psoup_status psoup__gguf_write_config(psoup__gguf_writer *writer, const psoup_mo
                                       psoup_error *error) {
     psoup_status status;
     char key[96];
-    const psoup__gguf_layout layout = {!qwen2, c->num_attention_heads, c->num_key_value_heads};
+    const psoup__gguf_layout layout = {!qwen2, c->num_attention_heads, c->num_key_value_heads, c->head_dim};
     const struct {
         const char *field;
         int32_t value;

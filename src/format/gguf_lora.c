@@ -155,7 +155,7 @@ psoup_status psoup__gguf_adapter_write(psoup_context *context, const char *path,
     psoup_status status;
     psoup__gguf_writer *writer = NULL;
     bool llama = strcmp(architecture, "llama") == 0;
-    const psoup__gguf_layout layout = {llama, heads, kv_heads};
+    const psoup__gguf_layout layout = {.permuted = llama, .heads = heads, .kv_heads = kv_heads};
     float alpha = choose_alpha(adapter);
     if (!llama && strcmp(architecture, "qwen2") != 0)
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "%s: architecture \"%.60s\"; expected llama or qwen2",

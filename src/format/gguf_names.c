@@ -130,6 +130,13 @@ psoup_status psoup__gguf_layout_of(const psoup__gguf *file, psoup__gguf_layout *
                            "%s: attention.head_count: %lld heads, %lld of keys and values; expected at "
                            "most as many of these",
                            psoup__gguf_path(file), (long long)heads, (long long)kv_heads);
+    const char *architecture = out->permuted ? "llama" : "qwen2";
+    char key[64];
+    snprintf(key, sizeof key, "%s.embedding_length", architecture);
+    int64_t width = psoup__gguf_integer(file, key, 0);
+    snprintf(key, sizeof key, "%s.attention.key_length", architecture);
+    int64_t head_dim = psoup__gguf_integer(file, key, heads > 0 ? width / heads : 0);
+    out->head_dim = head_dim > 0 && head_dim <= 1 << 20 ? (int32_t)head_dim : 0;
     out->heads = (int32_t)heads;
     out->kv_heads = (int32_t)kv_heads;
     return PSOUP_OK;
@@ -173,5 +180,8 @@ psoup_status psoup__gguf_set_heads(const psoup__gguf_layout *layout, const char 
         return psoup__fail(error, PSOUP_ERROR_FORMAT,
                            "%s: tensor %.200s: %lld rows are no %d heads of an even size", path, name,
                            (long long)rows, (int)tensor->heads);
+    if (layout->head_dim > 0 && rows != (int64_t)tensor->heads * layout->head_dim)
+        return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: tensor %.200s: %lld rows; expected %d heads of %d",
+                           path, name, (long long)rows, (int)tensor->heads, (int)layout->head_dim);
     return PSOUP_OK;
 }

@@ -169,8 +169,9 @@ psoup_status psoup__model_heads(psoup_context *context, const char *model, const
         if ((directory = psoup__directory_of(context, model, error)) == NULL)
             return PSOUP_ERROR_MEMORY;
         PSOUP__TRY(psoup__hf_config_read(context, directory, &config, error));
-        layout = (psoup__gguf_layout){!config.qkv_bias, config.num_attention_heads,
-                                      config.num_key_value_heads};
+        layout.permuted = !config.qkv_bias;
+        layout.heads = config.num_attention_heads;
+        layout.kv_heads = config.num_key_value_heads;
     }
     *architecture = layout.permuted ? "llama" : "qwen2";
     *heads = layout.heads;

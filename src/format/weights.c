@@ -65,7 +65,7 @@ static psoup_status add_gguf(psoup__weights *weights, const char *path, const ch
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: general.type: expected \"%s\"", path, type);
     PSOUP__TRY(psoup__gguf_layout_of(file, &layout, error));
     if (layout.heads == 0)
-        layout = (psoup__gguf_layout){layout.permuted, heads, kv_heads};
+        layout = (psoup__gguf_layout){.permuted = layout.permuted, .heads = heads, .kv_heads = kv_heads};
     size_t n = psoup__gguf_count(file);
     weights->renamed = psoup__alloc(context, n, sizeof *weights->renamed, error);
     weights->names = psoup__alloc(context, n, sizeof *weights->names, error);
