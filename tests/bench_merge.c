@@ -1,10 +1,10 @@
 /* Merging beside PyTorch, mergekit and the machine's own limits: in memory (sum, fold, new weights) and from
  * file to file. Peers and limits take turns with ours in the same run; every figure is the best of a few.
  *
- *   bench_merge [PYTHON SCRIPT [MILLIONS]]   e.g. bench_merge python3 tests/bench_merge.py 1100
+ *   bench_merge [PYTHON SCRIPT [MILLIONS [PARTS]]]   e.g. bench_merge python3 tests/bench_merge.py 1100 sum,fold
  *
  * MILLIONS of parameters (250): the sum needs 8 bytes each, the files as much on disk under $TMPDIR and again
- * in /dev/shm. Run it on a machine that does nothing else. */
+ * in /dev/shm. PARTS are of sum, fold, weights, files; all of them. Run it on a machine that does nothing else. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -517,19 +517,24 @@ int main(int argc, char **argv) {
         fprintf(stderr, "bench_merge: %d million parameters; expected 1 to 1100\n", millions);
         return 2;
     }
-    int layers = millions > 180 ? (millions - 131) / 44 : 1;
+    int layers = millions > 180 ? (millions - 131) / 44 : 1; /* 44 million each, and the two tables */
     layers = layers > 22 ? 22 : layers;
     setvbuf(stdout, NULL, _IOLBF, 0);
     settings.threads = THREADS;
     must(psoup_context_create(&settings, &context, &error), &error);
     start_peer();
     printf("%d threads, %s\n", THREADS, psoup_context_isa(context));
-    bench_sum(context, millions);
-    bench_fold(context, layers);
-    bench_reweight(context);
-    if (access("/dev/shm", W_OK) == 0)
+    const char *parts = argc > 4 ? argv[4] : "sum,fold,weights,files";
+    if (strstr(parts, "sum") != NULL)
+        bench_sum(context, millions);
+    if (strstr(parts, "fold") != NULL)
+        bench_fold(context, layers);
+    if (strstr(parts, "weights") != NULL)
+        bench_reweight(context);
+    if (strstr(parts, "files") != NULL && access("/dev/shm", W_OK) == 0)
         bench_files(context, "/dev/shm", layers, false);
-    bench_files(context, getenv("TMPDIR") != NULL ? getenv("TMPDIR") : P_tmpdir, layers, true);
+    if (strstr(parts, "files") != NULL)
+        bench_files(context, getenv("TMPDIR") != NULL ? getenv("TMPDIR") : P_tmpdir, layers, true);
     psoup_context_free(context);
     return 0;
 }
