@@ -307,6 +307,34 @@ no 1 'f31' merge --dtype f31 --out left/m P1A=1
 no 1 'base\|kind' merge --out left/m P1A=0.5 base=0.5
 no 1 'bent' merge --out left/m P1A=0.5 bent/none=0.5
 no 2 'expected --out' merge P1A=1
+ok merge --verify m-models
+check "verified" has '21 tensors\|[0-9]* tensors'
+ok merge --replay m-models/psoup-merge.json
+ok merge --replay m-models/psoup-merge.json --out m-again
+check "replayed byte by byte" diff -r m-models m-again
+ok merge --method ties --param density=0.5 --param density:1@mlp=0.2,0.8 --base base --out m-ties P1A=1 P2A=1
+ok merge --verify m-ties
+ok merge --method ties:4 --param density=0.5 --out m-ties4 P1A=1 P2A=1
+ok merge --shard-size 20KB --resume --sha256 --out m-shards base=0.5 m-base=0.5
+check "an index" test -f m-shards/model.safetensors.index.json
+check "sha256" grep -q sha256 m-shards/psoup-merge.json
+ok info m-shards
+printf 'merge_method: slerp\nbase_model: base\nmodels: [{model: m-base}]\nparameters: {t: 0.5}\n' > mix.yaml
+ok merge mix.yaml --out m-recipe
+ok merge --verify m-recipe
+ok merge --out m.gguf --dtype f16 base=1
+ok merge --verify m.gguf
+ok merge --out a.gguf --reference base P1A=1
+ok merge --base m.gguf --out m-of-gguf a.gguf=1
+printf 'merge_method: linear\ntop: 1\n' > mixed.yaml
+no 1 'mixed.yaml:2: top: is not supported' merge mixed.yaml --out left/m
+no 1 'expected NAME=VALUE' merge --param density --out left/m P1A=1
+no 1 'parameter "heat"' merge --param heat=1 --out left/m P1A=1
+no 1 'expected numbers' merge --param density=x --out left/m P1A=1
+no 1 'expected a size' merge --shard-size big --out left/m P1A=1
+no 1 'expected paper' merge --peer me --out left/m P1A=1
+no 1 'expected safetensors or gguf' merge --format onnx --out left/m P1A=1
+no 2 'take no sources' merge --verify m-models base=1
 
 # ---- inspect ------------------------------------------------------------------------------------
 ok inspect P1A P2A --weights 0.25,0.75 --plot m.svg

@@ -381,6 +381,39 @@ static void keep_block(psoup__work *work, size_t at, size_t n, char *out) {
     }
 }
 
+static bool is_plain(psoup_dtype dtype) {
+    return dtype == PSOUP_F32 || dtype == PSOUP_F16 || dtype == PSOUP_BF16;
+}
+
+/* Adapters on a base that lies in memory, and nothing else: one product reads and rounds the base in its
+ * tiles. Numbers that became infinite in rounding are found in what was written. */
+static bool fold_block(psoup__work *work, size_t at, size_t n, void *out) {
+    enum { PIECE = 2048 };
+    float piece[PIECE];
+    const psoup__result *r = work->result;
+    const psoup__merge_input *input = &work->inputs[0];
+    const psoup__tensor *tensor = input->tensor;
+    if (r->method->method != PSOUP_MERGE_PASSTHROUGH || !work->folds || work->values[PSOUP__SCALE][0] != 1 ||
+        tensor == NULL || input->pull != NULL || tensor->heads != 0 || !is_plain(tensor->dtype) ||
+        !is_plain(r->dtype))
+        return false;
+    size_t columns = (size_t)input->columns, size = psoup_dtype_size(r->dtype);
+    const psoup__fold_args args = {
+        .out = out, .out_dtype = r->dtype, .out_stride = columns,
+        .base = (const char *)tensor->data + at * psoup_dtype_size(tensor->dtype),
+        .base_dtype = tensor->dtype, .base_stride = columns, .rows = (int64_t)(n / columns),
+        .columns = input->columns, .first_row = (int64_t)(at / columns), .in = input->columns,
+        .factors = input->factors, .weights = input->weights, .count = input->n_factors};
+    psoup__fold(work->merger->context, &args);
+    for (size_t done = 0; done < n; done += PIECE) {
+        size_t m = n - done < PIECE ? n - done : PIECE;
+        psoup__to_f32(work->merger->context, piece, (const char *)out + done * size, r->dtype, m);
+        if (!psoup__merge_finite(work->merger->context, piece, m, PSOUP_F32))
+            spoil(work);
+    }
+    return true;
+}
+
 void psoup__work_block(psoup__work *work, size_t at, size_t n, void *out, float *scratch, int worker) {
     psoup_context *context = work->merger->context;
     const psoup__result *r = work->result;
@@ -395,7 +428,7 @@ void psoup__work_block(psoup__work *work, size_t at, size_t n, void *out, float 
                                       .weights = work->values[PSOUP__WEIGHT], .count = r->inputs, .n = n};
         if (!psoup__sum(context, &args))
             spoil(work);
-    } else {
+    } else if (r->kind != PSOUP__MADE || !fold_block(work, at, n, out)) {
         const float *from = scratch;
         if (r->kind == PSOUP__MADE)
             r->method->block(&work->job, work->state, at, n, scratch, scratch + n);
