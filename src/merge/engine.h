@@ -150,7 +150,7 @@ struct psoup__yaml_node;
 psoup_status psoup__recipe_apply(psoup_merger *merger, const struct psoup__yaml_node *root, const char *path,
                                  psoup_error *error);
 
-/* ---- plan.c, plan_models.c, plan_adapters.c --------------------------------------------------------------- */
+/* ---- plan.c, plan_models.c, plan_tensor.c, plan_adapters.c --------------------------------------------------------------- */
 
 typedef struct psoup__plan_part { /* one adapter's pair of factors, with its weight */
     size_t source;
@@ -336,7 +336,7 @@ void psoup__staging_keep(const psoup__staging *staging, const char *const *names
 psoup_status psoup__staging_commit(psoup__staging *staging, const char *entry, psoup_error *error);
 void psoup__staging_free(psoup__staging *staging); /* removes what is not committed nor kept */
 
-/* ---- work.c: one result in the making ------------------------------------------------------------------------ */
+/* ---- work.c, work_block.c: one result in the making ------------------------------------------------------------------------ */
 
 typedef struct psoup__stream { /* what is hashed while a result is made: an input, or the result */
     psoup__hash *hash;
@@ -375,6 +375,8 @@ typedef struct psoup__work {
 psoup_status psoup__work_open(const psoup__plan *plan, size_t index, psoup__certificate *certificate,
                               psoup__work *pair, psoup__work **out, psoup_error *error);
 void psoup__work_free(psoup__work *work);
+size_t psoup__work_inputs(const psoup__work *work); /* the base too */
+const psoup__plan_input *psoup__work_input(const psoup__work *work, size_t i); /* the base last */
 /* Floats of scratch that a block needs. */
 size_t psoup__work_scratch(const psoup__work *work);
 /* out = elements at … at + n − 1 in the result's dtype; sets work->bad. From any worker. */

@@ -1,4 +1,4 @@
-/* One result in the making: its inputs opened, its blocks made, its fingerprints taken. */
+/* One result in the making: its inputs opened, and what its method must know of whole tensors. */
 #include "merge/engine.h"
 
 #include <string.h>
@@ -101,12 +101,12 @@ fail:
 
 /* ---- opening -------------------------------------------------------------------------------------------- */
 
-static const psoup__plan_input *input_of(const psoup__work *work, size_t i) {
+const psoup__plan_input *psoup__work_input(const psoup__work *work, size_t i) {
     return i < work->result->inputs ? &work->plan->inputs[work->result->input + i]
                                     : &work->plan->inputs[work->result->base];
 }
 
-static size_t input_count(const psoup__work *work) {
+size_t psoup__work_inputs(const psoup__work *work) {
     return work->result->inputs + (work->result->base != PSOUP__NONE);
 }
 
@@ -117,7 +117,7 @@ static psoup_status open_values(psoup__work *work, psoup_error *error) {
         if (work->values[p] == NULL)
             return PSOUP_ERROR_MEMORY;
         for (size_t i = 0; i < n; i++)
-            work->values[p][i] = input_of(work, i)->values[p];
+            work->values[p][i] = psoup__work_input(work, i)->values[p];
     }
     return PSOUP_OK;
 }
@@ -128,7 +128,7 @@ static psoup_status open_sum(psoup__work *work, psoup_error *error) {
     if ((work->dtypes = psoup__alloc(context, n, sizeof *work->dtypes, error)) == NULL)
         return PSOUP_ERROR_MEMORY;
     for (size_t i = 0; i < n; i++)
-        work->dtypes[i] = input_of(work, i)->tensor->dtype;
+        work->dtypes[i] = psoup__work_input(work, i)->tensor->dtype;
     work->block = SUM_BLOCK;
     return PSOUP_OK;
 }
@@ -142,9 +142,9 @@ static psoup_status make_job(psoup__work *work, int64_t columns, int64_t rows, p
     const psoup__result *r = work->result;
     const psoup__plan *plan = work->plan;
     const psoup_merger_options *o = &work->merger->options;
-    size_t n = input_count(work), first = plan->inputs[r->input].part, parts = 0;
+    size_t n = psoup__work_inputs(work), first = plan->inputs[r->input].part, parts = 0;
     for (size_t i = 0; i < n; i++)
-        parts += input_of(work, i)->parts;
+        parts += psoup__work_input(work, i)->parts;
     if ((work->inputs = psoup__alloc(context, n, sizeof *work->inputs, error)) == NULL)
         return PSOUP_ERROR_MEMORY;
     PSOUP__TRY(load_factors(work, plan->parts + first, parts, error));
@@ -152,7 +152,7 @@ static psoup_status make_job(psoup__work *work, int64_t columns, int64_t rows, p
     if (as_one)
         PSOUP__TRY(merge_factors(work, parts, &made->error, error));
     for (size_t i = 0; i < n; i++) {
-        const psoup__plan_input *input = input_of(work, i);
+        const psoup__plan_input *input = psoup__work_input(work, i);
         work->inputs[i] = (psoup__merge_input){.tensor = input->tensor, .columns = columns,
                                                .pull = input->pull, .n_factors = input->parts};
         if (input->parts > 0) {
@@ -199,7 +199,7 @@ fail:
 /* A method of whole tensors on the adapters' changes, cut to a rank. */
 static psoup_status cut_change(psoup__work *work, psoup__made *made, psoup_error *error) {
     psoup_status status;
-    const psoup__peft_pair *like = work->plan->parts[input_of(work, 0)->part].pair;
+    const psoup__peft_pair *like = work->plan->parts[psoup__work_input(work, 0)->part].pair;
     int64_t rows = like->b.shape[0], columns = like->a.shape[1];
     int32_t rank = (int32_t)work->result->shape[0];
     PSOUP__TRY(make_job(work, columns, rows, made, error));
@@ -217,7 +217,7 @@ fail:
 static psoup_status open_pair(psoup__work *work, psoup__work *pair, psoup__made *made,
                               psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    const psoup__plan_input *input = input_of(work, 0);
+    const psoup__plan_input *input = psoup__work_input(work, 0);
     if (pair != NULL) {
         work->pair = pair;
         work->merged = pair->merged;
@@ -250,13 +250,13 @@ static psoup_status open_streams(psoup__work *work, psoup__certificate *certific
     psoup_context *context = work->merger->context;
     size_t n = work->result->kind == PSOUP__PAIR_A || work->result->kind == PSOUP__PAIR_B
                    ? 0
-                   : input_count(work);
+                   : psoup__work_inputs(work);
     work->streams = psoup__alloc(context, n + 1, sizeof *work->streams, error);
     if (work->streams == NULL)
         return PSOUP_ERROR_MEMORY;
     PSOUP__TRY(add_stream(work, NULL, NULL, certificate->made[work->index].text, error));
-    for (size_t i = 0; i < input_count(work); i++) {
-        const psoup__plan_input *input = input_of(work, i);
+    for (size_t i = 0; i < psoup__work_inputs(work); i++) {
+        const psoup__plan_input *input = psoup__work_input(work, i);
         psoup__entry *entry = input->entry != PSOUP__NONE ? &certificate->entries[input->entry] : NULL;
         if (n > 0 && entry != NULL && !entry->claimed) {
             entry->claimed = true;
@@ -333,170 +333,4 @@ void psoup__work_free(psoup__work *work) {
     psoup__free(context, work->memory);
     psoup__free(context, work->merged_memory);
     psoup__free(context, work);
-}
-
-/* ---- blocks ------------------------------------------------------------------------------------------------- */
-
-size_t psoup__work_scratch(const psoup__work *work) {
-    size_t n = work->block < work->result->n ? work->block : work->result->n;
-    return work->result->kind == PSOUP__MADE ? n * (psoup__method_scratch(&work->job) + 1) : 0;
-}
-
-static void spoil(psoup__work *work) {
-    __atomic_store_n(&work->bad, 1, __ATOMIC_RELAXED);
-}
-
-/* The bytes of elements at …, from memory or into buffer. */
-static const void *raw_bytes(const psoup__work *work, const psoup__plan_input *input, size_t at, size_t bytes,
-                             void *buffer) {
-    if (input->pull == NULL)
-        return (const char *)input->tensor->data + at;
-    if (input->pull->read(input->pull->user, input->pull->index, at, bytes, buffer) != 0) {
-        __atomic_store_n(input->pull->failed, 1, __ATOMIC_RELAXED);
-        memset(buffer, 0, bytes);
-    }
-    (void)work;
-    return buffer;
-}
-
-/* Tensors that are no floats must be the same everywhere, and are kept. */
-static void keep_block(psoup__work *work, size_t at, size_t n, char *out) {
-    enum { PIECE = 4096 };
-    char buffer[PIECE];
-    size_t size = psoup_dtype_size(work->result->dtype), bytes = n * size, first = at * size;
-    for (size_t i = 0; i < input_count(work); i++) {
-        const psoup__plan_input *input = input_of(work, i);
-        if (input->tensor->dtype != work->result->dtype) {
-            spoil(work);
-            continue;
-        }
-        for (size_t done = 0; done < bytes; done += PIECE) {
-            size_t m = bytes - done < PIECE ? bytes - done : PIECE;
-            const void *raw = raw_bytes(work, input, first + done, m, buffer);
-            if (i == 0)
-                memcpy(out + done, raw, m);
-            else if (memcmp(out + done, raw, m) != 0)
-                spoil(work);
-        }
-    }
-}
-
-static bool is_plain(psoup_dtype dtype) {
-    return dtype == PSOUP_F32 || dtype == PSOUP_F16 || dtype == PSOUP_BF16;
-}
-
-/* Adapters on a base that lies in memory, and nothing else: one product reads and rounds the base in its
- * tiles. Numbers that became infinite in rounding are found in what was written. */
-static bool fold_block(psoup__work *work, size_t at, size_t n, void *out) {
-    enum { PIECE = 2048 };
-    float piece[PIECE];
-    const psoup__result *r = work->result;
-    const psoup__merge_input *input = &work->inputs[0];
-    const psoup__tensor *tensor = input->tensor;
-    if (r->method->method != PSOUP_MERGE_PASSTHROUGH || !work->folds || work->values[PSOUP__SCALE][0] != 1 ||
-        tensor == NULL || input->pull != NULL || tensor->heads != 0 || !is_plain(tensor->dtype) ||
-        !is_plain(r->dtype))
-        return false;
-    size_t columns = (size_t)input->columns, size = psoup_dtype_size(r->dtype);
-    const psoup__fold_args args = {
-        .out = out, .out_dtype = r->dtype, .out_stride = columns,
-        .base = (const char *)tensor->data + at * psoup_dtype_size(tensor->dtype),
-        .base_dtype = tensor->dtype, .base_stride = columns, .rows = (int64_t)(n / columns),
-        .columns = input->columns, .first_row = (int64_t)(at / columns), .in = input->columns,
-        .factors = input->factors, .weights = input->weights, .count = input->n_factors};
-    psoup__fold(work->merger->context, &args);
-    for (size_t done = 0; done < n; done += PIECE) {
-        size_t m = n - done < PIECE ? n - done : PIECE;
-        psoup__to_f32(work->merger->context, piece, (const char *)out + done * size, r->dtype, m);
-        if (!psoup__merge_finite(work->merger->context, piece, m, PSOUP_F32))
-            spoil(work);
-    }
-    return true;
-}
-
-void psoup__work_block(psoup__work *work, size_t at, size_t n, void *out, float *scratch, int worker) {
-    psoup_context *context = work->merger->context;
-    const psoup__result *r = work->result;
-    if (r->kind == PSOUP__KEPT) {
-        keep_block(work, at, n, out);
-    } else if (r->kind == PSOUP__SUM) {
-        const void **in = work->in + (size_t)worker * r->inputs;
-        for (size_t i = 0; i < r->inputs; i++)
-            in[i] = (const char *)input_of(work, i)->tensor->data +
-                    at * psoup_dtype_size(work->dtypes[i]);
-        const psoup__sum_args args = {.out = out, .out_dtype = r->dtype, .in = in, .dtypes = work->dtypes,
-                                      .weights = work->values[PSOUP__WEIGHT], .count = r->inputs, .n = n};
-        if (!psoup__sum(context, &args))
-            spoil(work);
-    } else if (r->kind != PSOUP__MADE || !fold_block(work, at, n, out)) {
-        const float *from = scratch;
-        if (r->kind == PSOUP__MADE)
-            r->method->block(&work->job, work->state, at, n, scratch, scratch + n);
-        else
-            from = (r->kind == PSOUP__PAIR_A ? work->merged.a : work->merged.b) + at;
-        if (!psoup__merge_finite(context, from, n, r->dtype))
-            spoil(work);
-        psoup__from_f32(context, out, r->dtype, from, n);
-    }
-}
-
-void psoup__stream_update(const psoup__work *work, psoup__stream *stream, size_t at, size_t n,
-                          const void *out) {
-    enum { PIECE = 1 << 14 };
-    char buffer[PIECE];
-    size_t from, to;
-    psoup_dtype dtype = stream->tensor != NULL ? stream->tensor->dtype : work->result->dtype;
-    /* a block may end within a q8_0 block of an input: the next one hashes that */
-    psoup__dtype_bytes(dtype, dtype == PSOUP_Q8_0 ? at / PSOUP__Q8_BLOCK * PSOUP__Q8_BLOCK : at, &from);
-    psoup__dtype_bytes(dtype, dtype == PSOUP_Q8_0 ? (at + n) / PSOUP__Q8_BLOCK * PSOUP__Q8_BLOCK : at + n,
-                       &to);
-    if (stream->tensor == NULL) {
-        psoup__hash_update(stream->hash, out, to - from);
-    } else if (stream->pull == NULL) {
-        psoup__hash_update(stream->hash, (const char *)stream->tensor->data + from, to - from);
-    } else {
-        const psoup__plan_input input = {.tensor = stream->tensor, .pull = stream->pull};
-        for (; from < to; from += PIECE) {
-            size_t m = to - from < PIECE ? to - from : PIECE;
-            psoup__hash_update(stream->hash, raw_bytes(work, &input, from, m, buffer), m);
-        }
-    }
-    if (at + n == work->result->n)
-        psoup__hash_text(stream->hash, stream->to);
-}
-
-/* ---- what went wrong ------------------------------------------------------------------------------------------ */
-
-psoup_status psoup__work_blame(const psoup__work *work, psoup_error *error) {
-    psoup_merger *merger = work->merger;
-    const psoup__result *r = work->result;
-    const char *path = r->inputs > 0 && r->kind <= PSOUP__KEPT
-                           ? psoup__merger_source(merger, input_of(work, 0)->source)->path
-                           : "";
-    float chunk[1024];
-    if (r->kind == PSOUP__PAIR_A || r->kind == PSOUP__PAIR_B)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%.200s: the merged factors are too large for %s",
-                           r->module, psoup_dtype_name(r->dtype));
-    if (r->kind == PSOUP__KEPT)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "%s: tensor %.200s (%s) is another in other sources and is no sum of floats", path,
-                           r->name, psoup_dtype_name(r->dtype));
-    for (size_t i = 0; i < input_count(work); i++) {
-        const psoup__plan_input *input = input_of(work, i);
-        const psoup__merge_input plain = {.tensor = input->tensor, .pull = input->pull};
-        if (i < r->inputs &&
-            (r->kind == PSOUP__SUM || (r->method->parameters & PSOUP__USES_WEIGHT) != 0) &&
-            input->values[PSOUP__WEIGHT] == 0)
-            continue;
-        for (size_t at = 0; at < r->n; at += 1024) {
-            size_t m = r->n - at < 1024 ? r->n - at : 1024;
-            psoup__merge_read(merger->context, &plain, at, m, chunk);
-            if (!psoup__merge_finite(merger->context, chunk, m, PSOUP_F32))
-                return psoup__fail(error, PSOUP_ERROR_FORMAT,
-                                   "%s: tensor %.200s holds a NaN or infinity",
-                                   psoup__merger_source(merger, input->source)->path, input->name);
-        }
-    }
-    return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: tensor %.200s: the result is too large for %s", path,
-                       r->name, psoup_dtype_name(r->dtype));
 }
