@@ -161,6 +161,26 @@ static const char *write_adapter(const char *name, float value, int64_t in) {
     return path[turn];
 }
 
+/* Written as GGUF, whose q rows lie in llama.cpp's order, an adapter is still itself. */
+START_TEST(gguf_adapters_are_the_same) {
+    psoup_merger_options options = PSOUP_MERGER_OPTIONS_INIT;
+    psoup_merger *merger;
+    psoup_json *found;
+    const char *paths[2] = {A, in_scratch("a.gguf")};
+    options.format = PSOUP_MERGE_GGUF;
+    ck_ok(psoup_merger_create(context, &options, &merger, &error));
+    ck_ok(psoup_merger_add(merger, A, 1, &error));
+    ck_ok(psoup_merger_set_reference(merger, BASE, &error));
+    ck_ok(psoup_merger_write(merger, paths[1], &error));
+    psoup_merger_free(merger);
+    ck_ok(psoup_merge_inspect(context, paths, 2, NULL, &found, &error));
+    const psoup_json *row = psoup_json_at(psoup_json_get(found, "cosine"), 0);
+    ck_assert_double_eq_tol(psoup_json_real(psoup_json_at(row, 1), 0), 1, 1e-6);
+    ck_assert_uint_eq(psoup_json_size(psoup_json_get(found, "modules")), 4);
+    psoup_json_free(found);
+}
+END_TEST
+
 START_TEST(trouble_is_named) {
     psoup_json *found = NULL;
     const char *paths[2];
@@ -231,6 +251,7 @@ int main(void) {
     tcase_add_loop_test(all, numpy_says_the_same, 0, 2);
     tcase_add_test(all, weights_are_equal_unless_given_and_threads_do_not_matter);
     tcase_add_test(all, odd_shapes_have_the_spectra_of_their_dense_changes);
+    tcase_add_test(all, gguf_adapters_are_the_same);
     tcase_add_test(all, trouble_is_named);
     tcase_add_test(all, the_picture_is_svg);
     tcase_add_test(all, memory_may_run_out_anywhere);
