@@ -335,6 +335,150 @@ START_TEST(shards_hold_the_same_bits) {
 }
 END_TEST
 
+/* ---- what does not fit, and memory that fails ------------------------------------------------------------------ */
+
+/* A model of an embedding and a norm, with a head or without. */
+static const float numbers[3][32] = {{1, 2, 3, 4, 5, 6, 7, 8}, {9, 8, 7, 6, 5, 4, 3, 2}, {0.5f, 0.25f}};
+static const int64_t eight[2] = {4, 2}, two_by_four[2] = {2, 4};
+static psoup_merge_tensors small(psoup_named_tensor tensors[3], const char *name, int which, bool head) {
+    tensors[0] = (psoup_named_tensor){"model.embed_tokens.weight", PSOUP_F32, 2, eight, numbers[which]};
+    tensors[1] = (psoup_named_tensor){"model.norm.weight", PSOUP_F32, 1, eight + 1, numbers[2]};
+    tensors[2] = (psoup_named_tensor){"lm_head.weight", PSOUP_F32, 2, eight, numbers[1 - which]};
+    psoup_merge_tensors out = PSOUP_MERGE_TENSORS_INIT;
+    out.name = name;
+    out.tensors = tensors;
+    out.n = head ? 3 : 2;
+    return out;
+}
+
+START_TEST(a_tied_head_is_the_embedding) {
+    for (int first = 0; first < 2; first++) { /* whichever comes first has none */
+        psoup_named_tensor a[3], b[3];
+        received r = {0};
+        psoup_merge_tensors tied = small(a, "tied", 0, false), untied = small(b, "untied", 1, true);
+        psoup_merger *merger = merger_of(PSOUP_MERGE_DELTA, -1);
+        ck_ok(psoup_merger_add_tensors(merger, first == 0 ? &tied : &untied, first == 0 ? 0.75 : 0.25, &error));
+        ck_ok(psoup_merger_add_tensors(merger, first == 0 ? &untied : &tied, first == 0 ? 0.25 : 0.75, &error));
+        ck_ok(receive(merger, &r));
+        ck_assert_uint_eq(r.n, 3);
+        for (size_t i = 0; i < 3; i++) {
+            float x[8];
+            memcpy(x, r.tensors[i].data, r.tensors[i].bytes);
+            for (int j = 0; j < 8 && strcmp(r.tensors[i].name, "lm_head.weight") == 0; j++) /* untied's is
+                numbers[0] too */
+                ck_assert_float_eq(x[j], numbers[0][j]);
+            for (int j = 0; j < 8 && strcmp(r.tensors[i].name, "model.embed_tokens.weight") == 0; j++)
+                ck_assert_float_eq(x[j], 0.75f * numbers[0][j] + 0.25f * numbers[1][j]);
+        }
+        drop(&r);
+        psoup_merger_free(merger);
+    }
+}
+END_TEST
+
+START_TEST(what_does_not_fit_is_refused) {
+    psoup_named_tensor a[3], b[3];
+    received r = {0};
+    psoup_merge_tensors one = small(a, "one", 0, true), two = small(b, "two", 1, true);
+    psoup_merger *merger = merger_of(PSOUP_MERGE_DELTA, -1);
+    b[0].shape = two_by_four;
+    ck_ok(psoup_merger_add_tensors(merger, &one, 0.5, &error));
+    ck_ok(psoup_merger_add_tensors(merger, &two, 0.5, &error));
+    ck_assert_int_eq(receive(merger, &r), PSOUP_ERROR_ARGUMENT);
+    ck_assert_str_eq(error.message, "two: tensor model.embed_tokens.weight has another shape than in one: 2 × 4, "
+                                    "there 4 × 2 (the vocabularies differ)");
+    psoup_merger_free(merger);
+
+    char command[2048]; /* tensors of the same names in another architecture */
+    snprintf(command, sizeof command,
+             "cp -r '%s' '%s' && sed -i 's/\"model_type\": \"llama\"/\"model_type\": \"mistral\"/' "
+             "'%s/config.json'", M11, in_scratch("mistral"), in_scratch("mistral"));
+    ck_assert_int_eq(system(command), 0);
+    merger = merger_of(PSOUP_MERGE_DELTA, -1);
+    ck_ok(psoup_merger_add(merger, M12, 0.5, &error));
+    ck_ok(psoup_merger_add(merger, in_scratch("mistral"), 0.5, &error));
+    ck_assert_int_eq(receive(merger, &r), PSOUP_ERROR_ARGUMENT);
+    ck_assert_ptr_nonnull(strstr(error.message, "model_type is mistral, that of tests/golden/merge/model12 llama"));
+    psoup_merger_free(merger);
+
+    merger = merger_of(PSOUP_MERGE_TIES, -1);
+    ck_ok(psoup_merger_add(merger, M12, 0.5, &error));
+    ck_assert_int_eq(receive(merger, &r), PSOUP_ERROR_ARGUMENT);
+    ck_assert_ptr_nonnull(strstr(error.message, "ties takes differences from a base"));
+    psoup_merger_free(merger);
+    merger = merger_of(PSOUP_MERGE_TIES, -1);
+    ck_ok(psoup_merger_add(merger, A, 0.5, &error));
+    ck_assert_int_eq(receive(merger, &r), PSOUP_ERROR_ARGUMENT);
+    ck_assert_ptr_nonnull(strstr(error.message, "expected a base, or svd_rank"));
+    psoup_merger_free(merger);
+}
+END_TEST
+
+static psoup_status into_gguf(void) {
+    psoup_status status;
+    psoup_merger *merger = NULL;
+    psoup_merger_options options = PSOUP_MERGER_OPTIONS_INIT;
+    options.format = PSOUP_MERGE_GGUF;
+    PSOUP__TRY(psoup_merger_create(context, &options, &merger, &error));
+    PSOUP__TRY(psoup_merger_set_reference(merger, BASE, &error));
+    PSOUP__TRY(psoup_merger_add(merger, A, 0.5, &error));
+    PSOUP__TRY(psoup_merger_add(merger, C, 0.5, &error));
+    PSOUP__TRY(psoup_merger_write(merger, in_scratch("out.gguf"), &error));
+fail:
+    psoup_merger_free(merger);
+    return status;
+}
+
+static psoup_status into_shards(void) {
+    psoup_status status;
+    psoup_merger *merger = NULL;
+    psoup_merger_options options = PSOUP_MERGER_OPTIONS_INIT;
+    options.method = PSOUP_MERGE_DARE_TIES;
+    options.shard_size = 4000;
+    options.resume = 1;
+    options.sha256 = 1;
+    PSOUP__TRY(psoup_merger_create(context, &options, &merger, &error));
+    PSOUP__TRY(psoup_merger_set_base(merger, M11, &error));
+    PSOUP__TRY(psoup_merger_add(merger, M12, 1, &error));
+    PSOUP__TRY(psoup_merger_write(merger, in_scratch("shards"), &error));
+fail:
+    psoup_merger_free(merger);
+    return status;
+}
+
+static psoup_status from_certificate(void) {
+    psoup_status status;
+    psoup_merger *merger = NULL;
+    char path[1024];
+    PSOUP__TRY(into_shards());
+    snprintf(path, sizeof path, "%s", in_scratch("shards/psoup-merge.json"));
+    PSOUP__TRY(psoup_merger_create(context, NULL, &merger, &error));
+    PSOUP__TRY(psoup_merger_load_certificate(merger, path, &error));
+    PSOUP__TRY(psoup_merger_write(merger, in_scratch("again"), &error));
+    PSOUP__TRY(psoup_merge_verify(context, in_scratch("again"), NULL, &error));
+fail:
+    psoup_merger_free(merger);
+    return status;
+}
+
+START_TEST(survives_every_failed_allocation) {
+    static psoup_status (*const paths[])(void) = {into_gguf, into_shards, from_certificate};
+    int before = live, n = 0;
+    psoup_status status;
+    do {
+        allocations = 0;
+        fail_at = n++;
+        status = paths[_i]();
+        fail_at = -1;
+        ck_assert_int_eq(live, before);
+        ck_assert_msg(status == PSOUP_OK || status == PSOUP_ERROR_MEMORY, "%d: %s", n, error.message);
+        if (_i == 2 && n > 200)
+            n += 6; /* long: every seventh */
+    } while (status != PSOUP_OK);
+    ck_assert_int_gt(n, 100);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("merge_engine");
     TCase *tests = tcase_create("merge_engine");
@@ -347,6 +491,9 @@ int main(void) {
     tcase_add_test(tests, methods_of_whole_tensors_on_adapters);
     tcase_add_test(tests, formats_there_and_back);
     tcase_add_test(tests, shards_hold_the_same_bits);
+    tcase_add_test(tests, a_tied_head_is_the_embedding);
+    tcase_add_test(tests, what_does_not_fit_is_refused);
+    tcase_add_loop_test(tests, survives_every_failed_allocation, 0, 3);
     suite_add_tcase(suite, tests);
     return run_suite(suite);
 }

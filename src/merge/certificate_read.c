@@ -179,26 +179,53 @@ char *psoup__certificate_path(psoup_context *context, const char *result, psoup_
     return psoup__format(context, error, "%.*s.psoup-merge.json", (int)length, result);
 }
 
-/* What a file's metadata says; freed by psoup__free, NULL where it says nothing or memory is out. */
-static char *metadata_text(psoup_context *context, const psoup__weights *weights, const char *path,
-                           psoup_error *error) {
+/* What a file's metadata says, freed by psoup__free; NULL where it says nothing. */
+static psoup_status metadata_text(psoup_context *context, const psoup__weights *weights, const char *path,
+                                  char **out, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
     psoup__safetensors *file = NULL;
-    const char *text;
-    char *copy = NULL;
-    size_t length;
+    const char *text = NULL;
+    size_t length = 0;
+    *out = NULL;
     if (psoup__weights_gguf(weights) != NULL) {
-        if (psoup__gguf_string(psoup__weights_gguf(weights), "psoup.merge", &text, &length) &&
-            length < INT32_MAX)
-            copy = psoup__format(context, error, "%.*s", (int)length, text);
-        return copy;
+        if (!psoup__gguf_string(psoup__weights_gguf(weights), "psoup.merge", &text, &length) ||
+            length > INT32_MAX)
+            return PSOUP_OK;
+    } else {
+        PSOUP__TRY(psoup__safetensors_open(context, path, &file, error));
+        text = psoup_json_string(psoup_json_get(psoup__safetensors_metadata(file), "psoup_merge"), NULL);
+        length = text != NULL ? strlen(text) : 0;
     }
-    if (psoup__safetensors_open(context, path, &file, error) != PSOUP_OK)
-        return NULL;
-    text = psoup_json_string(psoup_json_get(psoup__safetensors_metadata(file), "psoup_merge"), NULL);
-    if (text != NULL)
-        copy = psoup__strdup(context, text, error);
+    if (text != NULL && (*out = psoup__format(context, error, "%.*s", (int)length, text)) == NULL)
+        status = PSOUP_ERROR_MEMORY;
+fail:
     psoup__safetensors_free(file);
-    return copy;
+    return status;
+}
+
+static psoup_status check_file(psoup_context *context, const psoup__weights *weights, const char *path,
+                               const char *said, psoup_error *error) {
+    psoup_status status;
+    psoup_json *inside = NULL;
+    char *text = NULL, *again = NULL;
+    psoup_error inner = {0};
+    PSOUP__TRY(metadata_text(context, weights, path, &text, error));
+    status = text != NULL ? psoup_json_parse(text, strlen(text), path, &inside, &inner) : PSOUP_ERROR_FORMAT;
+    if (status == PSOUP_ERROR_MEMORY) {
+        psoup__fail(error, status, "%s", inner.message);
+        goto fail;
+    }
+    if (status == PSOUP_OK && (again = psoup_json_text(inside, 0)) == NULL) {
+        status = psoup__out_of_memory(error, 0);
+        goto fail;
+    }
+    if (again == NULL || strcmp(again, said) != 0)
+        status = psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: its metadata does not hold the certificate", path);
+fail:
+    psoup_text_free(again);
+    psoup_json_free(inside);
+    psoup__free(context, text);
+    return status;
 }
 
 /* The same text must be in every file. */
@@ -208,19 +235,8 @@ static psoup_status check_metadata(psoup_context *context, const psoup__weights 
     char *said = psoup_json_text(certificate, 0);
     if (said == NULL)
         return psoup__out_of_memory(error, 0);
-    for (size_t i = 0; i < psoup__weights_files(weights) && status == PSOUP_OK; i++) {
-        const char *path = psoup__weights_file(weights, i);
-        psoup_json *inside = NULL;
-        char *text = metadata_text(context, weights, path, NULL), *again = NULL;
-        if (text != NULL && psoup_json_parse(text, strlen(text), path, &inside, NULL) == PSOUP_OK)
-            again = psoup_json_text(inside, 0);
-        if (again == NULL || strcmp(again, said) != 0)
-            status = psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: its metadata does not hold the certificate",
-                                 path);
-        psoup_text_free(again);
-        psoup_json_free(inside);
-        psoup__free(context, text);
-    }
+    for (size_t i = 0; i < psoup__weights_files(weights) && status == PSOUP_OK; i++)
+        status = check_file(context, weights, psoup__weights_file(weights, i), said, error);
     psoup_text_free(said);
     return status;
 }
