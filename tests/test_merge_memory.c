@@ -301,6 +301,10 @@ START_TEST(batches_are_every_module_by_itself) {
         ck_ok(psoup_merge_factors(context, method, a[1], b[1], m[1].rank, m[1].out_features,
                                   m[1].in_features, f[1], weights, COUNT, &alone, &error));
         ck_assert(alone > 0 && alone == m[1].relative_error);
+        double exact = 0; /* the other way to it */
+        ck_ok(psoup__factors_between(context, method, NULL, NULL, 0, m[1].out_features, m[1].in_features, f[1],
+                                     weights, COUNT, 3 * 32, &exact, &error));
+        ck_assert_double_eq_tol(alone / exact, 1, 1e-9);
         float *a_of_1 = m[1].a_out;
         m[1].a_out = NULL;
         ck_assert_int_eq(psoup_merge_factors_batch(context, method, m, 2, 0, &error), PSOUP_ERROR_ARGUMENT);

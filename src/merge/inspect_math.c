@@ -7,9 +7,27 @@
 #include <math.h>
 #include <string.h>
 
+typedef struct gram_job {
+    const psoup__method_kernels *kernels;
+    const float **rows; /* [total], each [length] */
+    size_t total, length;
+    double *gram;
+} gram_job;
+
+/* Two rows a task, a short one and a long one of the triangle. */
+static void gram_rows(void *arg, size_t task, int worker) {
+    const gram_job *g = arg;
+    (void)worker;
+    for (int end = 0; end < 2; end++) {
+        size_t i = end == 0 ? task : g->total - 1 - task;
+        for (size_t j = 0; j <= i && (end == 0 || i != task); j++)
+            g->gram[i * g->total + j] = g->gram[j * g->total + i] =
+                g->kernels->dot(g->rows[i], g->rows[j], g->length);
+    }
+}
+
 psoup_status psoup__inspect_gram(psoup_context *context, const psoup__inspect_module *module, bool of_b,
                                  double *gram, psoup_error *error) {
-    const psoup__method_kernels *kernels = psoup__method_kernels_of(context);
     const size_t length = (size_t)(of_b ? module->out : module->in), total = (size_t)module->total;
     float *turned = NULL;
     const float **rows = psoup__alloc(context, total, sizeof *rows, error);
@@ -28,9 +46,8 @@ psoup_status psoup__inspect_gram(psoup_context *context, const psoup__inspect_mo
                 turned[at * length + i] = x->b[i * (size_t)x->rank + k];
         }
     }
-    for (size_t i = 0; i < total; i++)
-        for (size_t j = 0; j <= i; j++)
-            gram[i * total + j] = gram[j * total + i] = kernels->dot(rows[i], rows[j], length);
+    gram_job job = {psoup__method_kernels_of(context), rows, total, length, gram};
+    psoup__parallel(context, (total + 1) / 2, gram_rows, &job);
     psoup__free(context, rows);
     psoup__free(context, turned);
     return PSOUP_OK;
