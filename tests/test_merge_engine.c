@@ -252,27 +252,28 @@ START_TEST(methods_of_whole_tensors_on_adapters) {
     psoup_merger *merger;
     psoup_merge_report report = {.size = sizeof report};
     psoup_merger_options options = PSOUP_MERGER_OPTIONS_INIT;
-    options.method = PSOUP_MERGE_TASK_ARITHMETIC;
-    options.lambda = 0.5;
-    options.svd_rank = 8; /* all there is */
+    options.method = _i == 0 ? PSOUP_MERGE_TASK_ARITHMETIC : PSOUP_MERGE_DARE_LINEAR;
+    options.lambda = options.density = 0.5;
+    options.svd_rank = 16; /* all there is */
     ck_ok(psoup_merger_create(context, &options, &merger, &error));
     ck_ok(psoup_merger_add(merger, A, 0.3, &error));
     ck_ok(psoup_merger_add(merger, B, 0.9, &error));
     ck_ok(psoup_merger_write(merger, in_scratch("cut"), &error));
     ck_ok(psoup_merger_report(merger, &report, &error));
-    ck_assert_double_lt(report.worst_error, 1e-5);
+    ck_assert_double_lt(report.worst_error, 1e-4);
     psoup_merger_free(merger);
     recipe r = {.base = BASE, .sources = {in_scratch("cut")}, .weights = {1}, .dtype = -1};
     ck_ok(run_recipe(context, &r, in_scratch("of_cut"), NULL));
-    merger = merger_of(PSOUP_MERGE_TASK_ARITHMETIC, -1);
+    merger = merger_of(options.method, -1);
     const double half = 0.5;
     ck_ok(psoup_merger_set_parameter(merger, -1, "lambda", NULL, &half, 1, &error));
+    ck_ok(psoup_merger_set_parameter(merger, -1, "density", NULL, &half, 1, &error));
     ck_ok(psoup_merger_set_base(merger, BASE, &error));
     ck_ok(psoup_merger_add(merger, A, 0.3, &error));
     ck_ok(psoup_merger_add(merger, B, 0.9, &error));
     ck_ok(psoup_merger_write(merger, in_scratch("whole"), &error));
     psoup_merger_free(merger);
-    compare_weights(in_scratch("of_cut"), in_scratch("whole"), 1e-6, 1);
+    compare_weights(in_scratch("of_cut"), in_scratch("whole"), 1e-5, 1);
 }
 END_TEST
 
@@ -488,7 +489,7 @@ int main(void) {
     tcase_add_test(tests, callbacks_that_fail_or_stop_are_errors);
     tcase_add_test(tests, settings_by_tensor_and_depth);
     tcase_add_test(tests, models_and_adapters_mixed);
-    tcase_add_test(tests, methods_of_whole_tensors_on_adapters);
+    tcase_add_loop_test(tests, methods_of_whole_tensors_on_adapters, 0, 2);
     tcase_add_test(tests, formats_there_and_back);
     tcase_add_test(tests, shards_hold_the_same_bits);
     tcase_add_test(tests, a_tied_head_is_the_embedding);

@@ -363,6 +363,7 @@ typedef struct psoup__work {
     double *weights;             /* [parts] */
     psoup_lora_factors merged;   /* all of them as one, by a method of factors */
     float *memory, *merged_memory;
+    char *name; /* that the method draws by, where it is not the result's */
     psoup__stream *streams; /* [n_streams] */
     size_t n_streams;
     size_t planned, written; /* elements */

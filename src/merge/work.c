@@ -162,8 +162,12 @@ static psoup_status make_job(psoup__work *work, int64_t columns, int64_t rows, p
         }
     }
     work->folds = parts > 0;
+    /* an adapter's change draws what it would draw on a base */
+    if (r->kind == PSOUP__PAIR_A &&
+        (work->name = psoup__format(context, error, "%s.weight", r->module)) == NULL)
+        return PSOUP_ERROR_MEMORY;
     work->job = (psoup__method_job){
-        .context = context, .name = r->name, .n = (size_t)rows * (size_t)columns, .columns = columns,
+        .context = context, .name = work->name != NULL ? work->name : r->name, .n = (size_t)rows * (size_t)columns, .columns = columns,
         .rows = rows, .count = r->inputs, .inputs = work->inputs,
         .base = r->base != PSOUP__NONE ? &work->inputs[r->inputs] : NULL,
         .weight = work->values[PSOUP__WEIGHT], .density = work->values[PSOUP__DENSITY],
@@ -332,5 +336,6 @@ void psoup__work_free(psoup__work *work) {
     psoup__free(context, work->weights);
     psoup__free(context, work->memory);
     psoup__free(context, work->merged_memory);
+    psoup__free(context, work->name);
     psoup__free(context, work);
 }
