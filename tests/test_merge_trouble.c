@@ -76,6 +76,9 @@ START_TEST(refuses_what_cannot_be) {
     r = (recipe){.sources = {A, B}, .weights = {0.5, 0.5}, .dtype = -1};
     ck_assert_int_eq(run_recipe(context, &r, A, NULL), PSOUP_ERROR_ARGUMENT);
     ck_assert_ptr_nonnull(strstr(error.message, "is a source"));
+    r = (recipe){.sources = {GOLDEN "model11/model.safetensors"}, .weights = {1}, .dtype = -1};
+    ck_assert_int_eq(run_recipe(context, &r, GOLDEN "model11/", NULL), PSOUP_ERROR_ARGUMENT);
+    ck_assert_ptr_nonnull(strstr(error.message, "is a source"));
 }
 END_TEST
 

@@ -263,17 +263,36 @@ static bool same_place(const char *a, const char *b) {
     return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
-static psoup_status check_place(psoup_merger *merger, const char *directory, psoup_error *error) {
+/* Whether a source's file is the result's place, or a .safetensors file in it, which the result could replace. */
+static psoup_status check_file_place(psoup_context *context, const char *file, const char *place, bool *taken,
+                                     psoup_error *error) {
+    char *directory = psoup__strdup(context, file, error);
+    if (directory == NULL)
+        return PSOUP_ERROR_MEMORY;
+    char *slash = strrchr(directory, '/');
+    if (slash != NULL)
+        slash[slash == directory] = '\0';
+    *taken = same_place(file, place) ||
+             (!psoup__is_gguf(file) && same_place(slash != NULL ? directory : ".", place));
+    psoup__free(context, directory);
+    return PSOUP_OK;
+}
+
+static psoup_status check_place(psoup_merger *merger, const char *place, psoup_error *error) {
+    psoup_status status;
     for (size_t i = 0; i <= merger->n; i++) {
         const psoup__merge_source *source = i < merger->n ? &merger->sources[i] : &merger->base;
-        const char *paths[2] = {source->model != NULL ? psoup__weights_path(source->model) : NULL,
-                                source->adapter != NULL ? source->adapter->path : NULL};
-        for (int j = 0; j < 2; j++)
-            if (paths[j] != NULL && same_place(paths[j], directory))
+        for (size_t j = 0; j < source->n_stamps; j++) {
+            bool taken;
+            PSOUP__TRY(check_file_place(merger->context, source->stamps[j].path, place, &taken, error));
+            if (taken)
                 return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                                   "%s: is a source; expected another place for the result", directory);
+                                   "%s: is a source's place; expected another for the result", place);
+        }
     }
     return PSOUP_OK;
+fail:
+    return status;
 }
 
 static void report_errors(psoup_merger *merger, const psoup__certificate *certificate) {
