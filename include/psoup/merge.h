@@ -67,7 +67,8 @@ typedef struct psoup_merger_options {
     size_t size;
     int32_t method;   /* psoup_merge_method. The three of factors, and peft_linear, are of adapters;
                        * PSOUP_MERGE_DELTA of full models is their weighted sum */
-    int32_t svd_rank; /* for PSOUP_MERGE_SVD */
+    int32_t svd_rank; /* for PSOUP_MERGE_SVD, and for methods of whole tensors that make one adapter of
+                       * adapters */
     int32_t any_sum;  /* accept weights that do not sum to 1 within 1e-6; methods of task vectors, and
                        * those that normalise, always do */
     int32_t dtype;    /* psoup_dtype of the output; −1: that of the base or first source */
