@@ -133,7 +133,8 @@ class MergerOptions(TypedDict, total=False):
     # psoup_merge_method. The three of factors, and peft_linear, are of adapters; PSOUP_MERGE_DELTA
     # of full models is their weighted sum; default 0
     method: Union[int, str]
-    # for PSOUP_MERGE_SVD; default 0
+    # for PSOUP_MERGE_SVD, and for methods of whole tensors that make one adapter of adapters;
+    # default 0
     svd_rank: int
     # accept weights that do not sum to 1 within 1e-6; methods of task vectors, and those that
     # normalise, always do; default 0
