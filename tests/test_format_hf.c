@@ -200,7 +200,7 @@ static const struct {
     {"\"lora_alpha\":\"x\"", "lora_alpha"},
     {"\"use_dora\":true", "use_dora"},
     {"\"bias\":\"all\"", "bias: \"all\""},
-    {"\"fan_in_fan_out\":true", "fan_in_fan_out"},
+    {"\"fan_in_fan_out\":\"yes\"", "fan_in_fan_out"},
     {"\"layer_replication\":[[0,1]]", "layer_replication"},
     {"\"init_lora_weights\":\"pissa_niter_4\"", "pissa_niter_4"},
     {"\"init_lora_weights\":\"olora\"", "olora"},

@@ -101,6 +101,7 @@ typedef struct psoup__peft_pair {
     psoup__tensor a, b; /* [r, in], [out, r], any float dtype */
     float scale;        /* alpha / r or alpha / sqrt(r), patterns applied */
     int32_t rank;
+    bool transposed; /* fan_in_fan_out: the base keeps this weight as [in, out], and (B A)ᵀ is added to it */
 } psoup__peft_pair;
 
 typedef struct psoup__peft {
@@ -115,8 +116,8 @@ typedef struct psoup__peft {
     char *path;
     char *names; /* storage of the module names */
 } psoup__peft;
-/* Honours rank_pattern, alpha_pattern, use_rslora; refuses by name what would change the result:
- * DoRA, bias other than "none", fan_in_fan_out, layer_replication, initialisations that alter the
+/* Honours rank_pattern, alpha_pattern, use_rslora, and says of every pair whether it is fan_in_fan_out;
+ * refuses by name what would change the result: DoRA, bias other than "none", layer_replication, initialisations that alter the
  * base, other modules_to_save, other peft types. */
 psoup_status psoup__peft_open(psoup_context *context, const char *directory, psoup__peft **out,
                               psoup_error *error);

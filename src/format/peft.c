@@ -85,7 +85,6 @@ static psoup_status check_config(const psoup_json *config, const char *where, ps
         const char *field, *why;
     } unsupported[] = {
         {"use_dora", "DoRA is not supported"},
-        {"fan_in_fan_out", "transposed weights are not supported"},
         {"layer_replication", "replicated layers are not supported"},
         {"lora_bias", "biases in adapters are not supported"},
         {"trainable_token_indices", "trained tokens are not supported"},
@@ -97,6 +96,9 @@ static psoup_status check_config(const psoup_json *config, const char *where, ps
     for (size_t i = 0; i < sizeof unsupported / sizeof *unsupported; i++)
         if (!is_unset(psoup_json_get(config, unsupported[i].field)))
             return refuse(where, unsupported[i].field, unsupported[i].why, error);
+    const psoup_json *fan = psoup_json_get(config, "fan_in_fan_out");
+    if (psoup_json_kind(fan) != PSOUP_JSON_NULL && psoup_json_kind(fan) != PSOUP_JSON_BOOL)
+        return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: fan_in_fan_out: expected true or false", where);
     const char *bias = psoup_json_string(psoup_json_get(config, "bias"), "none");
     if (strcmp(bias, "none") != 0)
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "%s: bias: \"%.60s\"; expected none",
@@ -304,6 +306,7 @@ static psoup_status finish_pairs(psoup__peft *peft, const char *config_path, pso
             PSOUP__TRY(psoup__gguf_scale(psoup__weights_gguf(peft->weights), pair, error));
         else
             PSOUP__TRY(find_scale(peft->config, pair->module, config_path, pair, error));
+        pair->transposed = psoup_json_bool(psoup_json_get(peft->config, "fan_in_fan_out"), 0);
         if (a->shape[0] != pair->rank || b->shape[1] != pair->rank || a->shape[1] < 1 ||
             b->shape[0] < 1)
             return psoup__fail(error, PSOUP_ERROR_FORMAT,

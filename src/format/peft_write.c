@@ -55,7 +55,8 @@ static psoup_json *config_json(const psoup__peft_output *adapter) {
     failed |= psoup_json_set(config, "alpha_pattern", alphas);
     failed |= psoup_json_set(config, "base_model_name_or_path", psoup_json_new_string(base));
     failed |= psoup_json_set(config, "bias", psoup_json_new_string("none"));
-    failed |= psoup_json_set(config, "fan_in_fan_out", psoup_json_new_bool(0));
+    failed |= psoup_json_set(config, "fan_in_fan_out",
+                             psoup_json_new_bool(adapter->n > 0 && adapter->pairs[0].transposed));
     failed |= psoup_json_set(config, "inference_mode", psoup_json_new_bool(1));
     failed |= psoup_json_set(config, "init_lora_weights", psoup_json_new_bool(1));
     failed |= psoup_json_set(config, "lora_alpha", alpha_json((double)adapter->alpha));

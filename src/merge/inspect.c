@@ -39,6 +39,7 @@ static psoup_status read_module(const psoup__inspection *x, psoup__finding *f, p
                                 psoup__inspect_module *module, float **memory, psoup_error *error) {
     psoup_status status;
     const psoup__peft *owner = NULL;
+    bool across = false;
     size_t need = 0;
     *module = (psoup__inspect_module){.factors = factors, .n = x->n};
     for (size_t i = 0; i < x->n; i++) {
@@ -49,6 +50,11 @@ static psoup_status read_module(const psoup__inspection *x, psoup__finding *f, p
             owner = x->adapters[i];
             module->in = pair->a.shape[1];
             module->out = pair->b.shape[0];
+            across = pair->transposed;
+        } else if (pair->transposed != across) {
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "%s: fan_in_fan_out of %.200s is not as in %s", x->adapters[i]->path, f->name,
+                               owner->path);
         } else if (pair->a.shape[1] != module->in || pair->b.shape[0] != module->out) {
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "%s: %.200s maps %lld to %lld features, in %s %lld to %lld",

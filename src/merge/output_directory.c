@@ -128,6 +128,7 @@ static psoup_status write_index(const directory_output *o, psoup_error *error) {
 static psoup_status write_adapter_config(const directory_output *o, psoup_error *error) {
     const psoup__plan *plan = o->output.plan;
     const psoup_json *config = plan->merger->sources[0].adapter->config;
+    const bool across = psoup_json_bool(psoup_json_get(config, "fan_in_fan_out"), 0);
     static const float head = 0;
     psoup__peft_output adapter = {
         .rank = plan->rank, .alpha = (float)plan->rank, /* scale 1 */
@@ -140,7 +141,8 @@ static psoup_status write_adapter_config(const directory_output *o, psoup_error 
         const psoup__result *r = &plan->results[i];
         if (r->kind == PSOUP__PAIR_A)
             pairs[adapter.n++] = (psoup__peft_pair){.module = r->module, .scale = 1,
-                                                    .rank = (int32_t)r->shape[0]};
+                                                    .rank = (int32_t)r->shape[0],
+                                                    .transposed = across};
         else if (r->kind == PSOUP__SUM)
             adapter.head = &head; /* there is one */
     }

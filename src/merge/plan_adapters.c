@@ -167,6 +167,26 @@ fail:
     return status;
 }
 
+/* One adapter_config.json speaks for all of the result's modules. */
+static bool is_across(const psoup__peft *adapter) {
+    return adapter->n > 0 && adapter->pairs[0].transposed;
+}
+
+static psoup_status check_orientation(const psoup_merger *merger, psoup_error *error) {
+    const psoup__peft *first = merger->sources[0].adapter;
+    for (size_t i = 0; i < merger->n; i++)
+        if (is_across(merger->sources[i].adapter) != is_across(first))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "%s: fan_in_fan_out is %s and in %s %s; expected one of both",
+                               merger->sources[i].path, is_across(first) ? "false" : "true",
+                               merger->sources[0].path, is_across(first) ? "true" : "false");
+    if (is_across(first) && merger->options.format == PSOUP_MERGE_GGUF)
+        return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                           "%s: fan_in_fan_out: no architecture that is written as GGUF has such weights",
+                           merger->sources[0].path);
+    return PSOUP_OK;
+}
+
 psoup_status psoup__plan_adapters(psoup__plan *plan, psoup_error *error) {
     psoup_status status;
     const char **modules = NULL;
@@ -176,6 +196,7 @@ psoup_status psoup__plan_adapters(psoup__plan *plan, psoup_error *error) {
     if (dtype > PSOUP_BF16)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "adapters are f32, f16 or bf16, not %s",
                            psoup_dtype_name((psoup_dtype)dtype));
+    PSOUP__TRY(check_orientation(plan->merger, error));
     PSOUP__TRY(collect_modules(plan->merger, &modules, &n, error));
     for (size_t i = 0; i < n; i++)
         PSOUP__TRY(plan_pair(plan, modules[i], error));

@@ -167,12 +167,14 @@ static psoup_status check_input(psoup__plan *plan, const psoup__result *result,
                            psoup_dtype_name(b->dtype), other);
     for (size_t i = 0; i < input->parts; i++) {
         const psoup__plan_part *part = &plan->parts[input->part + i];
-        if (b->rank != 2 || b->shape[0] != part->pair->b.shape[0] || b->shape[1] != part->pair->a.shape[1] ||
-            !psoup__dtype_mergeable(b->dtype))
+        const bool across = part->pair->transposed;
+        if (b->rank != 2 || b->shape[across] != part->pair->b.shape[0] ||
+            b->shape[!across] != part->pair->a.shape[1] || !psoup__dtype_mergeable(b->dtype))
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                               "%s: %.200s maps %lld to %lld features; the base %s has another shape",
+                               "%s: %.200s maps %lld to %lld features%s; the base %s has another shape",
                                plan->merger->sources[part->source].path, part->pair->module,
-                               (long long)part->pair->a.shape[1], (long long)part->pair->b.shape[0], path);
+                               (long long)part->pair->a.shape[1], (long long)part->pair->b.shape[0],
+                               across ? " (fan_in_fan_out)" : "", path);
     }
     (void)result;
     return PSOUP_OK;

@@ -30,16 +30,31 @@ static bool is_f32(const psoup__tensor *tensor) {
            (uintptr_t)tensor->data % sizeof(float) == 0;
 }
 
-/* Points at the numbers where they are f32, reads them into *at otherwise. */
+/* Whether the factors are for a weight that lies the other way round: (B A)ᵀ = Aᵀ Bᵀ. */
+static bool is_across(const psoup__work *work, const psoup__peft_pair *pair) {
+    return pair->transposed && work->result->kind == PSOUP__MADE;
+}
+
+/* x [rows, columns] across, where it stands; room is as large. */
+static void transpose(float *x, float *room, size_t rows, size_t columns) {
+    memcpy(room, x, rows * columns * sizeof *x);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < columns; j++)
+            x[j * rows + i] = room[i * columns + j];
+}
+
+/* Points at the numbers where they are f32 and lie as they are wanted, reads them into *at otherwise. */
 static psoup_status load_factor(const psoup__work *work, const psoup__plan_part *part, char which,
                                 float **at, const float **out, psoup_error *error) {
     const psoup__tensor *tensor = which == 'A' ? &part->pair->a : &part->pair->b;
     size_t n = elements(tensor);
-    if (is_f32(tensor)) {
+    if (is_f32(tensor) && !is_across(work, part->pair)) {
         *out = tensor->data;
     } else {
         psoup__tensor_read(work->merger->context, tensor, 0, n, *at);
         *out = *at;
+        if (is_across(work, part->pair))
+            transpose(*at, *at + n, (size_t)tensor->shape[0], (size_t)tensor->shape[1]);
         *at += n;
     }
     return check_factor(work, part, which, *out, n, error);
@@ -50,13 +65,19 @@ static psoup_status load_factors(psoup__work *work, const psoup__plan_part *part
                                  psoup_error *error) {
     psoup_status status;
     psoup_context *context = work->merger->context;
-    size_t need = 0;
+    size_t need = 0, room = 0; /* room: to turn the largest that is turned */
     for (size_t i = 0; i < n; i++) {
         const psoup__tensor *two[2] = {&parts[i].pair->a, &parts[i].pair->b};
-        for (int j = 0; j < 2; j++)
-            if (parts[i].weight != 0 && !is_f32(two[j]) && !psoup__add(need, elements(two[j]), &need))
+        const bool across = is_across(work, parts[i].pair);
+        for (int j = 0; j < 2; j++) {
+            if (parts[i].weight != 0 && (across || !is_f32(two[j])) &&
+                !psoup__add(need, elements(two[j]), &need))
                 return psoup__out_of_memory(error, SIZE_MAX);
+            room = across && elements(two[j]) > room ? elements(two[j]) : room;
+        }
     }
+    if (!psoup__add(need, room, &need))
+        return psoup__out_of_memory(error, SIZE_MAX);
     status = PSOUP_ERROR_MEMORY;
     if ((work->factors = psoup__alloc(context, n, sizeof *work->factors, error)) == NULL ||
         (work->weights = psoup__alloc(context, n, sizeof *work->weights, error)) == NULL ||
@@ -69,8 +90,9 @@ static psoup_status load_factors(psoup__work *work, const psoup__plan_part *part
         work->weights[i] = parts[i].weight;
         if (parts[i].weight == 0)
             continue;
-        PSOUP__TRY(load_factor(work, &parts[i], 'A', &at, &f->a, error));
-        PSOUP__TRY(load_factor(work, &parts[i], 'B', &at, &f->b, error));
+        const bool across = is_across(work, parts[i].pair);
+        PSOUP__TRY(load_factor(work, &parts[i], 'A', &at, across ? &f->b : &f->a, error));
+        PSOUP__TRY(load_factor(work, &parts[i], 'B', &at, across ? &f->a : &f->b, error));
     }
     return PSOUP_OK;
 fail:
@@ -84,7 +106,9 @@ static psoup_status merge_factors(psoup__work *work, size_t n, double *lost, pso
     psoup_merge_method method = (psoup_merge_method)merger->options.method;
     psoup_error inner = {0};
     const psoup__peft_pair *like = work->plan->parts[work->plan->inputs[work->result->input].part].pair;
-    int64_t out = like->b.shape[0], in = like->a.shape[1];
+    const bool across = is_across(work, like);
+    int64_t out = across ? like->a.shape[1] : like->b.shape[0];
+    int64_t in = across ? like->b.shape[0] : like->a.shape[1];
     int32_t rank = psoup__merge_rank(method, merger->options.svd_rank, work->factors, n, &inner);
     if (rank == 0)
         return psoup__fail(error, inner.status, "%.200s: %s", work->result->module, inner.message);

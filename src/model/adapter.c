@@ -272,6 +272,12 @@ psoup_status psoup_model_load_adapter(psoup_model *model, const char *name, cons
     psoup_status status;
     PSOUP__TRY(psoup__peft_open_heads(model->context, directory, model->config.num_attention_heads,
                                       model->config.num_key_value_heads, &peft, error));
+    if (peft->n > 0 && peft->pairs[0].transposed) {
+        status = psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                             "%s: fan_in_fan_out: true; the linears of this model are not transposed",
+                             directory);
+        goto fail;
+    }
     PSOUP__TRY(create_adapter(model, name, &adapter, error));
     adapter->rank = (int32_t)psoup_json_integer(psoup_json_get(peft->config, "r"), 0);
     adapter->alpha = (float)psoup_json_real(psoup_json_get(peft->config, "lora_alpha"), 0);
