@@ -49,8 +49,8 @@ endif
 FLAGS_generic   =
 FLAGS_avx2      = -mavx2 -mfma -mf16c -mbmi2
 FLAGS_avx512    = $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
-KERNEL_SRC      = src/base/gemm_kernel.c src/base/convert.c src/merge/kernels.c src/merge/fold_kernel.c \
-                  src/merge/method_kernels.c src/merge/dense_kernels.c \
+KERNEL_SRC      = src/base/gemm_kernel.c src/base/convert.c src/blend/kernels.c src/blend/fold_kernel.c \
+                  src/blend/method_kernels.c src/blend/dense_kernels.c \
                   src/merge/hash_kernel.c \
                   $(filter-out src/cpu/cpu.c,$(wildcard src/cpu/*.c))
 KERNEL_OPT      = $(if $(filter release,$(config)),-O3)
@@ -58,7 +58,7 @@ KERNEL_OPT      = $(if $(filter release,$(config)),-O3)
 SRC      = $(filter-out $(KERNEL_SRC),$(wildcard src/*/*.c))
 OBJ      = $(SRC:%.c=$B/%.o) \
            $(foreach v,$(VARIANTS),$(patsubst %.c,$B/%.$v.o,$(wildcard $(KERNEL_SRC))))
-MERGE_OBJ = $(filter $B/src/base/% $B/src/format/% $B/src/merge/%,$(OBJ))
+MERGE_OBJ = $(filter $B/src/base/% $B/src/format/% $B/src/blend/% $B/src/merge/%,$(OBJ))
 
 TESTS    = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 HELPERS  = judge make_tiny
@@ -66,7 +66,7 @@ BENCHES  = $(patsubst tests/%.c,%,$(wildcard tests/bench_*.c))
 FUZZERS  = $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 
 SONAME   = libpsoup.so.0
-VERSION  = 0.1.0
+VERSION  = 0.2.0
 
 .PHONY: all lib demo check check-all bench install clean deps deps-test deps-bench \
         run-tests check-names check-abi check-install check-python wheel fuzz run-fuzzers coverage abi-baseline

@@ -8,8 +8,8 @@
 #include <stdlib.h>
 
 #include "bench_limits.h"
-#include "merge/merge.h"
-#include "merge/method.h"
+#include "blend/blend.h"
+#include "blend/method.h"
 
 enum { N = 4096, INPUTS = 3, BLOCK = 1 << 16, TURNS = 5, ADAPTERS = 6, RANK = 16 };
 #define SIZE ((size_t)N * N)

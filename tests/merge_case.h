@@ -10,8 +10,9 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "merge/dense.h"
-#include "merge/merge.h"
+#include "blend/blend.h"
+#include "blend/dense.h"
+#include "format/format.h"
 
 #define GOLDEN "tests/golden/merge/"
 #define ck_ok(call) ck_assert_msg((call) == PSOUP_OK, "%s", error.message)

@@ -3,7 +3,7 @@
 #ifndef METHODS_CASE_H
 #define METHODS_CASE_H
 
-#include "merge/method.h"
+#include "blend/method.h"
 #include "merge_case.h"
 
 /* Runs a job in blocks of `block` elements. */

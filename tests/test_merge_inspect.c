@@ -95,11 +95,11 @@ START_TEST(odd_shapes_have_the_spectra_of_their_dense_changes) {
                 soup[r * IN + c] += weights[i] * dense[i][r * IN + c];
             }
     }
-    const psoup__inspect_module module = {.factors = f, .n = N, .out = OUT, .in = IN, .total = TOTAL};
-    ck_ok(psoup__inspect_gram(context, &module, false, gram_a, &error));
-    ck_ok(psoup__inspect_gram(context, &module, true, gram_b, &error));
-    psoup__inspect_inner(&module, gram_a, gram_b, inner);
-    psoup__inspect_spectrum(&module, gram_a, gram_b, weights, squares, room);
+    const psoup__gram_module module = {.factors = f, .n = N, .out = OUT, .in = IN, .total = TOTAL};
+    ck_ok(psoup__gram_of(context, &module, false, gram_a, &error));
+    ck_ok(psoup__gram_of(context, &module, true, gram_b, &error));
+    psoup__gram_inner(&module, gram_a, gram_b, inner);
+    psoup__gram_spectrum(&module, gram_a, gram_b, weights, squares, room);
     for (int i = 0; i < N; i++)
         for (int j = 0; j < N; j++) {
             double sum = 0;

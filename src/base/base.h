@@ -194,7 +194,7 @@ void psoup__random_shuffle(psoup__random *random, int32_t *items, size_t n);
 
 /* ---- isa.c --------------------------------------------------------------------------------- */
 
-/* The kernel sources (src/base/gemm_kernel.c, convert.c; src/cpu; src/merge/kernels.c) are compiled
+/* The kernel sources (src/base/gemm_kernel.c, convert.c; src/cpu; src/blend/kernels.c) are compiled
  * once per instruction set with -DPSOUP__VARIANT=generic|avx2|avx512; each such file exports only
  * names made with PSOUP__NAME, so that psoup__gemm_kernel becomes psoup__gemm_kernel_avx2. */
 typedef enum psoup__isa {

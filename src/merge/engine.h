@@ -8,9 +8,10 @@
 #ifndef PSOUP__MERGE_ENGINE_H
 #define PSOUP__MERGE_ENGINE_H
 
+#include "blend/blend.h"
+#include "blend/method.h"
+#include "format/format.h"
 #include "merge/hash.h"
-#include "merge/merge.h"
-#include "merge/method.h"
 
 #define PSOUP__NONE SIZE_MAX
 

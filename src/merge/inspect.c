@@ -36,12 +36,12 @@ static psoup_status read_factor(const psoup__inspection *x, const psoup__peft *a
 
 /* The module's factors as f32 in *memory, which the caller frees. */
 static psoup_status read_module(const psoup__inspection *x, psoup__finding *f, psoup_lora_factors *factors,
-                                psoup__inspect_module *module, float **memory, psoup_error *error) {
+                                psoup__gram_module *module, float **memory, psoup_error *error) {
     psoup_status status;
     const psoup__peft *owner = NULL;
     bool across = false;
     size_t need = 0;
-    *module = (psoup__inspect_module){.factors = factors, .n = x->n};
+    *module = (psoup__gram_module){.factors = factors, .n = x->n};
     for (size_t i = 0; i < x->n; i++) {
         const psoup__peft_pair *pair = pair_of(x, i, f->name);
         if (pair == NULL)
@@ -91,7 +91,7 @@ static psoup_status study(const psoup__inspection *x, psoup__finding *f, psoup_e
     psoup_status status = PSOUP_ERROR_MEMORY;
     psoup_context *context = x->context;
     const size_t n = x->n;
-    psoup__inspect_module module;
+    psoup__gram_module module;
     float *memory = NULL;
     double *grams = NULL;
     psoup_lora_factors *factors = psoup__alloc(context, n, sizeof *factors, error);
@@ -103,9 +103,9 @@ static psoup_status study(const psoup__inspection *x, psoup__finding *f, psoup_e
     if ((grams = psoup__alloc(context, 5 * square, sizeof *grams, error)) == NULL)
         goto fail;
     double *gram_b = grams + square, *scratch = grams + 2 * square;
-    PSOUP__TRY(psoup__inspect_gram(context, &module, false, grams, error));
-    PSOUP__TRY(psoup__inspect_gram(context, &module, true, gram_b, error));
-    psoup__inspect_inner(&module, grams, gram_b, f->inner);
+    PSOUP__TRY(psoup__gram_of(context, &module, false, grams, error));
+    PSOUP__TRY(psoup__gram_of(context, &module, true, gram_b, error));
+    psoup__gram_inner(&module, grams, gram_b, f->inner);
     f->equal = true;
     for (size_t i = 0; i < n; i++) {
         f->there[i] = factors[i].rank > 0;
@@ -115,14 +115,14 @@ static psoup_status study(const psoup__inspection *x, psoup__finding *f, psoup_e
     }
     f->exact = f->exact > 0 ? f->exact : 0;
     if (f->equal)
-        f->cross = psoup__inspect_cross(&module, grams, gram_b, x->weights, scratch);
+        f->cross = psoup__gram_cross(&module, grams, gram_b, x->weights, scratch);
     f->total = module.total;
     if (module.total <= SPECTRUM_RANKS) {
         status = PSOUP_ERROR_MEMORY;
         f->squares = psoup__alloc(context, (size_t)module.total, sizeof *f->squares, error);
         if (f->squares == NULL)
             goto fail;
-        psoup__inspect_spectrum(&module, grams, gram_b, x->weights, f->squares, scratch);
+        psoup__gram_spectrum(&module, grams, gram_b, x->weights, f->squares, scratch);
     }
     status = PSOUP_OK;
 fail:

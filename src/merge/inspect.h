@@ -4,31 +4,8 @@
 
 #include <pthread.h>
 
-#include "merge/merge.h"
-
-/* ---- inspect_math.c: small dense problems on Gram matrices, f64 ----------------------------------- */
-
-/* One module: the factors of n adapters, absent ones of rank 0. */
-typedef struct psoup__inspect_module {
-    const psoup_lora_factors *factors; /* [n] */
-    size_t n;
-    int64_t out, in;
-    int64_t total; /* Σ rank */
-} psoup__inspect_module;
-
-/* gram[total, total] of A's rows, or of B's columns. */
-psoup_status psoup__inspect_gram(psoup_context *context, const psoup__inspect_module *module, bool of_b,
-                                 double *gram, psoup_error *error);
-/* inner[n, n]: ⟨ΔW_i, ΔW_j⟩ = s_i s_j tr((B_iᵀ B_j)(A_j A_iᵀ)). */
-void psoup__inspect_inner(const psoup__inspect_module *module, const double *gram_a, const double *gram_b,
-                          double *inner);
-/* ‖factors − delta‖² for the weights: the Frobenius norm of B_cat C A_cat, where C has the blocks
- * (s w_i w_j − [i = j] w_i s) I. All adapters have the same rank and scale. scratch: [2 · total²]. */
-double psoup__inspect_cross(const psoup__inspect_module *module, const double *gram_a, const double *gram_b,
-                            const double *weights, double *scratch);
-/* squares[total]: the squared singular values of Σ w_i ΔW_i, descending. scratch: [3 · total²]. */
-void psoup__inspect_spectrum(const psoup__inspect_module *module, const double *gram_a, const double *gram_b,
-                             const double *weights, double *squares, double *scratch);
+#include "blend/blend.h"
+#include "format/format.h"
 
 /* ---- inspect.c finds, inspect_answer.c tells ------------------------------------------------------ */
 

@@ -2,7 +2,7 @@
  *
  * Blue is against each other, white at right angles, red along each other. The scale ends at the largest
  * cosine between two adapters, rounded up, so that small ones show. */
-#include "merge/merge.h"
+#include "blend/blend.h"
 
 #include <math.h>
 #include <stdio.h>
