@@ -324,6 +324,9 @@ ok merge mix.yaml --out m-recipe
 ok merge --verify m-recipe
 ok merge --out m.gguf --dtype f16 base=1
 ok merge --verify m.gguf
+ok info m.gguf --json
+check "a model in one file" has '"parameters": 14800.*"tokenizer_tokens": null'
+no 1 'psoup merge --out DIRECTORY m.gguf=1' generate --model m.gguf --prompt x
 ok merge --out a.gguf --reference base P1A=1
 ok merge --base m.gguf --out m-of-gguf a.gguf=1
 printf 'merge_method: linear\ntop: 1\n' > mixed.yaml

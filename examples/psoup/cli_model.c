@@ -37,7 +37,9 @@ psoup_status cli_open(const char *directory, int32_t threads, const cli_list *ad
     if (status == PSOUP_OK) {
         psoup_error found = {0};
         status = psoup_tokenizer_load(out->context, directory, &out->tokenizer, &found);
-        if (status == PSOUP_ERROR_IO && !need_tokenizer) /* absent, where it may be */
+        const char *dot = strrchr(directory, '.');
+        bool inside = dot && !strcmp(dot, ".gguf"); /* the model's own file, which has no tokenizer.json */
+        if ((status == PSOUP_ERROR_IO || inside) && !need_tokenizer) /* absent, where it may be */
             status = PSOUP_OK;
         else if (status != PSOUP_OK)
             *error = found;

@@ -89,8 +89,8 @@ int cmd_info(int argc, char **argv) {
     const cli_option options[] = {{"--json", CLI_FLAG, &json, NULL, "print one line of JSON"}, {0}};
     if (!cli_parse(
             argc, argv, options,
-            "Usage: psoup info DIR\n\nDescribes a model directory (it is loaded and checked), "
-            "or an adapter directory.\n",
+            "Usage: psoup info DIR\n\nDescribes a model directory or .gguf file (it is loaded and checked), "
+            "or an\nadapter directory.\n",
             &arguments, &status))
         return status;
     if (arguments.n != 1)

@@ -404,8 +404,7 @@ psoup_status psoup__gguf_write_tokenizer(psoup__gguf_writer *writer, const char 
         goto fail;
     }
     if (!psoup__file_exists(v.path)) {
-        psoup__log(context, PSOUP_LOG_WARNING, "%s is not there: %s has no vocabulary", v.path,
-                   psoup__gguf_writer_path(writer));
+        psoup__log(context, PSOUP_LOG_WARNING, "%s is not there: the GGUF file has no vocabulary", v.path);
         status = psoup__gguf_set_string(writer, "tokenizer.ggml.model", "none", error);
         goto fail;
     }

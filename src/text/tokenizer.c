@@ -85,6 +85,13 @@ psoup_status psoup_tokenizer_load(psoup_context *context, const char *path, psou
         path = inside;
     }
     PSOUP__TRY(psoup__file_read(context, path, MAX_FILE, &text, &length, error));
+    if (length >= 4 && memcmp(text, "GGUF", 4) == 0) {
+        status = psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                             "%s: a GGUF file's tokenizer is read as tokenizer.json, which psoup merge --out "
+                             "DIRECTORY %s=1 makes of it",
+                             path, path);
+        goto fail;
+    }
     status = psoup__tokenizer_parse(context, text, length, path, out, error);
 fail:
     psoup__free(context, text);
