@@ -8,6 +8,8 @@
 #ifndef PSOUP__MERGE_ENGINE_H
 #define PSOUP__MERGE_ENGINE_H
 
+#include <dirent.h>
+
 #include "blend/blend.h"
 #include "blend/method.h"
 #include "format/format.h"
@@ -326,6 +328,7 @@ typedef struct psoup__staging {
     bool inside, committed;
     bool keep; /* leave finished files where a run fails */
     int lock;  /* held as long as a merge works there */
+    DIR *directory; /* the work directory */
 } psoup__staging;
 /* With `keep` takes what an earlier run left; otherwise begins afresh. Refuses where another merge works. */
 psoup_status psoup__staging_open(psoup_context *context, const char *target, bool keep,

@@ -3,7 +3,6 @@
  * find the others last. */
 #include "merge/engine.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -19,16 +18,14 @@ static bool is_dot(const char *name) {
     return strcmp(name, ".") == 0 || strcmp(name, "..") == 0;
 }
 
-/* Removes the files of a directory, and it. */
-static void remove_files(const char *path) {
-    DIR *directory = opendir(path);
-    if (directory == NULL)
-        return;
-    for (const struct dirent *entry; (entry = readdir(directory)) != NULL;)
+/* Removes the files of the work directory, and it. It was opened when it was made: opening takes memory,
+ * and to be out of that may be why nothing is to stay. */
+static void remove_files(const psoup__staging *s) {
+    rewinddir(s->directory);
+    for (const struct dirent *entry; (entry = readdir(s->directory)) != NULL;)
         if (!is_dot(entry->d_name))
-            unlinkat(dirfd(directory), entry->d_name, 0);
-    closedir(directory);
-    rmdir(path);
+            unlinkat(dirfd(s->directory), entry->d_name, 0);
+    rmdir(s->work);
 }
 
 static psoup_status take_lock(psoup__staging *s, psoup_error *error) {
@@ -47,22 +44,15 @@ static psoup_status take_lock(psoup__staging *s, psoup_error *error) {
 }
 
 /* Drops what an earlier run left, but for the lock and the names. */
-static void drop_others(const char *path, const char *const *names, size_t n) {
-    DIR *directory = opendir(path);
-    if (directory == NULL)
-        return;
-    for (const struct dirent *entry; (entry = readdir(directory)) != NULL;) {
+void psoup__staging_keep(const psoup__staging *s, const char *const *names, size_t n) {
+    rewinddir(s->directory);
+    for (const struct dirent *entry; (entry = readdir(s->directory)) != NULL;) {
         bool kept = is_dot(entry->d_name) || strcmp(entry->d_name, LOCK) == 0;
         for (size_t i = 0; i < n && !kept; i++)
             kept = strcmp(entry->d_name, names[i]) == 0;
         if (!kept)
-            unlinkat(dirfd(directory), entry->d_name, 0);
+            unlinkat(dirfd(s->directory), entry->d_name, 0);
     }
-    closedir(directory);
-}
-
-void psoup__staging_keep(const psoup__staging *staging, const char *const *names, size_t n) {
-    drop_others(staging->work, names, n);
 }
 
 psoup_status psoup__staging_open(psoup_context *context, const char *target, bool keep,
@@ -83,9 +73,15 @@ psoup_status psoup__staging_open(psoup_context *context, const char *target, boo
     if (out->work == NULL)
         goto fail;
     PSOUP__TRY(psoup__make_directories(out->work, error));
+    if ((out->directory = opendir(out->work)) == NULL) {
+        status = psoup__fail(error, errno == ENOMEM ? PSOUP_ERROR_MEMORY : PSOUP_ERROR_IO,
+                             "%s: cannot read: %m", out->work);
+        rmdir(out->work); /* where it is empty */
+        goto fail;
+    }
     PSOUP__TRY(take_lock(out, error));
     if (!keep)
-        drop_others(out->work, NULL, 0);
+        psoup__staging_keep(out, NULL, 0);
     return PSOUP_OK;
 fail:
     psoup__staging_free(out);
@@ -136,18 +132,13 @@ static psoup_status move_one(const psoup__staging *s, const char *name, psoup_er
 
 static psoup_status move_files(const psoup__staging *s, const char *last, psoup_error *error) {
     psoup_status status;
-    DIR *directory = NULL;
     PSOUP__TRY(clear_target(s, last, error));
-    directory = opendir(s->work);
-    if (directory == NULL)
-        return psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot read: %m", s->work);
-    for (const struct dirent *entry; (entry = readdir(directory)) != NULL;)
+    rewinddir(s->directory);
+    for (const struct dirent *entry; (entry = readdir(s->directory)) != NULL;)
         if (!is_dot(entry->d_name) && strcmp(entry->d_name, LOCK) != 0 && strcmp(entry->d_name, last) != 0)
             PSOUP__TRY(move_one(s, entry->d_name, error));
     PSOUP__TRY(move_one(s, last, error));
 fail:
-    if (directory != NULL)
-        closedir(directory);
     return status;
 }
 
@@ -171,7 +162,7 @@ psoup_status psoup__staging_commit(psoup__staging *s, const char *entry, psoup_e
     if (s->inside) {
         PSOUP__TRY(move_files(s, entry, error));
         sync_directory(s->target);
-        remove_files(s->work);
+        remove_files(s);
     } else {
         unlink(lock);
         sync_directory(s->work);
@@ -193,8 +184,10 @@ fail:
 void psoup__staging_free(psoup__staging *s) {
     if (s->context == NULL)
         return;
-    if (!s->committed && !s->keep && s->work != NULL)
-        remove_files(s->work);
+    if (!s->committed && !s->keep && s->directory != NULL)
+        remove_files(s);
+    if (s->directory != NULL)
+        closedir(s->directory);
     if (s->lock >= 0)
         close(s->lock);
     psoup__free(s->context, s->target);
