@@ -304,6 +304,7 @@ install: lib bin/psoup
 	for f in psoup psoup-merge; do \
 	    sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' pkgconfig/$$f.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/$$f.pc; done
 	install -m 755 bin/psoup $(DESTDIR)$(PREFIX)/bin/psoup
+	@[ -n "$(DESTDIR)" ] || [ "$$(id -u)" != 0 ] || ldconfig
 
 clean:
 	rm -rf build bin lib/*.a lib/*.so*

@@ -39,7 +39,10 @@ def pair(text):
     directory, _, weight = text.rpartition("=")
     if not directory:
         raise SystemExit("%s: expected DIRECTORY=WEIGHT" % text)
-    return directory, float(weight)
+    try:
+        return directory, float(weight)
+    except ValueError:
+        raise SystemExit("%s: expected DIRECTORY=WEIGHT" % text) from None
 
 
 def write(out, adapters, most_rank):

@@ -64,7 +64,7 @@ def write_wheel(directory, tag, package):
                                     % tag).encode()))
     files.append((info + "/licenses/LICENSE", read(ROOT, "LICENSE")))
     for name in LINKED:
-        for path in sorted(glob.glob("/usr/share/doc/lib%s*-dev/copyright" % name))[:1]:
+        for path in sorted(glob.glob("/usr/share/doc/lib%s-dev/copyright" % name))[:1]:
             files.append((info + "/licenses/%s" % name, read(path)))
     record = info + "/RECORD"
     lines = ["%s,sha256=%s,%d" % (name, base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode(),
@@ -92,7 +92,7 @@ def wheel_with(library, directory):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    subprocess.run(["make", "-s", "-C", ROOT, LIBRARY], check=True)
+    subprocess.run(["make", "-s", "-C", ROOT, "CC=gcc", "config=release", LIBRARY], check=True)
     return wheel_with(os.path.join(ROOT, LIBRARY), wheel_directory)
 
 

@@ -218,7 +218,7 @@ static void find_panel(const struct job *job, const struct chunk *chunk, int64_t
     }
 }
 
-/* The panel after the strip's, where one register tile reads it as it was packed: between two panels the
+/* The panel after the strip's, where it is a whole one and one register tile reads it as it was packed: between two panels the
  * hardware's own prefetcher starts anew (one row of A, bf16: 36 → 45 GB/s; Sapphire Rapids, two threads).
  * Of more tiles, those after the first read the panel nearby and leave it the time. */
 static const char *next_panel(const struct job *job, const psoup__gemm_strip *strip, bool more) {
@@ -258,7 +258,7 @@ static void multiply_tile(const struct job *job, const struct chunk *chunk, size
             strip.columns = least(job->kernel->columns, j1 - j);
             strip.c_first = j;
             find_panel(job, chunk, j, k, worker, &strip);
-            strip.next = next_panel(job, &strip, j + strip.columns < j1);
+            strip.next = next_panel(job, &strip, j1 - j - strip.columns >= job->kernel->columns);
             job->kernel->multiply(&strip);
         }
     }

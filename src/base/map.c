@@ -1,8 +1,10 @@
-/* src/base/map.c: byte strings to int64, open addressing with linear probing. The hash is fixed, so
- * nothing that is made by walking or filling a map differs between runs. */
+/* src/base/map.c: byte strings to int64, open addressing with linear probing. Every map has a hash of its
+ * own, which nobody who writes a file can know: keys that all fall into one place would take quadratic time.
+ * Maps are not walked, so nothing that is made with one differs between runs. */
 #include "base/base.h"
 
 #include <string.h>
+#include <sys/random.h>
 
 typedef struct slot {
     uint64_t hash;
@@ -15,6 +17,7 @@ struct psoup__map {
     psoup_context *context;
     slot *slots; /* [mask + 1] */
     size_t mask, used;
+    uint64_t seed;
     psoup__buffer keys; /* all keys, one after another */
 };
 
@@ -25,9 +28,9 @@ static uint64_t fold(uint64_t a, uint64_t b) {
     return (uint64_t)product ^ (uint64_t)(product >> 64);
 }
 
-static uint64_t hash_bytes(const unsigned char *key, size_t length) {
+static uint64_t hash_bytes(uint64_t seed, const unsigned char *key, size_t length) {
     /* odd constants: the fractions of the golden ratio and of √2 */
-    const uint64_t first = 0x9e3779b97f4a7c15u, second = 0x6a09e667f3bcc909u;
+    const uint64_t first = 0x9e3779b97f4a7c15u ^ seed, second = 0x6a09e667f3bcc909u;
     uint64_t hash = fold(length ^ first, second);
     while (length > 0) {
         uint64_t word = 0;
@@ -54,6 +57,8 @@ psoup_status psoup__map_create(psoup_context *context, size_t expected, psoup__m
     if (map->slots == NULL)
         goto fail;
     map->mask = slots - 1;
+    if (getrandom(&map->seed, sizeof map->seed, GRND_NONBLOCK) != (ssize_t)sizeof map->seed)
+        map->seed = (uint64_t)(uintptr_t)map * 0x9e3779b97f4a7c15u;
     *out = map;
     return PSOUP_OK;
 fail:
@@ -94,7 +99,7 @@ static psoup_status grow(psoup__map *map, psoup_error *error) {
 
 psoup_status psoup__map_set(psoup__map *map, const void *key, size_t length, int64_t value,
                             bool *fresh, psoup_error *error) {
-    uint64_t hash = hash_bytes(key, length);
+    uint64_t hash = hash_bytes(map->seed, key, length);
     slot *s = find(map, key, length, hash);
     bool is_new = s->key == 0;
     if (is_new) {
@@ -119,7 +124,7 @@ psoup_status psoup__map_set(psoup__map *map, const void *key, size_t length, int
 }
 
 bool psoup__map_get(const psoup__map *map, const void *key, size_t length, int64_t *value) {
-    const slot *s = find(map, key, length, hash_bytes(key, length));
+    const slot *s = find(map, key, length, hash_bytes(map->seed, key, length));
     if (s->key != 0 && value != NULL)
         *value = s->value;
     return s->key != 0;

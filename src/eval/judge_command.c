@@ -25,6 +25,7 @@ typedef struct psoup__judge_process {
     pid_t pid;
     int to, from;       /* our ends; −1 when closed */
     double patience;    /* seconds of silence; 0: any */
+    bool torn;          /* a question was cut off in the middle: it would be read together with the next */
     int64_t next_id;    /* ids run on from ask to ask: a late answer is nobody else's */
     psoup__buffer line; /* output read so far that has no newline yet */
 } process;
@@ -243,11 +244,15 @@ psoup_status psoup__judge_process_ask(process *p, const psoup_question *question
     psoup__buffer text = {.context = p->context};
     ask a = {.first = p->next_id, .n = n, .verdicts = verdicts};
     psoup_status status;
+    size_t sent = 0;
+    if (p->torn)
+        return psoup__fail(error, PSOUP_ERROR_STATE,
+                           "judge %s: it was given up in the middle of a question", p->name);
     a.answered = psoup__alloc(p->context, n, sizeof *a.answered, error);
     PSOUP__TRY(a.answered ? PSOUP_OK : PSOUP_ERROR_MEMORY);
     PSOUP__TRY(write_questions(p, questions, n, &text, error));
     p->next_id += (int64_t)n;
-    for (size_t sent = 0; a.lines < n;) {
+    while (a.lines < n) {
         struct pollfd fds[2] = {{p->from, POLLIN, 0}, {p->to, POLLOUT, 0}};
         bool sending = sent < text.length;
         const int ready = poll(fds, sending ? 2 : 1, patience_of(p));
@@ -265,6 +270,7 @@ psoup_status psoup__judge_process_ask(process *p, const psoup_question *question
             PSOUP__TRY(send_questions(p, &text, &sent, &a, error));
     }
 fail:
+    p->torn = sent > 0 && sent < text.length;
     psoup__buffer_free(&text);
     psoup__free(p->context, a.answered);
     return status;

@@ -11,7 +11,8 @@ enum {
     MAX_DIMENSIONS = 4,  /* as ggml */
     MAX_KEY = 65535,
     LEAST_VALUE = 13,    /* bytes of the shortest key and value: length, type, one byte */
-    LEAST_TENSOR = 24    /* of the shortest tensor info */
+    LEAST_TENSOR = 24,   /* of the shortest tensor info */
+    MOST = 1 << 20       /* values, tensors */
 };
 
 /* What is still to be read. */
@@ -330,6 +331,10 @@ static psoup_status read_counts(reader *r, uint64_t *tensors, uint64_t *values) 
         return psoup__fail(r->error, PSOUP_ERROR_FORMAT,
                            "%s: the header claims %llu values and %llu tensors, more than %zu bytes hold",
                            r->path, (unsigned long long)*values, (unsigned long long)*tensors, r->left);
+    if (*values > MOST || *tensors > MOST) /* a file's holes take no place on the disk, its entries do here */
+        return psoup__fail(r->error, PSOUP_ERROR_FORMAT,
+                           "%s: the header claims %llu values and %llu tensors; expected at most %d of each",
+                           r->path, (unsigned long long)*values, (unsigned long long)*tensors, MOST);
     return PSOUP_OK;
 fail:
     return status;

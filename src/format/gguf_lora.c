@@ -2,6 +2,7 @@
  * alpha is 0 (src/llama-adapter.h, llama_adapter_lora_weight::get_scale); there is no other scale. */
 #include "format/gguf.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -23,8 +24,8 @@ psoup_status psoup__gguf_scale(const psoup__gguf *file, psoup__peft_pair *pair, 
                            path);
     if (psoup__gguf_get(file, key) == NULL)
         alpha = 0;
-    if (!isfinite(alpha))
-        return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %s: expected a number", path, key);
+    if (!(fabs(alpha) <= (double)FLT_MAX))
+        return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %s: expected a number that f32 can hold", path, key);
     if (rank < 1 || rank > 1 << 20)
         return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %.200s: %lld is no rank", path, pair->module,
                            (long long)rank);

@@ -44,6 +44,10 @@ psoup_status psoup__gguf_write_template(psoup__gguf_writer *writer, const char *
     }
     if (psoup__file_exists(path)) {
         PSOUP__TRY(psoup__file_read(context, path, 1 << 24, &read, &length, error));
+        if (strlen(read) != length || !psoup__is_utf8(read)) {
+            status = psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: is not UTF-8 text", path);
+            goto fail;
+        }
         text = read;
     }
     status = text != NULL ? psoup__gguf_set_string(writer, key, text, error) : PSOUP_OK;

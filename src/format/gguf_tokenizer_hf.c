@@ -2,6 +2,7 @@
  * vocabulary under their ids, the added ones too, so that no reader numbers them anew. */
 #include "format/gguf.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -134,6 +135,9 @@ static psoup_status read_tables(reading *r) {
         if ((r->scores = psoup__alloc(r->context, r->n, sizeof *r->scores, r->error)) == NULL)
             return PSOUP_ERROR_MEMORY;
         memcpy(r->scores, scores->data, scores->bytes);
+        for (size_t i = 0; i < r->n; i++) /* they are sorted by, which a NaN has no place in */
+            if (!isfinite(r->scores[i]))
+                return wrong(r, "tokenizer.ggml.scores", "a score is no finite number");
     } else if (r->pre == NULL) {
         return wrong(r, "tokenizer.ggml.scores", "expected a float32 for each token");
     }
@@ -205,7 +209,9 @@ static int by_score(const void *a, const void *b) {
 static psoup_status spm_merges(reading *r, psoup_json *list) {
     psoup_status status = PSOUP_OK;
     merge *all = NULL;
-    size_t n = 0, capacity = 0;
+    size_t n = 0, capacity = 0, bytes = 0;
+    /* Every two halves of every token may be tokens; of real vocabularies two or three are. */
+    const size_t most = 64 * (psoup__gguf_get(r->file, "tokenizer.ggml.tokens")->bytes + 1024);
     char side[LONGEST + 1];
     for (size_t i = 0; i < r->n; i++) {
         const char *text = r->texts[i];
@@ -224,6 +230,10 @@ static psoup_status spm_merges(reading *r, psoup_json *list) {
                 !psoup__map_get(r->ids, text + at, length - at, &right) ||
                 r->types[left] != PSOUP__GGUF_NORMAL || r->types[right] != PSOUP__GGUF_NORMAL)
                 continue;
+            if ((bytes += length) > most) {
+                status = wrong(r, "tokenizer.ggml.tokens", "too many ways to split the tokens");
+                goto fail;
+            }
             PSOUP__TRY(psoup__reserve(r->context, &all, &capacity, n + 1, sizeof *all, r->error));
             all[n] = (merge){r->scores[i], (int32_t)left, (int32_t)right, (uint16_t)at,
                              (uint16_t)(length - at), n};

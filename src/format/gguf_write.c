@@ -28,7 +28,7 @@ struct psoup__gguf_writer {
     size_t n_settings, settings_capacity;
     declared *tensors; /* [n_tensors]; the writer's own come first */
     size_t n_tensors, tensors_capacity;
-    psoup__map *by_name;
+    psoup__map *by_name, *by_key;
     bool begun;
     size_t current, within; /* the tensor that is written, and how many of its bytes */
     char *head;             /* one head's rows */
@@ -46,6 +46,7 @@ psoup_status psoup__gguf_create(psoup_context *context, const char *path, psoup_
     if ((writer->path = psoup__strdup(context, path, error)) == NULL)
         goto fail;
     PSOUP__TRY(psoup__map_create(context, 256, &writer->by_name, error));
+    PSOUP__TRY(psoup__map_create(context, 64, &writer->by_key, error));
     PSOUP__TRY(psoup__writer_create(context, path, &writer->file, error));
     *out = writer;
     return PSOUP_OK;
@@ -68,6 +69,7 @@ void psoup__gguf_writer_free(psoup__gguf_writer *writer) {
     psoup__free(context, writer->tensors);
     psoup__free(context, writer->head);
     psoup__map_free(writer->by_name);
+    psoup__map_free(writer->by_key);
     psoup__writer_free(writer->file);
     psoup__free(context, writer->path);
     psoup__free(context, writer);
@@ -97,7 +99,8 @@ static psoup_status set(psoup__gguf_writer *writer, const char *key, const void 
                         const void *bytes, size_t n, psoup_error *error) {
     psoup_status status;
     psoup_context *context = writer->context;
-    size_t at = 0, total;
+    int64_t found;
+    size_t at = writer->n_settings, total;
     if (*key == '\0' || !psoup__is_utf8(key) || writer->begun)
         return psoup__fail(error, PSOUP_ERROR_STATE, "%s: metadata \"%.200s\" set %s", writer->path, key,
                            writer->begun ? "after the header was written" : "under a key that is no text");
@@ -109,9 +112,9 @@ static psoup_status set(psoup__gguf_writer *writer, const char *key, const void 
     memcpy(kept, head, n_head);
     if (n > 0)
         memcpy(kept + n_head, bytes, n);
-    while (at < writer->n_settings && strcmp(writer->settings[at].key, key) != 0)
-        at++;
-    if (at == writer->n_settings) {
+    if (psoup__map_get(writer->by_key, key, strlen(key), &found)) {
+        at = (size_t)found;
+    } else {
         PSOUP__TRY(psoup__reserve(context, &writer->settings, &writer->settings_capacity, at + 1,
                                   sizeof *writer->settings, error));
         char *name = psoup__strdup(context, key, error);
@@ -120,6 +123,7 @@ static psoup_status set(psoup__gguf_writer *writer, const char *key, const void 
             goto fail;
         }
         writer->settings[writer->n_settings++] = (setting){.key = name};
+        PSOUP__TRY(psoup__map_set(writer->by_key, key, strlen(key), (int64_t)at, NULL, error));
     }
     psoup__free(context, writer->settings[at].bytes);
     writer->settings[at].bytes = kept;

@@ -326,6 +326,10 @@ psoup_status psoup__config_check(psoup_model_config *c, const char *where, psoup
                                "%s: hidden_size: %d is no multiple of num_attention_heads %d", where,
                                (int)c->hidden_size, (int)c->num_attention_heads);
         c->head_dim = c->hidden_size / c->num_attention_heads;
+        if (c->head_dim > 4096) /* as of one that is written down */
+            return psoup__fail(error, PSOUP_ERROR_FORMAT,
+                               "%s: hidden_size %d of %d heads: expected at most 4096 a head", where,
+                               (int)c->hidden_size, (int)c->num_attention_heads);
     }
     if (c->head_dim % 2 != 0)
         return psoup__fail(error, PSOUP_ERROR_FORMAT,

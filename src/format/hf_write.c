@@ -135,12 +135,12 @@ fail:
 }
 
 char *psoup__directory_of(psoup_context *context, const char *path, psoup_error *error) {
-    char *directory = psoup__strdup(context, path, error);
+    char *directory = psoup__strdup(context, *path != '\0' ? path : ".", error);
     if (directory == NULL || psoup__is_directory(path))
         return directory;
     char *slash = strrchr(directory, '/');
     if (slash == NULL)
-        memcpy(directory, ".", *directory != '\0' ? 2 : 1);
+        memcpy(directory, ".", 2);
     else
         slash[slash == directory] = '\0';
     return directory;

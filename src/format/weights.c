@@ -66,6 +66,10 @@ static psoup_status add_gguf(psoup__weights *weights, const char *path, const ch
     PSOUP__TRY(psoup__gguf_layout_of(file, &layout, error));
     if (layout.heads == 0)
         layout = (psoup__gguf_layout){.permuted = layout.permuted, .heads = heads, .kv_heads = kv_heads};
+    else if (heads > 0 && (layout.heads != heads || layout.kv_heads != kv_heads))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "%s: is of %d heads and %d of keys; the model has %d and %d", path,
+                           (int)layout.heads, (int)layout.kv_heads, (int)heads, (int)kv_heads);
     size_t n = psoup__gguf_count(file);
     weights->renamed = psoup__alloc(context, n, sizeof *weights->renamed, error);
     weights->names = psoup__alloc(context, n, sizeof *weights->names, error);

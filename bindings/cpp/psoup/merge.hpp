@@ -161,6 +161,9 @@ inline result<json> merge_inspect(const context &c, span<const std::string> adap
 }
 inline result<void> merge_inspect_plot(const context &c, json_view inspection, const std::string &path,
                                        span<const std::string> names = {}) {
+    if (!names.empty() && names.size() != inspection["cosine"].size())
+        return error(PSOUP_ERROR_ARGUMENT, "there are " + std::to_string(inspection["cosine"].size()) +
+                                               " adapters and " + std::to_string(names.size()) + " names");
     const auto labels = detail::c_strings(names);
     return detail::call(psoup_merge_inspect_plot, c.get(), inspection.get(), labels.empty() ? nullptr : labels.data(),
                         path.c_str());

@@ -65,7 +65,14 @@ def call(function: Any, *arguments: Any) -> None:
     """Calls a function that returns a status and takes a psoup_error last. Raises what a callback raised,
     or the exception of the status."""
     error = _abi.psoup_error()
-    status = function(*arguments, ctypes.byref(error))
+    held = [a.owner for a in arguments if hasattr(a, "owner")]  # a close() meanwhile takes effect afterwards
+    for owner in held:
+        owner.hold()
+    try:
+        status = function(*arguments, ctypes.byref(error))
+    finally:
+        for owner in held:
+            owner.release()
     _raise_pending()
     if status != 0:
         raise failure(status, error.message)
@@ -190,15 +197,22 @@ class _Owner:
 
     def __init__(self, pointer: Any, free: Any, parents: Sequence["_Owner"], keep: Any) -> None:
         self.pointer, self.free, self.parents, self.keep, self.holders = pointer, free, parents, keep, 1
+        pointer.owner = self
+        for parent in parents:
+            parent.hold()
+
+    def hold(self) -> None:
         with _owners:
-            for parent in parents:
-                parent.holders += 1
+            if not self.holders:
+                raise StateError("the handle is closed")
+            self.holders += 1
 
     def release(self) -> None:
         with _owners:
             self.holders -= 1
             if self.holders:
                 return
+        del self.pointer.owner
         self.free(self.pointer)
         self.keep = None
         for parent in self.parents:
@@ -228,9 +242,11 @@ class Handle:
         owner = self._holder()
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        with _owners:
-            owner.holders += 1
+        owner.hold()
         return twin
+
+    def __copy__(self) -> Any:
+        return self._again()
 
     @property
     def handle(self) -> Any:

@@ -137,6 +137,17 @@ def packed(x: Any, dtype: DtypeLike, shape: Sequence[int], *, what: str = "the b
     return View(seen.address, kind, shape, None, seen.readonly, seen)
 
 
+def result_view(x: Any, dtype: DtypeLike, shape: Sequence[int], *, what: str) -> View:
+    """Where a result of a dtype and shape is to be written: the array itself, or, of a type that its library
+    has not, the bits that `empty` makes for it."""
+    kind = dtype_of(dtype)
+    try:
+        seen = view(x, writable=True, what=what)
+    except TypeError:  # uint16, say
+        return view(x, kind, writable=True, what=what)
+    return packed(x, kind, shape, what=what) if seen.dtype == Dtype.U8 and kind != Dtype.U8 else seen
+
+
 def bytes_of(kind: Dtype, shape: Sequence[int]) -> int:
     n = 1
     for d in shape:

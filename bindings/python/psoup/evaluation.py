@@ -223,11 +223,6 @@ def feedback(generator: Model, tokenizer: Tokenizer, preferences: Preferences, i
     that dropped one. Options: prompt_template, max_sequences, seed."""
     keep: List[Any] = []
     struct = new(_abi.psoup_feedback_options, dict(options), keep)
-    weights = generator.mix(mix)
-    if weights is not None:
-        row = floats(weights)
-        struct.mix = row.pointer
-        keep.append(row)
     if sampling is not None:
         settings = sampling_of(sampling, keep)
         struct.sampling = ctypes.pointer(settings)
@@ -238,6 +233,11 @@ def feedback(generator: Model, tokenizer: Tokenizer, preferences: Preferences, i
         item.instruction, item.input, item.id = encoded(given.instruction), encoded(given.input), given.id
     counts = new(_abi.psoup_feedback_counts)
     with generator.lock, judge.lock:
+        weights = generator.mix(mix)
+        if weights is not None:
+            row = floats(weights)
+            struct.mix = row.pointer
+            keep.append(row)
         call_long(lib.psoup_feedback, generator.handle, tokenizer.handle, preferences.handle, structs,
                   len(instructions), judge.handle, struct, encoded(path), byref(counts))
     return record(counts)

@@ -12,7 +12,7 @@ from . import _abi
 from ._abi import Dtype, MergeMethod
 from ._library import Bar, Handle, call, call_long, callback, create, encoded, lib, member, new, \
     progress_callback, record, text, texts
-from .arrays import DtypeLike, View, bytes_of, doubles, dtype_of, empty, empty_like, packed, view
+from .arrays import DtypeLike, View, bytes_of, doubles, dtype_of, empty, empty_like, result_view, view
 from .context import Context, default_context
 from .data import python_value
 from .errors import ArgumentError, Error
@@ -203,9 +203,7 @@ class Merger(Handle):
                 like = self._like.get(name)
                 result[name] = (empty(shape, dtype) if like is None or isinstance(like, Pulled)
                                 else empty_like(like, dtype, shape))
-            seen = view(result[name], writable=True, what=name)
-            if dtype == Dtype.Q8_0 or seen.dtype != dtype:  # in plain bytes, or bits of another type
-                seen = packed(result[name], dtype, shape, what=name)
+            seen = result_view(result[name], dtype, shape, what=name)
             if seen.shape != shape or seen.dtype != dtype or not seen.is_contiguous:
                 raise ArgumentError("out: %s is %s%s: expected row-major %s%s" % (
                     name, seen.dtype.name.lower(), list(seen.shape), dtype.name.lower(), list(shape)))
@@ -259,9 +257,12 @@ def merge_sum(arrays: Sequence[Any], weights: Sequence[float], out: Any = None, 
     views = [view(a, what="arrays[%d]" % i) for i, a in enumerate(arrays)]
     if not views:
         raise ArgumentError("there are no arrays")
+    kind = dtype_of(dtype) if dtype is not None else views[0].dtype
     if out is None:
-        out = empty_like(arrays[0], dtype)
-    _sum(context or default_context(), view(out, writable=True, what="out"), views, weights, "arrays")
+        out = empty_like(arrays[0], kind, views[0].shape)
+    elif dtype is None:
+        kind = view(out, what="out").dtype
+    _sum(context or default_context(), result_view(out, kind, views[0].shape, what="out"), views, weights, "arrays")
     return out
 
 
@@ -455,9 +456,7 @@ def merge(sources: Union[Mapping[str, Source], Sequence[Source]],
         else:
             kind = dtype_of(dtype) if dtype is not None else views[0].dtype
             target = out[name] if out is not None and name in out else empty_like(dicts[0][name], kind)
-            place = view(target, writable=True, what=name)
-            if place.dtype != kind and dtype is not None:
-                place = packed(target, kind, views[0].shape, what=name)
+            place = result_view(target, kind, views[0].shape, what=name)
             _sum(context, place, views, weights, name)
             result[name] = target
         if report is not None:

@@ -242,19 +242,19 @@ class Model(Handle):
     def logprobs(self, rows: Sequence[Tokens], mix: Mix = None, mixes: Optional[Sequence[Mix]] = None) -> List[Any]:
         """For each row, the log-probabilities of its tokens 1 ... n-1 given those before, float32. `mix` is
         every row's, or `mixes` has one a row."""
-        structs, lengths, keep = self._rows(rows, mix, mixes)
-        counts = [max(n - 1, 0) for n in lengths]
-        out = empty(sum(counts))
-        with self.lock:
+        with self.lock:  # mixes are as long as there are adapters
+            structs, lengths, keep = self._rows(rows, mix, mixes)
+            counts = [max(n - 1, 0) for n in lengths]
+            out = empty(sum(counts))
             call(lib.psoup_model_logprobs, self.handle, structs, len(rows), pointer_of(out, c_float))
         return _split(out, counts)
 
     def logits(self, rows: Sequence[Tokens], mix: Mix = None, mixes: Optional[Sequence[Mix]] = None) -> List[Any]:
         """For each row, [its length, vocab_size] float32."""
-        structs, lengths, keep = self._rows(rows, mix, mixes)
-        vocabulary = self.config["vocab_size"]
-        out = empty(sum(lengths) * vocabulary)
         with self.lock:
+            structs, lengths, keep = self._rows(rows, mix, mixes)
+            vocabulary = self.config["vocab_size"]
+            out = empty(sum(lengths) * vocabulary)
             call(lib.psoup_model_logits, self.handle, structs, len(rows), pointer_of(out, c_float))
         parts = _split(out, [n * vocabulary for n in lengths])
         return [p.reshape(n, vocabulary) if hasattr(p, "reshape") else p.cast("B").cast("f", (n, vocabulary))
@@ -264,14 +264,14 @@ class Model(Handle):
                   weights: Any = None, what: Sequence[str] = ("adapters",)) -> "Gradients":
         """The gradient of the sum over rows and tokens of weight * log p(token). `weights` has the layout
         of `logprobs`, concatenated; None: all 1. `what` is any of "base", "adapters" and "mix"."""
-        structs, lengths, keep = self._rows(rows, mix, mixes)
         bits = 0
         for word in what:
             bits |= getattr(_abi, "PSOUP_GRADIENT_" + word.upper())
         scale = floats(weights) if weights is not None else None
-        if scale is not None and scale.n != sum(n - 1 for n in lengths):
-            raise ArgumentError("there are %d weights and %d tokens" % (scale.n, sum(n - 1 for n in lengths)))
         with self.lock:
+            structs, lengths, keep = self._rows(rows, mix, mixes)
+            if scale is not None and scale.n != sum(n - 1 for n in lengths):
+                raise ArgumentError("there are %d weights and %d tokens" % (scale.n, sum(n - 1 for n in lengths)))
             return Gradients(create(_abi.psoup_gradients, lib.psoup_model_gradients, self.handle, structs, len(rows),
                                     scale.pointer if scale else None, bits), self)
 
@@ -304,12 +304,12 @@ class Model(Handle):
             raise ArgumentError("there are %d prompts and %d mixes" % (len(prompts), len(mixes)))
         keep: List[Any] = []
         structs = (_abi.psoup_prompt * len(prompts))()
-        for i, prompt in enumerate(prompts):
-            structs[i] = self._prompt(prompt, mixes[i] if mixes is not None else mix, i, keep)
         settings = sampling_of({**sampling, "stop_tokens": stop_tokens}, keep)
         session = new(_abi.psoup_session_options, {"max_sequences": max_sequences, "max_tokens": max_tokens,
                                                    "prefill_rows": prefill_rows})
         with self.lock:
+            for i, prompt in enumerate(prompts):
+                structs[i] = self._prompt(prompt, mixes[i] if mixes is not None else mix, i, keep)
             generation = create(_abi.psoup_generation, lib.psoup_generate, self.handle, structs, len(prompts),
                                 settings, session, _token_callback(on_token), None, long=True)
         try:
@@ -368,9 +368,9 @@ class Session(Handle):
                stop_tokens: Optional[Sequence[int]] = None, **sampling: Unpack[Sampling]) -> None:
         """Queues a prompt under an id of the caller's. sequence: its stream of random words; None: the id."""
         keep: List[Any] = []
-        struct = self.model._prompt(Prompt(prompt, mix, sequence, {**sampling, "stop_tokens": stop_tokens}),
-                                    None, id, keep)
         with self.lock:
+            struct = self.model._prompt(Prompt(prompt, mix, sequence, {**sampling, "stop_tokens": stop_tokens}),
+                                        None, id, keep)
             call(lib.psoup_session_submit, self.handle, id, struct)
             self.running += 1
 

@@ -8,9 +8,11 @@ import unittest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.abspath(os.path.join(HERE, "..", "..", ".."))
-# PSOUP_TEST_INSTALLED: the package that pip put there, not the source tree's.
-if not os.environ.get("PSOUP_TEST_INSTALLED"):
-    sys.path.insert(0, os.path.join(HERE, ".."))
+PACKAGE = os.path.realpath(os.path.join(HERE, ".."))
+if os.environ.get("PSOUP_TEST_INSTALLED"):  # the package that pip put there; unittest put the tree's first
+    sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != PACKAGE]
+else:
+    sys.path.insert(0, PACKAGE)
 
 import psoup  # noqa: E402
 
