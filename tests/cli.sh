@@ -329,6 +329,10 @@ check "a model in one file" has '"parameters": 14800.*"tokenizer_tokens": null'
 no 1 'psoup merge --out DIRECTORY m.gguf=1' generate --model m.gguf --prompt x
 ok merge --out a.gguf --reference base P1A=1
 ok merge --base m.gguf --out m-of-gguf a.gguf=1
+no 2 'a recipe says its method itself' merge mix.yaml --method ties --out left/m
+no 2 'does what the certificate says' merge --replay m.psoup-merge.json --dtype f32 --out left/m
+ok merge --base base --method ties --param density=0.5 --param vote=frequency --out m-votes m-base=1
+no 1 'vote is 7' merge --base base --method ties --param vote=7 --out left/m m-base=1
 printf 'merge_method: linear\ntop: 1\n' > mixed.yaml
 no 1 'mixed.yaml:2: top: is not supported' merge mixed.yaml --out left/m
 no 1 'expected NAME=VALUE' merge --param density --out left/m P1A=1
@@ -463,6 +467,8 @@ check "accuracy on held-out prompts" has '^accuracy [01]\.[0-9]*, loss .* on 24 
 check "one for each preference" test "$(ls rewards | tr '\n' ' ')" = "P1A P1B P2A P2B P3A P3B "
 ok info rewards/P1A --json
 check "a scalar head" has '"task_type": "SEQ_CLS"'
+no 1 'a scalar head' merge --out r.gguf --reference base rewards/P1A=1
+check "nothing is left" test ! -e r.gguf -a ! -e r.psoup-partial.lock
 put reward.json '{"model": "base", "data": "comparisons.jsonl", "validation": "soup.jsonl.zst", "output": "rewards",
     "per_preference": false, "name": "all", "learning_rate": 0.01, "rank": 2, "max_tokens": 0}'
 trains reward --config reward.json --json

@@ -91,7 +91,7 @@ static psoup_status read_size(const char *text, uint64_t *out, psoup_error *erro
 static psoup_status read_options(const merge_arguments *a, psoup_merger_options *options,
                                  psoup_error *error) {
     psoup_dtype dtype;
-    psoup_status status = read_method(a->method, options, error);
+    psoup_status status = read_method(a->method ? a->method : "delta", options, error);
     options->any_sum = a->any_sum;
     options->sha256 = a->sha256;
     options->resume = a->resume;
@@ -164,6 +164,11 @@ static psoup_status set_parameter(psoup_merger *merger, const char *text, psoup_
         source = strtol(colon + 1, &end, 10);
         if (end == colon + 1 || *end || source < 0)
             status = cli_error(error, PSOUP_ERROR_ARGUMENT, "--param \"%s\": expected NAME:SOURCE", text);
+    }
+    const bool words = equal && !strcmp(name, "vote");
+    if (words && (!strcmp(equal, "=total") || !strcmp(equal, "=frequency"))) {
+        values[n++] = !strcmp(equal, "=frequency");
+        equal += strlen(equal);
     }
     for (const char *at = equal; status == PSOUP_OK && *at;) {
         if (n == MOST || !isfinite(values[n] = strtod(at + 1, &end)) || end == at + 1 ||
@@ -246,7 +251,7 @@ static psoup_status merge(psoup_context *context, const merge_arguments *a, psou
 }
 
 int cmd_merge(int argc, char **argv) {
-    merge_arguments a = {.method = "delta"};
+    merge_arguments a = {0};
     int status;
     const cli_option options[] = {
         {"--out", CLI_TEXT, &a.out, "DIR", "where the result goes; FILE.gguf for a GGUF file"},
@@ -274,6 +279,13 @@ int cmd_merge(int argc, char **argv) {
         return cli_complain("merge: expected --out DIR and at least one DIR=WEIGHT, or a recipe");
     if ((a.verify && (a.out || a.replay || a.sources.n > 0)) || (a.replay && (a.sources.n > 0 || a.base)))
         return cli_complain("merge: --verify and --replay take no sources");
+    bool how = a.method || a.peer;
+    bool more = a.seed || a.dtype || a.shard_size || a.format || a.reference || a.any_sum || a.parameters.n > 0;
+    if (a.replay && (how || more))
+        return cli_complain("merge: --replay does what the certificate says; beside it only --out, --threads, "
+                            "--sha256 and --resume");
+    if (is_recipe(&a.sources) && how)
+        return cli_complain("merge: a recipe says its method itself, as mergekit has it; not --method or --peer");
     psoup_error error = {0};
     psoup_context *context = NULL;
     psoup_context_options settings = PSOUP_CONTEXT_OPTIONS_INIT;

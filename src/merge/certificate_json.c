@@ -206,7 +206,7 @@ psoup_status psoup__certificate_take(psoup__certificate *c, const psoup_json *js
         const char *lost = psoup_json_string(psoup_json_get(one, "error"), NULL);
         if (strlen(text) == PSOUP__HASH_TEXT - 1)
             memcpy(c->made[i].text, text, PSOUP__HASH_TEXT);
-        if (lost != NULL && sscanf(lost, "%lf", &c->made[i].error) != 1)
+        if (lost != NULL && psoup__result_lossy(c->plan, i) && sscanf(lost, "%lf", &c->made[i].error) != 1)
             return psoup__fail(error, PSOUP_ERROR_FORMAT, "progress: error \"%.40s\"", lost);
     }
     return PSOUP_OK;

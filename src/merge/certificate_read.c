@@ -85,13 +85,15 @@ static psoup_status read_slices(psoup_merger *merger, const psoup_json *list, co
             const psoup_json *part = psoup_json_at(parts, j), *layers = psoup_json_get(part, "layers");
             int64_t source = psoup_json_integer(psoup_json_get(part, "source"), -2);
             psoup__slice_part *p;
-            if (source < -1 || source >= (int64_t)merger->n)
+            if (source < -1 || source >= (int64_t)merger->n || (source < 0 && !merger->has_base))
                 return bad(path, "slices", error);
             PSOUP__TRY(psoup__merger_slice_part(merger, slice, source < 0 ? PSOUP__NONE : (size_t)source,
                                                 psoup_json_integer(psoup_json_at(layers, 0), -1),
                                                 psoup_json_integer(psoup_json_at(layers, 1), -1), &p, error));
             PSOUP__TRY(read_settings(merger, psoup_json_get(part, "settings"), path, &p->settings, error));
         }
+        if (slice->n == 0)
+            return bad(path, "slices", error);
     }
     return PSOUP_OK;
 fail:

@@ -81,6 +81,8 @@ typedef struct psoup__merge_source {
     psoup__settings settings;
 } psoup__merge_source;
 
+/* Refuses a name that is no UTF-8: certificates could not say it. */
+psoup_status psoup__merge_text(const char *text, const char *what, psoup_error *error);
 /* reference: the model that an adapter in GGUF is for, or NULL. */
 psoup_status psoup__source_open(psoup_context *context, const char *path, bool base, const char *reference,
                                 psoup__merge_source *out, psoup_error *error);
@@ -231,8 +233,9 @@ int64_t psoup__layer_of(const char *name, size_t *begin, size_t *end);
 /* Where a layer stands in the model: 0 the first, 1 the last (and the only one), 0 outside. */
 double psoup__depth_of(int64_t layer, int64_t layers);
 /* An adapter's change as an input of a method of whole tensors, with its own parameters; parts follow. */
-psoup_status psoup__plan_task_vector(psoup__plan *plan, size_t source, const psoup__peft_pair *pair,
+psoup_status psoup__plan_task_vector(psoup__plan *plan, size_t source, const char *module,
                                      psoup__plan_input **out, psoup_error *error);
+bool psoup__plan_counts(const psoup__plan *plan, const psoup__plan_input *input);
 /* The parameters of a result of adapters alone whose method and inputs are there. */
 psoup_status psoup__plan_method(psoup__plan *plan, psoup__result *result, const char *name,
                                 psoup_error *error);

@@ -44,6 +44,9 @@ psoup_status psoup__options_check(const psoup_merger_options *o, psoup_error *er
     if (o->method == PSOUP_MERGE_SVD && (o->svd_rank < 1 || o->svd_rank > 1 << 20))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_merger_options: svd_rank %d; expected 1 to %d", (int)o->svd_rank, 1 << 20);
+    if (o->svd_rank < 0 || o->svd_rank > 1 << 20)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_merger_options: svd_rank %d; expected 0 to %d",
+                           (int)o->svd_rank, 1 << 20);
     bool known = o->dtype == -1 || o->dtype == PSOUP_F32 || o->dtype == PSOUP_F16 || o->dtype == PSOUP_BF16 ||
                  o->dtype == PSOUP_F8_E4M3 || o->dtype == PSOUP_F8_E5M2 ||
                  (o->dtype == PSOUP_Q8_0 && o->format == PSOUP_MERGE_GGUF);
@@ -162,6 +165,9 @@ psoup_status psoup_merger_set_base_tensors(psoup_merger *merger, const psoup_mer
 }
 
 psoup_status psoup_merger_set_reference(psoup_merger *merger, const char *model, psoup_error *error) {
+    psoup_status status = psoup__merge_text(model, "reference", error);
+    if (status != PSOUP_OK)
+        return status;
     char *copy = psoup__strdup(merger->context, model, error);
     if (copy == NULL)
         return PSOUP_ERROR_MEMORY;
@@ -242,6 +248,10 @@ psoup_status psoup_merger_set_parameter(psoup_merger *merger, int64_t source, co
         if (!isfinite(values[i]))
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "parameter %s is %g; expected a finite number",
                                parameter, values[i]);
+    for (size_t i = 0; which == PSOUP__VOTE && i < n; i++)
+        if (values[i] != 0 && values[i] != 1)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "parameter vote is %g; expected 0 (total) or 1 (frequency)", values[i]);
     return psoup__settings_add(merger->context,
                                source < 0 ? &merger->settings : &merger->sources[source].settings, which,
                                filter, values, n, true, error);
@@ -341,7 +351,8 @@ static psoup_status measure_certificate(const psoup__certificate *certificate, s
     if (text == NULL)
         return PSOUP_ERROR_MEMORY;
     *space = psoup__json_string_bytes(text) +
-             (certificate->n + certificate->plan->n) * (PSOUP__HASH_TEXT - 1);
+             (certificate->n + certificate->plan->n) * (PSOUP__HASH_TEXT - 1) +
+             certificate->plan->n; /* an error's exponent may have a third digit */
     psoup_text_free(text);
     return PSOUP_OK;
 }
@@ -356,6 +367,11 @@ static psoup_status run(psoup_merger *merger, const char *directory, const psoup
     char *text = NULL;
     merger->ran = false;
     merger->report = (psoup_merge_report){.size = sizeof merger->report};
+    for (size_t i = 0; i <= merger->n; i++) { /* what failed once may be there now */
+        const psoup__merge_source *source = i < merger->n ? &merger->sources[i] : &merger->base;
+        if (source->pull_failed != NULL)
+            *source->pull_failed = 0;
+    }
     PSOUP__TRY(psoup__plan_make(merger, &plan, error));
     if (directory != NULL)
         PSOUP__TRY(check_place(merger, directory, error));

@@ -162,6 +162,20 @@ static void stamp_files(psoup__hash *hash, const psoup__merge_source *source) {
         psoup__hash_update(hash, s->path, strlen(s->path) + 1);
         psoup__hash_update(hash, numbers, sizeof numbers);
     }
+    for (size_t i = 0; source->adapter != NULL && i < source->adapter->n; i++) { /* of adapter_config.json */
+        const psoup__peft_pair *pair = &source->adapter->pairs[i];
+        const int32_t kind[2] = {pair->rank, pair->transposed};
+        psoup__hash_update(hash, &pair->scale, sizeof pair->scale);
+        psoup__hash_update(hash, kind, sizeof kind);
+    }
+}
+
+/* Nothing says whether tensors that the caller holds are what they were. */
+static bool are_held(const psoup_merger *merger) {
+    bool held = merger->base.n_held > 0;
+    for (size_t i = 0; i < merger->n; i++)
+        held |= merger->sources[i].n_held > 0;
+    return held;
 }
 
 /* Of the certificate before anything is known, and of the files. */
@@ -273,7 +287,9 @@ static psoup_status begin(psoup__output *output, psoup_error *error) {
         goto fail;
     }
     memset(o->spaces, ' ', output->space);
-    if (output->plan->merger->options.resume)
+    if (output->plan->merger->options.resume && are_held(output->plan->merger))
+        psoup__staging_keep(&o->staging, NULL, 0);
+    else if (output->plan->merger->options.resume)
         PSOUP__TRY(take_progress(o, error));
     PSOUP__TRY(output->plan->adapter ? write_adapter_config(o, error)
                                      : psoup__write_sidecars(output->plan, o->staging.work, error));

@@ -2,10 +2,12 @@
  * last is there. The file grows beside its place and is renamed. */
 #include "merge/engine.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 #define METADATA "psoup.merge"
@@ -14,6 +16,8 @@ typedef struct gguf_output {
     psoup__output output;
     char *path;        /* where the file shall be */
     char *partial;     /* where it grows */
+    char *lock_path;   /* a file that is held as long as a merge works there */
+    int lock;
     char *data;        /* an adapter's factors, one after the other; NULL: of a model */
     char *spaces;      /* in the place of the certificate */
     psoup__gguf_writer *writer;
@@ -89,6 +93,10 @@ static psoup_status find_architecture(gguf_output *o, psoup_error *error) {
 
 static psoup_status begin_adapter(gguf_output *o, psoup_error *error) {
     psoup_status status;
+    for (size_t i = 0; i < o->output.plan->n; i++)
+        if (o->output.plan->results[i].module == NULL)
+            return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                               "%s: a scalar head (score) has no place in a GGUF adapter", o->path);
     PSOUP__TRY(find_architecture(o, error));
     PSOUP__TRY(psoup__writer_create(context_of(o), o->data, &o->spool, error));
 fail:
@@ -253,13 +261,50 @@ static void gguf_free(psoup__output *output) {
     psoup__writer_free(o->spool);
     if (!o->committed && o->partial != NULL)
         unlink(o->partial);
-    if (o->data != NULL)
+    if (o->data != NULL && o->lock >= 0)
         unlink(o->data);
+    if (o->lock >= 0) {
+        unlink(o->lock_path);
+        close(o->lock);
+    }
+    psoup__free(context, o->lock_path);
     psoup__free(context, o->path);
     psoup__free(context, o->partial);
     psoup__free(context, o->data);
     psoup__free(context, o->spaces);
     psoup__free(context, o);
+}
+
+/* What killed runs left: NAME.psoup-partial.…tmp. */
+static psoup_status drop_left_over(const gguf_output *o, psoup_error *error) {
+    const char *slash = strrchr(o->partial, '/'), *name = slash != NULL ? slash + 1 : o->partial;
+    const size_t length = strlen(name) - strlen("gguf"); /* with the dot */
+    char *place = psoup__directory_of(context_of(o), o->partial, error);
+    if (place == NULL)
+        return PSOUP_ERROR_MEMORY;
+    DIR *directory = opendir(place);
+    psoup__free(context_of(o), place);
+    if (directory == NULL)
+        return PSOUP_OK; /* what cannot be read is found out when the file is made */
+    for (const struct dirent *entry; (entry = readdir(directory)) != NULL;) {
+        const char *dot = strrchr(entry->d_name, '.');
+        if (strncmp(entry->d_name, name, length) == 0 && strcmp(dot, ".tmp") == 0)
+            unlinkat(dirfd(directory), entry->d_name, 0);
+    }
+    closedir(directory);
+    return PSOUP_OK;
+}
+
+static psoup_status take_lock(gguf_output *o, psoup_error *error) {
+    o->lock = open(o->lock_path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (o->lock < 0)
+        return psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot create: %m", o->lock_path);
+    if (flock(o->lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+        close(o->lock);
+        o->lock = -1; /* it is somebody else's, and so is what is there */
+        return psoup__fail(error, PSOUP_ERROR_STATE, "%s: another merge is writing there", o->path);
+    }
+    return drop_left_over(o, error);
 }
 
 psoup_status psoup__output_gguf(const psoup__plan *plan, const char *path, psoup__output **out,
@@ -275,14 +320,21 @@ psoup_status psoup__output_gguf(const psoup__plan *plan, const char *path, psoup
     if (o == NULL)
         return PSOUP_ERROR_MEMORY;
     o->output = (psoup__output){.kind = &kind, .plan = plan};
+    o->lock = -1;
+    o->committed = true; /* nothing of ours is there yet */
+    o->lock_path = psoup__format(context, error, "%.*s.psoup-partial.lock", (int)length - 5, path);
     o->path = psoup__strdup(context, path, error);
     o->partial = psoup__format(context, error, "%.*s.psoup-partial.gguf", (int)length - 5, path);
     if (plan->adapter)
         o->data = psoup__format(context, error, "%.*s.psoup-partial.data", (int)length - 5, path);
-    if (o->path == NULL || o->partial == NULL || (plan->adapter && o->data == NULL)) {
+    psoup_status status = PSOUP_ERROR_MEMORY;
+    if (o->lock_path != NULL && o->path != NULL && o->partial != NULL && (!plan->adapter || o->data != NULL))
+        status = take_lock(o, error);
+    if (status != PSOUP_OK) {
         gguf_free(&o->output);
-        return PSOUP_ERROR_MEMORY;
+        return status;
     }
+    o->committed = false;
     *out = &o->output;
     return PSOUP_OK;
 }

@@ -61,8 +61,11 @@ static psoup_status plan_pair(psoup__plan *plan, const char *module, psoup_error
         const psoup__merge_source *source = &merger->sources[i];
         const psoup__peft_pair *pair = psoup__peft_find(source->adapter, module, strlen(module));
         double weight = merger->weights[i];
-        if (pair == NULL)
+        if (pair == NULL) { /* its change is 0, which counts where whole changes are merged */
+            if (result->method != NULL)
+                PSOUP__TRY(psoup__plan_task_vector(plan, i, module, &input, error));
             continue;
+        }
         if (first == NULL) {
             first = pair;
             owner = i;
@@ -77,8 +80,10 @@ static psoup_status plan_pair(psoup__plan *plan, const char *module, psoup_error
         psoup__plan_weight(plan, i, module, &weight);
         factors[count++] = (psoup_lora_factors){.rank = pair->rank, .scale = pair->scale};
         if (result->method != NULL)
-            PSOUP__TRY(psoup__plan_task_vector(plan, i, pair, &input, error));
-        PSOUP__TRY(psoup__plan_part_add(plan, input, i, pair, result->method != NULL ? 1 : weight, error));
+            PSOUP__TRY(psoup__plan_task_vector(plan, i, module, &input, error));
+        if (result->method != NULL)
+            weight = psoup__plan_counts(plan, input) ? 1 : 0;
+        PSOUP__TRY(psoup__plan_part_add(plan, input, i, pair, weight, error));
     }
     int32_t rank = merger->options.svd_rank;
     if (result->method == NULL) {

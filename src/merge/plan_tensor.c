@@ -86,6 +86,14 @@ static void set_values(const psoup__plan *plan, const psoup__group *g, size_t pa
         input->values[p] = value_of(plan, g, part, name, (psoup__parameter)p, defaults[p]);
 }
 
+/* Whether an input is read: one of weight 0 is not, by methods that weigh. (nuslerp takes two of weight 0 for
+ * equals.) */
+bool psoup__plan_counts(const psoup__plan *plan, const psoup__plan_input *input) {
+    const psoup__method *method = psoup__method_of((psoup_merge_method)plan->merger->options.method);
+    return method == NULL || method->method == PSOUP_MERGE_NUSLERP ||
+           (method->parameters & PSOUP__USES_WEIGHT) == 0 || input->values[PSOUP__WEIGHT] != 0;
+}
+
 /* One source's input, with the parameters that are its own. */
 static psoup_status add_input(psoup__plan *plan, const psoup__group *g, size_t part, const char *like_name,
                               psoup__result *result, psoup_error *error) {
@@ -105,9 +113,10 @@ static psoup_status add_input(psoup__plan *plan, const psoup__group *g, size_t p
     PSOUP__TRY(set_tensor(plan, input, source, name, error));
     result->inputs++;
     const psoup__peft_pair *pair = pair_of(from, name);
-    if (pair != NULL)
-        PSOUP__TRY(psoup__plan_part_add(plan, input, source, pair, 1, error));
     set_values(plan, g, part, name, input);
+    if (pair != NULL)
+        PSOUP__TRY(psoup__plan_part_add(plan, input, source, pair, psoup__plan_counts(plan, input) ? 1 : 0,
+                                        error));
 fail:
     psoup__free(merger->context, name);
     return status;
@@ -172,7 +181,7 @@ static psoup_status check_input(psoup__plan *plan, const psoup__result *result,
             b->shape[!across] != part->pair->a.shape[1] || !psoup__dtype_mergeable(b->dtype))
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "%s: %.200s maps %lld to %lld features%s; the base %s has another shape",
-                               plan->merger->sources[part->source].path, part->pair->module,
+                               psoup__merger_source(plan->merger, part->source)->path, part->pair->module,
                                (long long)part->pair->a.shape[1], (long long)part->pair->b.shape[0],
                                across ? " (fan_in_fan_out)" : "", path);
     }
@@ -254,16 +263,16 @@ static psoup_status finish_method(psoup__plan *plan, const psoup__group *g, psou
     return PSOUP_OK;
 }
 
-psoup_status psoup__plan_task_vector(psoup__plan *plan, size_t source, const psoup__peft_pair *pair,
+psoup_status psoup__plan_task_vector(psoup__plan *plan, size_t source, const char *module,
                                      psoup__plan_input **out, psoup_error *error) {
     psoup__group g = {.n = plan->merger->n};
     size_t begin, end;
     psoup_status status = psoup__plan_input_add(plan, out, error);
     if (status != PSOUP_OK)
         return status;
-    g.t = psoup__depth_of(psoup__layer_of(pair->module, &begin, &end), plan->depth);
+    g.t = psoup__depth_of(psoup__layer_of(module, &begin, &end), plan->depth);
     (*out)->source = source;
-    set_values(plan, &g, source, pair->module, *out);
+    set_values(plan, &g, source, module, *out);
     return PSOUP_OK;
 }
 

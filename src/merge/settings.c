@@ -44,6 +44,8 @@ psoup_status psoup__settings_add(psoup_context *context, psoup__settings *settin
     psoup_status status;
     psoup__setting setting = {.parameter = parameter, .n = n};
     bool matched;
+    if (filter != NULL)
+        PSOUP__TRY(psoup__merge_text(filter, "filter", error));
     PSOUP__TRY(psoup__reserve(context, &settings->items, &settings->capacity, settings->n + 1,
                               sizeof *settings->items, error));
     if (filter != NULL && strncmp(filter, "re:", 3) == 0)

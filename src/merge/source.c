@@ -163,17 +163,31 @@ fail:
     return status;
 }
 
+psoup_status psoup__merge_text(const char *text, const char *what, psoup_error *error) {
+    if (psoup__is_utf8(text))
+        return PSOUP_OK;
+    return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s \"%.200s\" is no UTF-8", what, text);
+}
+
 psoup_status psoup__source_open(psoup_context *context, const char *path, bool base, const char *reference,
                                 psoup__merge_source *out, psoup_error *error) {
     psoup_status status = PSOUP_ERROR_MEMORY;
     bool adapter = false;
     *out = (psoup__merge_source){0};
+    PSOUP__TRY(psoup__merge_text(path, "path", error));
+    status = PSOUP_ERROR_MEMORY;
     if ((out->path = psoup__strdup(context, path, error)) == NULL)
         goto fail;
     if (!base)
         PSOUP__TRY(psoup__path_is_adapter(context, path, &adapter, error));
     const char *plus = strrchr(path, '+');
-    if (plus != NULL && plus > path && strlen(path) < INT32_MAX && !psoup__file_exists(path))
+    const bool both = plus != NULL && plus > path && strlen(path) < INT32_MAX && !psoup__file_exists(path);
+    if (both && base) {
+        status = psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                             "%s: a base with an adapter; fold it in first, with psoup merge --base", path);
+        goto fail;
+    }
+    if (both)
         PSOUP__TRY(open_both(context, path, out, error));
     else if (adapter)
         PSOUP__TRY(open_adapter(context, path, reference, out, error));
@@ -218,6 +232,7 @@ static psoup_status hold_one(psoup_context *context, const psoup_merge_tensors *
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "%s: tensor %zu: expected a name and a shape of at most %d sizes", out->path,
                            index, PSOUP__MAX_RANK);
+    PSOUP__TRY(psoup__merge_text(t->name, "tensor", error));
     held->tensor = (psoup__tensor){.dtype = t->dtype, .rank = t->rank, .data = t->data};
     if (t->rank > 0)
         memcpy(held->tensor.shape, t->shape, (size_t)t->rank * sizeof *t->shape);
@@ -252,6 +267,8 @@ psoup_status psoup__source_hold(psoup_context *context, const psoup_merge_tensor
     PSOUP__TRY(psoup__options(&from, sizeof from, tensors, "psoup_merge_tensors", error));
     if (from.n == 0 || from.tensors == NULL)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_merge_tensors: no tensors");
+    if (from.name != NULL)
+        PSOUP__TRY(psoup__merge_text(from.name, "source", error));
     status = PSOUP_ERROR_MEMORY;
     if ((out->path = psoup__strdup(context, from.name != NULL ? from.name : "(memory)", error)) == NULL ||
         (out->held = psoup__alloc(context, from.n, sizeof *out->held, error)) == NULL ||

@@ -29,17 +29,16 @@ static void remove_files(const psoup__staging *s) {
 }
 
 static psoup_status take_lock(psoup__staging *s, psoup_error *error) {
-    char *path = psoup__path_join(s->context, s->work, LOCK, error);
-    if (path == NULL)
-        return PSOUP_ERROR_MEMORY;
-    s->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    psoup__free(s->context, path);
-    if (s->lock < 0)
-        return psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot create files in it: %m", s->work);
-    if (flock(s->lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
-        s->keep = true; /* it is somebody else's */
-        return psoup__fail(error, PSOUP_ERROR_STATE, "%s: another merge is writing there", s->work);
+    s->lock = openat(dirfd(s->directory), LOCK, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (s->lock < 0) {
+        psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot create files in it: %m", s->work);
+        rmdir(s->work); /* where it is empty */
+        return PSOUP_ERROR_IO;
     }
+    struct stat here, there;
+    if ((flock(s->lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) ||
+        fstat(dirfd(s->directory), &here) != 0 || stat(s->work, &there) != 0 || here.st_ino != there.st_ino)
+        return psoup__fail(error, PSOUP_ERROR_STATE, "%s: another merge is writing there", s->work);
     return PSOUP_OK;
 }
 
@@ -58,7 +57,7 @@ void psoup__staging_keep(const psoup__staging *s, const char *const *names, size
 psoup_status psoup__staging_open(psoup_context *context, const char *target, bool keep,
                                  psoup__staging *out, psoup_error *error) {
     psoup_status status = PSOUP_ERROR_MEMORY;
-    *out = (psoup__staging){.context = context, .keep = keep, .lock = -1};
+    *out = (psoup__staging){.context = context, .keep = true, .lock = -1}; /* until it is ours */
     size_t length = strlen(target);
     while (length > 1 && target[length - 1] == '/')
         length--;
@@ -80,6 +79,7 @@ psoup_status psoup__staging_open(psoup_context *context, const char *target, boo
         goto fail;
     }
     PSOUP__TRY(take_lock(out, error));
+    out->keep = keep;
     if (!keep)
         psoup__staging_keep(out, NULL, 0);
     return PSOUP_OK;
@@ -152,31 +152,27 @@ static void sync_directory(const char *path) {
 
 psoup_status psoup__staging_commit(psoup__staging *s, const char *entry, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    char *lock = psoup__path_join(s->context, s->work, LOCK, error);
     char *parent = psoup__strdup(s->context, s->target, error);
-    if (lock == NULL || parent == NULL) {
-        status = PSOUP_ERROR_MEMORY;
-        goto fail;
-    }
+    if (parent == NULL)
+        return PSOUP_ERROR_MEMORY;
     char *slash = strrchr(parent, '/');
     if (s->inside) {
         PSOUP__TRY(move_files(s, entry, error));
         sync_directory(s->target);
         remove_files(s);
     } else {
-        unlink(lock);
         sync_directory(s->work);
         if (rename(s->work, s->target) != 0) {
             status = psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot put in its place: %m", s->target);
             goto fail;
         }
+        unlinkat(dirfd(s->directory), LOCK, 0); /* held until here, so that nobody takes it for left over */
         if (slash != NULL)
             slash[slash == parent] = '\0';
         sync_directory(slash != NULL ? parent : ".");
     }
     s->committed = true;
 fail:
-    psoup__free(s->context, lock);
     psoup__free(s->context, parent);
     return status;
 }

@@ -16,7 +16,7 @@ static psoup_status check_factor(const psoup__work *work, const psoup__plan_part
     if (psoup__merge_finite(work->merger->context, x, n, PSOUP_F32))
         return PSOUP_OK;
     return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %.200s.lora_%c holds a NaN or infinity",
-                       work->merger->sources[part->source].path, part->pair->module, which);
+                       psoup__merger_source(work->merger, part->source)->path, part->pair->module, which);
 }
 
 static size_t elements(const psoup__tensor *tensor) {

@@ -73,6 +73,7 @@ static psoup_status place(psoup__yaml *y, psoup__yaml_node *node, size_t line, p
     *(parent->last != NULL ? &parent->last->next : &parent->first) = link;
     parent->last = link;
     parent->n++;
+    parent->weight += node->weight;
     level->key = NULL;
     return PSOUP_OK;
 }
@@ -86,7 +87,8 @@ static psoup_status new_node(psoup__yaml *y, psoup__yaml_kind kind, const char *
     psoup__yaml_node *node = take(y, sizeof *node, error);
     if ((*out = node) == NULL)
         return PSOUP_ERROR_MEMORY;
-    *node = (psoup__yaml_node){.kind = kind, .line = (int)line + 1, .open = kind != PSOUP__YAML_SCALAR};
+    *node = (psoup__yaml_node){.kind = kind, .line = (int)line + 1, .open = kind != PSOUP__YAML_SCALAR,
+                                .weight = 1};
     if (anchor == NULL)
         return PSOUP_OK;
     if (y->n_anchors == MAX_ANCHORS)
@@ -133,9 +135,13 @@ fail:
 
 static psoup_status take_alias(psoup__yaml *y, const char *name, size_t line, psoup_error *error) {
     for (size_t i = y->n_anchors; i-- > 0;) /* the latest of its name */
-        if (strcmp(y->anchors[i].name, name) == 0)
-            return y->anchors[i].node->open ? refuse(y, line, "an alias inside its own anchor", error)
-                                            : place(y, y->anchors[i].node, line, error);
+        if (strcmp(y->anchors[i].name, name) == 0) {
+            if (y->anchors[i].node->open)
+                return refuse(y, line, "an alias inside its own anchor", error);
+            if ((y->nodes += y->anchors[i].node->weight) > MAX_NODES)
+                return refuse(y, line, "too many values", error);
+            return place(y, y->anchors[i].node, line, error);
+        }
     return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s:%zu: no anchor %.60s", y->name, line + 1, name);
 }
 
@@ -151,9 +157,13 @@ static psoup_status take_event(psoup__yaml *y, const yaml_event_t *e, psoup_erro
         return begin(y, PSOUP__YAML_MAP, (const char *)e->data.mapping_start.anchor,
                      (const char *)e->data.mapping_start.tag, line, error);
     case YAML_SEQUENCE_END_EVENT:
-    case YAML_MAPPING_END_EVENT:
-        y->levels[--y->depth].node->open = false;
+    case YAML_MAPPING_END_EVENT: {
+        psoup__yaml_node *node = y->levels[--y->depth].node;
+        node->open = false;
+        if (y->depth > 0)
+            y->levels[y->depth - 1].node->weight += node->weight - 1; /* 1 was added when it began */
         return PSOUP_OK;
+    }
     case YAML_ALIAS_EVENT:
         return take_alias(y, (const char *)e->data.alias.anchor, line, error);
     default:

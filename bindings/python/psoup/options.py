@@ -166,7 +166,8 @@ class MergerOptions(TypedDict, total=False):
     # put the SHA-256 of every source file into the certificate: reads them once more; default 0
     sha256: int
     # continue from the shards that a killed run of the same merge has finished, and keep finished
-    # shards where this run fails; default 0
+    # shards where this run fails; of tensors that the caller holds, which may be others now, none
+    # is taken over; default 0
     resume: int
 
 

@@ -87,7 +87,8 @@ typedef struct psoup_merger_options {
     uint64_t seed;       /* of DARE and DELLA */
     int32_t sha256;      /* put the SHA-256 of every source file into the certificate: reads them once more */
     int32_t resume;      /* continue from the shards that a killed run of the same merge has finished, and
-                          * keep finished shards where this run fails */
+                          * keep finished shards where this run fails; of tensors that the caller holds,
+                          * which may be others now, none is taken over */
 } psoup_merger_options;
 #define PSOUP_MERGER_OPTIONS_INIT                                                                          \
     {.size = sizeof(psoup_merger_options), .dtype = -1, .density = 1, .gamma = 0.01, .epsilon = 0.15,      \
@@ -118,7 +119,7 @@ psoup_status psoup_merger_set_weights(psoup_merger *merger, const double *weight
                                       psoup_error *error);
 
 /* A parameter by its name in docs/merging.md ("weight", "density", "gamma", "epsilon", "lambda", "t",
- * "normalize", "rescale", "scale", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise"), for one source (its
+ * "normalize", "rescale", "vote" (0 total, 1 frequency), "scale", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise"), for one source (its
  * number in the order added) or for all (−1). `filter` says for which tensors: NULL all; "re:" and an
  * expression as PEFT's rank_pattern has them, which must match the end of the name from its beginning or
  * after a dot; otherwise any tensor whose name contains it. n values are a gradient over the depth, as
