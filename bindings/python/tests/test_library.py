@@ -1,5 +1,6 @@
 """Handles, callbacks, threads and signals."""
 
+import copy
 import gc
 import io
 import json
@@ -70,6 +71,22 @@ class Handles(Case):
     def test_every_status_has_its_class(self):
         from psoup.errors import BY_STATUS
         self.assertEqual(set(BY_STATUS), set(psoup.Status) - {psoup.Status.OK})
+
+
+class Closing(Case):
+    def test_a_model_closed_by_a_callback_lives_until_the_call_ends(self):
+        model = tiny(())
+        out = model.generate([[2, 3]], max_new_tokens=4, on_token=lambda t: model.close())
+        self.assertEqual(out[0].tokens[0] >= 0, True)
+        self.assertTrue(model.closed)
+        with self.assertRaises(psoup.StateError):
+            model.logprobs([[2, 3]])
+
+    def test_a_copy_stays_open(self):
+        model = tiny(())
+        twin = copy.copy(model)
+        model.close()
+        self.assertEqual(len(twin.logprobs([[2, 3, 4]])[0]), 2)
 
 
 class Callbacks(Case):

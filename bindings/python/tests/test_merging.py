@@ -3,6 +3,7 @@
 import array
 import os
 import struct
+import sys
 import unittest
 
 from .case import Case, needs_numpy, needs_torch, numpy, psoup, tiny, torch
@@ -115,6 +116,26 @@ class Sums(Case):
             psoup.merge_sum([a, b], [0.25, 0.75], out=place)
             self.assertEqual(place.data_ptr(), address)
             self.assertTrue(torch.equal(place, out))
+
+
+class Bits(Case):
+    """Results of types that the arrays' library has not: their bits."""
+
+    @needs_numpy
+    def test_bfloat16_without_ml_dtypes(self):
+        a = numpy.array([1.0, 2.0, -3.5], "float32")
+        kept, sys.modules["ml_dtypes"] = sys.modules.get("ml_dtypes"), None
+        try:
+            out = psoup.merge_sum([a], [1.0], dtype="bfloat16")
+            merged = psoup.merge({"x": {"w": a}}, {"x": 1.0}, dtype="bfloat16")["w"]
+            by_name = psoup.merge({"x": {"w": a}}, {"x": 1.0}, method="linear", dtype="bfloat16")["w"]
+        finally:
+            del sys.modules["ml_dtypes"]
+            if kept is not None:
+                sys.modules["ml_dtypes"] = kept
+        for bits in (out, merged, by_name):
+            self.assertEqual(bits.dtype.name, "uint16")
+            self.assertEqual(bits.tolist(), [0x3F80, 0x4000, 0xC060])
 
 
 class Views(Case):
