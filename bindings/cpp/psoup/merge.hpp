@@ -124,6 +124,7 @@ private:
         c.tensors = source.list.data();
         c.n = source.list.size();
         if (source.read) {
+            if (!state_) state_ = this->keep(std::make_unique<state>(psoup::progress{})); /* of a raw handle */
             state_->reads.push_back(std::make_unique<read_callback>(std::move(source.read)));
             c.user = state_->reads.back().get();
             c.read = [](void *user, std::size_t index, std::uint64_t offset, std::size_t bytes, void *out) {
@@ -135,6 +136,7 @@ private:
     }
     template <class F, class A> result<void> run_and_rethrow(F f, A argument) {
         auto done = detail::call(f, get(), argument);
+        if (!state_) return done;
         state_->progress.rethrow();
         for (auto &r : state_->reads) r->rethrow();
         return done;

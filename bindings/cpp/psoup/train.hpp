@@ -146,13 +146,13 @@ public:
     result<std::int64_t> step() {
         std::int64_t remaining = 0;
         auto done = detail::call(psoup_ppo_step, get(), &remaining);
-        state_->rethrow();
+        if (state_) state_->rethrow();
         if (!done) return done.error();
         return remaining;
     }
     result<void> run() {
         auto done = detail::call(psoup_ppo_run, get());
-        state_->rethrow();
+        if (state_) state_->rethrow();
         return done;
     }
     bool diverged(std::size_t policy) const { return psoup_ppo_diverged(get(), policy) != 0; }
