@@ -218,9 +218,9 @@ static void find_panel(const struct job *job, const struct chunk *chunk, int64_t
     }
 }
 
-/* The panel after the strip's, where it is a whole one and one register tile reads it as it was packed: between two panels the
- * hardware's own prefetcher starts anew (one row of A, bf16: 36 → 45 GB/s; Sapphire Rapids, two threads).
- * Of more tiles, those after the first read the panel nearby and leave it the time. */
+/* The panel after the strip's, where it is a whole one and one register tile reads it as it was packed: between
+ * two panels the hardware's own prefetcher starts anew (one row of A, bf16: 36 → 45 GB/s; Sapphire Rapids,
+ * two threads). Of more tiles, those after the first read the panel nearby and leave it the time. */
 static const char *next_panel(const struct job *job, const psoup__gemm_strip *strip, bool more) {
     const psoup__gemm_b *packed = job->args->packed;
     if (job->place != B_PACKED || strip->rows > job->kernel->rows || !more)

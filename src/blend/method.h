@@ -85,8 +85,9 @@ typedef struct psoup__method {
     /* Whole-tensor quantities (thresholds, norms, angles), computed by reading the inputs block by block.
      * *state is allocated from the context and freed by psoup__free; NULL when there is nothing to know. */
     psoup_status (*prepare)(const psoup__method_job *job, void **state, psoup_error *error);
-    /* out[n] = the result's elements at … at + n − 1; whole rows where an input has factors. Called for different blocks from different workers, in any order: the bits of an
-     * element depend on the job alone. scratch is [psoup__method_scratch(job) · n]. prepare has succeeded. */
+    /* out[n] = the result's elements at … at + n − 1; whole rows where an input has factors. Called for
+     * different blocks from different workers, in any order: the bits of an element depend on the job alone.
+     * scratch is [psoup__method_scratch(job) · n]. prepare has succeeded. */
     void (*block)(const psoup__method_job *job, const void *state, size_t at, size_t n, float *out,
                   float *scratch);
 } psoup__method;

@@ -117,8 +117,8 @@ typedef struct psoup__peft {
     char *names; /* storage of the module names */
 } psoup__peft;
 /* Honours rank_pattern, alpha_pattern, use_rslora, and says of every pair whether it is fan_in_fan_out;
- * refuses by name what would change the result: DoRA, bias other than "none", layer_replication, initialisations that alter the
- * base, other modules_to_save, other peft types. */
+ * refuses by name what would change the result: DoRA, bias other than "none", layer_replication,
+ * initialisations that alter the base, other modules_to_save, other peft types. */
 psoup_status psoup__peft_open(psoup_context *context, const char *directory, psoup__peft **out,
                               psoup_error *error);
 void psoup__peft_free(psoup__peft *peft);

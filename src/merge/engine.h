@@ -155,7 +155,7 @@ struct psoup__yaml_node;
 psoup_status psoup__recipe_apply(psoup_merger *merger, const struct psoup__yaml_node *root, const char *path,
                                  psoup_error *error);
 
-/* ---- plan.c, plan_models.c, plan_tensor.c, plan_adapters.c --------------------------------------------------------------- */
+/* ---- plan.c, plan_models.c, plan_tensor.c, plan_adapters.c ---------------------------------------- */
 
 typedef struct psoup__plan_part { /* one adapter's pair of factors, with its weight */
     size_t source;
@@ -343,7 +343,7 @@ void psoup__staging_keep(const psoup__staging *staging, const char *const *names
 psoup_status psoup__staging_commit(psoup__staging *staging, const char *entry, psoup_error *error);
 void psoup__staging_free(psoup__staging *staging); /* removes what is not committed nor kept */
 
-/* ---- work.c, work_block.c: one result in the making ------------------------------------------------------------------------ */
+/* ---- work.c, work_block.c: one result in the making ---------------------------------------------- */
 
 typedef struct psoup__stream { /* what is hashed while a result is made: an input, or the result */
     psoup__hash *hash;

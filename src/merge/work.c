@@ -191,8 +191,8 @@ static psoup_status make_job(psoup__work *work, int64_t columns, int64_t rows, p
         (work->name = psoup__format(context, error, "%s.weight", r->module)) == NULL)
         return PSOUP_ERROR_MEMORY;
     work->job = (psoup__method_job){
-        .context = context, .name = work->name != NULL ? work->name : r->name, .n = (size_t)rows * (size_t)columns, .columns = columns,
-        .rows = rows, .count = r->inputs, .inputs = work->inputs,
+        .context = context, .name = work->name != NULL ? work->name : r->name,
+        .n = (size_t)rows * (size_t)columns, .columns = columns, .rows = rows, .count = r->inputs, .inputs = work->inputs,
         .base = r->base != PSOUP__NONE ? &work->inputs[r->inputs] : NULL,
         .weight = work->values[PSOUP__WEIGHT], .density = work->values[PSOUP__DENSITY],
         .gamma = work->values[PSOUP__GAMMA], .epsilon = work->values[PSOUP__EPSILON],

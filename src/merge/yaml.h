@@ -24,8 +24,9 @@ typedef struct psoup__yaml_link {
 } psoup__yaml_link;
 
 typedef struct psoup__yaml psoup__yaml;
-/* One document. Bounded: a megabyte, 64 levels, 100 000 nodes, aliases counted as what they stand for; aliases may not lie in their
- * own node; keys are scalars and there once; merge keys and tags are refused. `name` stands for it in messages. */
+/* One document. Bounded: a megabyte, 64 levels, 100 000 nodes, aliases counted as what they stand for; aliases
+ * may not lie in their own node; keys are scalars and there once; merge keys and tags are refused. `name`
+ * stands for it in messages. */
 psoup_status psoup__yaml_parse(psoup_context *context, const char *text, size_t length, const char *name,
                                psoup__yaml **out, psoup_error *error);
 void psoup__yaml_free(psoup__yaml *yaml);

@@ -119,8 +119,8 @@ psoup_status psoup_merger_set_weights(psoup_merger *merger, const double *weight
                                       psoup_error *error);
 
 /* A parameter by its name in docs/merging.md ("weight", "density", "gamma", "epsilon", "lambda", "t",
- * "normalize", "rescale", "vote" (0 total, 1 frequency), "scale", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise"), for one source (its
- * number in the order added) or for all (−1). `filter` says for which tensors: NULL all; "re:" and an
+ * "normalize", "rescale", "vote" (0 total, 1 frequency), "scale", "filter_wise", "nuslerp_flatten",
+ * "nuslerp_row_wise"), for one source (its number in the order added) or for all (−1). `filter` says for which tensors: NULL all; "re:" and an
  * expression as PEFT's rank_pattern has them, which must match the end of the name from its beginning or
  * after a dot; otherwise any tensor whose name contains it. n values are a gradient over the depth, as
  * mergekit has it: the first layer has the first value, the last the last, those between are interpolated;
@@ -174,8 +174,8 @@ psoup_status psoup_merger_set_base_tensors(psoup_merger *merger, const psoup_mer
  * fresh merger only, whose options say the rest (shards, format, seed, progress). Paths are relative to the
  * working directory, as mergekit has them. What psoup lacks is refused with its line. */
 psoup_status psoup_merger_load_recipe(psoup_merger *merger, const char *path, psoup_error *error);
-/* Takes everything from a certificate: the merge that it tells of, into a fresh merger. A run then stops where an input or a result
- * differs from it, naming file and tensor. */
+/* Takes everything from a certificate: the merge that it tells of, into a fresh merger. A run then stops
+ * where an input or a result differs from it, naming file and tensor. */
 psoup_status psoup_merger_load_certificate(psoup_merger *merger, const char *path, psoup_error *error);
 /* Checks a result (a directory, or a .gguf file) against the certificate beside it: every tensor, and the
  * text in the files' metadata. *tensors (may be NULL) receives how many. */
