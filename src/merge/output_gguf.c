@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define METADATA "psoup.merge"
@@ -299,7 +300,9 @@ static psoup_status take_lock(gguf_output *o, psoup_error *error) {
     o->lock = open(o->lock_path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (o->lock < 0)
         return psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot create: %m", o->lock_path);
-    if (flock(o->lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+    struct stat info = {.st_nlink = 1};
+    bool taken = flock(o->lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+    if (taken || (fstat(o->lock, &info) == 0 && info.st_nlink == 0)) { /* or just given up, and removed */
         close(o->lock);
         o->lock = -1; /* it is somebody else's, and so is what is there */
         return psoup__fail(error, PSOUP_ERROR_STATE, "%s: another merge is writing there", o->path);
