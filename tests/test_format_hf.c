@@ -78,6 +78,9 @@ static const struct {
     {"{\"model_type\":\"llama\"," SIZES ",\"num_key_value_heads\":3}", "num_key_value_heads: 3"},
     {"{\"model_type\":\"llama\"," SIZES ",\"num_key_value_heads\":-1}", "num_key_value_heads: -1"},
     {"{\"model_type\":\"llama\"," SIZES ",\"num_key_value_heads\":1e3}", "num_key_value_heads"},
+    {"{\"model_type\":\"llama\",\"vocab_size\":32,\"hidden_size\":1048576,\"intermediate_size\":24,"
+     "\"num_hidden_layers\":1,\"num_attention_heads\":1}",
+     "hidden_size 1048576 of 1 heads: expected at most 4096 a head"},
     {"{\"model_type\":\"llama\"," SIZES ",\"head_dim\":3}", "head_dim: 3"},
     {"{\"model_type\":\"llama\"," SIZES ",\"head_dim\":99999999999}", "head_dim: 99999999999"},
     {"{\"model_type\":\"llama\"," SIZES ",\"rms_norm_eps\":0}", "rms_norm_eps: 0"},

@@ -322,11 +322,56 @@ START_TEST(strange_tokenizers) {
 }
 END_TEST
 
+/* A vocabulary of 600 tokens a, aa, aaa, … or of the golden model, whose scores are in an array here. */
+static void read_vocabulary(bool many, float first_score, const char *says) {
+    enum { MANY = 600 };
+    static unsigned char text[MANY * (8 + MANY)], scores[4 * MANY], types[4 * MANY];
+    psoup__gguf_writer *writer;
+    psoup__gguf *file;
+    psoup_model_config c = PSOUP_MODEL_CONFIG_INIT;
+    size_t n = 0;
+    OK(psoup__gguf_create(context, in_scratch("vocabulary.gguf"), &writer, &error));
+    OK(psoup__gguf_metadata_from(writer, GGUF "llama", PSOUP_F32, &error));
+    for (size_t i = 0; i < MANY; i++) {
+        const uint64_t length = many ? i + 1 : 3;
+        const float score = i == 5 ? first_score : -(float)i;
+        const int32_t type = i < 3 ? 3 : 1;
+        memcpy(text + n, &length, 8);
+        memset(text + n + 8, 'a', length);
+        if (!many)
+            for (size_t k = 0, rest = i; k < 3; k++, rest /= 10)
+                text[n + 8 + k] = (unsigned char)('a' + rest % 10);
+        n += 8 + length;
+        memcpy(scores + 4 * i, &score, 4);
+        memcpy(types + 4 * i, &type, 4);
+    }
+    OK(psoup__gguf_set_array(writer, "tokenizer.ggml.tokens", PSOUP__GGUF_STRING, MANY, text, n, &error));
+    OK(psoup__gguf_set_array(writer, "tokenizer.ggml.scores", PSOUP__GGUF_FLOAT32, MANY, scores, 4 * MANY, &error));
+    OK(psoup__gguf_set_array(writer, "tokenizer.ggml.token_type", PSOUP__GGUF_INT32, MANY, types, 4 * MANY, &error));
+    OK(psoup__gguf_begin(writer, &error));
+    OK(psoup__gguf_commit(writer, &error));
+    psoup__gguf_writer_free(writer);
+    OK(psoup__gguf_open(context, in_scratch("vocabulary.gguf"), &file, &error));
+    psoup_status status = psoup__gguf_read_tokenizer(context, file, scratch, &c, &error);
+    ck_assert_msg((status == PSOUP_OK) == (says == NULL), "%s", status != PSOUP_OK ? error.message : "taken");
+    if (says != NULL)
+        ck_assert_msg(strstr(error.message, says) != NULL, "%s", error.message);
+    psoup__gguf_free(file);
+}
+
+START_TEST(hostile_vocabularies) {
+    read_vocabulary(false, -1, NULL);
+    read_vocabulary(false, NAN, "no finite number");
+    read_vocabulary(true, -1, "too many ways to split"); /* 180 000 merges of 72 MB together */
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("gguf_files");
     TCase *c = tcase_create("gguf_files");
     tcase_add_checked_fixture(c, set_up, tear_down);
     tcase_set_timeout(c, 60);
+    tcase_add_test(c, hostile_vocabularies);
     tcase_add_loop_test(c, adapters_read, 0, 2);
     tcase_add_loop_test(c, adapters_written, 0, 2);
     tcase_add_test(c, scales_folded);
