@@ -46,21 +46,36 @@ typedef struct psoup__mix {
     float *dweight;       /* [rows, n] gradient of the weights, added to; NULL where not asked for */
 } psoup__mix;
 
-/* The keys and values one sequence's queries attend to. */
-typedef struct psoup__span {
-    int32_t query;        /* first row of its queries in q */
-    int32_t queries;      /* how many rows; query i is at position keys − queries + i */
-    int32_t keys;         /* number of keys; a query at position p sees keys 0 … p */
-    const float *k;       /* key j, head h at k[j · stride + h · head_dim] */
-    const float *v;
+/* Keys and values: those of the batch itself, or a layer of a cache. Row r, head h begins at element
+ * r · stride + h · head_dim of k and v. */
+typedef struct psoup__keys {
+    psoup_dtype dtype;    /* of k and v: F32, or what `cache` says */
     int64_t stride;
-    float *dk;            /* attention_backward adds here, laid out as k and v */
-    float *dv;
+    void *k, *v;
+    float *dk, *dv;       /* attention_backward adds here, laid out as k and v */
+    const int32_t *pages; /* NULL: a sequence's keys lie in rows that follow one another. Else they lie
+                           * in pages of ops->page rows, and this lists the pages' numbers */
+} psoup__keys;
+
+/* One sequence's queries, and the keys they attend to. */
+typedef struct psoup__span {
+    int32_t query;   /* first row of its queries in q */
+    int32_t queries; /* how many rows; query i is at position keys − queries + i */
+    int32_t keys;    /* number of keys; a query at position p sees keys 0 … p */
+    int32_t first;   /* the row of key 0; with pages, where in `pages` its list begins */
 } psoup__span;
+
+/* The spans of a batch; what is said of all of them is known on the host. */
+typedef struct psoup__spans {
+    const psoup__span *span;    /* [n] */
+    int32_t n;
+    int32_t most_queries, most_keys; /* of one span */
+} psoup__spans;
 
 typedef struct psoup__attention_shape {
     int32_t heads, kv_heads, head_dim; /* heads is a multiple of kv_heads */
     float scale;                       /* usually 1 / sqrt(head_dim) */
+    psoup_dtype dtype;                 /* of the model's weights. A device multiplies in it, the CPU in f32 */
 } psoup__attention_shape;
 
 /* How the next token of one row is drawn. */
@@ -93,7 +108,9 @@ typedef struct psoup__dropout {
 typedef struct psoup__backend psoup__backend;
 
 typedef struct psoup__ops {
-    const char *name; /* "cpu" */
+    const char *name; /* "cpu", "cuda" */
+    bool on_host;     /* device memory is the host's: files may be read where they are mapped */
+    int32_t page;     /* rows in a page of a cache; 0: a sequence's rows follow one another */
     void (*free)(psoup__backend *be);
 
     /* Memory. alloc gives zeroed bytes; write and read cross between host and device. */
@@ -110,6 +127,12 @@ typedef struct psoup__ops {
     psoup_status (*weight_pack)(psoup__backend *be, psoup__weight *weight, bool backward,
                                 psoup_error *error);
     void (*weight_unpack)(psoup__backend *be, psoup__weight *weight);
+
+    /* Makes sure of the room that ops of so many rows, none wider than `width`, take beside their
+     * arguments. Before them; not an op. */
+    psoup_status (*reserve)(psoup__backend *be, int32_t rows, int32_t width, psoup_error *error);
+    /* The dtype of a cache for a model whose weights are of `weights`. */
+    psoup_dtype (*cache)(psoup__backend *be, psoup_dtype weights);
 
     /* out[i] = table[token[i]]; table [vocab, width] in its own dtype. */
     void (*embed)(psoup__backend *be, float *out /* [rows, width] */, const psoup__weight *table,
@@ -151,20 +174,19 @@ typedef struct psoup__ops {
     void (*rope)(psoup__backend *be, float *x, const float *cos_sin, const int32_t *position,
                  int32_t rows, int32_t heads, int32_t head_dim, int64_t stride, bool inverse);
 
-    /* Copies rows into a cache: row i of k, v [rows, width] to k_to[i], v_to[i] (host arrays of
-     * device pointers). */
-    void (*cache_append)(psoup__backend *be, float *const *k_to, float *const *v_to, const float *k,
-                         const float *v, int32_t rows, int32_t width);
+    /* Row i of k, v [rows, width] becomes row place[i] of the cache, rounded to its dtype. */
+    void (*cache_append)(psoup__backend *be, const psoup__keys *cache, const int32_t *place /* [rows] */,
+                         const float *k, const float *v, int32_t rows, int32_t width);
 
     /* Causal softmax attention over spans; out and q [rows, heads · head_dim]; lse saves the
      * log-sum-exp [rows, heads] of the scaled scores (NULL: not kept). */
     void (*attention)(psoup__backend *be, float *out, float *lse, const float *q,
-                      const psoup__span *spans /* host */, int32_t n_spans,
+                      const psoup__keys *keys, const psoup__spans *spans,
                       const psoup__attention_shape *shape);
-    /* dq is overwritten; adds to each span's dk, dv. */
+    /* dq is overwritten; adds to keys->dk, dv. The keys are f32 and without pages. */
     void (*attention_backward)(psoup__backend *be, float *dq, const float *dout, const float *q,
-                               const float *out, const float *lse, const psoup__span *spans,
-                               int32_t n_spans, const psoup__attention_shape *shape);
+                               const float *out, const float *lse, const psoup__keys *keys,
+                               const psoup__spans *spans, const psoup__attention_shape *shape);
 
     /* out = silu(gate) · up, each [rows, width]. */
     void (*swiglu)(psoup__backend *be, float *out, const float *gate, const float *up, size_t n);

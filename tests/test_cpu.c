@@ -159,7 +159,7 @@ START_TEST(embed_and_moves) {
         const int32_t width = widths[c];
         const size_t n = (size_t)(ROWS * width), n_table = (size_t)(VOCAB * width);
         float *table = normal(n_table, 1), *dout = normal(n, 2), *dtable = normal(n_table, 3);
-        float *out = poisoned(n), *to[2][ROWS];
+        float *out = poisoned(n), *cached[2];
         double *want = doubles(n), *dtable_want = doubles(n_table);
         int32_t token[ROWS], row[ROWS];
         for (int i = 0; i < ROWS; i++) {
@@ -199,16 +199,19 @@ START_TEST(embed_and_moves) {
         m.ops->gather_rows(m.be, out, dout, row, ROWS, width);
         for (int i = 0; i < ROWS; i++) {
             same_bits("gather", out + i * width, dout + row[i] * width, (size_t)width);
-            to[0][i] = poisoned((size_t)width);
-            to[1][i] = poisoned((size_t)width);
         }
-        m.ops->cache_append(m.be, to[0], to[1], out, dout, ROWS, width);
+        const int32_t stride = width + 3;
+        cached[0] = poisoned((size_t)(ROWS * stride));
+        cached[1] = poisoned((size_t)(ROWS * stride));
+        const psoup__keys cache = {.dtype = PSOUP_F32, .stride = stride, .k = cached[0], .v = cached[1]};
+        m.ops->cache_append(m.be, &cache, row, out, dout, ROWS, width);
         for (int i = 0; i < ROWS; i++) {
-            same_bits("k", to[0][i], out + i * width, (size_t)width);
-            same_bits("v", to[1][i], dout + i * width, (size_t)width);
-            ck_assert(isnan(to[0][i][width]) && isnan(to[1][i][width]));
-            free(to[0][i]), free(to[1][i]);
+            const float *k = cached[0] + row[i] * stride, *v = cached[1] + row[i] * stride;
+            same_bits("k", k, out + i * width, (size_t)width);
+            same_bits("v", v, dout + i * width, (size_t)width);
+            ck_assert(isnan(k[width]) && isnan(v[width]));
         }
+        free(cached[0]), free(cached[1]);
         free(table), free(dout), free(dtable), free(out), free(want), free(dtable_want);
     }
     machine_close(&m);

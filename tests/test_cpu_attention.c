@@ -4,7 +4,7 @@
 
 typedef struct attended {
     psoup__attention_shape shape;
-    int32_t n_spans;
+    int32_t n_spans, most;
     psoup__span spans[4];
     int32_t rows, keys;
     int64_t width, kv_width;
@@ -14,7 +14,7 @@ typedef struct attended {
 /* Spans with pairs (queries, keys), keys and values of all one after another. */
 static void attended_open(attended *s, int32_t heads, int32_t kv_heads, int32_t dim, int32_t n_spans,
                           const int32_t (*spans)[2]) {
-    *s = (attended){.shape = {heads, kv_heads, dim, (float)(1 / sqrt(dim))}, .n_spans = n_spans};
+    *s = (attended){.shape = {heads, kv_heads, dim, (float)(1 / sqrt(dim)), PSOUP_F32}, .n_spans = n_spans};
     s->width = (int64_t)heads * dim;
     s->kv_width = (int64_t)kv_heads * dim;
     for (int32_t i = 0; i < n_spans; i++) {
@@ -26,12 +26,30 @@ static void attended_open(attended *s, int32_t heads, int32_t kv_heads, int32_t 
     s->v = normal((size_t)(s->keys * s->kv_width), 3);
     int32_t row = 0, key = 0;
     for (int32_t i = 0; i < n_spans; i++) {
-        s->spans[i] = (psoup__span){.query = row, .queries = spans[i][0], .keys = spans[i][1],
-                                    .k = s->k + key * s->kv_width, .v = s->v + key * s->kv_width,
-                                    .stride = s->kv_width};
+        s->spans[i] = (psoup__span){row, spans[i][0], spans[i][1], key};
+        s->most = spans[i][0] > s->most ? spans[i][0] : s->most;
         row += spans[i][0];
         key += spans[i][1];
     }
+}
+
+static psoup__keys keys_of(const attended *s, float *k, float *v) {
+    return (psoup__keys){.dtype = PSOUP_F32, .stride = s->kv_width, .k = k, .v = v};
+}
+
+static void attend(const machine *m, const attended *s, float *out, float *lse) {
+    psoup__keys keys = keys_of(s, s->k, s->v);
+    psoup__spans all = {s->spans, s->n_spans, s->most, s->keys};
+    m->ops->attention(m->be, out, lse, s->q, &keys, &all, &s->shape);
+}
+
+static void attend_backward(const machine *m, const attended *s, float *dq, float *dk, float *dv,
+                            const float *dout, const float *out, const float *lse) {
+    psoup__keys keys = keys_of(s, s->k, s->v);
+    keys.dk = dk;
+    keys.dv = dv;
+    psoup__spans all = {s->spans, s->n_spans, s->most, s->keys};
+    m->ops->attention_backward(m->be, dq, dout, s->q, out, lse, &keys, &all, &s->shape);
 }
 
 static void attended_close(attended *s) {
@@ -55,10 +73,10 @@ static void reference(const attended *s, double *out, double *lse, const float *
                 const psoup__span *span = &s->spans[i];
                 const int32_t n = span->keys - span->queries + query + 1;
                 const int64_t at = (span->query + query) * s->width + head * dim;
-                const int64_t kv = head / (heads / s->shape.kv_heads) * dim;
+                const int64_t kv = span->first * s->kv_width + head / (heads / s->shape.kv_heads) * dim;
                 double *p = doubles((size_t)n), max = -INFINITY, sum = 0, delta = 0;
                 for (int32_t j = 0; j < n; j++) {
-                    p[j] = s->shape.scale * inner(s->q + at, span->k + j * span->stride + kv, dim);
+                    p[j] = s->shape.scale * inner(s->q + at, s->k + j * s->kv_width + kv, dim);
                     max = fmax(max, p[j]);
                 }
                 for (int32_t j = 0; j < n; j++)
@@ -67,18 +85,18 @@ static void reference(const attended *s, double *out, double *lse, const float *
                 for (int32_t j = 0; j < n; j++) {
                     p[j] /= sum;
                     for (int32_t d = 0; d < dim; d++)
-                        out[at + d] += p[j] * span->v[j * span->stride + kv + d];
+                        out[at + d] += p[j] * s->v[j * s->kv_width + kv + d];
                 }
                 for (int32_t d = 0; dout && d < dim; d++)
                     delta += dout[at + d] * out[at + d];
                 for (int32_t j = 0; dout && j < n; j++) {
-                    const int64_t key = j * span->stride + kv, base = span->k - s->k + key;
+                    const int64_t key = j * s->kv_width + kv;
                     const double ds =
-                        s->shape.scale * p[j] * (inner(dout + at, span->v + key, dim) - delta);
+                        s->shape.scale * p[j] * (inner(dout + at, s->v + key, dim) - delta);
                     for (int32_t d = 0; d < dim; d++) {
-                        dq[at + d] += ds * span->k[key + d];
-                        dk[base + d] += ds * s->q[at + d];
-                        dv[base + d] += p[j] * dout[at + d];
+                        dq[at + d] += ds * s->k[key + d];
+                        dk[key + d] += ds * s->q[at + d];
+                        dv[key + d] += p[j] * dout[at + d];
                     }
                 }
                 free(p);
@@ -107,15 +125,11 @@ START_TEST(matches_float64) {
             dk_want[i] = dk[i];
             dv_want[i] = dv[i];
         }
-        for (int32_t i = 0; i < s.n_spans; i++) {
-            s.spans[i].dk = dk + (s.spans[i].k - s.k);
-            s.spans[i].dv = dv + (s.spans[i].v - s.v);
-        }
         reference(&s, out_want, lse_want, dout, dq_want, dk_want, dv_want);
-        m.ops->attention(m.be, out, lse, s.q, s.spans, s.n_spans, &s.shape);
+        attend(&m, &s, out, lse);
         near("out", out, out_want, n, 3e-6);
         near("lse", lse, lse_want, n_lse, 2e-6);
-        m.ops->attention_backward(m.be, dq, dout, s.q, out, lse, s.spans, s.n_spans, &s.shape);
+        attend_backward(&m, &s, dq, dk, dv, dout, out, lse);
         near("dq", dq, dq_want, n, 1e-5);
         near("dk", dk, dk_want, n_kv, 1e-5);
         near("dv", dv, dv_want, n_kv, 1e-5);
@@ -139,18 +153,19 @@ START_TEST(decode_gives_prefill_bits) {
         attended_open(&s, shapes[c][0], shapes[c][1], shapes[c][2], 4, spans);
         const size_t n = (size_t)(s.rows * s.width), n_kv = (size_t)(s.keys * s.kv_width);
         float *out = poisoned(n), *lse = poisoned((size_t)(s.rows * s.shape.heads));
-        m.ops->attention(m.be, out, lse, s.q, s.spans, s.n_spans, &s.shape);
+        attend(&m, &s, out, lse);
         float *k = copy_of(s.k, n_kv), *v = copy_of(s.v, n_kv), *out1 = poisoned((size_t)s.width);
         for (int32_t i = 0; i < s.n_spans; i++)
             for (int32_t query = s.spans[i].queries - 1; query >= 0; query--) {
                 const int32_t p = s.spans[i].keys - s.spans[i].queries + query;
-                const int64_t at = s.spans[i].k - s.k;
-                psoup__span span = {.queries = 1, .keys = p + 1, .k = k + at, .v = v + at,
-                                    .stride = s.kv_width};
+                const int64_t at = s.spans[i].first * s.kv_width;
+                psoup__span span = {.queries = 1, .keys = p + 1, .first = s.spans[i].first};
+                psoup__spans alone = {&span, 1, 1, p + 1};
+                psoup__keys keys = keys_of(&s, k, v);
                 for (int64_t j = at + (p + 1) * s.kv_width; j < at + s.spans[i].keys * s.kv_width; j++)
                     k[j] = v[j] = NAN;
                 const int64_t row = s.spans[i].query + query;
-                one.ops->attention(one.be, out1, NULL, s.q + row * s.width, &span, 1, &s.shape);
+                one.ops->attention(one.be, out1, NULL, s.q + row * s.width, &keys, &alone, &s.shape);
                 same_bits("out", out1, out + row * s.width, (size_t)s.width);
             }
         free(out), free(lse), free(k), free(v), free(out1);
@@ -170,15 +185,15 @@ START_TEST(later_keys_are_not_felt) {
     attended_open(&s, 2, 1, 24, 1, (const int32_t[][2]){{100, 100}});
     const size_t n = (size_t)(s.rows * s.width);
     float *clean = poisoned(n), *out = poisoned(n);
-    m.ops->attention(m.be, clean, NULL, s.q, s.spans, 1, &s.shape);
+    attend(&m, &s, clean, NULL);
     for (int32_t bad = 0; bad < 100; bad += 7) {
         float *k = copy_of(s.k, (size_t)(s.keys * s.kv_width));
         float *v = copy_of(s.v, (size_t)(s.keys * s.kv_width));
         k[bad * s.kv_width] = v[bad * s.kv_width + 1] = NAN;
-        psoup__span span = s.spans[0];
-        span.k = k;
-        span.v = v;
-        m.ops->attention(m.be, out, NULL, s.q, &span, 1, &s.shape);
+        attended poisoned_keys = s;
+        poisoned_keys.k = k;
+        poisoned_keys.v = v;
+        attend(&m, &poisoned_keys, out, NULL);
         same_bits("out", out, clean, (size_t)(bad * s.width));
         for (size_t i = (size_t)(bad * s.width); i < n; i++)
             if (!isnan(out[i]))
@@ -204,12 +219,8 @@ START_TEST(backward_ignores_threads) {
         float *out = poisoned(n), *lse = poisoned((size_t)(s.rows * 4)), *dout = normal(n, 4);
         float *grads = poisoned(n + 2 * n_kv);
         memset(grads + n, 0, 2 * n_kv * sizeof *grads);
-        for (int32_t i = 0; i < s.n_spans; i++) {
-            s.spans[i].dk = grads + n + (s.spans[i].k - s.k);
-            s.spans[i].dv = grads + n + n_kv + (s.spans[i].v - s.v);
-        }
-        m.ops->attention(m.be, out, lse, s.q, s.spans, s.n_spans, &s.shape);
-        m.ops->attention_backward(m.be, grads, dout, s.q, out, lse, s.spans, s.n_spans, &s.shape);
+        attend(&m, &s, out, lse);
+        attend_backward(&m, &s, grads, grads + n, grads + n + n_kv, dout, out, lse);
         if (kept)
             same_bits("gradients", kept, grads, n + 2 * n_kv);
         free(out), free(lse), free(dout), free(kept);

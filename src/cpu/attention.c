@@ -122,6 +122,7 @@ typedef struct attention_job {
     float *out, *lse, *dq;                /* [rows, heads · head_dim], [rows, heads] */
     const float *q, *dout, *saved;        /* [rows, heads · head_dim]; saved: the forward's out */
     const float *saved_lse;               /* [rows, heads] */
+    const psoup__keys *keys;
     const psoup__span *spans;
     const psoup__attention_shape *shape;
     size_t blocks; /* of the span with most queries */
@@ -134,12 +135,13 @@ typedef struct key_tile {
     float k_room[KEYS * DIM], v_room[KEYS * DIM];
 } key_tile;
 
-static void take_tile(key_tile *tile, const psoup__span *span, int64_t start, int64_t kv_head,
-                      int64_t dim, bool pack) {
+static void take_tile(key_tile *tile, const psoup__keys *keys, const psoup__span *span, int64_t start,
+                      int64_t kv_head, int64_t dim, bool pack) {
     const int64_t left = span->keys - start, n = left < KEYS ? left : KEYS;
-    tile->k = span->k + start * span->stride + kv_head * dim;
-    tile->v = span->v + start * span->stride + kv_head * dim;
-    tile->k_stride = tile->v_stride = span->stride;
+    const int64_t at = (span->first + start) * keys->stride + kv_head * dim;
+    tile->k = (const float *)keys->k + at;
+    tile->v = (const float *)keys->v + at;
+    tile->k_stride = tile->v_stride = keys->stride;
     if (pack) {
         tile->k = packed(tile->k_room, tile->k, &tile->k_stride, n, dim);
         tile->v = packed(tile->v_room, tile->v, &tile->v_stride, n, dim);
@@ -188,7 +190,7 @@ static void attend_block(const attention_job *job, const psoup__span *span, int6
         sum[r] = 0;
     }
     for (int64_t start = 0; start <= last; start += KEYS) {
-        take_tile(&tile, span, start, kv_head, dim, rows >= FEW);
+        take_tile(&tile, job->keys, span, start, kv_head, dim, rows >= FEW);
         for (int64_t r = 0; r < rows; r++) {
             const int64_t query = (first + r) / group, head = kv_head * group + (first + r) % group;
             const int64_t at = ((span->query + query) * shape->heads + head) * dim;
@@ -224,28 +226,28 @@ static void decode_task(void *arg, size_t task, int worker) {
     const attention_job *job = arg;
     const psoup__attention_shape *shape = job->shape;
     const psoup__span *span = &job->spans[task];
-    const int64_t width = (int64_t)shape->kv_heads * shape->head_dim;
+    const int64_t width = (int64_t)shape->kv_heads * shape->head_dim, stride = job->keys->stride;
+    const float *k = (const float *)job->keys->k + span->first * stride;
+    const float *v = (const float *)job->keys->v + span->first * stride;
     for (int64_t key = 0; key < span->keys && key * width < NEAR; key++)
         for (int64_t d = 0; d < width; d += LINE) {
-            __builtin_prefetch(span->k + key * span->stride + d, 0, 2);
-            __builtin_prefetch(span->v + key * span->stride + d, 0, 2);
+            __builtin_prefetch(k + key * stride + d, 0, 2);
+            __builtin_prefetch(v + key * stride + d, 0, 2);
         }
     for (int64_t kv_head = 0; kv_head < shape->kv_heads; kv_head++)
         attend_block(job, span, kv_head, 0);
 }
 
 static void attention(psoup__backend *be, float *out, float *lse, const float *q,
-                      const psoup__span *spans, int32_t n_spans,
+                      const psoup__keys *keys, const psoup__spans *spans,
                       const psoup__attention_shape *shape) {
-    attention_job job = {.out = out, .lse = lse, .q = q, .spans = spans, .shape = shape};
-    int64_t most = 0;
-    for (int32_t i = 0; i < n_spans; i++)
-        most = spans[i].queries > most ? spans[i].queries : most;
-    job.blocks = tiles((size_t)(most * (shape->heads / shape->kv_heads)), ROWS);
-    if (most * (shape->heads / shape->kv_heads) < FEW && n_spans >= be->context->threads)
-        psoup__parallel(be->context, (size_t)n_spans, decode_task, &job);
+    attention_job job = {.out = out, .lse = lse, .q = q, .keys = keys, .spans = spans->span, .shape = shape};
+    const int64_t most = (int64_t)spans->most_queries * (shape->heads / shape->kv_heads);
+    job.blocks = tiles((size_t)most, ROWS);
+    if (most < FEW && spans->n >= be->context->threads)
+        psoup__parallel(be->context, (size_t)spans->n, decode_task, &job);
     else
-        psoup__parallel(be->context, (size_t)n_spans * (size_t)shape->kv_heads * job.blocks,
+        psoup__parallel(be->context, (size_t)spans->n * (size_t)shape->kv_heads * job.blocks,
                         attention_task, &job);
 }
 
@@ -258,7 +260,8 @@ static void backward_block(const attention_job *job, const psoup__span *span, co
     const psoup__attention_shape *shape = job->shape;
     const int dim = shape->head_dim;
     const int64_t width = (int64_t)shape->heads * dim, past = span->keys - span->queries;
-    const int64_t at = start * span->stride + kv_head * dim; /* of the tile in dk, dv */
+    const int64_t stride = job->keys->stride;
+    const int64_t at = (span->first + start) * stride + kv_head * dim; /* of the tile in dk, dv */
     const int64_t row = (span->query + first) * width + head * dim;
     float p[ROWS][KEYS], ds[ROWS][KEYS], q_room[ROWS * DIM], dout_room[ROWS * DIM];
     int64_t q_stride = width, dout_stride = width;
@@ -284,10 +287,10 @@ static void backward_block(const attention_job *job, const psoup__span *span, co
     for (int j = 0; j < seen; j++) { /* the rows from `skip` on see key start + j */
         int64_t skip = start + j - past - first;
         skip = skip < 0 ? 0 : skip;
-        const int64_t key = at + j * span->stride;
+        const int64_t key = at + j * stride;
         const int n = (int)(rows - skip);
-        add_rows(span->dv + key, 1, &p[skip][j], KEYS, dout + skip * dout_stride, dout_stride, n, dim);
-        add_rows(span->dk + key, 1, &ds[skip][j], KEYS, q + skip * q_stride, q_stride, n, dim);
+        add_rows(job->keys->dv + key, 1, &p[skip][j], KEYS, dout + skip * dout_stride, dout_stride, n, dim);
+        add_rows(job->keys->dk + key, 1, &ds[skip][j], KEYS, q + skip * q_stride, q_stride, n, dim);
     }
 }
 
@@ -304,7 +307,7 @@ static void backward_task(void *arg, size_t task, int worker) {
             memset(job->dq + ((span->query + query) * shape->heads + head) * dim, 0,
                    (size_t)dim * sizeof(float));
         for (int64_t start = 0; start < span->keys; start += KEYS) {
-            take_tile(&tile, span, start, kv_head, dim, span->queries >= FEW);
+            take_tile(&tile, job->keys, span, start, kv_head, dim, span->queries >= FEW);
             for (int64_t first = 0; first < span->queries; first += ROWS) {
                 const int64_t left = span->queries - first, rows = left < ROWS ? left : ROWS;
                 if (past + first + rows - 1 >= start)
@@ -315,11 +318,11 @@ static void backward_task(void *arg, size_t task, int worker) {
 }
 
 static void attention_backward(psoup__backend *be, float *dq, const float *dout, const float *q,
-                               const float *out, const float *lse, const psoup__span *spans,
-                               int32_t n_spans, const psoup__attention_shape *shape) {
+                               const float *out, const float *lse, const psoup__keys *keys,
+                               const psoup__spans *spans, const psoup__attention_shape *shape) {
     attention_job job = {.dq = dq, .dout = dout, .q = q, .saved = out, .saved_lse = lse,
-                         .spans = spans, .shape = shape};
-    psoup__parallel(be->context, (size_t)n_spans * (size_t)shape->kv_heads, backward_task, &job);
+                         .keys = keys, .spans = spans->span, .shape = shape};
+    psoup__parallel(be->context, (size_t)spans->n * (size_t)shape->kv_heads, backward_task, &job);
 }
 
 void PSOUP__NAME(psoup__cpu_fill_attention)(psoup__ops *ops) {

@@ -39,6 +39,14 @@ static void cpu_zero(psoup__backend *be, void *out, size_t bytes) {
         memset(out, 0, bytes);
 }
 
+static psoup_status cpu_reserve(psoup__backend *be, int32_t rows, int32_t width, psoup_error *error) {
+    return PSOUP_OK;
+}
+
+static psoup_dtype cpu_cache(psoup__backend *be, psoup_dtype weights) {
+    return PSOUP_F32;
+}
+
 static void cpu_weight_unpack(psoup__backend *be, psoup__weight *weight) {
     psoup__gemm_b_free(be->context, weight->forward);
     psoup__gemm_b_free(be->context, weight->backward);
@@ -78,6 +86,7 @@ psoup_status psoup__cpu_create(psoup_context *context, psoup__backend **out, pso
         return PSOUP_ERROR_MEMORY;
     psoup__ops *ops = &be->ops;
     ops->name = "cpu";
+    ops->on_host = true;
     ops->free = cpu_free;
     ops->alloc = cpu_alloc;
     ops->release = cpu_release;
@@ -87,6 +96,8 @@ psoup_status psoup__cpu_create(psoup_context *context, psoup__backend **out, pso
     ops->zero = cpu_zero;
     ops->weight_pack = cpu_weight_pack;
     ops->weight_unpack = cpu_weight_unpack;
+    ops->reserve = cpu_reserve;
+    ops->cache = cpu_cache;
     switch (psoup__isa_of(context)) {
 #if defined(__x86_64__)
     case PSOUP__ISA_AVX512:

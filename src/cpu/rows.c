@@ -52,27 +52,28 @@ static void embed_backward(psoup__backend *be, float *dtable, const float *dout,
 }
 
 typedef struct move_job {
-    float *out;              /* [rows, width] */
+    float *out, *out2;       /* [rows, width], or a cache */
     const float *in, *in2;   /* [rows, width] */
     const float *scale;      /* [rows] or NULL */
-    float *const *to, *const *to2; /* [rows] */
     const int32_t *row;      /* [rows] */
     size_t rows, width;
+    size_t stride;           /* of a cache's rows */
 } move_job;
 
 static void cache_task(void *arg, size_t task, int worker) {
     const move_job *job = arg;
     const size_t width = job->width, end = least((task + 1) * ROW_TILE, job->rows);
     for (size_t row = task * ROW_TILE; row < end; row++) {
-        memcpy(job->to[row], job->in + row * width, width * sizeof(float));
-        memcpy(job->to2[row], job->in2 + row * width, width * sizeof(float));
+        const size_t to = (size_t)job->row[row] * job->stride;
+        memcpy(job->out + to, job->in + row * width, width * sizeof(float));
+        memcpy(job->out2 + to, job->in2 + row * width, width * sizeof(float));
     }
 }
 
-static void cache_append(psoup__backend *be, float *const *k_to, float *const *v_to, const float *k,
-                         const float *v, int32_t rows, int32_t width) {
-    move_job job = {.in = k, .in2 = v, .to = k_to, .to2 = v_to, .rows = (size_t)rows,
-                    .width = (size_t)width};
+static void cache_append(psoup__backend *be, const psoup__keys *cache, const int32_t *place,
+                         const float *k, const float *v, int32_t rows, int32_t width) {
+    move_job job = {.out = cache->k, .out2 = cache->v, .in = k, .in2 = v, .row = place,
+                    .stride = (size_t)cache->stride, .rows = (size_t)rows, .width = (size_t)width};
     psoup__parallel(be->context, tiles(job.rows, ROW_TILE), cache_task, &job);
 }
 

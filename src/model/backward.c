@@ -43,8 +43,6 @@ static void lay_out(psoup__tape *t, scratch *s, bool dmix) {
     const psoup_model *m = t->model;
     psoup__slab *slab = &t->backward;
     int32_t rows = t->rows, dim = m->config.hidden_size, ffn = m->config.intermediate_size;
-    int32_t widest = ffn > dim ? ffn : dim;
-    widest = widest > m->q_width ? widest : m->q_width;
     s->dstream = take(slab, rows, dim);
     s->dnorm = take(slab, rows, dim);
     s->dact = take(slab, rows, ffn);
@@ -54,7 +52,7 @@ static void lay_out(psoup__tape *t, scratch *s, bool dmix) {
     s->dq = take(slab, rows, m->q_width);
     s->dk = take(slab, rows, m->kv_width);
     s->dv = take(slab, rows, m->kv_width);
-    s->ddropped = t->dropout > 0 ? take(slab, rows, widest) : NULL;
+    s->ddropped = t->dropout > 0 ? take(slab, rows, psoup__model_widest(m)) : NULL;
     s->du = psoup__slab_take(slab, largest_u(t), sizeof(float));
     s->dhidden = take(slab, rows, dim);
     s->dchunk = take(slab, t->chunk_rows, dim);
@@ -167,20 +165,11 @@ static void attention(psoup__tape *t, scratch *s, int32_t layer) {
     const psoup__ops *ops = be->ops;
     const psoup_model_config *c = &m->config;
     psoup__layer_tape *a = &t->layers[layer];
-    psoup__attention_shape shape = {.heads = c->num_attention_heads,
-                                    .kv_heads = c->num_key_value_heads,
-                                    .head_dim = c->head_dim,
-                                    .scale = (float)(1 / sqrt((double)c->head_dim))};
+    psoup__attention_shape shape = psoup__model_attention(m);
+    psoup__keys keys = {PSOUP_F32, m->kv_width, a->k, a->v, s->dk, s->dv, NULL};
     zero(t, s->dk, t->rows, m->kv_width);
     zero(t, s->dv, t->rows, m->kv_width);
-    for (int32_t i = 0; i < t->n; i++) {
-        size_t at = (size_t)t->start[i] * (size_t)m->kv_width;
-        int32_t length = t->start[i + 1] - t->start[i];
-        t->spans[i] = (psoup__span){.query = t->start[i], .queries = length, .keys = length,
-                                    .k = a->k + at, .v = a->v + at, .stride = m->kv_width,
-                                    .dk = s->dk + at, .dv = s->dv + at};
-    }
-    ops->attention_backward(be, s->dq, s->dattended, a->q, a->attended, a->lse, t->spans, t->n,
+    ops->attention_backward(be, s->dq, s->dattended, a->q, a->attended, a->lse, &keys, &t->spans,
                             &shape);
     ops->rope(be, s->dk, m->cos_sin, t->position, t->rows, shape.kv_heads, c->head_dim,
               m->kv_width, true);

@@ -13,36 +13,30 @@ static void linear(psoup__tape *t, float *y, float *u, const float *x, int32_t l
                         lora ? &t->mix : &psoup__no_mix, t->rows);
 }
 
-/* Where the queries of each sequence find their keys: in the batch itself, or in the cache, where
- * this layer's new keys and values are put first. */
-static void lay_spans(psoup__tape *t, const psoup__layer_tape *a, const psoup__cache *cache,
-                      int32_t layer) {
-    size_t width = (size_t)t->model->kv_width;
-    for (int32_t s = 0; s < t->n; s++) {
-        int32_t first = t->start[s], queries = t->start[s + 1] - first;
-        psoup__span *span = &t->spans[s];
-        *span = (psoup__span){.query = first, .queries = queries, .stride = (int64_t)width};
-        if (!cache) {
-            span->keys = queries;
-            span->k = a->k + (size_t)first * width;
-            span->v = a->v + (size_t)first * width;
-            continue;
-        }
-        size_t place = (size_t)layer * (size_t)cache->places + (size_t)cache->place[s];
-        float *k = cache->k + place * (size_t)cache->max_tokens * width;
-        float *v = cache->v + place * (size_t)cache->max_tokens * width;
-        span->keys = cache->past[s] + queries;
-        span->k = k;
-        span->v = v;
-        for (int32_t i = 0; i < queries; i++) {
-            t->k_to[first + i] = k + (size_t)(cache->past[s] + i) * width;
-            t->v_to[first + i] = v + (size_t)(cache->past[s] + i) * width;
-        }
-    }
-    if (cache) {
-        psoup__backend *be = t->model->be;
-        be->ops->cache_append(be, t->k_to, t->v_to, a->k, a->v, t->rows, t->model->kv_width);
-    }
+psoup__attention_shape psoup__model_attention(const psoup_model *model) {
+    const psoup_model_config *c = &model->config;
+    return (psoup__attention_shape){.heads = c->num_attention_heads,
+                                    .kv_heads = c->num_key_value_heads,
+                                    .head_dim = c->head_dim,
+                                    .scale = (float)(1 / sqrt((double)c->head_dim)),
+                                    .dtype = model->embed.dtype};
+}
+
+/* The keys that a layer's queries attend to: those just made or, with a cache, the layer's part of it,
+ * where the new ones are put first. */
+static psoup__keys keys_of(psoup__tape *t, const psoup__layer_tape *a, const psoup__cache *cache,
+                           int32_t layer) {
+    psoup__backend *be = t->model->be;
+    psoup__keys keys = {.dtype = PSOUP_F32, .stride = t->model->kv_width, .k = a->k, .v = a->v};
+    if (!cache)
+        return keys;
+    size_t rows = (size_t)layer * (size_t)cache->places * (size_t)cache->max_tokens;
+    size_t bytes = rows * (size_t)keys.stride * psoup_dtype_size(cache->dtype);
+    keys.dtype = cache->dtype;
+    keys.k = cache->k + bytes;
+    keys.v = cache->v + bytes;
+    be->ops->cache_append(be, &keys, t->cached, a->k, a->v, t->rows, t->model->kv_width);
+    return keys;
 }
 
 psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *t, const psoup__batch *batch,
@@ -55,10 +49,7 @@ psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *t, const pso
     const psoup_model_config *c = &model->config;
     int32_t rows = t->rows, dim = c->hidden_size, ffn = c->intermediate_size;
     size_t stream = (size_t)rows * (size_t)dim;
-    psoup__attention_shape shape = {.heads = c->num_attention_heads,
-                                    .kv_heads = c->num_key_value_heads,
-                                    .head_dim = c->head_dim,
-                                    .scale = (float)(1 / sqrt((double)c->head_dim))};
+    psoup__attention_shape shape = psoup__model_attention(model);
 
     ops->embed(be, t->layers[0].x, &model->embed, t->token, rows);
     for (int32_t l = 0; l < c->num_hidden_layers; l++) {
@@ -72,8 +63,8 @@ psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *t, const pso
                   model->q_width, false);
         ops->rope(be, a->k, model->cos_sin, t->position, rows, shape.kv_heads, c->head_dim,
                   model->kv_width, false);
-        lay_spans(t, a, cache, l);
-        ops->attention(be, a->attended, a->lse, a->q, t->spans, t->n, &shape);
+        psoup__keys keys = keys_of(t, a, cache, l);
+        ops->attention(be, a->attended, a->lse, a->q, &keys, &t->spans, &shape);
         linear(t, a->middle, a->u[PSOUP__O], a->attended, l, PSOUP__O);
         ops->add(be, a->middle, a->x, stream);
 

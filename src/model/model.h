@@ -71,6 +71,13 @@ struct psoup_model {
     uint64_t edition; /* counts adapters added and removed: what a mix's columns mean */
 };
 
+/* The widest input of a linear. */
+static inline int32_t psoup__model_widest(const psoup_model *model) {
+    int32_t dim = model->config.hidden_size, ffn = model->config.intermediate_size;
+    int32_t widest = ffn > dim ? ffn : dim;
+    return widest > model->q_width ? widest : model->q_width;
+}
+
 /* The tokens that end a text, by the configuration; returns how many. */
 enum { PSOUP__END_TOKENS = 8 };
 static inline size_t psoup__end_tokens(const psoup_model_config *c, int32_t out[PSOUP__END_TOKENS]) {

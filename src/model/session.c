@@ -35,7 +35,8 @@ struct psoup_session {
     psoup_model *model;
     psoup__tape *tape;
     int32_t places, max_tokens, prefill_rows;
-    float *k, *v; /* device [layers, places, max_tokens, kv_width] */
+    psoup_dtype dtype; /* of the cache */
+    char *k, *v; /* device [layers, places, max_tokens, kv_width] */
     sequence **running; /* [places], in order of admission */
     int32_t n_running;
     bool *taken; /* [places] */
@@ -96,13 +97,14 @@ static psoup_status allocate(psoup_session *s, psoup_error *error) {
     psoup_context *context = model->context;
     const psoup__ops *ops = model->be->ops;
     size_t places = (size_t)s->places, chunk = (size_t)s->tape->chunk_rows, cells = 0;
-    if (!psoup__multiply((size_t)s->max_tokens, places, &cells) ||
+    s->dtype = ops->cache(model->be, model->embed.dtype);
+    if (!psoup__multiply((size_t)s->max_tokens, places, &cells) || cells > INT32_MAX ||
         !psoup__multiply(cells, (size_t)model->kv_width, &cells) ||
         !psoup__multiply(cells, (size_t)model->config.num_hidden_layers, &cells))
         return psoup__out_of_memory(error, SIZE_MAX);
     bool whole =
-        (s->k = ops->alloc(model->be, cells, sizeof *s->k, error)) &&
-        (s->v = ops->alloc(model->be, cells, sizeof *s->v, error)) &&
+        (s->k = ops->alloc(model->be, cells, psoup_dtype_size(s->dtype), error)) &&
+        (s->v = ops->alloc(model->be, cells, psoup_dtype_size(s->dtype), error)) &&
         (s->device_token = ops->alloc(model->be, chunk, sizeof *s->device_token, error)) &&
         (s->device_logprob = ops->alloc(model->be, chunk, sizeof *s->device_logprob, error)) &&
         (s->running = psoup__alloc(context, places, sizeof *s->running, error)) &&
@@ -436,7 +438,8 @@ psoup_status psoup_session_step(psoup_session *session, psoup_token_fn on_token,
     admit(session);
     if (session->n_running > 0) {
         PSOUP__TRY(gather(session, &batch, &samples, error));
-        psoup__cache cache = {.k = session->k,
+        psoup__cache cache = {.dtype = session->dtype,
+                              .k = session->k,
                               .v = session->v,
                               .places = session->places,
                               .max_tokens = session->max_tokens,

@@ -159,9 +159,8 @@ static void lay_out_host(psoup__tape *t, bool cached) {
     t->drop_seed = psoup__slab_take(s, dropped, sizeof *t->drop_seed);
     t->drop_stream = psoup__slab_take(s, dropped, sizeof *t->drop_stream);
     t->drop_offset = psoup__slab_take(s, dropped, sizeof *t->drop_offset);
-    t->spans = psoup__slab_take(s, n, sizeof *t->spans);
-    t->k_to = psoup__slab_take(s, cached ? rows : 0, sizeof *t->k_to);
-    t->v_to = psoup__slab_take(s, cached ? rows : 0, sizeof *t->v_to);
+    t->span_host = psoup__slab_take(s, n, sizeof *t->span_host);
+    t->cached_host = psoup__slab_take(s, cached ? rows : 0, sizeof *t->cached_host);
     t->layers = psoup__slab_take(s, layers + 1, sizeof *t->layers);
 }
 
@@ -203,20 +202,19 @@ static void lay_out_layer(psoup__tape *t, psoup__layer_tape *layer) {
     layer->up = take_rows(s, rows, ffn);
 }
 
-static void lay_out_device(psoup__tape *t) {
+static void lay_out_device(psoup__tape *t, bool cached) {
     const psoup_model *m = t->model;
     psoup__slab *s = &t->device;
     size_t rows = (size_t)t->rows, cells = rows * (size_t)t->active;
     int32_t layers = m->config.num_hidden_layers, dim = m->config.hidden_size;
     t->token = psoup__slab_take(s, rows, sizeof *t->token);
     t->position = psoup__slab_take(s, rows, sizeof *t->position);
+    t->span = psoup__slab_take(s, (size_t)t->n, sizeof *t->span);
+    t->cached = psoup__slab_take(s, cached ? rows : 0, sizeof *t->cached);
     t->mix_rows = psoup__slab_take(s, cells, sizeof *t->mix_rows);
     t->mix_weight = psoup__slab_take(s, cells, sizeof *t->mix_weight);
     t->act = take_rows(s, rows, m->config.intermediate_size);
-    int32_t widest = m->config.intermediate_size;
-    widest = widest > dim ? widest : dim;
-    widest = widest > m->q_width ? widest : m->q_width;
-    t->dropped = t->dropout > 0 ? take_rows(s, rows, widest) : NULL;
+    t->dropped = t->dropout > 0 ? take_rows(s, rows, psoup__model_widest(m)) : NULL;
     t->rstd = take_rows(s, rows, 1);
     t->hidden = take_rows(s, rows, dim);
     bool real = s->base != NULL;
@@ -292,16 +290,27 @@ void psoup__tape_collect(psoup__tape *t) {
             *to++ = t->model->adapters[t->adapter[i]]->lora[pair];
 }
 
+/* Where each sequence's queries find their keys: in the batch itself, or in a layer of the cache. */
 static void expand_sequences(psoup__tape *t, const psoup__batch *batch, const psoup__cache *cache) {
     memcpy(t->start, batch->start, ((size_t)batch->n + 1) * sizeof *t->start);
-    for (int32_t s = 0; s < batch->n; s++)
-        for (int32_t r = batch->start[s]; r < batch->start[s + 1]; r++) {
-            t->position_host[r] = r - batch->start[s] + (cache ? cache->past[s] : 0);
+    t->spans = (psoup__spans){.n = t->n};
+    for (int32_t s = 0; s < batch->n; s++) {
+        int32_t start = batch->start[s], queries = batch->start[s + 1] - start;
+        int32_t past = cache ? cache->past[s] : 0;
+        int32_t first = cache ? cache->place[s] * cache->max_tokens : start;
+        t->span_host[s] = (psoup__span){start, queries, past + queries, first};
+        t->spans.most_queries = queries > t->spans.most_queries ? queries : t->spans.most_queries;
+        t->spans.most_keys = past + queries > t->spans.most_keys ? past + queries : t->spans.most_keys;
+        for (int32_t r = start; r < start + queries; r++) {
+            t->position_host[r] = past + r - start;
+            if (cache)
+                t->cached_host[r] = first + t->position_host[r];
             if (t->dropout > 0) {
                 t->drop_seed[r] = batch->dropout_seed[s];
                 t->drop_stream[r] = batch->dropout_stream[s];
             }
         }
+    }
 }
 
 psoup_status psoup__tape_prepare(psoup__tape *t, const psoup__batch *batch, bool save,
@@ -329,13 +338,18 @@ psoup_status psoup__tape_prepare(psoup__tape *t, const psoup__batch *batch, bool
     expand_sequences(t, batch, cache);
     psoup__tape_collect(t);
 
+    PSOUP__TRY(ops->reserve(model->be, t->rows, psoup__model_widest(model), error));
     psoup__slab_measure(&t->device);
-    lay_out_device(t);
+    lay_out_device(t, cache != NULL);
     PSOUP__TRY(psoup__slab_grow(t, &t->device, true, error));
-    lay_out_device(t);
+    lay_out_device(t, cache != NULL);
     size_t rows = (size_t)t->rows, cells = rows * (size_t)t->active;
     ops->write(model->be, t->token, batch->tokens, rows * sizeof *t->token);
     ops->write(model->be, t->position, t->position_host, rows * sizeof *t->position);
+    ops->write(model->be, t->span, t->span_host, (size_t)t->n * sizeof *t->span);
+    t->spans.span = t->span;
+    if (cache)
+        ops->write(model->be, t->cached, t->cached_host, rows * sizeof *t->cached);
     ops->write(model->be, t->mix_weight, t->weight_host, cells * sizeof *t->mix_weight);
     ops->write(model->be, t->mix_rows, t->used_by,
                (size_t)t->first[t->active] * sizeof *t->mix_rows);

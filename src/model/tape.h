@@ -18,11 +18,12 @@ typedef struct psoup__layer_tape {
     float *u[PSOUP__LINEARS]; /* see ops.h, linear_mix */
 } psoup__layer_tape;
 
-/* A KV cache that a batch reads and appends to: layer l, place s, token t at
- * ((l · places + s) · max_tokens + t) · kv_width. */
+/* A KV cache that a batch reads and appends to: layer l, place s, token t is row
+ * (l · places + s) · max_tokens + t of kv_width elements. */
 typedef struct psoup__cache {
-    float *k, *v; /* device */
-    int32_t places, max_tokens;
+    psoup_dtype dtype;
+    char *k, *v; /* device */
+    int32_t places, max_tokens; /* their product is an int32 */
     const int32_t *place; /* host [batch n] */
     const int32_t *past;  /* host [batch n]: tokens it already holds */
 } psoup__cache;
@@ -62,12 +63,15 @@ struct psoup__tape {
     float *weight_host;               /* [rows, active] */
     int32_t *first;                   /* [active + 1] */
     uint64_t *drop_seed, *drop_stream, *drop_offset; /* [rows] */
-    psoup__span *spans;               /* [n] */
-    float **k_to, **v_to;             /* [rows] */
+    psoup__span *span_host;           /* [n] */
+    int32_t *cached_host;             /* [rows], with a cache */
     psoup__layer_tape *layers;        /* [layers + 1]; the last has x alone */
     psoup__slab host;
     /* Device. */
     int32_t *token, *position, *mix_rows;
+    psoup__spans spans;
+    psoup__span *span;   /* [n] */
+    int32_t *cached;     /* [rows]: each row's place in a layer of the cache */
     float *mix_weight;
     float *act;      /* [rows, ffn] */
     float *dropped;  /* [rows, widest input]: an adapter's input after dropout */
@@ -108,6 +112,7 @@ psoup_status psoup__tape_chunk(psoup__tape *tape, psoup_error *error);
 psoup_status psoup__check_rows(const psoup__tape *tape, const int32_t *row, const int32_t *target,
                                int32_t n, psoup_error *error);
 
+psoup__attention_shape psoup__model_attention(const psoup_model *model);
 /* psoup__forward over a cache: positions go on from what each place holds. */
 psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *tape,
                                    const psoup__batch *batch, bool save,
