@@ -56,9 +56,21 @@ KERNEL_SRC      = src/base/gemm_kernel.c src/base/convert.c src/blend/kernels.c 
 KERNEL_OPT      = $(if $(filter release,$(config)),-O3)
 
 SRC      = $(filter-out $(KERNEL_SRC),$(wildcard src/*/*.c))
-OBJ      = $(SRC:%.c=$B/%.o) \
+OBJ      = $(SRC:%.c=$B/%.o) $B/src/gpu/image.o \
            $(foreach v,$(VARIANTS),$(patsubst %.c,$B/%.$v.o,$(wildcard $(KERNEL_SRC))))
 MERGE_OBJ = $(filter $B/src/base/% $B/src/format/% $B/src/blend/% $B/src/merge/%,$(OBJ))
+
+# The GPU's kernels, one fatbin for each file: machine code for GPU_ARCHS and, for what is newer, PTX of the
+# last. Where nvcc is missing the library has none, and says so when a GPU is asked for.
+NVCC      ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc))
+GPU_ALL    = 80 86 89 90 100 120
+GPU_ARCHS ?= 80
+GPU_CODE   = $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$a,code=sm_$a) \
+             -gencode arch=compute_$(lastword $(GPU_ARCHS)),code=compute_$(lastword $(GPU_ARCHS))
+NVCCFLAGS  = -O3 -std=c++17 -lineinfo -Werror all-warnings -Xptxas -v,-warn-spills
+GPU_B      = build/cuda-$(subst $() ,-,$(strip $(GPU_ARCHS)))
+GPU_SRC    = $(wildcard cuda/*.cu)
+GPU_IMAGES = $(if $(NVCC),$(GPU_SRC:cuda/%.cu=$(GPU_B)/%.fatbin),build/cuda-none/none)
 
 TESTS    = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
 HELPERS  = judge make_tiny
@@ -92,6 +104,26 @@ $B/%.$(1).o: %.c
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) $(KERNEL_OPT) $(FLAGS_$(1)) -DPSOUP__VARIANT=$(1) -MMD -MP -c $$< -o $$@
 endef
 $(foreach v,$(VARIANTS),$(eval $(call variant_rule,$v)))
+
+# Registers that spill to memory fail the build, but in files that say "spills allowed".
+$(GPU_B)/%.fatbin: cuda/%.cu $(wildcard cuda/*.cuh cuda/*.h)
+	@mkdir -p $(@D)
+	@echo "  NVCC $< ($(GPU_ARCHS))"
+	$(Q)$(NVCC) $(NVCCFLAGS) $(GPU_CODE) -fatbin $< -o $@ > $(@:.fatbin=.log) 2>&1 || { cat $(@:.fatbin=.log); exit 1; }
+	@! grep -q ' [1-9][0-9]* bytes spill' $(@:.fatbin=.log) || grep -q 'spills allowed' $< || \
+	    { grep -B2 ' [1-9][0-9]* bytes spill' $(@:.fatbin=.log); rm $@; exit 1; }
+
+build/cuda-none/none:
+	@mkdir -p $(@D)
+	@echo "  nvcc is not here: the library is built without GPU kernels"
+	@printf none > $@
+
+$B/src/gpu/images.inc: FORCE
+	@mkdir -p $(@D)
+	@printf 'PSOUP__IMAGE("%s")\n' $(GPU_IMAGES) > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$B/src/gpu/image.o: src/gpu/image.S $B/src/gpu/images.inc $(GPU_IMAGES)
+	$(Q)$(CC) -DPSOUP__IMAGES='"$(CURDIR)/$B/src/gpu/images.inc"' -c $< -o $@
 
 $B/libpsoup.a: $(OBJ)
 	@mkdir -p $(@D)
@@ -158,13 +190,50 @@ demo: deps
 # ---- tests --------------------------------------------------------------------------------------
 $B/tests/%: $B/tests/%.o $B/libpsoup.a
 	@echo "  LINK $@"
-	$(Q)$(CC) $(LDFLAGS) $< $B/libpsoup.a $(shell pkg-config --libs check) $(LIBS) $(LIBS_$*) -o $@
+	$(Q)$(CC) $(LDFLAGS) $< $B/libpsoup.a $(shell pkg-config --libs check) $(LIBS) $(LIBS_$*) \
+	    -Wl,-rpath,$(CURDIR)/$(HOST_B) -o $@
+
+# Every op on every backend against float64; see tests/checkops/checkops.h.
+CHECKOPS = $(patsubst %.c,$B/%.o,$(wildcard tests/checkops/*.c))
+$B/tests/checkops/checkops: $(CHECKOPS) $B/libpsoup.a
+	@echo "  LINK $@"
+	$(Q)$(CC) $(LDFLAGS) $(CHECKOPS) $B/libpsoup.a $(LIBS) -Wl,-rpath,$(CURDIR)/$(HOST_B) -o $@
 
 LIBS_bench_gemm = -l:libopenblas.so.0
 
+# ---- a GPU on the CPU -----------------------------------------------------------------------------
+# libcuda.so.1 and libcublasLt.so.13 whose kernels are those of cuda/, compiled for the CPU: see tests/host_driver.
+# Programs of tests/ look for the two there; others are told by LD_LIBRARY_PATH.
+CXX        := $(if $(filter default,$(origin CXX)),$(if $(findstring clang,$(CC)),clang++,g++),$(CXX))
+HOST_B      = $B/host_driver
+HOST_FLAGS  = -std=c++17 $(if $(filter release,$(config)),-O2 -g,$(MODE)) -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-parameter \
+              -fPIC -ffp-contract=off -MMD -MP -Itests/host_driver -Icuda
+HOST_OBJ    = $(patsubst cuda/%.cu,$(HOST_B)/%.cu.o,$(GPU_SRC)) $(HOST_B)/fibers.o $(HOST_B)/driver.o
+host_driver: $(HOST_B)/libcuda.so.1 $(HOST_B)/libcublasLt.so.13
+
+$(HOST_B)/%.cu.o: cuda/%.cu
+	@mkdir -p $(@D)
+	@echo "  CXX  $<"
+	$(Q)$(CXX) $(HOST_FLAGS) -x c++ -c $< -o $@
+
+$(HOST_B)/%.o: tests/host_driver/%.cc
+	@mkdir -p $(@D)
+	@echo "  CXX  $<"
+	$(Q)$(CXX) $(CPPFLAGS) $(HOST_FLAGS) -c $< -o $@
+
+$(HOST_B)/libcuda.so.1: $(HOST_OBJ)
+	@echo "  LINK $@"
+	$(Q)$(CXX) -shared $(filter -fsanitize% --coverage,$(MODE)) -Wl,-soname,libcuda.so.1 $^ -o $@
+
+$(HOST_B)/libcublasLt.so.13: $(HOST_B)/blas.o $(HOST_B)/libcuda.so.1 $B/libpsoup-merge.a
+	@echo "  LINK $@"
+	$(Q)$(CXX) -shared $(filter -fsanitize% --coverage,$(MODE)) -Wl,-soname,libcublasLt.so.13 $(HOST_B)/blas.o $(HOST_B)/libcuda.so.1 \
+	    -Wl,--exclude-libs,ALL $B/libpsoup-merge.a -pthread -o $@
+
 # The tests of one build; every program prints Check's own line of counts.
-run-tests: $(TESTS:%=$B/tests/%) $(HELPERS:%=$B/tests/%) $B/psoup
+run-tests: $(TESTS:%=$B/tests/%) $B/tests/checkops/checkops host_driver $(HELPERS:%=$B/tests/%) $B/psoup
 	@set -e; for t in $(TESTS); do echo "== $$t"; $B/tests/$$t; done
+	@echo "== every op on every backend"; $B/tests/checkops/checkops
 	@echo "== the program"; sh tests/cli.sh $B/psoup
 
 check: deps-test

@@ -92,7 +92,8 @@ typedef struct psoup_context psoup_context;
 
 typedef struct psoup_context_options {
     size_t size;
-    const char *device; /* "cpu"; NULL means "cpu" */
+    const char *device; /* "cpu", "cuda" (the first GPU) or "cuda:N"; NULL means "cpu". A GPU is opened by
+                         * what first uses it, a model or a merger: there it is told why it cannot be */
     int32_t threads;    /* worker threads; 0 means one per processor that the process may use */
     int32_t reserved;   /* 0 */
     const char *isa;    /* "generic", "avx2", "avx512" (x86-64), "neon" (aarch64): the instruction set
@@ -101,6 +102,8 @@ typedef struct psoup_context_options {
     psoup_allocator allocator; /* all zero: malloc and free */
     psoup_log_fn log;          /* NULL: silence */
     void *log_user;
+    void *stream; /* since 0.3: the CUstream (or cudaStream_t) that all work on the GPU is put into, which the
+                   * caller keeps; NULL: each handle has one of its own */
 } psoup_context_options;
 
 #define PSOUP_CONTEXT_OPTIONS_INIT {.size = sizeof(psoup_context_options)}

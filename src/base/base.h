@@ -258,6 +258,8 @@ struct psoup_context {
     void *log_user;
     int threads;
     psoup__isa isa;
+    int gpu;          /* the device's number, −1: the CPU */
+    void *gpu_stream; /* the caller's CUstream, or NULL */
     struct psoup__pool *pool;   /* thread.c */
     struct psoup__gemm_space *gemm; /* gemm.c: packing buffers, sized at creation */
     struct psoup_merge_device *merge_device; /* psoup/merge.h: who works on the caller's device; or NULL */

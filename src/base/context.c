@@ -19,6 +19,23 @@ static int processors(void) {
     return count < 1 ? 1 : count > MOST_THREADS ? MOST_THREADS : (int)count;
 }
 
+/* "cpu", "cuda" or "cuda:N". */
+static psoup_status parse_device(const char *device, int *gpu, psoup_error *error) {
+    *gpu = -1;
+    if (device == NULL || strcmp(device, "cpu") == 0)
+        return PSOUP_OK;
+    *gpu = 0;
+    if (strcmp(device, "cuda") == 0)
+        return PSOUP_OK;
+    if (strncmp(device, "cuda:", 5) == 0 && device[5] >= '0' && device[5] <= '9' &&
+        (device[6] == 0 || (device[6] >= '0' && device[6] <= '9' && device[7] == 0))) {
+        *gpu = device[6] == 0 ? device[5] - '0' : (device[5] - '0') * 10 + (device[6] - '0');
+        return PSOUP_OK;
+    }
+    return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                       "device is \"%s\"; expected \"cpu\", \"cuda\" or \"cuda:N\"", device);
+}
+
 psoup_status psoup_context_create(const psoup_context_options *options, psoup_context **out,
                                   psoup_error *error) {
     psoup_status status = PSOUP_OK;
@@ -26,10 +43,11 @@ psoup_status psoup_context_create(const psoup_context_options *options, psoup_co
     psoup_context_options o = PSOUP_CONTEXT_OPTIONS_INIT;
     *out = NULL;
     PSOUP__TRY(psoup__options(&o, sizeof o, options, "context options", error));
-    if (o.device != NULL && strcmp(o.device, "cpu") != 0) {
-        status =
-            psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
-                        "device \"%s\": no GPU: this build has only the CPU backend", o.device);
+    int gpu = -1;
+    PSOUP__TRY(parse_device(o.device, &gpu, error));
+    if (o.stream != NULL && gpu < 0) {
+        status = psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                             "context options: a stream is given, but the device is the CPU");
         goto fail;
     }
     if (o.threads < 0 || o.threads > MOST_THREADS) {
@@ -45,7 +63,8 @@ psoup_status psoup_context_create(const psoup_context_options *options, psoup_co
                                         : "the allocator needs both alloc and free, or neither");
         goto fail;
     }
-    psoup_context made = {.allocator = o.allocator, .log = o.log, .log_user = o.log_user};
+    psoup_context made = {.allocator = o.allocator, .log = o.log, .log_user = o.log_user,
+                          .gpu = gpu, .gpu_stream = o.stream};
     made.threads = o.threads > 0 ? o.threads : processors();
     PSOUP__TRY(psoup__isa_parse(o.isa, &made.isa, error));
     context = psoup__alloc(&made, 1, sizeof *context, error);

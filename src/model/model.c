@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "cpu/cpu.h"
+#include "gpu/gpu.h"
 
 /* ---- making ----------------------------------------------------------------------------------- */
 
@@ -30,7 +31,7 @@ static psoup_status create_empty(psoup_context *context, const psoup_model_confi
     model->kv_width = config->num_key_value_heads * config->head_dim;
     model->embed = (psoup__weight){.out = config->vocab_size, .in = config->hidden_size};
     model->lm_head = model->embed;
-    PSOUP__TRY(psoup__cpu_create(context, &model->be, error));
+    PSOUP__TRY((context->gpu < 0 ? psoup__cpu_create : psoup__gpu_create)(context, &model->be, error));
     size_t layers = (size_t)config->num_hidden_layers;
     model->layers = psoup__alloc(context, layers, sizeof *model->layers, error);
     status = PSOUP_ERROR_MEMORY;

@@ -1,0 +1,97 @@
+/* cuda/device.cuh: what every kernel is written with. Under nvcc it is CUDA; under a C++ compiler it is
+ * tests/host_driver, where each thread is a fiber and the same sources run on the CPU.
+ *
+ *   PSOUP__KERNEL(name, threads) { … a.x … }   a kernel that takes psoup__name_args as `a`
+ *   PSOUP__KERNEL_AS(name, args, threads)      the same with another kernel's struct
+ *   SHARED float tile[32];                     shared memory
+ *   DYNAMIC_SHARED(float, tile);               shared memory whose size the launch gives
+ *
+ * Only whole warps call warp functions, and every thread of a block reaches every __syncthreads.
+ */
+#ifndef PSOUP__DEVICE_CUH
+#define PSOUP__DEVICE_CUH
+
+#include "kernels.h"
+
+#ifdef __CUDACC__
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+typedef __nv_bfloat16 bf16;
+typedef __half f16;
+
+#define PSOUP__KERNEL_AS(name, args, threads)                                                              \
+    extern "C" __global__ void __launch_bounds__(threads)                                                  \
+        psoup__##name(const __grid_constant__ psoup__##args##_args a)
+#define SHARED __shared__
+#define DYNAMIC_SHARED(type, name)                                                                         \
+    extern __shared__ __align__(128) unsigned char psoup__dynamic[];                                       \
+    type *const name = reinterpret_cast<type *>(psoup__dynamic)
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
+template <typename T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
+template <> __device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half_rn(x); }
+
+/* 2^x, a few units in the last place; results below 2⁻¹²⁶ are 0. */
+__device__ __forceinline__ float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#else
+#include "host_device.h"
+#endif
+
+#define PSOUP__KERNEL(name, threads) PSOUP__KERNEL_AS(name, name, threads)
+
+/* ---- vectors: 16 bytes of memory at a time ----------------------------------------------------------- */
+
+template <typename T> struct alignas(16) pack { T x[16 / sizeof(T)]; };
+
+template <typename T> __device__ __forceinline__ pack<T> load_pack(const T *p) {
+    return *reinterpret_cast<const pack<T> *>(p);
+}
+
+template <typename T> __device__ __forceinline__ void store_pack(T *p, const pack<T> &v) {
+    *reinterpret_cast<pack<T> *>(p) = v;
+}
+
+__device__ __forceinline__ bool aligned16(const void *p) {
+    return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
+}
+
+/* ---- sums ----------------------------------------------------------------------------------------------- */
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int mask = 16; mask > 0; mask >>= 1)
+        x += __shfl_xor_sync(0xffffffffu, x, mask);
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+    for (int mask = 16; mask > 0; mask >>= 1)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
+    return x;
+}
+
+/* The sum over a block of whole warps, in every thread; the same order every time. */
+template <int THREADS> __device__ __forceinline__ float block_sum(float x) {
+    SHARED float part[THREADS / 32];
+    x = warp_sum(x);
+    __syncthreads(); /* whoever still reads the last call's */
+    if (threadIdx.x % 32 == 0)
+        part[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = 0;
+    for (int i = 0; i < THREADS / 32; i++)
+        sum += part[i];
+    return sum;
+}
+
+#endif

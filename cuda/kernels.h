@@ -1,0 +1,37 @@
+/* cuda/kernels.h: every kernel, by name, with the struct it takes: what src/gpu fills and cuda/ reads.
+ *
+ * A kernel takes one struct by value, of at most 4 KiB. Pointers in it are device memory. Names of fields and
+ * shapes are those of src/ops.h, where each op is described. X(kernel, args): psoup__args_args is its struct.
+ */
+#ifndef PSOUP__KERNELS_H
+#define PSOUP__KERNELS_H
+
+#include "layer.h"
+#include "rows.h"
+#include "attention.h"
+#include "attention_decode.h"
+#include "linear_mix.h"
+#include "loss.h"
+#include "sample.h"
+#include "adamw.h"
+#include "interpolate.h"
+
+#define PSOUP__KERNELS(X) \
+    PSOUP__LAYER_KERNELS(X) \
+    PSOUP__ROWS_KERNELS(X) \
+    PSOUP__ATTENTION_KERNELS(X) \
+    PSOUP__ATTENTION_DECODE_KERNELS(X) \
+    PSOUP__LINEAR_MIX_KERNELS(X) \
+    PSOUP__LOSS_KERNELS(X) \
+    PSOUP__SAMPLE_KERNELS(X) \
+    PSOUP__ADAMW_KERNELS(X) \
+    PSOUP__INTERPOLATE_KERNELS(X)
+
+typedef enum psoup__kernel {
+#define PSOUP__KERNEL_ID(name, args) PSOUP__KERNEL_##name,
+    PSOUP__KERNELS(PSOUP__KERNEL_ID)
+#undef PSOUP__KERNEL_ID
+    PSOUP__KERNEL_COUNT
+} psoup__kernel;
+
+#endif

@@ -1,0 +1,97 @@
+/* src/gpu, inside: the device a backend works on, and how an op puts work into its stream. */
+#ifndef PSOUP__GPU_INTERNAL_H
+#define PSOUP__GPU_INTERNAL_H
+
+#include "../../cuda/kernels.h"
+#include "gpu/blas.h"
+#include "gpu/driver.h"
+#include "ops.h"
+
+enum { PSOUP__GPU_IMAGES = 32 };
+
+/* Memory that host data crosses through: pinned on the host, with a twin on the device, used round and
+ * round in two halves. A half is filled again when what was copied out of it has arrived. */
+enum { PSOUP__UPLOAD_BYTES = 8 << 20 };
+typedef struct psoup__upload {
+    char *host;
+    psoup__cu_pointer device;
+    size_t used;
+    psoup__cu_event left[2]; /* recorded when a half is full */
+    bool pending[2];
+} psoup__upload;
+
+typedef struct psoup__gpu {
+    psoup__backend base; /* first: a psoup__backend * of ours is a psoup__gpu * */
+    psoup__ops ops;
+    psoup__driver driver;
+    psoup__cu_device device;
+    psoup__cu_context context; /* the device's primary one, shared with CUDA's runtime */
+    psoup__cu_stream stream;
+    bool own_stream;
+    int processors;    /* streaming multiprocessors */
+    int capability;    /* 90: compute capability 9.0 */
+    int shared_memory; /* bytes a block may ask for */
+    psoup__cu_module modules[PSOUP__GPU_IMAGES];
+    int n_modules;
+    psoup__cu_function functions[PSOUP__KERNEL_COUNT];
+    unsigned dynamic_shared[PSOUP__KERNEL_COUNT]; /* most asked for so far */
+    psoup__blas blas;
+    psoup__upload upload;
+    psoup__cu_pointer room; /* what ops take beside their arguments: see ops->reserve */
+    size_t room_bytes;
+    psoup_error failed; /* the first failure in the stream; status PSOUP_OK while there is none */
+} psoup__gpu;
+
+static inline psoup__gpu *psoup__gpu_of(psoup__backend *be) {
+    return (psoup__gpu *)be;
+}
+
+static inline psoup__cu_pointer psoup__gpu_address(const void *memory) {
+    return (psoup__cu_pointer)(uintptr_t)memory;
+}
+
+/* ---- gpu.c: every op reports what the driver says through this ----------------------------------------- */
+
+/* Keeps the first failure of a call named `what`; returns whether there was one. */
+bool psoup__gpu_failed(psoup__gpu *gpu, psoup__cu_result result, const char *what);
+/* "no GPU memory: 12 bytes", or what else the driver says. */
+psoup_status psoup__gpu_fail(psoup__gpu *gpu, psoup__cu_result result, const char *what, psoup_error *error);
+
+/* ---- launch.c ------------------------------------------------------------------------------------------- */
+
+typedef struct psoup__grid {
+    unsigned x, y, z;    /* blocks */
+    unsigned threads;    /* of a block */
+    unsigned shared;     /* bytes of dynamic shared memory */
+} psoup__grid;
+/* Puts a kernel into the stream. Nothing happens where a dimension of the grid is 0. */
+void psoup__gpu_launch(psoup__gpu *gpu, psoup__kernel kernel, psoup__grid grid, const void *args);
+#define PSOUP__LAUNCH(gpu, name, grid, ...)                                                                \
+    psoup__gpu_launch(gpu, PSOUP__KERNEL_##name, grid, &(psoup__##name##_args)__VA_ARGS__)
+/* A grid of one dimension whose blocks walk over n elements, `each` to a thread and step. */
+psoup__grid psoup__gpu_flat(const psoup__gpu *gpu, size_t n, size_t each);
+
+/* ---- upload.c --------------------------------------------------------------------------------------------- */
+
+psoup_status psoup__upload_create(psoup__gpu *gpu, psoup_error *error);
+void psoup__upload_free(psoup__gpu *gpu);
+/* Host data for the kernels that follow, at most half of PSOUP__UPLOAD_BYTES: where it is on the device. It
+ * stays there for as long as the same bytes again are staged after it. NULL after a failure. */
+const void *psoup__gpu_stage(psoup__gpu *gpu, const void *host, size_t bytes);
+/* Any number of bytes to device memory of the caller; the host's are free at once. */
+void psoup__gpu_write(psoup__gpu *gpu, psoup__cu_pointer out, const void *host, size_t bytes);
+
+/* ---- the parts of the table, each file filling its own ------------------------------------------------- */
+
+void psoup__gpu_fill_layer(psoup__ops *ops);
+void psoup__gpu_fill_rows(psoup__ops *ops);
+void psoup__gpu_fill_attention(psoup__ops *ops);
+void psoup__gpu_fill_linear_mix(psoup__ops *ops);
+void psoup__gpu_fill_loss(psoup__ops *ops);
+void psoup__gpu_fill_sample(psoup__ops *ops);
+void psoup__gpu_fill_adamw(psoup__ops *ops);
+
+/* image.S: the kernels, each file's as a fatbin, 0 at the end. Where nvcc was missing there is one, "none". */
+extern const void *const psoup__gpu_images[];
+
+#endif

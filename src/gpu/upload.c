@@ -1,0 +1,80 @@
+/* Host data on its way to the device. */
+#include "gpu/internal.h"
+
+#include <string.h>
+
+enum { HALF = PSOUP__UPLOAD_BYTES / 2, ALIGN = 256 };
+
+psoup_status psoup__upload_create(psoup__gpu *gpu, psoup_error *error) {
+    psoup__upload *s = &gpu->upload;
+    void *host = NULL;
+    psoup__cu_result result = gpu->driver.alloc_host(&host, PSOUP__UPLOAD_BYTES, 0);
+    if (result == 0) {
+        s->host = host;
+        result = gpu->driver.alloc(&s->device, PSOUP__UPLOAD_BYTES);
+    }
+    for (int i = 0; i < 2 && result == 0; i++)
+        result = gpu->driver.event_create(&s->left[i], PSOUP__CU_EVENT_NO_TIMING);
+    return result == 0 ? PSOUP_OK : psoup__gpu_fail(gpu, result, "staging memory", error);
+}
+
+void psoup__upload_free(psoup__gpu *gpu) {
+    psoup__upload *s = &gpu->upload;
+    for (int i = 0; i < 2; i++)
+        if (s->left[i])
+            gpu->driver.event_destroy(s->left[i]);
+    if (s->device)
+        gpu->driver.release(s->device);
+    if (s->host)
+        gpu->driver.release_host(s->host);
+}
+
+/* Room for so many bytes, which lie in one half; where they begin, or SIZE_MAX. */
+static size_t take(psoup__gpu *gpu, size_t bytes) {
+    psoup__upload *s = &gpu->upload;
+    size_t at = (s->used + ALIGN - 1) / ALIGN * ALIGN;
+    size_t half = s->used == 0 ? 0 : (s->used - 1) / HALF; /* the one that was written last */
+    if (s->used > 0 && at + bytes > (half + 1) * HALF) {
+        if (psoup__gpu_failed(gpu, gpu->driver.event_record(s->left[half], gpu->stream), "staging"))
+            return SIZE_MAX;
+        s->pending[half] = true;
+        half = 1 - half;
+        at = half * HALF;
+        if (s->pending[half] &&
+            psoup__gpu_failed(gpu, gpu->driver.event_wait(s->left[half]), "staging"))
+            return SIZE_MAX;
+        s->pending[half] = false;
+    }
+    s->used = at + bytes;
+    return at;
+}
+
+const void *psoup__gpu_stage(psoup__gpu *gpu, const void *host, size_t bytes) {
+    psoup__upload *s = &gpu->upload;
+    if (gpu->failed.status != PSOUP_OK || bytes > HALF)
+        return NULL;
+    size_t at = take(gpu, bytes > 0 ? bytes : 1);
+    if (at == SIZE_MAX)
+        return NULL;
+    if (bytes > 0) {
+        memcpy(s->host + at, host, bytes);
+        psoup__gpu_failed(gpu, gpu->driver.to_device(s->device + at, s->host + at, bytes, gpu->stream),
+                          "a copy to the device");
+    }
+    return (const void *)(uintptr_t)(s->device + at);
+}
+
+void psoup__gpu_write(psoup__gpu *gpu, psoup__cu_pointer out, const void *host, size_t bytes) {
+    const char *from = host;
+    while (bytes > 0 && gpu->failed.status == PSOUP_OK) {
+        size_t n = bytes < HALF ? bytes : HALF, at = take(gpu, n);
+        if (at == SIZE_MAX)
+            return;
+        memcpy(gpu->upload.host + at, from, n);
+        psoup__gpu_failed(gpu, gpu->driver.to_device(out, gpu->upload.host + at, n, gpu->stream),
+                          "a copy to the device");
+        out += n;
+        from += n;
+        bytes -= n;
+    }
+}

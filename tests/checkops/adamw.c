@@ -1,0 +1,5 @@
+/* The optimiser. */
+#include "checkops.h"
+
+void check_adamw(checker *c) {
+}

@@ -1,0 +1,5 @@
+/* Drawing the next token. */
+#include "checkops.h"
+
+void check_sample(checker *c) {
+}

@@ -1,0 +1,334 @@
+/* libcuda.so.1 for machines without one: the calls that src/gpu makes, on the CPU.
+ *
+ * Work put into a stream waits there until somebody waits for it, as it may on a GPU: host memory that is
+ * changed too early, or read too early, gives wrong results here too. Device memory is closed to the host
+ * while no work runs, so that a stray access ends the process (not under ASan, where it is heap memory).
+ *
+ *   PSOUP_HOST_ORDER=0|1|2     how the threads of a block take turns (fibers.h)
+ *   PSOUP_HOST_FAIL_ALLOC=N    the Nth allocation of device memory fails
+ */
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include <sys/mman.h>
+
+#include "fibers.h"
+#include "stream.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#define ADDRESS_SANITIZER 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define ADDRESS_SANITIZER 1
+#endif
+#endif
+
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, PAGE = 4096, USUAL_SHARED = 48 << 10 };
+
+typedef std::vector<std::function<void()>> work;
+
+struct CUgraph_st {
+    work list;
+};
+struct CUgraphExec_st {
+    work list;
+};
+struct CUfunc_st {
+    const host::entry *entry;
+    size_t most_shared;
+};
+struct CUstream_st {
+    work queue;
+    bool capturing = false;
+    work captured;
+};
+struct CUevent_st {
+    CUstream_st *stream;
+};
+
+namespace {
+
+CUstream_st default_stream;
+std::map<char *, size_t> device, pinned; /* base to bytes */
+std::map<const host::entry *, std::unique_ptr<CUfunc_st>> functions;
+long allocations;
+
+CUstream_st *of(CUstream_st *stream) { return stream ? stream : &default_stream; }
+
+int number_of(const char *name, int otherwise) {
+    const char *text = std::getenv(name);
+    return text && *text ? std::atoi(text) : otherwise;
+}
+
+size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+
+void open_memory(bool open) {
+#ifndef ADDRESS_SANITIZER
+    for (auto &d : device)
+        mprotect(d.first, pages(d.second), open ? PROT_READ | PROT_WRITE : PROT_NONE);
+#else
+    (void)open;
+#endif
+}
+
+void run_all(CUstream_st *stream) {
+    if (stream->queue.empty())
+        return;
+    work queue;
+    queue.swap(stream->queue);
+    open_memory(true);
+    for (auto &item : queue)
+        item();
+    open_memory(false);
+}
+
+void put(CUstream_st *stream, std::function<void()> item) {
+    stream = of(stream);
+    (stream->capturing ? stream->captured : stream->queue).push_back(std::move(item));
+}
+
+bool is_pinned(const void *p) {
+    for (auto &block : pinned)
+        if ((const char *)p >= block.first && (const char *)p < block.first + block.second)
+            return true;
+    return false;
+}
+
+} // namespace
+
+extern "C" {
+
+void psoup_host_put(CUstream_st *stream, std::function<void()> item) { put(stream, std::move(item)); }
+
+int cuInit(unsigned) { return SUCCESS; }
+int cuGetErrorString(int error, const char **text) {
+    *text = error == OUT_OF_MEMORY ? "out of memory"
+            : error == NOT_FOUND   ? "named symbol not found"
+                                   : "invalid argument";
+    return SUCCESS;
+}
+int cuDriverGetVersion(int *version) {
+    *version = 13000;
+    return SUCCESS;
+}
+int cuDeviceGetCount(int *count) {
+    *count = 1;
+    return SUCCESS;
+}
+int cuDeviceGet(int *out, int ordinal) {
+    *out = ordinal;
+    return ordinal == 0 ? SUCCESS : INVALID_VALUE;
+}
+int cuDeviceGetName(char *name, int length, int) {
+    std::snprintf(name, (size_t)length, "host driver");
+    return SUCCESS;
+}
+int cuDeviceGetAttribute(int *value, int attribute, int) {
+    *value = attribute == 16 ? 4 : attribute == 75 ? 9 : attribute == 97 ? 232448 : 0;
+    return SUCCESS;
+}
+int cuDevicePrimaryCtxRetain(void **context, int) {
+    *context = &default_stream;
+    return SUCCESS;
+}
+int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+int cuCtxSetCurrent(void *) { return SUCCESS; }
+int cuCtxGetCurrent(void **context) {
+    *context = &default_stream;
+    return SUCCESS;
+}
+int cuMemGetInfo_v2(size_t *unused, size_t *total) {
+    *unused = *total = (size_t)1 << 32;
+    return SUCCESS;
+}
+
+/* The end of an allocation is the end of a page, and after it comes one that is never open. */
+int cuMemAlloc_v2(unsigned long long *out, size_t bytes) {
+    if (bytes == 0)
+        return INVALID_VALUE;
+    if (++allocations == number_of("PSOUP_HOST_FAIL_ALLOC", 0) || bytes > (size_t)1 << 36)
+        return OUT_OF_MEMORY;
+    const size_t room = (bytes + 255) / 256 * 256;
+#ifdef ADDRESS_SANITIZER
+    char *base = static_cast<char *>(std::aligned_alloc(256, room)), *start = base;
+    if (!base)
+        return OUT_OF_MEMORY;
+#else
+    char *base = static_cast<char *>(mmap(nullptr, pages(room) + PAGE, PROT_READ | PROT_WRITE,
+                                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base == MAP_FAILED)
+        return OUT_OF_MEMORY;
+    char *start = base + pages(room) - room;
+    mprotect(base + pages(room), PAGE, PROT_NONE);
+#endif
+    std::memset(start, 0xff, room); /* NaN: fresh memory holds anything */
+    device[base] = room;
+#ifndef ADDRESS_SANITIZER
+    mprotect(base, pages(room), PROT_NONE);
+#endif
+    *out = (unsigned long long)start;
+    return SUCCESS;
+}
+
+int cuMemFree_v2(unsigned long long memory) {
+    run_all(&default_stream);
+    char *start = (char *)memory;
+    auto block = device.upper_bound(start);
+    if (block == device.begin())
+        return INVALID_VALUE;
+    --block;
+#ifdef ADDRESS_SANITIZER
+    std::free(block->first);
+#else
+    if (block->first + pages(block->second) - block->second != start)
+        return INVALID_VALUE;
+    munmap(block->first, pages(block->second) + PAGE);
+#endif
+    device.erase(block);
+    return SUCCESS;
+}
+
+int cuMemHostAlloc(void **out, size_t bytes, unsigned) {
+    char *memory = static_cast<char *>(std::calloc(bytes, 1));
+    pinned[memory] = bytes;
+    *out = memory;
+    return memory ? SUCCESS : OUT_OF_MEMORY;
+}
+int cuMemFreeHost(void *memory) {
+    pinned.erase(static_cast<char *>(memory));
+    std::free(memory);
+    return SUCCESS;
+}
+
+int cuMemcpyHtoDAsync_v2(unsigned long long out, const void *in, size_t bytes, CUstream_st *stream) {
+    if (is_pinned(in)) {
+        put(stream, [=] { std::memcpy((void *)out, in, bytes); });
+    } else {
+        auto kept = std::make_shared<std::vector<char>>((const char *)in, (const char *)in + bytes);
+        put(stream, [=] { std::memcpy((void *)out, kept->data(), bytes); });
+    }
+    return SUCCESS;
+}
+int cuMemcpyDtoHAsync_v2(void *out, unsigned long long in, size_t bytes, CUstream_st *stream) {
+    put(stream, [=] { std::memcpy(out, (const void *)in, bytes); });
+    if (!is_pinned(out) && !of(stream)->capturing)
+        run_all(of(stream));
+    return SUCCESS;
+}
+int cuMemcpyDtoDAsync_v2(unsigned long long out, unsigned long long in, size_t bytes, CUstream_st *stream) {
+    put(stream, [=] { std::memmove((void *)out, (const void *)in, bytes); });
+    return SUCCESS;
+}
+int cuMemsetD8Async(unsigned long long out, unsigned char value, size_t bytes, CUstream_st *stream) {
+    put(stream, [=] { std::memset((void *)out, value, bytes); });
+    return SUCCESS;
+}
+
+int cuStreamCreate(CUstream_st **out, unsigned) {
+    *out = new CUstream_st;
+    return SUCCESS;
+}
+int cuStreamDestroy_v2(CUstream_st *stream) {
+    run_all(stream);
+    delete stream;
+    return SUCCESS;
+}
+int cuStreamSynchronize(CUstream_st *stream) {
+    if (of(stream)->capturing)
+        return 900; /* CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED */
+    run_all(of(stream));
+    return SUCCESS;
+}
+int cuEventCreate(CUevent_st **out, unsigned) {
+    *out = new CUevent_st{nullptr};
+    return SUCCESS;
+}
+int cuEventDestroy_v2(CUevent_st *event) {
+    delete event;
+    return SUCCESS;
+}
+int cuEventRecord(CUevent_st *event, CUstream_st *stream) {
+    event->stream = of(stream);
+    return SUCCESS;
+}
+int cuEventSynchronize(CUevent_st *event) {
+    if (event->stream)
+        run_all(event->stream);
+    return SUCCESS;
+}
+
+/* The kernels are those compiled in here, whatever the image says. */
+int cuModuleLoadData(void **out, const void *) {
+    *out = &functions;
+    return SUCCESS;
+}
+int cuModuleUnload(void *) { return SUCCESS; }
+int cuModuleGetFunction(CUfunc_st **out, void *, const char *name) {
+    const host::entry *entry = host::find(name);
+    if (!entry)
+        return NOT_FOUND;
+    auto &function = functions[entry];
+    if (!function)
+        function.reset(new CUfunc_st{entry, USUAL_SHARED});
+    *out = function.get();
+    return SUCCESS;
+}
+int cuFuncSetAttribute(CUfunc_st *function, int attribute, int value) {
+    if (attribute != 8 || value > 232448)
+        return INVALID_VALUE;
+    function->most_shared = (size_t)value;
+    return SUCCESS;
+}
+
+int cuLaunchKernel(CUfunc_st *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                   unsigned block_y, unsigned block_z, unsigned shared, CUstream_st *stream, void **args, void **) {
+    if (grid_x == 0 || grid_y == 0 || grid_z == 0 || grid_y > 65535 || grid_z > 65535 || block_x == 0 ||
+        block_x > 1024 || block_y != 1 || block_z != 1 || shared > function->most_shared)
+        return INVALID_VALUE;
+    const host::entry *entry = function->entry;
+    auto kept = std::make_shared<std::vector<max_align_t>>(entry->args_size / sizeof(max_align_t) + 1);
+    std::memcpy(kept->data(), args[0], entry->args_size);
+    const int order = number_of("PSOUP_HOST_ORDER", 0);
+    put(stream, [=] {
+        host::run(entry, host::index{grid_x, grid_y, grid_z}, block_x, shared, kept->data(), order);
+    });
+    return SUCCESS;
+}
+
+int cuStreamBeginCapture_v2(CUstream_st *stream, int) {
+    if (!stream)
+        return INVALID_VALUE;
+    stream->capturing = true;
+    stream->captured.clear();
+    return SUCCESS;
+}
+int cuStreamEndCapture(CUstream_st *stream, CUgraph_st **out) {
+    stream->capturing = false;
+    *out = new CUgraph_st{stream->captured};
+    stream->captured.clear();
+    return SUCCESS;
+}
+int cuGraphInstantiateWithFlags(CUgraphExec_st **out, CUgraph_st *graph, unsigned long long) {
+    *out = new CUgraphExec_st{graph->list};
+    return SUCCESS;
+}
+int cuGraphLaunch(CUgraphExec_st *graph, CUstream_st *stream) {
+    for (auto &item : graph->list)
+        put(stream, item);
+    return SUCCESS;
+}
+int cuGraphExecDestroy(CUgraphExec_st *graph) {
+    delete graph;
+    return SUCCESS;
+}
+int cuGraphDestroy(CUgraph_st *graph) {
+    delete graph;
+    return SUCCESS;
+}
+
+} // extern "C"
