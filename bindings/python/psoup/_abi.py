@@ -405,6 +405,7 @@ psoup_context_options._fields_ = [
     ("allocator", psoup_allocator),
     ("log", psoup_log_fn),
     ("log_user", c_void_p),
+    ("stream", c_void_p),
 ]
 psoup_progress_fn = CFUNCTYPE(c_int, c_void_p, c_char_p, c_int64, c_int64)
 psoup_named_tensor._fields_ = [

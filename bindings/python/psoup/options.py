@@ -10,7 +10,8 @@ from typing import Sequence, TypedDict, Union
 
 
 class ContextOptions(TypedDict, total=False):
-    # "cpu"; NULL means "cpu"; default None
+    # "cpu", "cuda" (the first GPU) or "cuda:N"; NULL means "cpu". A GPU is opened by what first
+    # uses it, a model or a merger: there it is told why it cannot be; default None
     device: str
     # worker threads; 0 means one per processor that the process may use; default 0
     threads: int
