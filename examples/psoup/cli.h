@@ -86,8 +86,8 @@ typedef struct cli_model {
     psoup_model *model;
     psoup_tokenizer *tokenizer; /* NULL when not asked for, or absent and not required */
 } cli_model;
-/* adapters: "NAME=DIR" each; may be NULL. */
-psoup_status cli_open(const char *directory, int32_t threads, const cli_list *adapters,
+/* device: "cpu", "cuda" or "cuda:N"; NULL: the CPU. adapters: "NAME=DIR" each; may be NULL. */
+psoup_status cli_open(const char *directory, const char *device, int32_t threads, const cli_list *adapters,
                       bool need_tokenizer, cli_model *out, psoup_error *error);
 void cli_close(cli_model *opened);
 

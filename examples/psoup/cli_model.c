@@ -23,10 +23,11 @@ static psoup_status load_adapter(psoup_model *model, const char *text, psoup_err
     return status;
 }
 
-psoup_status cli_open(const char *directory, int32_t threads, const cli_list *adapters,
+psoup_status cli_open(const char *directory, const char *device, int32_t threads, const cli_list *adapters,
                       bool need_tokenizer, cli_model *out, psoup_error *error) {
     psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
     *out = (cli_model){0};
+    options.device = device;
     options.threads = threads;
     options.log = cli_log;
     psoup_status status = psoup_context_create(&options, &out->context, error);

@@ -108,7 +108,7 @@ int cmd_info(int argc, char **argv) {
         fclose(adapter);
         if (psoup_context_create(NULL, &opened.context, &error) == PSOUP_OK)
             out = adapter_json(opened.context, path, &error);
-    } else if (cli_open(directory, 1, NULL, false, &opened, &error) == PSOUP_OK)
+    } else if (cli_open(directory, NULL, 1, NULL, false, &opened, &error) == PSOUP_OK)
         out = model_json(&opened, &error);
     free(path);
     cli_close(&opened);

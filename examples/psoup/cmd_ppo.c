@@ -7,7 +7,7 @@
 enum { MAX_POLICIES = 64, MAX_MEMBERS = 16 };
 
 typedef struct ppo_run {
-    const char *model, *tokenizer, *prompts, *validation, *preferences, *output, *template;
+    const char *model, *tokenizer, *device, *prompts, *validation, *preferences, *output, *template;
     const psoup_json *policies;
     int32_t new_preferences, threads;
     uint64_t seed;
@@ -31,6 +31,7 @@ static const psoup_field ppo_run_fields[] = {
     FIELD(PSOUP_FIELD_STRING, template, "tulu, alpaca, or a text with {instruction}."),
     FIELD(PSOUP_FIELD_STRING, output, "Directory; each policy goes to output/NAME; required."),
     FIELD(PSOUP_FIELD_UINT64, seed, "Policy k samples under seed + k."),
+    FIELD(PSOUP_FIELD_STRING, device, "\"cpu\", \"cuda\" or \"cuda:N\"; null: the CPU."),
     FIELD(PSOUP_FIELD_INT, threads, "0 is one per processor."),
     {0}};
 #undef FIELD
@@ -247,7 +248,7 @@ static psoup_status ppo(ppo_state *s, psoup_error *error) {
                          s->config_path);
     status = adapter_config_finish(&run->lora, s->config_path, error);
     if (status == PSOUP_OK)
-        status = run_open(run->model, run->tokenizer, run->threads, &s->m, error);
+        status = run_open(run->model, run->tokenizer, run->device, run->threads, &s->m, error);
     if (status == PSOUP_OK)
         status = run->preferences ? psoup_preferences_load(s->m.context, run->preferences,
                                                            &s->preferences, error)

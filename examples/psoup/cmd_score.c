@@ -6,7 +6,7 @@
 #include <string.h>
 
 typedef struct score_args {
-    const char *model, *mix, *tokens, *prompts, *logits;
+    const char *model, *device, *mix, *tokens, *prompts, *logits;
     cli_list adapters;
     bool any_sum, json;
     int32_t threads;
@@ -174,6 +174,7 @@ int cmd_score(int argc, char **argv) {
         {"--logits", CLI_TEXT, &a.logits, "FILE",
          "write the logits, f32 [tokens, vocabulary], as "
          "safetensors"},
+        {"--device", CLI_TEXT, &a.device, "DEVICE", "cpu, cuda or cuda:N (cpu)"},
         {"--threads", CLI_INT, &a.threads, "N", "0 is one per processor (0)"},
         {"--json", CLI_FLAG, &a.json, NULL, "print JSON Lines instead of text"},
         {0}};
@@ -191,7 +192,7 @@ int cmd_score(int argc, char **argv) {
         return cli_complain("score: expected either --tokens IDS or --prompts FILE");
     psoup_error error = {0};
     cli_model m;
-    psoup_status done = cli_open(a.model, a.threads, &a.adapters, false, &m, &error);
+    psoup_status done = cli_open(a.model, a.device, a.threads, &a.adapters, false, &m, &error);
     if (done == PSOUP_OK)
         done = run(&a, &m, &error);
     status = done == PSOUP_OK ? 0 : cli_fail(&error);

@@ -250,11 +250,11 @@ char *join(const char *directory, const char *name) {
 
 /* ---- a run ------------------------------------------------------------------------------------- */
 
-psoup_status run_open(const char *model, const char *tokenizer, int32_t threads, cli_model *out,
-                      psoup_error *error) {
+psoup_status run_open(const char *model, const char *tokenizer, const char *device, int32_t threads,
+                      cli_model *out, psoup_error *error) {
     if (!model)
         return cli_error(error, PSOUP_ERROR_ARGUMENT, "the configuration names no \"model\"");
-    psoup_status status = cli_open(model, threads, NULL, tokenizer == NULL, out, error);
+    psoup_status status = cli_open(model, device, threads, NULL, tokenizer == NULL, out, error);
     if (status != PSOUP_OK || !tokenizer)
         return status;
     psoup_tokenizer_free(out->tokenizer); /* the model's own, where it has one */

@@ -55,8 +55,8 @@ psoup_status row_text(const psoup_json *row, const char *key, const char *path, 
 char *join(const char *directory, const char *name);
 
 /* The model of a run with its tokenizer, its own or another. */
-psoup_status run_open(const char *model, const char *tokenizer, int32_t threads, cli_model *out,
-                      psoup_error *error);
+psoup_status run_open(const char *model, const char *tokenizer, const char *device, int32_t threads,
+                      cli_model *out, psoup_error *error);
 int32_t run_end_token(const cli_model *m); /* the model's eos token; −1 when it has none */
 /* What a finished run prints: where its results are. Returns the exit status. */
 int run_print_output(const char *output, bool json);

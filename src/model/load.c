@@ -122,8 +122,18 @@ static psoup_status copy_vector(psoup_model *model, const psoup__parameter *p,
     return PSOUP_OK;
 }
 
+/* Bytes that the device takes as they are. */
+static bool same_bytes(const psoup__parameter *p, const psoup__tensor *tensor) {
+    return tensor->dtype == p->weight->dtype && tensor->heads == 0;
+}
+
 static psoup_status copy_matrix(psoup_model *model, const psoup__parameter *p,
                                 const psoup__tensor *tensor, psoup_error *error) {
+    if (same_bytes(p, tensor)) {
+        void *to = (void *)(uintptr_t)p->weight->data; /* ours: never the files */
+        model->be->ops->write(model->be, to, tensor->data, tensor->bytes);
+        return PSOUP_OK;
+    }
     float *piece = psoup__alloc(model->context, 2 * (size_t)PSOUP__PIECE, sizeof(float), error);
     if (!piece)
         return PSOUP_ERROR_MEMORY;
@@ -141,7 +151,8 @@ psoup_status psoup__model_read(psoup_model *model, const char *directory, psoup_
                                               error);
     if (status != PSOUP_OK)
         return status;
-    bool mappable = true; /* matrices are read in place when they lie at multiples of their items, in order */
+    /* Matrices are read in place when they lie at multiples of their items, in order, where the ops can. */
+    bool mappable = model->be->ops->on_host;
     bool one_dtype = true;
     psoup_dtype dtype = (psoup_dtype)model->config.torch_dtype;
     for (psoup__parameter p = {.next = 0}; psoup__model_next(model, &p);) {
