@@ -81,6 +81,13 @@ const void *psoup__gpu_stage(psoup__gpu *gpu, const void *host, size_t bytes);
 /* Any number of bytes to device memory of the caller; the host's are free at once. */
 void psoup__gpu_write(psoup__gpu *gpu, psoup__cu_pointer out, const void *host, size_t bytes);
 
+/* ---- attention_decode.c ----------------------------------------------------------------------------------- */
+
+/* Attends for the spans of one query, and leaves out the others. False, and nothing done, where no kernel is made
+ * for the shape. */
+bool psoup__gpu_attention_decode(psoup__gpu *gpu, float *out, const float *q, const psoup__keys *keys,
+                                 const psoup__spans *spans, const psoup__attention_shape *shape);
+
 /* ---- the parts of the table, each file filling its own ------------------------------------------------- */
 
 void psoup__gpu_fill_layer(psoup__ops *ops);

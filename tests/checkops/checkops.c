@@ -192,6 +192,7 @@ static const struct {
     {"layer", check_layer},
     {"rows", check_rows},
     {"attention", check_attention},
+    {"attention_decode", check_attention_decode},
     {"linear_mix", check_linear_mix},
     {"loss", check_loss},
     {"sample", check_sample},

@@ -74,6 +74,7 @@ double tolerance_of(psoup_dtype dtype);
 void check_layer(checker *c);
 void check_rows(checker *c);
 void check_attention(checker *c);
+void check_attention_decode(checker *c);
 void check_linear_mix(checker *c);
 void check_loss(checker *c);
 void check_sample(checker *c);
