@@ -1,6 +1,18 @@
 /* Generation: the same bits in any company, and the rules of sampling and stopping. */
 #include "generate_case.h"
 
+typedef struct taken {
+    int32_t tokens[6][64];
+    size_t length[6], n;
+} taken;
+
+static int take_tokens(void *user, int64_t id, int32_t token, float logprob, psoup_finish finish) {
+    taken *t = user;
+    t->tokens[id][t->length[id]++] = token;
+    t->n++;
+    return 0;
+}
+
 /* ---- the same bits ---------------------------------------------------------------------------- */
 
 START_TEST(scores_keep_their_bits) {
@@ -100,6 +112,49 @@ START_TEST(generation_keeps_its_bits) {
     psoup_model_free(b);
     psoup_context_free(one);
     psoup_context_free(two);
+}
+END_TEST
+
+/* A cache of two sequences' tokens: never more than two run, whatever the places, and nothing changes. */
+START_TEST(a_small_cache_makes_them_wait) {
+    psoup_context *context = make_context(2);
+    psoup_model *model = load_plain(context, true);
+    sample_rows rows;
+    mixed_rows(&rows, 24);
+    psoup_sampling sampling = sampled(12);
+    psoup_generation *wide = generate(model, &rows, 0, 6, &sampling, 6, 0);
+    psoup_session_options options = PSOUP_SESSION_OPTIONS_INIT;
+    psoup_session *session = NULL;
+    options.max_sequences = 6;
+    options.max_tokens = 64;
+    options.cache_tokens = 150;
+    OK(psoup_session_create(model, &options, &session, &error));
+    taken all = {.n = 0};
+    for (size_t i = 0; i < 6; i++) {
+        psoup_prompt prompt = prompt_of(&rows.row[i], i);
+        prompt.sampling = &sampling;
+        OK(psoup_session_submit(session, (int64_t)i, &prompt, &error));
+    }
+    size_t running = 6;
+    for (int step = 0; running > 0 && step < 200; step++) {
+        size_t before = all.n;
+        OK(psoup_session_step(session, take_tokens, &all, &running, &error));
+        ck_assert_uint_le(all.n - before, 2);
+    }
+    ck_assert_uint_eq(running, 0);
+    for (size_t i = 0; i < 6; i++) {
+        const psoup_completion *c = psoup_generation_get(wide, i);
+        ck_assert_uint_eq(all.length[i], c->n);
+        ck_assert(memcmp(all.tokens[i], c->tokens, c->n * sizeof *c->tokens) == 0);
+    }
+    options.cache_tokens = -1;
+    psoup_session *none = NULL;
+    ck_assert_int_eq(psoup_session_create(model, &options, &none, &error), PSOUP_ERROR_ARGUMENT);
+    ck_assert_ptr_nonnull(strstr(error.message, "cache_tokens -1"));
+    psoup_session_free(session);
+    psoup_generation_free(wide);
+    psoup_model_free(model);
+    psoup_context_free(context);
 }
 END_TEST
 
@@ -292,6 +347,7 @@ int main(void) {
     tcase_add_test(tests, scores_keep_their_bits);
     tcase_add_test(tests, gradients_keep_their_bits);
     tcase_add_test(tests, generation_keeps_its_bits);
+    tcase_add_test(tests, a_small_cache_makes_them_wait);
     tcase_add_test(tests, greedy_takes_the_best);
     tcase_add_test(tests, stopping);
     tcase_add_test(tests, no_repeated_ngrams);

@@ -259,6 +259,9 @@ typedef struct psoup_session_options {
     int32_t max_tokens;    /* tokens a place can hold; 0: max_position_embeddings */
     int32_t prefill_rows;  /* prompt tokens taken in one step at most; 0: 512 */
     int32_t reserved;      /* 0 */
+    int64_t cache_tokens;  /* since 0.3: tokens that the cache holds of all sequences together, as keys and values;
+                            * one waits until there is room for its prompt and longest answer. 0: max_sequences ·
+                            * max_tokens. At least one sequence of max_tokens always fits */
 } psoup_session_options;
 #define PSOUP_SESSION_OPTIONS_INIT {.size = sizeof(psoup_session_options)}
 

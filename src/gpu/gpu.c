@@ -216,8 +216,11 @@ static psoup_status gpu_weight_pack(psoup__backend *be, psoup__weight *weight, b
 static void gpu_weight_unpack(psoup__backend *be, psoup__weight *weight) {
 }
 
+enum { PAGE = 64 /* rows of a cache: enough to read at full speed, few enough to waste little */ };
+
 static void fill(psoup__ops *ops) {
     ops->name = "cuda";
+    ops->page = PAGE;
     ops->free = gpu_free;
     ops->alloc = gpu_alloc;
     ops->release = gpu_release;

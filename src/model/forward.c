@@ -24,24 +24,26 @@ psoup__attention_shape psoup__model_attention(const psoup_model *model) {
 
 /* The keys that a layer's queries attend to: those just made or, with a cache, the layer's part of it,
  * where the new ones are put first. */
-static psoup__keys keys_of(psoup__tape *t, const psoup__layer_tape *a, const psoup__cache *cache,
+static psoup__keys keys_of(psoup__tape *t, const psoup__layer_tape *a, const psoup__cached *cached,
                            int32_t layer) {
     psoup__backend *be = t->model->be;
     psoup__keys keys = {.dtype = PSOUP_F32, .stride = t->model->kv_width, .k = a->k, .v = a->v};
-    if (!cache)
+    if (!cached)
         return keys;
-    size_t rows = (size_t)layer * (size_t)cache->places * (size_t)cache->max_tokens;
+    const psoup__cache *cache = cached->cache;
+    size_t rows = (size_t)layer * (size_t)cache->pages * (size_t)cache->page;
     size_t bytes = rows * (size_t)keys.stride * psoup_dtype_size(cache->dtype);
     keys.dtype = cache->dtype;
     keys.k = cache->k + bytes;
     keys.v = cache->v + bytes;
-    be->ops->cache_append(be, &keys, t->cached, a->k, a->v, t->rows, t->model->kv_width);
+    keys.pages = be->ops->page ? t->pages : NULL;
+    be->ops->cache_append(be, &keys, t->place, a->k, a->v, t->rows, t->model->kv_width);
     return keys;
 }
 
 psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *t, const psoup__batch *batch,
-                                   bool save, const psoup__cache *cache, psoup_error *error) {
-    psoup_status status = psoup__tape_prepare(t, batch, save, cache, error);
+                                   bool save, const psoup__cached *cached, psoup_error *error) {
+    psoup_status status = psoup__tape_prepare(t, batch, save, cached, error);
     if (status != PSOUP_OK)
         return status;
     psoup__backend *be = model->be;
@@ -63,7 +65,7 @@ psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *t, const pso
                   model->q_width, false);
         ops->rope(be, a->k, model->cos_sin, t->position, rows, shape.kv_heads, c->head_dim,
                   model->kv_width, false);
-        psoup__keys keys = keys_of(t, a, cache, l);
+        psoup__keys keys = keys_of(t, a, cached, l);
         ops->attention(be, a->attended, a->lse, a->q, &keys, &t->spans, &shape);
         linear(t, a->middle, a->u[PSOUP__O], a->attended, l, PSOUP__O);
         ops->add(be, a->middle, a->x, stream);

@@ -18,7 +18,7 @@ typedef struct sequence {
     int32_t *tokens; /* [prompt + room]: prompt, then output */
     int32_t prompt, length, room;
     int32_t past; /* tokens whose keys and values the cache holds */
-    int32_t place;
+    int32_t *pages, n_pages; /* of the cache; it has them while it runs */
     float *mix; /* [n_adapters] */
     uint64_t edition; /* of the model's adapters */
     int32_t *banned; /* [n_stop + prompt + room] */
@@ -35,17 +35,16 @@ struct psoup_session {
     psoup_model *model;
     psoup__tape *tape;
     int32_t places, max_tokens, prefill_rows;
-    psoup_dtype dtype; /* of the cache */
-    char *k, *v; /* device [layers, places, max_tokens, kv_width] */
+    psoup__cache *cache;
     sequence **running; /* [places], in order of admission */
     int32_t n_running;
-    bool *taken; /* [places] */
     sequence *first_waiting, *last_waiting;
     size_t n_waiting;
     /* The step's batch: host arrays, sized once. */
     part *parts;                      /* [places] */
     int32_t *tokens;                  /* [prefill_rows + places] */
-    int32_t *start, *place, *past;    /* [places + 1], [places], [places] */
+    int32_t *start, *past;            /* [places + 1], [places] */
+    int32_t **pages;                  /* [places] */
     float *mix;                       /* [places, n_adapters] */
     size_t mix_capacity;
     int32_t *sample_row;              /* [places] */
@@ -62,6 +61,7 @@ static void free_sequence(psoup_context *context, sequence *s) {
     if (!s)
         return;
     psoup__free(context, s->stop);
+    psoup__free(context, s->pages);
     psoup__free(context, s->tokens);
     psoup__free(context, s->mix);
     psoup__free(context, s->banned);
@@ -81,13 +81,13 @@ void psoup_session_free(psoup_session *session) {
         free_sequence(context, s);
     }
     psoup__tape_free(session->tape);
-    void *device[] = {session->k, session->v, session->device_token, session->device_logprob};
+    psoup__cache_free(session->cache);
+    void *device[] = {session->device_token, session->device_logprob};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         be->ops->release(be, device[i]);
-    void *host[] = {session->running, session->taken,      session->parts, session->tokens,
-                    session->start,   session->place,      session->past,  session->mix,
-                    session->draws,   session->sample_row, session->drawn, session->logprobs,
-                    session};
+    void *host[] = {session->running, session->parts, session->tokens,     session->start,
+                    session->pages,   session->past,  session->mix,        session->draws,
+                    session->drawn,   session->logprobs, session->sample_row, session};
     for (size_t i = 0; i < sizeof host / sizeof *host; i++)
         psoup__free(context, host[i]);
 }
@@ -96,24 +96,16 @@ static psoup_status allocate(psoup_session *s, psoup_error *error) {
     psoup_model *model = s->model;
     psoup_context *context = model->context;
     const psoup__ops *ops = model->be->ops;
-    size_t places = (size_t)s->places, chunk = (size_t)s->tape->chunk_rows, cells = 0;
-    s->dtype = ops->cache(model->be, model->embed.dtype);
-    if (!psoup__multiply((size_t)s->max_tokens, places, &cells) || cells > INT32_MAX ||
-        !psoup__multiply(cells, (size_t)model->kv_width, &cells) ||
-        !psoup__multiply(cells, (size_t)model->config.num_hidden_layers, &cells))
-        return psoup__out_of_memory(error, SIZE_MAX);
+    size_t places = (size_t)s->places, chunk = (size_t)s->tape->chunk_rows;
     bool whole =
-        (s->k = ops->alloc(model->be, cells, psoup_dtype_size(s->dtype), error)) &&
-        (s->v = ops->alloc(model->be, cells, psoup_dtype_size(s->dtype), error)) &&
         (s->device_token = ops->alloc(model->be, chunk, sizeof *s->device_token, error)) &&
         (s->device_logprob = ops->alloc(model->be, chunk, sizeof *s->device_logprob, error)) &&
         (s->running = psoup__alloc(context, places, sizeof *s->running, error)) &&
-        (s->taken = psoup__alloc(context, places, sizeof *s->taken, error)) &&
         (s->parts = psoup__alloc(context, places, sizeof *s->parts, error)) &&
         (s->tokens = psoup__alloc(context, places + (size_t)s->prefill_rows, sizeof *s->tokens,
                                   error)) &&
         (s->start = psoup__alloc(context, places + 1, sizeof *s->start, error)) &&
-        (s->place = psoup__alloc(context, places, sizeof *s->place, error)) &&
+        (s->pages = psoup__alloc(context, places, sizeof *s->pages, error)) &&
         (s->past = psoup__alloc(context, places, sizeof *s->past, error)) &&
         (s->sample_row = psoup__alloc(context, places, sizeof *s->sample_row, error)) &&
         (s->draws = psoup__alloc(context, places, sizeof *s->draws, error)) &&
@@ -131,12 +123,13 @@ psoup_status psoup_session_create(psoup_model *model, const psoup_session_option
     *out = NULL;
     psoup_status status;
     PSOUP__TRY(psoup__options(&full, sizeof full, options, "psoup_session_options", error));
-    if (full.max_sequences < 0 || full.max_tokens < 0 || full.prefill_rows < 0 || full.reserved)
+    if (full.max_sequences < 0 || full.max_tokens < 0 || full.prefill_rows < 0 || full.reserved ||
+        full.cache_tokens < 0)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_session_options: max_sequences %d, max_tokens %d, prefill_rows "
-                           "%d, reserved %d: expected no negative number, and reserved 0",
+                           "%d, reserved %d, cache_tokens %lld: expected no negative number, and reserved 0",
                            (int)full.max_sequences, (int)full.max_tokens, (int)full.prefill_rows,
-                           (int)full.reserved);
+                           (int)full.reserved, (long long)full.cache_tokens);
     session = psoup__alloc(model->context, 1, sizeof *session, error);
     if (!session)
         return PSOUP_ERROR_MEMORY;
@@ -152,6 +145,8 @@ psoup_status psoup_session_create(psoup_model *model, const psoup_session_option
     session->prefill_rows = session->prefill_rows < most ? session->prefill_rows : (int32_t)most;
     PSOUP__TRY(psoup__tape_create(model, &session->tape, error));
     PSOUP__TRY(psoup__tape_chunk(session->tape, error));
+    PSOUP__TRY(psoup__cache_create(model, session->places, session->max_tokens, full.cache_tokens,
+                                   &session->cache, error));
     PSOUP__TRY(allocate(session, error));
     *out = session;
     return PSOUP_OK;
@@ -232,10 +227,12 @@ static psoup_status copy_sequence(psoup_session *session, const psoup_prompt *pr
     s->room = s->room < s->sampling.max_new_tokens ? s->room : s->sampling.max_new_tokens;
     s->n_stop = (int32_t)n_stop;
     s->edition = model->edition;
+    s->n_pages = psoup__cache_pages(session->cache, s->prompt + s->room);
     size_t most = (size_t)s->prompt + (size_t)s->room, adapters = (size_t)model->n_adapters;
     size_t history = s->sampling.no_repeat_ngram_size > 0 ? most : 0;
     bool whole = (s->tokens = psoup__alloc(context, most, sizeof *s->tokens, error)) &&
                  (s->stop = psoup__alloc(context, n_stop, sizeof *s->stop, error)) &&
+                 (s->pages = psoup__alloc(context, (size_t)s->n_pages, sizeof *s->pages, error)) &&
                  (s->mix = psoup__alloc(context, adapters, sizeof *s->mix, error)) &&
                  (s->banned = psoup__alloc(context, n_stop + history, sizeof *s->banned, error));
     if (!whole)
@@ -284,17 +281,15 @@ fail:
 /* ---- one step --------------------------------------------------------------------------------- */
 
 static void admit(psoup_session *session) {
-    for (int32_t place = 0; place < session->places && session->first_waiting; place++) {
-        if (session->taken[place])
-            continue;
+    while (session->n_running < session->places && session->first_waiting) {
         sequence *s = session->first_waiting;
+        if (!psoup__cache_take(session->cache, s->pages, s->n_pages))
+            return; /* until others have finished; all pages hold any one sequence */
         session->first_waiting = s->next;
         if (!s->next)
             session->last_waiting = NULL;
         session->n_waiting--;
-        session->taken[place] = true;
         s->next = NULL;
-        s->place = place;
         session->running[session->n_running++] = s;
     }
 }
@@ -336,7 +331,7 @@ static psoup_status gather(psoup_session *session, psoup__batch *batch, int32_t 
         if (take == 0)
             continue;
         session->start[n] = rows;
-        session->place[n] = s->place;
+        session->pages[n] = s->pages;
         session->past[n] = s->past;
         memcpy(session->tokens + rows, s->tokens + s->past, (size_t)take * sizeof *s->tokens);
         if (adapters)
@@ -405,7 +400,7 @@ static void retire(psoup_session *session, sequence *s) {
     session->n_running--;
     memmove(session->running + i, session->running + i + 1,
             (size_t)(session->n_running - i) * sizeof *session->running);
-    session->taken[s->place] = false;
+    psoup__cache_give(session->cache, s->pages, s->n_pages);
     free_sequence(session->model->context, s);
 }
 
@@ -438,15 +433,8 @@ psoup_status psoup_session_step(psoup_session *session, psoup_token_fn on_token,
     admit(session);
     if (session->n_running > 0) {
         PSOUP__TRY(gather(session, &batch, &samples, error));
-        psoup__cache cache = {.dtype = session->dtype,
-                              .k = session->k,
-                              .v = session->v,
-                              .places = session->places,
-                              .max_tokens = session->max_tokens,
-                              .place = session->place,
-                              .past = session->past};
-        PSOUP__TRY(psoup__forward_cached(session->model, session->tape, &batch, false, &cache,
-                                         error));
+        psoup__cached cached = {session->cache, session->pages, session->past};
+        PSOUP__TRY(psoup__forward_cached(session->model, session->tape, &batch, false, &cached, error));
         PSOUP__TRY(draw(session, samples, error));
         PSOUP__TRY(deliver(session, batch.n, on_token, user, error));
     }

@@ -87,7 +87,7 @@ const float *psoup__tape_hidden(const psoup__tape *tape) {
 /* ---- checks ----------------------------------------------------------------------------------- */
 
 static psoup_status check_batch(const psoup_model *model, const psoup__batch *batch,
-                                const psoup__cache *cache, int32_t *positions,
+                                const psoup__cached *cached, int32_t *positions,
                                 psoup_error *error) {
     if (batch->n < 1 || batch->rows < 1 || batch->start[0] != 0 ||
         batch->start[batch->n] != batch->rows)
@@ -97,7 +97,7 @@ static psoup_status check_batch(const psoup_model *model, const psoup__batch *ba
     *positions = 0;
     for (int32_t s = 0; s < batch->n; s++) {
         int32_t length = batch->start[s + 1] - batch->start[s];
-        int64_t end = (int64_t)length + (cache ? cache->past[s] : 0);
+        int64_t end = (int64_t)length + (cached ? cached->past[s] : 0);
         if (length < 1)
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "sequence %d is empty", (int)s);
         if (end > longest)
@@ -160,7 +160,8 @@ static void lay_out_host(psoup__tape *t, bool cached) {
     t->drop_stream = psoup__slab_take(s, dropped, sizeof *t->drop_stream);
     t->drop_offset = psoup__slab_take(s, dropped, sizeof *t->drop_offset);
     t->span_host = psoup__slab_take(s, n, sizeof *t->span_host);
-    t->cached_host = psoup__slab_take(s, cached ? rows : 0, sizeof *t->cached_host);
+    t->place_host = psoup__slab_take(s, cached ? rows : 0, sizeof *t->place_host);
+    t->pages_host = psoup__slab_take(s, t->n_pages, sizeof *t->pages_host);
     t->layers = psoup__slab_take(s, layers + 1, sizeof *t->layers);
 }
 
@@ -210,7 +211,8 @@ static void lay_out_device(psoup__tape *t, bool cached) {
     t->token = psoup__slab_take(s, rows, sizeof *t->token);
     t->position = psoup__slab_take(s, rows, sizeof *t->position);
     t->span = psoup__slab_take(s, (size_t)t->n, sizeof *t->span);
-    t->cached = psoup__slab_take(s, cached ? rows : 0, sizeof *t->cached);
+    t->place = psoup__slab_take(s, cached ? rows : 0, sizeof *t->place);
+    t->pages = psoup__slab_take(s, t->n_pages, sizeof *t->pages);
     t->mix_rows = psoup__slab_take(s, cells, sizeof *t->mix_rows);
     t->mix_weight = psoup__slab_take(s, cells, sizeof *t->mix_weight);
     t->act = take_rows(s, rows, m->config.intermediate_size);
@@ -290,21 +292,38 @@ void psoup__tape_collect(psoup__tape *t) {
             *to++ = t->model->adapters[t->adapter[i]]->lora[pair];
 }
 
+static int32_t cached_row(const psoup__cached *cached, int32_t s, int32_t token) {
+    int32_t page = cached->cache->page;
+    return cached->pages[s][token / page] * page + token % page;
+}
+
+/* Where the span of a sequence that holds so many keys begins: its first row, or its place in the list of pages. */
+static int32_t expand_pages(psoup__tape *t, const psoup__cached *cached, int32_t s, int32_t keys, size_t *listed) {
+    if (t->model->be->ops->page == 0)
+        return cached_row(cached, s, 0);
+    int32_t first = (int32_t)*listed, n = psoup__cache_pages(cached->cache, keys);
+    memcpy(t->pages_host + *listed, cached->pages[s], (size_t)n * sizeof *t->pages_host);
+    *listed += (size_t)n;
+    return first;
+}
+
 /* Where each sequence's queries find their keys: in the batch itself, or in a layer of the cache. */
-static void expand_sequences(psoup__tape *t, const psoup__batch *batch, const psoup__cache *cache) {
+static void expand_sequences(psoup__tape *t, const psoup__batch *batch, const psoup__cached *cached) {
     memcpy(t->start, batch->start, ((size_t)batch->n + 1) * sizeof *t->start);
     t->spans = (psoup__spans){.n = t->n};
+    size_t listed = 0;
     for (int32_t s = 0; s < batch->n; s++) {
         int32_t start = batch->start[s], queries = batch->start[s + 1] - start;
-        int32_t past = cache ? cache->past[s] : 0;
-        int32_t first = cache ? cache->place[s] * cache->max_tokens : start;
+        int32_t past = cached ? cached->past[s] : 0, first = start;
+        if (cached)
+            first = expand_pages(t, cached, s, past + queries, &listed);
         t->span_host[s] = (psoup__span){start, queries, past + queries, first};
         t->spans.most_queries = queries > t->spans.most_queries ? queries : t->spans.most_queries;
         t->spans.most_keys = past + queries > t->spans.most_keys ? past + queries : t->spans.most_keys;
         for (int32_t r = start; r < start + queries; r++) {
             t->position_host[r] = past + r - start;
-            if (cache)
-                t->cached_host[r] = first + t->position_host[r];
+            if (cached)
+                t->place_host[r] = cached_row(cached, s, t->position_host[r]);
             if (t->dropout > 0) {
                 t->drop_seed[r] = batch->dropout_seed[s];
                 t->drop_stream[r] = batch->dropout_stream[s];
@@ -314,13 +333,13 @@ static void expand_sequences(psoup__tape *t, const psoup__batch *batch, const ps
 }
 
 psoup_status psoup__tape_prepare(psoup__tape *t, const psoup__batch *batch, bool save,
-                                 const psoup__cache *cache, psoup_error *error) {
+                                 const psoup__cached *cached, psoup_error *error) {
     psoup_model *model = t->model;
     const psoup__ops *ops = model->be->ops;
     psoup_status status;
     int32_t positions = 0;
     t->rows = t->pulls = 0; /* until all is well there is no batch to ask about */
-    PSOUP__TRY(check_batch(model, batch, cache, &positions, error));
+    PSOUP__TRY(check_batch(model, batch, cached, &positions, error));
     PSOUP__TRY(psoup__model_positions(model, positions, error));
     t->rows = batch->rows;
     t->n = batch->n;
@@ -329,27 +348,32 @@ psoup_status psoup__tape_prepare(psoup__tape *t, const psoup__batch *batch, bool
     t->active = count_active(model, batch);
     t->n_adapters = model->n_adapters;
     t->edition = model->edition;
+    t->n_pages = 0;
+    for (int32_t s = 0; cached && ops->page && s < batch->n; s++)
+        t->n_pages += (size_t)psoup__cache_pages(cached->cache,
+                                                 cached->past[s] + batch->start[s + 1] - batch->start[s]);
 
     psoup__slab_measure(&t->host);
-    lay_out_host(t, cache != NULL);
+    lay_out_host(t, cached != NULL);
     PSOUP__TRY(psoup__slab_grow(t, &t->host, false, error));
-    lay_out_host(t, cache != NULL);
+    lay_out_host(t, cached != NULL);
     expand_mix(t, batch);
-    expand_sequences(t, batch, cache);
+    expand_sequences(t, batch, cached);
     psoup__tape_collect(t);
 
     PSOUP__TRY(ops->reserve(model->be, t->rows, psoup__model_widest(model), error));
     psoup__slab_measure(&t->device);
-    lay_out_device(t, cache != NULL);
+    lay_out_device(t, cached != NULL);
     PSOUP__TRY(psoup__slab_grow(t, &t->device, true, error));
-    lay_out_device(t, cache != NULL);
+    lay_out_device(t, cached != NULL);
     size_t rows = (size_t)t->rows, cells = rows * (size_t)t->active;
     ops->write(model->be, t->token, batch->tokens, rows * sizeof *t->token);
     ops->write(model->be, t->position, t->position_host, rows * sizeof *t->position);
     ops->write(model->be, t->span, t->span_host, (size_t)t->n * sizeof *t->span);
     t->spans.span = t->span;
-    if (cache)
-        ops->write(model->be, t->cached, t->cached_host, rows * sizeof *t->cached);
+    if (cached)
+        ops->write(model->be, t->place, t->place_host, rows * sizeof *t->place);
+    ops->write(model->be, t->pages, t->pages_host, t->n_pages * sizeof *t->pages);
     ops->write(model->be, t->mix_weight, t->weight_host, cells * sizeof *t->mix_weight);
     ops->write(model->be, t->mix_rows, t->used_by,
                (size_t)t->first[t->active] * sizeof *t->mix_rows);

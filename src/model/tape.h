@@ -18,15 +18,29 @@ typedef struct psoup__layer_tape {
     float *u[PSOUP__LINEARS]; /* see ops.h, linear_mix */
 } psoup__layer_tape;
 
-/* A KV cache that a batch reads and appends to: layer l, place s, token t is row
- * (l · places + s) · max_tokens + t of kv_width elements. */
+/* A KV cache (cache.c): row r of layer l begins at element (l · pages · page + r) · kv_width of k and v. Where
+ * ops->page is 0 a page holds a whole sequence, so that its rows follow one another. */
 typedef struct psoup__cache {
+    psoup_model *model;
     psoup_dtype dtype;
-    char *k, *v; /* device */
-    int32_t places, max_tokens; /* their product is an int32 */
-    const int32_t *place; /* host [batch n] */
-    const int32_t *past;  /* host [batch n]: tokens it already holds */
+    char *k, *v;         /* device */
+    int32_t page, pages; /* rows in a page, and how many pages: their product is an int32 */
+    int32_t *unused, n_unused;
 } psoup__cache;
+/* Room for so many sequences of max_tokens; with tokens > 0, for so many tokens of all together. */
+psoup_status psoup__cache_create(psoup_model *model, int32_t sequences, int32_t max_tokens, int64_t tokens,
+                                 psoup__cache **out, psoup_error *error);
+void psoup__cache_free(psoup__cache *cache);
+int32_t psoup__cache_pages(const psoup__cache *cache, int32_t tokens); /* that so many tokens take */
+bool psoup__cache_take(psoup__cache *cache, int32_t *pages, int32_t n); /* false where there are too few */
+void psoup__cache_give(psoup__cache *cache, const int32_t *pages, int32_t n);
+
+/* What the sequences of a batch have in a cache, which the batch reads and appends to. */
+typedef struct psoup__cached {
+    psoup__cache *cache;
+    int32_t *const *pages; /* host [batch n], each its own, for past and new tokens */
+    const int32_t *past;   /* host [batch n]: tokens it already holds */
+} psoup__cached;
 
 /* Memory handed out in slices, by the same code twice: after `measure` slices are NULL and only
  * counted; after `grow` they are real. */
@@ -64,14 +78,16 @@ struct psoup__tape {
     int32_t *first;                   /* [active + 1] */
     uint64_t *drop_seed, *drop_stream, *drop_offset; /* [rows] */
     psoup__span *span_host;           /* [n] */
-    int32_t *cached_host;             /* [rows], with a cache */
+    int32_t *place_host, *pages_host; /* [rows], [n_pages], with a cache */
     psoup__layer_tape *layers;        /* [layers + 1]; the last has x alone */
     psoup__slab host;
     /* Device. */
     int32_t *token, *position, *mix_rows;
     psoup__spans spans;
     psoup__span *span;   /* [n] */
-    int32_t *cached;     /* [rows]: each row's place in a layer of the cache */
+    int32_t *place;      /* [rows]: each row's row in a layer of the cache */
+    int32_t *pages;      /* [n_pages], of all sequences in turn; none where ops->page is 0 */
+    size_t n_pages;
     float *mix_weight;
     float *act;      /* [rows, ffn] */
     float *dropped;  /* [rows, widest input]: an adapter's input after dropout */
@@ -100,7 +116,7 @@ psoup_status psoup__slab_grow(psoup__tape *tape, psoup__slab *slab, bool device,
 
 /* Checks the batch, expands the mix to rows, lays out memory and copies the batch to the device. */
 psoup_status psoup__tape_prepare(psoup__tape *tape, const psoup__batch *batch, bool save,
-                                 const psoup__cache *cache, psoup_error *error);
+                                 const psoup__cached *cached, psoup_error *error);
 /* Collects the active adapters' pairs, with their gradients of this moment, into tape->lora. */
 void psoup__tape_collect(psoup__tape *tape);
 /* The pairs of one linear, or NULL where no active adapter has one. */
@@ -113,10 +129,10 @@ psoup_status psoup__check_rows(const psoup__tape *tape, const int32_t *row, cons
                                int32_t n, psoup_error *error);
 
 psoup__attention_shape psoup__model_attention(const psoup_model *model);
-/* psoup__forward over a cache: positions go on from what each place holds. */
+/* psoup__forward over a cache: positions go on from what each sequence has there. */
 psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *tape,
                                    const psoup__batch *batch, bool save,
-                                   const psoup__cache *cache, psoup_error *error);
+                                   const psoup__cached *cached, psoup_error *error);
 /* The lm head at `rows` ≤ chunk_rows rows of the batch: fills chunk.row, .hidden and .logits. */
 void psoup__chunk_logits(psoup__tape *tape, const int32_t *row, int32_t rows);
 

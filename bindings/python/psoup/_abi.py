@@ -497,6 +497,7 @@ psoup_session_options._fields_ = [
     ("max_tokens", c_int32),
     ("prefill_rows", c_int32),
     ("reserved", c_int32),
+    ("cache_tokens", c_int64),
 ]
 psoup_token_fn = CFUNCTYPE(c_int, c_void_p, c_int64, c_int32, c_float, c_int)
 psoup_completion._fields_ = [

@@ -119,6 +119,10 @@ class SessionOptions(TypedDict, total=False):
     max_tokens: int
     # prompt tokens taken in one step at most; 0: 512; default 0
     prefill_rows: int
+    # since 0.3: tokens that the cache holds of all sequences together, as keys and values; one
+    # waits until there is room for its prompt and longest answer. 0: max_sequences · max_tokens. At
+    # least one sequence of max_tokens always fits; default 0
+    cache_tokens: int
 
 
 class FeedbackOptions(TypedDict, total=False):

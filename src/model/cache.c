@@ -1,0 +1,64 @@
+/* A KV cache cut into pages. A sequence takes what its prompt and its longest answer need when it is admitted, so
+ * that no running one is ever left without. */
+#include "model/tape.h"
+
+void psoup__cache_free(psoup__cache *cache) {
+    if (!cache)
+        return;
+    psoup__backend *be = cache->model->be;
+    be->ops->release(be, cache->k);
+    be->ops->release(be, cache->v);
+    psoup__free(cache->model->context, cache->unused);
+    psoup__free(cache->model->context, cache);
+}
+
+psoup_status psoup__cache_create(psoup_model *model, int32_t sequences, int32_t max_tokens, int64_t tokens,
+                                 psoup__cache **out, psoup_error *error) {
+    psoup__backend *be = model->be;
+    *out = NULL;
+    psoup__cache *cache = psoup__alloc(model->context, 1, sizeof *cache, error);
+    if (!cache)
+        return PSOUP_ERROR_MEMORY;
+    cache->model = model;
+    cache->dtype = be->ops->cache(be, model->embed.dtype);
+    cache->page = be->ops->page ? be->ops->page : max_tokens;
+    int64_t each = ((int64_t)max_tokens + cache->page - 1) / cache->page, pages = sequences * each;
+    if (tokens > 0 && tokens / cache->page < pages)
+        pages = tokens / cache->page > each ? tokens / cache->page : each; /* one sequence at least */
+    size_t item = psoup_dtype_size(cache->dtype), cells = 0;
+    psoup_status status = PSOUP_ERROR_MEMORY;
+    if (!psoup__multiply((size_t)pages, (size_t)cache->page, &cells) || cells > INT32_MAX ||
+        !psoup__multiply(cells, (size_t)model->kv_width, &cells) ||
+        !psoup__multiply(cells, (size_t)model->config.num_hidden_layers, &cells)) {
+        status = psoup__out_of_memory(error, SIZE_MAX);
+        goto fail;
+    }
+    cache->pages = cache->n_unused = (int32_t)pages;
+    if (!(cache->k = be->ops->alloc(be, cells, item, error)) || !(cache->v = be->ops->alloc(be, cells, item, error)) ||
+        !(cache->unused = psoup__alloc(model->context, (size_t)pages, sizeof *cache->unused, error)))
+        goto fail;
+    for (int32_t i = 0; i < cache->pages; i++) /* taken from the end: page 0 first */
+        cache->unused[i] = cache->pages - 1 - i;
+    *out = cache;
+    return PSOUP_OK;
+fail:
+    psoup__cache_free(cache);
+    return status;
+}
+
+int32_t psoup__cache_pages(const psoup__cache *cache, int32_t tokens) {
+    return (tokens + cache->page - 1) / cache->page;
+}
+
+bool psoup__cache_take(psoup__cache *cache, int32_t *pages, int32_t n) {
+    if (n > cache->n_unused)
+        return false;
+    for (int32_t i = 0; i < n; i++)
+        pages[i] = cache->unused[--cache->n_unused];
+    return true;
+}
+
+void psoup__cache_give(psoup__cache *cache, const int32_t *pages, int32_t n) {
+    for (int32_t i = n; i-- > 0;)
+        cache->unused[cache->n_unused++] = pages[i];
+}
