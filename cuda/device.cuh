@@ -66,6 +66,29 @@ __device__ __forceinline__ bool aligned16(const void *p) {
     return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
 }
 
+/* Elements j … j + 3 of a row of `width`: at once where the row is `whole`, a multiple of 4 wide and aligned;
+ * else one by one, those beyond the end as 0. */
+__device__ __forceinline__ pack<float> load4(const float *row, int j, int width, bool whole) {
+    if (whole)
+        return load_pack(row + j);
+    pack<float> v;
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+        v.x[c] = c < width - j ? row[j + c] : 0;
+    return v;
+}
+
+__device__ __forceinline__ void store4(float *row, int j, int width, bool whole, const pack<float> &v) {
+    if (whole) {
+        store_pack(row + j, v);
+        return;
+    }
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+        if (c < width - j)
+            row[j + c] = v.x[c];
+}
+
 /* ---- sums ----------------------------------------------------------------------------------------------- */
 
 __device__ __forceinline__ float warp_sum(float x) {

@@ -1,6 +1,6 @@
 /* What stands between the linear layers. All of it is bound by memory: each element is read and written
  * once, 16 bytes at a time where the addresses allow it. */
-#include "device.cuh"
+#include "philox.cuh"
 
 /* A row of at most NORM_THREADS · 4 · KEPT elements stays in registers between the two passes. */
 PSOUP__KERNEL(rmsnorm, PSOUP__NORM_THREADS) {
@@ -47,6 +47,190 @@ PSOUP__KERNEL(rmsnorm, PSOUP__NORM_THREADS) {
         a.rstd[blockIdx.x] = rstd;
 }
 
+/* With x̂ = x · rstd and g = dout · weight: dx += rstd · (g − x̂ · mean(g · x̂)), and dweight += dout · x̂ over
+ * the block's rows, in their order. A row's elements are read once and stay in registers, as do the sums. */
+template <int THREADS, bool SUMS>
+__device__ __forceinline__ void rmsnorm_backward_rows(const psoup__rmsnorm_backward_args &a) {
+    enum { KEPT = PSOUP__NORM_KEPT };
+    const int width = a.width, thread = threadIdx.x;
+    const bool whole = width % 4 == 0 && aligned16(a.dx) && aligned16(a.x) && aligned16(a.dout) &&
+                       aligned16(a.weight) && (!SUMS || aligned16(a.sums));
+    const int first = blockIdx.x * a.rows_each, end = min(a.rows - first, a.rows_each) + first;
+    pack<float> sums[KEPT] = {};
+    for (int row = first; row < end; row++) {
+        const size_t at = (size_t)row * width;
+        const float rstd = a.rstd[row];
+        pack<float> dout[KEPT], x[KEPT], dx[KEPT];
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < KEPT; i++) {
+            const int j = (i * THREADS + thread) * 4;
+            if (j >= width)
+                break;
+            dout[i] = load4(a.dout + at, j, width, whole);
+            x[i] = load4(a.x + at, j, width, whole);
+            dx[i] = load4(a.dx + at, j, width, whole);
+            const pack<float> weight = load4(a.weight, j, width, whole);
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                if (SUMS)
+                    sums[i].x[c] += dout[i].x[c] * (x[i].x[c] * rstd);
+                dout[i].x[c] *= weight.x[c];
+                sum += dout[i].x[c] * x[i].x[c];
+            }
+        }
+        const float mean = block_sum<THREADS>(sum) * rstd * rstd / width;
+#pragma unroll
+        for (int i = 0; i < KEPT; i++) {
+            const int j = (i * THREADS + thread) * 4;
+            if (j >= width)
+                break;
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                dx[i].x[c] += rstd * (dout[i].x[c] - x[i].x[c] * mean);
+            store4(a.dx + at, j, width, whole, dx[i]);
+        }
+    }
+    if (!SUMS)
+        return;
+    float *out = a.sums + (size_t)blockIdx.x * width;
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        const int j = (i * THREADS + thread) * 4;
+        if (j >= width)
+            break;
+        if (gridDim.x == 1) {
+            const pack<float> before = load4(out, j, width, whole);
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                sums[i].x[c] += before.x[c];
+        }
+        store4(out, j, width, whole, sums[i]);
+    }
+}
+
+PSOUP__KERNEL(rmsnorm_backward, PSOUP__NORM_THREADS) { rmsnorm_backward_rows<PSOUP__NORM_THREADS, false>(a); }
+PSOUP__KERNEL_AS(rmsnorm_backward_512, rmsnorm_backward, PSOUP__NORM_WIDE) {
+    rmsnorm_backward_rows<PSOUP__NORM_WIDE, false>(a);
+}
+PSOUP__KERNEL_AS(rmsnorm_backward_sums, rmsnorm_backward, PSOUP__NORM_THREADS) {
+    rmsnorm_backward_rows<PSOUP__NORM_THREADS, true>(a);
+}
+PSOUP__KERNEL_AS(rmsnorm_backward_sums_512, rmsnorm_backward, PSOUP__NORM_WIDE) {
+    rmsnorm_backward_rows<PSOUP__NORM_WIDE, true>(a);
+}
+
+/* Any width: a row is read twice and the sums stay in memory, each element with one thread. */
+PSOUP__KERNEL_AS(rmsnorm_backward_wide, rmsnorm_backward, PSOUP__NORM_WIDE) {
+    const int first = blockIdx.x * a.rows_each, end = min(a.rows - first, a.rows_each) + first;
+    float *sums = a.sums ? a.sums + (size_t)blockIdx.x * a.width : nullptr;
+    for (int row = first; row < end; row++) {
+        const float *dout = a.dout + (size_t)row * a.width, *x = a.x + (size_t)row * a.width;
+        float *dx = a.dx + (size_t)row * a.width;
+        const float rstd = a.rstd[row];
+        float sum = 0;
+        for (int j = threadIdx.x; j < a.width; j += PSOUP__NORM_WIDE)
+            sum += dout[j] * a.weight[j] * x[j];
+        const float mean = block_sum<PSOUP__NORM_WIDE>(sum) * rstd * rstd / a.width;
+        const bool fresh = row == first && gridDim.x > 1;
+        for (int j = threadIdx.x; j < a.width; j += PSOUP__NORM_WIDE) {
+            dx[j] += rstd * (dout[j] * a.weight[j] - x[j] * mean);
+            if (sums)
+                sums[j] = (fresh ? 0 : sums[j]) + dout[j] * (x[j] * rstd);
+        }
+    }
+}
+
+/* Warp w of a block adds up rows w, w + 8 …, a column to a lane; then the warps' sums are added in order. */
+PSOUP__KERNEL(column_sums, PSOUP__FLAT_THREADS) {
+    enum { WARPS = PSOUP__FLAT_THREADS / 32 };
+    SHARED float part[WARPS][PSOUP__SUM_COLUMNS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int j = blockIdx.x * PSOUP__SUM_COLUMNS + lane;
+    float sum = 0;
+#pragma unroll 8
+    for (int i = warp; j < a.width && i < a.n; i += WARPS)
+        sum += a.sums[(size_t)i * a.width + j];
+    part[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || j >= a.width)
+        return;
+    sum = 0;
+    for (int i = 0; i < WARPS; i++)
+        sum += part[i][lane];
+    a.out[j] += sum;
+}
+
+/* Threads take four pairs at a time, of any head. */
+PSOUP__KERNEL(rope, PSOUP__FLAT_THREADS) {
+    const int half = a.head_dim / 2, each = (half + 3) / 4;
+    const bool whole = half % 4 == 0 && a.stride % 4 == 0 && aligned16(a.x) && aligned16(a.cos_sin);
+    const float *cosine = a.cos_sin + (size_t)a.position[blockIdx.x] * a.head_dim, *sine = cosine + half;
+    float *x = a.x + (int64_t)blockIdx.x * a.stride;
+    for (int k = threadIdx.x; k < a.heads * each; k += blockDim.x) {
+        const int j = k % each * 4;
+        float *low_at = x + (size_t)(k / each) * a.head_dim, *high_at = low_at + half;
+        pack<float> low = load4(low_at, j, half, whole), high = load4(high_at, j, half, whole);
+        const pack<float> cosines = load4(cosine, j, half, whole), sines = load4(sine, j, half, whole);
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const float p = low.x[c], q = high.x[c], s = sines.x[c] * a.sign;
+            low.x[c] = p * cosines.x[c] - q * s;
+            high.x[c] = q * cosines.x[c] + p * s;
+        }
+        store4(low_at, j, half, whole, low);
+        store4(high_at, j, half, whole, high);
+    }
+}
+
+__device__ __forceinline__ float swiglu_of(float gate, float up) { return gate / (1 + expf(-gate)) * up; }
+
+PSOUP__KERNEL(swiglu, PSOUP__FLAT_THREADS) {
+    const uint64_t step = (uint64_t)gridDim.x * PSOUP__FLAT_THREADS;
+    const uint64_t start = (uint64_t)blockIdx.x * PSOUP__FLAT_THREADS + threadIdx.x;
+    const uint64_t packs = aligned16(a.out) && aligned16(a.gate) && aligned16(a.up) ? a.n / 4 : 0;
+    for (uint64_t i = start; i < packs; i += step) {
+        const pack<float> gate = load_pack(a.gate + i * 4), up = load_pack(a.up + i * 4);
+        pack<float> out;
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            out.x[c] = swiglu_of(gate.x[c], up.x[c]);
+        store_pack(a.out + i * 4, out);
+    }
+    for (uint64_t i = packs * 4 + start; i < a.n; i += step)
+        a.out[i] = swiglu_of(a.gate[i], a.up[i]);
+}
+
+/* With σ = sigmoid(gate): gate becomes dout·up·σ·(1 + gate·(1 − σ)), up becomes dout·gate·σ. */
+__device__ __forceinline__ void swiglu_turn(float &gate, float &up, float dout) {
+    const float sigmoid = 1 / (1 + expf(-gate)), dup = dout * gate * sigmoid;
+    gate = dout * up * sigmoid * (1 + gate * (1 - sigmoid));
+    up = dup;
+}
+
+PSOUP__KERNEL(swiglu_backward, PSOUP__FLAT_THREADS) {
+    const uint64_t step = (uint64_t)gridDim.x * PSOUP__FLAT_THREADS;
+    const uint64_t start = (uint64_t)blockIdx.x * PSOUP__FLAT_THREADS + threadIdx.x;
+    const bool whole = aligned16(a.dgate) && aligned16(a.dup) && aligned16(a.dout) && aligned16(a.gate) &&
+                       aligned16(a.up);
+    const uint64_t packs = whole ? a.n / 4 : 0;
+    for (uint64_t i = start; i < packs; i += step) {
+        pack<float> gate = load_pack(a.gate + i * 4), up = load_pack(a.up + i * 4);
+        const pack<float> dout = load_pack(a.dout + i * 4);
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            swiglu_turn(gate.x[c], up.x[c], dout.x[c]);
+        store_pack(a.dgate + i * 4, gate);
+        store_pack(a.dup + i * 4, up);
+    }
+    for (uint64_t i = packs * 4 + start; i < a.n; i += step) {
+        float gate = a.gate[i], up = a.up[i];
+        swiglu_turn(gate, up, a.dout[i]);
+        a.dgate[i] = gate;
+        a.dup[i] = up;
+    }
+}
+
 PSOUP__KERNEL(add, PSOUP__FLAT_THREADS) {
     const uint64_t step = (uint64_t)gridDim.x * PSOUP__FLAT_THREADS;
     const uint64_t start = (uint64_t)blockIdx.x * PSOUP__FLAT_THREADS + threadIdx.x;
@@ -62,3 +246,41 @@ PSOUP__KERNEL(add, PSOUP__FLAT_THREADS) {
     for (uint64_t i = packs * 4 + start; i < a.n; i += step)
         a.x[i] += a.y[i];
 }
+
+/* A thread takes the elements of one Philox block: four, or at the ends of a row that begins or ends within a
+ * block those that are the row's. */
+template <bool ADD> __device__ __forceinline__ void drop_row(const psoup__dropout_args &a) {
+    const size_t row = blockIdx.x;
+    const uint64_t seed = a.seed[row], stream = a.stream[row], position = a.offset[row] * (uint64_t)a.width;
+    const int before = (int)(position % 4);
+    const float *in = a.in + row * a.width;
+    float *out = a.out + row * a.width;
+    const bool whole = a.width % 4 == 0 && before == 0 && aligned16(in) && aligned16(out);
+    for (int j = (int)threadIdx.x * 4 - before; j < a.width; j += (int)blockDim.x * 4) {
+        const uint4 words = philox_block(seed, stream, (position + j) / 4);
+        const float u[4] = {uniform_of(words.x), uniform_of(words.y), uniform_of(words.z), uniform_of(words.w)};
+        if (whole) {
+            pack<float> x = load_pack(in + j);
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                x.x[c] = u[c] >= a.p ? x.x[c] * a.scale : 0;
+            if (ADD) {
+                const pack<float> y = load_pack(out + j);
+#pragma unroll
+                for (int c = 0; c < 4; c++)
+                    x.x[c] += y.x[c];
+            }
+            store_pack(out + j, x);
+            continue;
+        }
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            if (j + c >= 0 && j + c < a.width) {
+                const float x = u[c] >= a.p ? in[j + c] * a.scale : 0;
+                out[j + c] = ADD ? out[j + c] + x : x;
+            }
+    }
+}
+
+PSOUP__KERNEL(dropout, PSOUP__FLAT_THREADS) { drop_row<false>(a); }
+PSOUP__KERNEL_AS(dropout_backward, dropout, PSOUP__FLAT_THREADS) { drop_row<true>(a); }

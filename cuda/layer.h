@@ -4,7 +4,9 @@
 
 #include <stdint.h>
 
-enum { PSOUP__NORM_THREADS = 256, PSOUP__FLAT_THREADS = 256 };
+/* A row of at most NORM_THREADS · 4 · KEPT elements stays in the backward's registers; NORM_WIDE threads keep
+ * one of twice that. FLAT_THREADS: of kernels that only move and map elements, or fewer for narrow rows. */
+enum { PSOUP__NORM_THREADS = 256, PSOUP__NORM_WIDE = 512, PSOUP__NORM_KEPT = 4, PSOUP__FLAT_THREADS = 256 };
 
 typedef struct psoup__rmsnorm_args {
     float *out, *rstd;
@@ -13,15 +15,74 @@ typedef struct psoup__rmsnorm_args {
     int32_t width;
 } psoup__rmsnorm_args;
 
-/* x += y, n elements: FLAT_THREADS to a block, as many blocks as fill the device, each walking on. */
+/* A block takes rows_each rows. Its sums for dweight go to sums + blockIdx.x · width, or, where it is the only
+ * block, are added there. */
+typedef struct psoup__rmsnorm_backward_args {
+    float *dx, *sums;
+    const float *dout, *x, *weight, *rstd;
+    int32_t rows, rows_each, width;
+} psoup__rmsnorm_backward_args;
+
+/* out [width] += Σ_i sums[i][width], i < n: SUM_COLUMNS columns to a block. */
+enum { PSOUP__SUM_COLUMNS = 32 };
+typedef struct psoup__column_sums_args {
+    float *out;
+    const float *sums;
+    int32_t n, width;
+} psoup__column_sums_args;
+
+/* A block to a row. */
+typedef struct psoup__rope_args {
+    float *x;
+    const float *cos_sin;
+    const int32_t *position;
+    int64_t stride;
+    int32_t heads, head_dim;
+    float sign; /* of the sines */
+} psoup__rope_args;
+
+/* Of n elements: FLAT_THREADS to a block, as many blocks as fill the device, each walking on. */
+typedef struct psoup__swiglu_args {
+    float *out;
+    const float *gate, *up;
+    uint64_t n;
+} psoup__swiglu_args;
+
+typedef struct psoup__swiglu_backward_args {
+    float *dgate, *dup;
+    const float *dout, *gate, *up;
+    uint64_t n;
+} psoup__swiglu_backward_args;
+
+/* x += y */
 typedef struct psoup__add_args {
     float *x;
     const float *y;
     uint64_t n;
 } psoup__add_args;
 
+/* A block to a row; seed, stream and offset [rows]. */
+typedef struct psoup__dropout_args {
+    float *out;
+    const float *in;
+    const uint64_t *seed, *stream, *offset;
+    float p, scale;
+    int32_t width;
+} psoup__dropout_args;
+
 #define PSOUP__LAYER_KERNELS(X) \
     X(rmsnorm, rmsnorm) \
-    X(add, add)
+    X(rmsnorm_backward, rmsnorm_backward) \
+    X(rmsnorm_backward_512, rmsnorm_backward) \
+    X(rmsnorm_backward_sums, rmsnorm_backward) \
+    X(rmsnorm_backward_sums_512, rmsnorm_backward) \
+    X(rmsnorm_backward_wide, rmsnorm_backward) \
+    X(column_sums, column_sums) \
+    X(rope, rope) \
+    X(swiglu, swiglu) \
+    X(swiglu_backward, swiglu_backward) \
+    X(add, add) \
+    X(dropout, dropout) \
+    X(dropout_backward, dropout)
 
 #endif

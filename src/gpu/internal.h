@@ -70,6 +70,17 @@ void psoup__gpu_launch(psoup__gpu *gpu, psoup__kernel kernel, psoup__grid grid, 
     psoup__gpu_launch(gpu, PSOUP__KERNEL_##name, grid, &(psoup__##name##_args)__VA_ARGS__)
 /* A grid of one dimension whose blocks walk over n elements, `each` to a thread and step. */
 psoup__grid psoup__gpu_flat(const psoup__gpu *gpu, size_t n, size_t each);
+/* A block to a row, of as many warps as a row's `items` give work to, a FLAT_THREADS at most. */
+psoup__grid psoup__gpu_rows(int32_t rows, int32_t items);
+
+/* Sums over rows, in one order: blocks of `each` rows write theirs to `sums` [blocks, width], and gpu_row_sums_end
+ * adds those up. One block alone adds to `out` itself. They take what reserve(rows, width) gives. */
+typedef struct psoup__row_sums {
+    float *out, *sums;
+    int32_t each, blocks, width;
+} psoup__row_sums;
+psoup__row_sums psoup__gpu_row_sums(psoup__gpu *gpu, float *out, int32_t rows, int32_t width);
+void psoup__gpu_row_sums_end(psoup__gpu *gpu, const psoup__row_sums *sums);
 
 /* ---- upload.c --------------------------------------------------------------------------------------------- */
 

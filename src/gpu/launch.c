@@ -49,3 +49,33 @@ psoup__grid psoup__gpu_flat(const psoup__gpu *gpu, size_t n, size_t each) {
     return (psoup__grid){.x = (unsigned)(blocks < most ? blocks : most), .y = 1, .z = 1,
                          .threads = PSOUP__FLAT_THREADS};
 }
+
+psoup__grid psoup__gpu_rows(int32_t rows, int32_t items) {
+    int32_t threads = items < PSOUP__FLAT_THREADS ? (items + 31) / 32 * 32 : PSOUP__FLAT_THREADS;
+    return (psoup__grid){.x = (unsigned)rows, .y = 1, .z = 1, .threads = (unsigned)threads};
+}
+
+/* At least four rows to a block: ⌈rows / 4⌉ · width sums in f32 are no more than rows · width in 16 bits, once
+ * there are two blocks. At most two blocks for each multiprocessor. */
+psoup__row_sums psoup__gpu_row_sums(psoup__gpu *gpu, float *out, int32_t rows, int32_t width) {
+    enum { LEAST = 4, WAVES = 2 };
+    int32_t most = gpu->processors * WAVES, each = (rows + most - 1) / most;
+    psoup__row_sums sums = {.out = out, .sums = out, .each = each > LEAST ? each : LEAST, .width = width};
+    sums.blocks = (rows + sums.each - 1) / sums.each;
+    if (sums.blocks < 2)
+        return sums;
+    sums.sums = (float *)(uintptr_t)gpu->room;
+    if ((size_t)sums.blocks * (size_t)width * sizeof(float) > gpu->room_bytes &&
+        gpu->failed.status == PSOUP_OK)
+        psoup__fail(&gpu->failed, PSOUP_ERROR_STATE, "GPU: no room was reserved for sums over %d rows of %d",
+                    (int)rows, (int)width);
+    return sums;
+}
+
+void psoup__gpu_row_sums_end(psoup__gpu *gpu, const psoup__row_sums *sums) {
+    if (sums->blocks > 1)
+        PSOUP__LAUNCH(gpu, column_sums,
+                      ((psoup__grid){(unsigned)(sums->width + PSOUP__SUM_COLUMNS - 1) / PSOUP__SUM_COLUMNS, 1, 1,
+                                     PSOUP__FLAT_THREADS, 0}),
+                      {sums->out, sums->sums, sums->blocks, sums->width});
+}
