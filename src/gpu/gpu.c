@@ -183,23 +183,26 @@ static void gpu_free(psoup__backend *be) {
 
 /* ---- the table ---------------------------------------------------------------------------------------- */
 
-/* The largest need of any op: linear_mix's input in 16 bits, or attention's partial sums. */
-static psoup_status gpu_reserve(psoup__backend *be, int32_t rows, int32_t width, psoup_error *error) {
-    psoup__gpu *gpu = psoup__gpu_of(be);
-    size_t bytes = 0;
-    if (!psoup__multiply((size_t)rows, (size_t)width, &bytes) || !psoup__multiply(bytes, 2, &bytes))
-        return psoup__out_of_memory(error, SIZE_MAX);
+psoup_status psoup__gpu_make_room(psoup__gpu *gpu, size_t bytes, psoup_error *error) {
     if (bytes <= gpu->room_bytes)
         return PSOUP_OK;
-    gpu_release(be, (void *)(uintptr_t)gpu->room);
+    gpu_release(&gpu->base, (void *)(uintptr_t)gpu->room);
     gpu->room = 0;
     gpu->room_bytes = 0;
-    void *room = gpu_alloc(be, bytes, 1, error);
+    void *room = gpu_alloc(&gpu->base, bytes, 1, error);
     if (!room)
         return PSOUP_ERROR_MEMORY;
     gpu->room = psoup__gpu_address(room);
     gpu->room_bytes = bytes;
     return PSOUP_OK;
+}
+
+/* The largest need of any op: linear_mix's input in 16 bits, or attention's partial sums. */
+static psoup_status gpu_reserve(psoup__backend *be, int32_t rows, int32_t width, psoup_error *error) {
+    size_t bytes = 0;
+    if (!psoup__multiply((size_t)rows, (size_t)width, &bytes) || !psoup__multiply(bytes, 2, &bytes))
+        return psoup__out_of_memory(error, SIZE_MAX);
+    return psoup__gpu_make_room(psoup__gpu_of(be), bytes, error);
 }
 
 /* Half of the bytes for models that have half of the bits. */

@@ -56,6 +56,8 @@ static inline psoup__cu_pointer psoup__gpu_address(const void *memory) {
 bool psoup__gpu_failed(psoup__gpu *gpu, psoup__cu_result result, const char *what);
 /* "no GPU memory: 12 bytes", or what else the driver says. */
 psoup_status psoup__gpu_fail(psoup__gpu *gpu, psoup__cu_result result, const char *what, psoup_error *error);
+/* Makes sure that gpu->room has so many bytes; what was in it is lost. */
+psoup_status psoup__gpu_make_room(psoup__gpu *gpu, size_t bytes, psoup_error *error);
 
 /* ---- launch.c ------------------------------------------------------------------------------------------- */
 
