@@ -84,8 +84,8 @@ typedef struct psoup__draw {
     int32_t top_k;        /* 0: all */
     float top_p;          /* 1: all */
     uint64_t seed, sequence, position; /* its Philox word */
-    const int32_t *banned; /* host, n_banned tokens that get probability 0 (no-repeat n-grams, min
-                              new tokens) */
+    const int32_t *banned; /* [n_banned]: tokens that get probability 0 (no-repeat n-grams, min new
+                            * tokens); any may be there twice */
     int32_t n_banned;
 } psoup__draw;
 
@@ -230,7 +230,7 @@ typedef struct psoup__ops {
      * first token, in descending probability (ties: ascending id), whose cumulative probability
      * exceeds u. A row whose logits hold NaN gives token −1. */
     void (*sample)(psoup__backend *be, int32_t *token /* [rows] */, float *logprob /* [rows] */,
-                   const float *logits, const psoup__draw *draw /* host [rows] */, int32_t rows,
+                   const float *logits, const psoup__draw *draw /* [rows] */, int32_t rows,
                    int32_t vocab);
 
     /* One optimiser step over a flat buffer of n parameters. */

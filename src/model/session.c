@@ -49,6 +49,9 @@ struct psoup_session {
     size_t mix_capacity;
     int32_t *sample_row;              /* [places] */
     psoup__draw *draws;               /* [places] */
+    psoup__draw *device_draws;        /* device [chunk_rows] */
+    int32_t *device_banned;           /* device [banned_capacity]: of all of a chunk's rows in turn */
+    size_t banned_capacity;
     int32_t *drawn;                   /* [places] */
     float *logprobs;                  /* [places] */
     int32_t *device_token;            /* device [chunk_rows] */
@@ -82,7 +85,8 @@ void psoup_session_free(psoup_session *session) {
     }
     psoup__tape_free(session->tape);
     psoup__cache_free(session->cache);
-    void *device[] = {session->device_token, session->device_logprob};
+    void *device[] = {session->device_token, session->device_logprob, session->device_draws,
+                      session->device_banned};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
         be->ops->release(be, device[i]);
     void *host[] = {session->running, session->parts, session->tokens,     session->start,
@@ -100,6 +104,7 @@ static psoup_status allocate(psoup_session *s, psoup_error *error) {
     bool whole =
         (s->device_token = ops->alloc(model->be, chunk, sizeof *s->device_token, error)) &&
         (s->device_logprob = ops->alloc(model->be, chunk, sizeof *s->device_logprob, error)) &&
+        (s->device_draws = ops->alloc(model->be, chunk, sizeof *s->device_draws, error)) &&
         (s->running = psoup__alloc(context, places, sizeof *s->running, error)) &&
         (s->parts = psoup__alloc(context, places, sizeof *s->parts, error)) &&
         (s->tokens = psoup__alloc(context, places + (size_t)s->prefill_rows, sizeof *s->tokens,
@@ -363,6 +368,31 @@ static psoup_status gather(psoup_session *session, psoup__batch *batch, int32_t 
     return PSOUP_OK;
 }
 
+/* Draws and what they ban, onto the device. */
+static psoup_status upload_draws(psoup_session *session, psoup__draw *draws, int32_t rows,
+                                 psoup_error *error) {
+    psoup__backend *be = session->model->be;
+    size_t banned = 0;
+    for (int32_t i = 0; i < rows; i++)
+        banned += (size_t)draws[i].n_banned;
+    if (banned > session->banned_capacity) {
+        be->ops->release(be, session->device_banned);
+        session->banned_capacity = 0;
+        session->device_banned = be->ops->alloc(be, 2 * banned, sizeof *session->device_banned, error);
+        if (!session->device_banned)
+            return PSOUP_ERROR_MEMORY;
+        session->banned_capacity = 2 * banned;
+    }
+    int32_t *to = session->device_banned;
+    for (int32_t i = 0; i < rows; i++) {
+        be->ops->write(be, to, draws[i].banned, (size_t)draws[i].n_banned * sizeof *to);
+        draws[i].banned = to;
+        to += draws[i].n_banned;
+    }
+    be->ops->write(be, session->device_draws, draws, (size_t)rows * sizeof *draws);
+    return PSOUP_OK;
+}
+
 static psoup_status draw(psoup_session *session, int32_t samples, psoup_error *error) {
     psoup_model *model = session->model;
     const psoup__ops *ops = model->be->ops;
@@ -371,8 +401,9 @@ static psoup_status draw(psoup_session *session, int32_t samples, psoup_error *e
     for (int32_t first = 0; first < samples; first += tape->chunk_rows) {
         int32_t rows = samples - first < tape->chunk_rows ? samples - first : tape->chunk_rows;
         psoup__chunk_logits(tape, session->sample_row + first, rows);
+        PSOUP__TRY(upload_draws(session, session->draws + first, rows, error));
         ops->sample(model->be, session->device_token, session->device_logprob, tape->chunk.logits,
-                    session->draws + first, rows, model->config.vocab_size);
+                    session->device_draws, rows, model->config.vocab_size);
         PSOUP__TRY(ops->read(model->be, session->drawn + first, session->device_token,
                              (size_t)rows * sizeof(int32_t), error));
         PSOUP__TRY(ops->read(model->be, session->logprobs + first, session->device_logprob,
