@@ -47,8 +47,9 @@ PSOUP__KERNEL(rmsnorm, PSOUP__NORM_THREADS) {
         a.rstd[blockIdx.x] = rstd;
 }
 
-/* With x̂ = x · rstd and g = dout · weight: dx += rstd · (g − x̂ · mean(g · x̂)), and dweight += dout · x̂ over
- * the block's rows, in their order. A row's elements are read once and stay in registers, as do the sums. */
+/* With x̂ = x · rstd and g = dout · weight: dx += rstd · (g − x̂ · mean(g · x̂)), and dweight += dout · x̂
+ * over the block's rows, in their order. A row's elements are read once and stay in registers, as do the
+ * sums. */
 template <int THREADS, bool SUMS>
 __device__ __forceinline__ void rmsnorm_backward_rows(const psoup__rmsnorm_backward_args &a) {
     enum { KEPT = PSOUP__NORM_KEPT };
@@ -258,7 +259,8 @@ template <bool ADD> __device__ __forceinline__ void drop_row(const psoup__dropou
     const bool whole = a.width % 4 == 0 && before == 0 && aligned16(in) && aligned16(out);
     for (int j = (int)threadIdx.x * 4 - before; j < a.width; j += (int)blockDim.x * 4) {
         const uint4 words = philox_block(seed, stream, (position + j) / 4);
-        const float u[4] = {uniform_of(words.x), uniform_of(words.y), uniform_of(words.z), uniform_of(words.w)};
+        const float u[4] = {uniform_of(words.x), uniform_of(words.y), uniform_of(words.z),
+                            uniform_of(words.w)};
         if (whole) {
             pack<float> x = load_pack(in + j);
 #pragma unroll

@@ -4,8 +4,8 @@
 
 #include <stdint.h>
 
-/* A row of at most NORM_THREADS · 4 · KEPT elements stays in the backward's registers; NORM_WIDE threads keep
- * one of twice that. FLAT_THREADS: of kernels that only move and map elements, or fewer for narrow rows. */
+/* A row of at most NORM_THREADS · 4 · KEPT elements stays in the backward's registers; NORM_WIDE threads
+ * keep one of twice that. FLAT_THREADS: of kernels that only move and map elements, fewer for narrow rows. */
 enum { PSOUP__NORM_THREADS = 256, PSOUP__NORM_WIDE = 512, PSOUP__NORM_KEPT = 4, PSOUP__FLAT_THREADS = 256 };
 
 typedef struct psoup__rmsnorm_args {
@@ -15,8 +15,8 @@ typedef struct psoup__rmsnorm_args {
     int32_t width;
 } psoup__rmsnorm_args;
 
-/* A block takes rows_each rows. Its sums for dweight go to sums + blockIdx.x · width, or, where it is the only
- * block, are added there. */
+/* A block takes rows_each rows. Its sums for dweight go to sums + blockIdx.x · width, or, where it is the
+ * only block, are added there. */
 typedef struct psoup__rmsnorm_backward_args {
     float *dx, *sums;
     const float *dout, *x, *weight, *rstd;

@@ -75,8 +75,9 @@ psoup__grid psoup__gpu_flat(const psoup__gpu *gpu, size_t n, size_t each);
 /* A block to a row, of as many warps as a row's `items` give work to, a FLAT_THREADS at most. */
 psoup__grid psoup__gpu_rows(int32_t rows, int32_t items);
 
-/* Sums over rows, in one order: blocks of `each` rows write theirs to `sums` [blocks, width], and gpu_row_sums_end
- * adds those up. One block alone adds to `out` itself. They take what reserve(rows, width) gives. */
+/* Sums over rows, in one order: blocks of `each` rows write theirs to `sums` [blocks, width], and
+ * gpu_row_sums_end adds those up. One block alone adds to `out` itself. They take what reserve(rows, width)
+ * gives. */
 typedef struct psoup__row_sums {
     float *out, *sums;
     int32_t each, blocks, width;

@@ -67,15 +67,14 @@ psoup__row_sums psoup__gpu_row_sums(psoup__gpu *gpu, float *out, int32_t rows, i
     sums.sums = (float *)(uintptr_t)gpu->room;
     if ((size_t)sums.blocks * (size_t)width * sizeof(float) > gpu->room_bytes &&
         gpu->failed.status == PSOUP_OK)
-        psoup__fail(&gpu->failed, PSOUP_ERROR_STATE, "GPU: no room was reserved for sums over %d rows of %d",
-                    (int)rows, (int)width);
+        psoup__fail(&gpu->failed, PSOUP_ERROR_STATE,
+                    "GPU: no room was reserved for sums over %d rows of %d", (int)rows, (int)width);
     return sums;
 }
 
 void psoup__gpu_row_sums_end(psoup__gpu *gpu, const psoup__row_sums *sums) {
+    const int32_t tiles = (sums->width + PSOUP__SUM_COLUMNS - 1) / PSOUP__SUM_COLUMNS;
     if (sums->blocks > 1)
-        PSOUP__LAUNCH(gpu, column_sums,
-                      ((psoup__grid){(unsigned)(sums->width + PSOUP__SUM_COLUMNS - 1) / PSOUP__SUM_COLUMNS, 1, 1,
-                                     PSOUP__FLAT_THREADS, 0}),
+        PSOUP__LAUNCH(gpu, column_sums, ((psoup__grid){(unsigned)tiles, 1, 1, PSOUP__FLAT_THREADS, 0}),
                       {sums->out, sums->sums, sums->blocks, sums->width});
 }

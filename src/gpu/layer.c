@@ -41,8 +41,8 @@ static void swiglu(psoup__backend *be, float *out, const float *gate, const floa
     PSOUP__LAUNCH(gpu, swiglu, psoup__gpu_flat(gpu, n, 4), {out, gate, up, n});
 }
 
-static void swiglu_backward(psoup__backend *be, float *dgate, float *dup, const float *dout, const float *gate,
-                            const float *up, size_t n) {
+static void swiglu_backward(psoup__backend *be, float *dgate, float *dup, const float *dout,
+                            const float *gate, const float *up, size_t n) {
     psoup__gpu *gpu = psoup__gpu_of(be);
     PSOUP__LAUNCH(gpu, swiglu_backward, psoup__gpu_flat(gpu, n, 4), {dgate, dup, dout, gate, up, n});
 }
@@ -63,13 +63,15 @@ static void drop(psoup__gpu *gpu, psoup__kernel kernel, float *out, const float 
                                           .seed = psoup__gpu_stage(gpu, dropout->seed + first, bytes),
                                           .stream = psoup__gpu_stage(gpu, dropout->stream + first, bytes),
                                           .offset = psoup__gpu_stage(gpu, dropout->offset + first, bytes),
-                                          .p = dropout->p, .scale = 1.0f / (1.0f - dropout->p), .width = width};
+                                          .p = dropout->p,
+                                          .scale = 1.0f / (1.0f - dropout->p),
+                                          .width = width};
         psoup__gpu_launch(gpu, kernel, psoup__gpu_rows(n, (width + 3) / 4), &args);
     }
 }
 
-static void dropout(psoup__backend *be, float *out, const float *in, const psoup__dropout *options, int32_t rows,
-                    int32_t width) {
+static void dropout(psoup__backend *be, float *out, const float *in, const psoup__dropout *options,
+                    int32_t rows, int32_t width) {
     if (options->p > 0)
         drop(psoup__gpu_of(be), PSOUP__KERNEL_dropout, out, in, options, rows, width);
     else if (out != in)

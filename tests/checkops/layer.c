@@ -32,16 +32,17 @@ static void check_add(checker *c, size_t n) {
     free(want);
 }
 
-/* With x̂ = x · rstd and g = dout · weight: dx += rstd · (g − x̂ · mean(g · x̂)), dweight += Σ dout · x̂. The buffers
- * begin `shift` elements into their memory. */
+/* With x̂ = x · rstd and g = dout · weight: dx += rstd · (g − x̂ · mean(g · x̂)), dweight += Σ dout · x̂. The
+ * buffers begin `shift` elements into their memory. */
 static void check_rmsnorm_backward(checker *c, int32_t rows, int32_t width, size_t shift, bool wants_weight) {
     begin(c, "rmsnorm_backward", "rows %d, width %d, shift %zu%s", (int)rows, (int)width, shift,
           wants_weight ? "" : ", no dweight");
     psoup_error error;
     const size_t n = (size_t)rows * (size_t)width;
-    buffer *dx = input(c, n + shift), *dweight = input(c, (size_t)width + shift), *dout = input(c, n + shift);
-    buffer *x = input(c, n + shift), *weight = input(c, (size_t)width + shift), *rstd = input(c, (size_t)rows);
-    double *want = doubles_of(dx->host, n + shift), *want_weight = doubles_of(dweight->host, (size_t)width + shift);
+    const size_t columns = (size_t)width + shift;
+    buffer *dx = input(c, n + shift), *dweight = input(c, columns), *dout = input(c, n + shift);
+    buffer *x = input(c, n + shift), *weight = input(c, columns), *rstd = input(c, (size_t)rows);
+    double *want = doubles_of(dx->host, n + shift), *want_weight = doubles_of(dweight->host, columns);
     for (int32_t i = 0; i < rows; i++) {
         const float *row = x->host + shift + (size_t)i * (size_t)width;
         const float *drow = dout->host + shift + (size_t)i * (size_t)width;
@@ -58,8 +59,8 @@ static void check_rmsnorm_backward(checker *c, int32_t rows, int32_t width, size
     }
     expect_true(c, "there is room", c->ops->reserve(c->be, rows, width, &error) == PSOUP_OK);
     c->ops->rmsnorm_backward(c->be, dx->device + shift, wants_weight ? dweight->device + shift : NULL,
-                             dout->device + shift, x->device + shift, weight->device + shift, rstd->device, rows,
-                             width);
+                             dout->device + shift, x->device + shift, weight->device + shift, rstd->device,
+                             rows, width);
     expect(c, "dx", dx, want, 1e-6);
     expect(c, "dweight", dweight, want_weight, 1e-6);
     free(want), free(want_weight);
@@ -67,7 +68,8 @@ static void check_rmsnorm_backward(checker *c, int32_t rows, int32_t width, size
 
 /* Forward and back; what lies between heads · head_dim and the stride stays. */
 static void check_rope(checker *c, int32_t rows, int32_t heads, int32_t head_dim, int32_t gap) {
-    begin(c, "rope", "rows %d, heads %d, head_dim %d, gap %d", (int)rows, (int)heads, (int)head_dim, (int)gap);
+    begin(c, "rope", "rows %d, heads %d, head_dim %d, gap %d", (int)rows, (int)heads, (int)head_dim,
+          (int)gap);
     enum { POSITIONS = 40 };
     const int32_t half = head_dim / 2, stride = heads * head_dim + gap;
     const size_t n = (size_t)rows * (size_t)stride;
@@ -126,7 +128,8 @@ static void check_swiglu(checker *c, size_t n, size_t shift) {
     }
     c->ops->swiglu(c->be, out->device, gate->device + shift, up->device, n);
     expect(c, "out", out, want, 1e-6);
-    c->ops->swiglu_backward(c->be, dgate->device, dup->device, dout->device, gate->device + shift, up->device, n);
+    c->ops->swiglu_backward(c->be, dgate->device, dup->device, dout->device, gate->device + shift, up->device,
+                            n);
     gate_loss l = {doubles_of(gate->host + shift, n), doubles_of(up->host, n), doubles_of(dout->host, n), n};
     const size_t step = n / 16 + 1;
     differences(c, "dgate", dgate, NULL, l.gate, n, step, swiglu_loss, &l, 1e-4);
@@ -162,8 +165,8 @@ static void check_dropout(checker *c, int32_t rows, int32_t width, float p) {
         table[2 * rows + i] = (uint64_t)i << 34 | (uint64_t)(i * 7);
         for (int32_t j = 0; j < width; j++) {
             const size_t at = (size_t)i * (size_t)width + (size_t)j;
-            const uint32_t word =
-                psoup__philox_word(table[i], table[rows + i], table[2 * rows + i] * (uint64_t)width + (uint64_t)j);
+            const uint64_t position = table[2 * rows + i] * (uint64_t)width + (uint64_t)j;
+            const uint32_t word = psoup__philox_word(table[i], table[rows + i], position);
             want[at] = psoup__uniform(word) >= p ? in->host[at] * (1.0f / (1.0f - p)) : 0;
             sum[at] += want[at];
         }
