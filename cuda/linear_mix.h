@@ -1,9 +1,108 @@
-/* cuda/linear_mix.h: the adapters' part of a linear layer. See kernels.h. */
+/* cuda/linear_mix.h: the adapters' part of a linear layer. See kernels.h, and linear_mix.cuh for what is common.
+ *
+ * Kernels end in the dtype that products are taken in; `_wide` ones read x (or dy) as f32 and round it, the others
+ * find it rounded. "a": the factor is laid out as A, [rank, width]; "b": as B, [width, rank].
+ */
 #ifndef PSOUP__LINEAR_MIX_H
 #define PSOUP__LINEAR_MIX_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
-#define PSOUP__LINEAR_MIX_KERNELS(X)
+enum {
+    PSOUP__MIX_THREADS = 128,
+    PSOUP__MIX_GROUP = 32,     /* adapters of one launch */
+    PSOUP__MIX_ROWS = 64,      /* of a tile of shrink and expand, */
+    PSOUP__MIX_FEW = 16,       /* or of expand_few */
+    PSOUP__MIX_RANKS = 64,     /* of a tile of shrink and gradient: more ranks are more tiles */
+    PSOUP__MIX_COLUMNS = 64,   /* of a tile of expand */
+    PSOUP__MIX_GRADIENT_COLUMNS = 128,
+    PSOUP__MIX_CHUNK = 512,    /* uses of an adapter that one block of gradient adds up */
+    PSOUP__MIX_SLOT = 4096,    /* floats that a block of shrink leaves for the last one, and */
+    PSOUP__MIX_GRADIENT_SLOT = 8192,
+    PSOUP__DBIAS_COLUMNS = 32, /* of a block of dbias; as many lines of threads share the rows */
+    PSOUP__DBIAS_THREADS = 1024
+};
+
+/* One adapter of a launch: those that nobody uses, or of rank 0, are left out. */
+typedef struct psoup__mix_adapter {
+    const float *factor; /* A or B */
+    float *u;            /* [uses, rank]: x Aᵀ, or dy B */
+    float *gradient;     /* dA or dB */
+    const int32_t *rows; /* [uses], ascending */
+    float scale;
+    int32_t uses, rank;
+    int32_t column;      /* of mix->weight */
+} psoup__mix_adapter;
+
+/* n numbers, rounded. */
+typedef struct psoup__mix_cast_args {
+    void *out;
+    const float *in;
+    uint64_t n;
+} psoup__mix_cast_args;
+
+/* u = x · factor, or its transpose, for the rows of each adapter. Blocks (tile, split): a tile is ROWS uses and
+ * RANKS ranks of one adapter, a split `slice` columns of x. */
+typedef struct psoup__mix_shrink_args {
+    psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
+    int32_t tiles[PSOUP__MIX_GROUP + 1]; /* where each adapter's begin */
+    const void *x;                       /* [rows, width] */
+    float *slots;                        /* [tiles][splits][SLOT] */
+    uint32_t *counters;                  /* [tiles], zeros before and after */
+    int32_t width, splits, slice;
+} psoup__mix_shrink_args;
+
+/* y = (y, or bias) + Σ weight · scale · u · factor, adapters in order. Blocks (tile of ROWS or FEW rows, `span`
+ * tiles of COLUMNS columns). */
+typedef struct psoup__mix_expand_args {
+    psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
+    float *y;            /* [rows, width] */
+    const float *bias;   /* [width] or NULL */
+    const float *weight; /* [rows, weights] */
+    int32_t n, rows, width, weights, span;
+    bool add;            /* to y */
+} psoup__mix_expand_args;
+
+/* gradient += Σ over uses (weight · scale · u)ᵀ z. Blocks (tile, chunk): a tile is GRADIENT_COLUMNS columns and RANKS
+ * ranks of one adapter, a chunk CHUNK uses, beginning with chunk `chunk`. */
+typedef struct psoup__mix_gradient_args {
+    psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
+    int32_t tiles[PSOUP__MIX_GROUP + 1];
+    const void *z;       /* [rows, width]: x or dy */
+    const float *weight; /* [rows, weights] */
+    float *slots;        /* [tiles][chunks][GRADIENT_SLOT] */
+    uint32_t *counters;  /* [tiles] */
+    int32_t width, weights, chunk;
+} psoup__mix_gradient_args;
+
+/* dweight[row][column] += scale · <du, u>: a warp for each use. */
+typedef struct psoup__mix_dweight_args {
+    psoup__mix_adapter adapter[PSOUP__MIX_GROUP]; /* gradient: du */
+    int32_t uses[PSOUP__MIX_GROUP + 1];           /* where each adapter's begin */
+    float *dweight;                               /* [rows, weights] */
+    int32_t weights;
+} psoup__mix_dweight_args;
+
+typedef struct psoup__mix_dbias_args {
+    float *dbias;    /* [out], added to */
+    const float *dy; /* [rows, out] */
+    int32_t rows, out;
+} psoup__mix_dbias_args;
+
+#define PSOUP__LINEAR_MIX_KERNELS(X) \
+    X(mix_cast_f16, mix_cast) \
+    X(mix_cast_bf16, mix_cast) \
+    X(mix_shrink_a_f32, mix_shrink) \
+    X(mix_shrink_a_f16, mix_shrink) \
+    X(mix_shrink_a_bf16, mix_shrink) \
+    X(mix_shrink_a_f16_wide, mix_shrink) \
+    X(mix_shrink_a_bf16_wide, mix_shrink) \
+    X(mix_expand_b_f32, mix_expand) \
+    X(mix_expand_b_f16, mix_expand) \
+    X(mix_expand_b_bf16, mix_expand) \
+    X(mix_expand_few_f32, mix_expand) \
+    X(mix_expand_few_f16, mix_expand) \
+    X(mix_expand_few_bf16, mix_expand)
 
 #endif

@@ -25,6 +25,7 @@ bool psoup__gpu_failed(psoup__gpu *gpu, psoup__cu_result result, const char *wha
 
 /* The thread that calls may never have seen the device. */
 static bool enter(psoup__gpu *gpu) {
+    gpu->cast.of = NULL;
     return !psoup__gpu_failed(gpu, gpu->driver.context_set(gpu->context), "the device's context");
 }
 
@@ -57,6 +58,7 @@ static void gpu_release(psoup__backend *be, void *memory) {
     psoup__gpu *gpu = psoup__gpu_of(be);
     if (!memory)
         return;
+    gpu->cast.of = NULL;
     gpu->driver.context_set(gpu->context);
     gpu->driver.stream_wait(gpu->stream); /* what still uses it */
     gpu->driver.release(psoup__gpu_address(memory));
@@ -158,6 +160,12 @@ static psoup_status open_stream(psoup__gpu *gpu, void *stream, psoup_error *erro
     return result == 0 ? PSOUP_OK : psoup__gpu_fail(gpu, result, "a stream", error);
 }
 
+static psoup_status make_counters(psoup__gpu *gpu, psoup_error *error) {
+    void *counters = gpu_alloc(&gpu->base, PSOUP__GPU_COUNTERS, sizeof(uint32_t), error);
+    gpu->counters = psoup__gpu_address(counters);
+    return counters ? PSOUP_OK : PSOUP_ERROR_MEMORY;
+}
+
 static void gpu_free(psoup__backend *be) {
     psoup__gpu *gpu = psoup__gpu_of(be);
     if (!gpu)
@@ -171,6 +179,8 @@ static void gpu_free(psoup__backend *be) {
         psoup__upload_free(gpu);
         if (gpu->room)
             d->release(gpu->room);
+        if (gpu->counters)
+            d->release(gpu->counters);
         for (int i = 0; i < gpu->n_modules; i++)
             d->module_unload(gpu->modules[i]);
         if (gpu->own_stream)
@@ -257,6 +267,7 @@ psoup_status psoup__gpu_create(psoup_context *context, psoup__backend **out, pso
     PSOUP__TRY(open_device(gpu, context->gpu, error));
     PSOUP__TRY(open_stream(gpu, context->gpu_stream, error));
     PSOUP__TRY(load_images(gpu, error));
+    PSOUP__TRY(make_counters(gpu, error));
     PSOUP__TRY(psoup__upload_create(gpu, error));
     PSOUP__TRY(psoup__blas_open(gpu, error));
     *out = &gpu->base;

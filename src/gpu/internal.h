@@ -20,6 +20,17 @@ typedef struct psoup__upload {
     bool pending[2];
 } psoup__upload;
 
+/* The input of a linear layer that was last rounded to 16 bits: the copy begins gpu->room. Whatever may write
+ * activations or the room forgets it: every launch, but those of linear_mix.c. */
+typedef struct psoup__cast {
+    const float *of; /* NULL: there is none */
+    size_t n;
+    psoup_dtype dtype;
+} psoup__cast;
+
+/* Zeros with which the blocks of a kernel count who is last; zeros again when it ends. */
+enum { PSOUP__GPU_COUNTERS = 1 << 14 };
+
 typedef struct psoup__gpu {
     psoup__backend base; /* first: a psoup__backend * of ours is a psoup__gpu * */
     psoup__ops ops;
@@ -39,6 +50,8 @@ typedef struct psoup__gpu {
     psoup__upload upload;
     psoup__cu_pointer room; /* what ops take beside their arguments: see ops->reserve */
     size_t room_bytes;
+    psoup__cast cast;
+    psoup__cu_pointer counters; /* uint32_t [PSOUP__GPU_COUNTERS] */
     psoup_error failed; /* the first failure in the stream; status PSOUP_OK while there is none */
 } psoup__gpu;
 

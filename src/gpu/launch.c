@@ -26,6 +26,7 @@ void psoup__gpu_launch(psoup__gpu *gpu, psoup__kernel kernel, psoup__grid grid, 
     enum { USUAL_SHARED = 48 << 10 }; /* more must be asked for by name */
     if (gpu->failed.status != PSOUP_OK || grid.x == 0 || grid.y == 0 || grid.z == 0)
         return;
+    gpu->cast.of = NULL;
     psoup__cu_function function = find(gpu, kernel);
     if (!function)
         return;

@@ -429,9 +429,14 @@ static void lay_out_chunk(psoup__tape *t) {
 psoup_status psoup__tape_chunk(psoup__tape *t, psoup_error *error) {
     if (t->chunk_slab.base)
         return PSOUP_OK;
+    const psoup_model *model = t->model;
+    int32_t dim = model->config.hidden_size, vocab = model->config.vocab_size;
+    psoup_status status = model->be->ops->reserve(model->be, t->chunk_rows, vocab > dim ? vocab : dim, error);
+    if (status != PSOUP_OK)
+        return status;
     psoup__slab_measure(&t->chunk_slab);
     lay_out_chunk(t);
-    psoup_status status = psoup__slab_grow(t, &t->chunk_slab, true, error);
+    status = psoup__slab_grow(t, &t->chunk_slab, true, error);
     if (status == PSOUP_OK)
         lay_out_chunk(t);
     return status;

@@ -208,6 +208,8 @@ f16 host_to_f16(float x) {
         return f16{0x7fff};
     if (size >= 65520)
         return f16{(uint16_t)(sign | 0x7c00)};
+    if (size == 0)
+        return f16{sign};
     int exponent;
     frexpf(size, &exponent); /* size < 2^exponent */
     const int place = max(exponent - 11, -24);

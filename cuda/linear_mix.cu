@@ -1,0 +1,38 @@
+/* The forward of the adapters' part: y = bias + Σ weight · scale · (x Aᵀ) Bᵀ, to which the base's product is added.
+ * Two launches for up to 32 adapters: u = x Aᵀ, then all of y. */
+#include "linear_mix.cuh"
+
+template <typename T> __device__ __forceinline__ void cast(const psoup__mix_cast_args &a) {
+    constexpr int EACH = 8;
+    T *out = static_cast<T *>(a.out);
+    const uint64_t step = (uint64_t)gridDim.x * PSOUP__FLAT_THREADS;
+    const uint64_t start = (uint64_t)blockIdx.x * PSOUP__FLAT_THREADS + threadIdx.x;
+    const uint64_t packs = aligned16(a.in) && aligned16(out) ? a.n / EACH : 0;
+    for (uint64_t i = start; i < packs; i += step) {
+        const pack<float> low = load_pack(a.in + i * EACH), high = load_pack(a.in + i * EACH + 4);
+        pack<T> both;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            both.x[c] = from_float<T>(low.x[c]);
+            both.x[c + 4] = from_float<T>(high.x[c]);
+        }
+        store_pack(out + i * EACH, both);
+    }
+    for (uint64_t i = packs * EACH + start; i < a.n; i += step)
+        out[i] = from_float<T>(a.in[i]);
+}
+PSOUP__KERNEL_AS(mix_cast_f16, mix_cast, PSOUP__FLAT_THREADS) { cast<f16>(a); }
+PSOUP__KERNEL_AS(mix_cast_bf16, mix_cast, PSOUP__FLAT_THREADS) { cast<bf16>(a); }
+
+PSOUP__KERNEL_AS(mix_shrink_a_f32, mix_shrink, THREADS) { shrink<float, float, false>(a); }
+PSOUP__KERNEL_AS(mix_shrink_a_f16, mix_shrink, THREADS) { shrink<f16, f16, false>(a); }
+PSOUP__KERNEL_AS(mix_shrink_a_bf16, mix_shrink, THREADS) { shrink<bf16, bf16, false>(a); }
+PSOUP__KERNEL_AS(mix_shrink_a_f16_wide, mix_shrink, THREADS) { shrink<f16, float, false>(a); }
+PSOUP__KERNEL_AS(mix_shrink_a_bf16_wide, mix_shrink, THREADS) { shrink<bf16, float, false>(a); }
+
+PSOUP__KERNEL_AS(mix_expand_b_f32, mix_expand, THREADS) { expand<float, 4, true>(a); }
+PSOUP__KERNEL_AS(mix_expand_b_f16, mix_expand, THREADS) { expand<f16, 4, true>(a); }
+PSOUP__KERNEL_AS(mix_expand_b_bf16, mix_expand, THREADS) { expand<bf16, 4, true>(a); }
+PSOUP__KERNEL_AS(mix_expand_few_f32, mix_expand, THREADS) { expand<float, 1, true>(a); }
+PSOUP__KERNEL_AS(mix_expand_few_f16, mix_expand, THREADS) { expand<f16, 1, true>(a); }
+PSOUP__KERNEL_AS(mix_expand_few_bf16, mix_expand, THREADS) { expand<bf16, 1, true>(a); }
