@@ -63,6 +63,8 @@ MERGE_OBJ = $(filter $B/src/base/% $B/src/format/% $B/src/blend/% $B/src/merge/%
 # The GPU's kernels, one fatbin for each file: machine code for GPU_ARCHS and, for what is newer, PTX of the
 # last. Where nvcc is missing the library has none, and says so when a GPU is asked for.
 NVCC      ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc))
+CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(NVCC))
+CUDA_FLAGS = $(if $(CUDA_HOME),-idirafter $(CUDA_HOME)/include -idirafter $(CUDA_HOME)/include/cccl)
 GPU_ALL    = 80 86 89 90 100 120
 GPU_ARCHS ?= 80
 GPU_CODE   = $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$a,code=sm_$a) \
@@ -199,6 +201,16 @@ $B/tests/checkops/checkops: $(CHECKOPS) $B/libpsoup.a
 	@echo "  LINK $@"
 	$(Q)$(CC) $(LDFLAGS) $(CHECKOPS) $B/libpsoup.a $(LIBS) -Wl,-rpath,$(CURDIR)/$(HOST_B) -o $@
 
+# The words of cuda/philox.cuh; and where CUDA's headers are, what src/gpu says of them.
+$B/tests/philox: tests/philox.cc $B/src/base/philox.o
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	$(Q)$(CXX) $(HOST_FLAGS) $< $B/src/base/philox.o -o $@
+
+$B/tests/driver_header.o: CPPFLAGS += $(CUDA_FLAGS)
+$B/tests/driver_header.o: CFLAGS += -Werror
+DRIVER_HEADER = $(if $(wildcard $(CUDA_HOME)/include/cublasLt.h),$B/tests/driver_header.o)
+
 LIBS_bench_gemm = -l:libopenblas.so.0
 
 # ---- a GPU on the CPU -----------------------------------------------------------------------------
@@ -207,7 +219,7 @@ LIBS_bench_gemm = -l:libopenblas.so.0
 CXX        := $(if $(filter default,$(origin CXX)),$(if $(findstring clang,$(CC)),clang++,g++),$(CXX))
 HOST_B      = $B/host_driver
 HOST_FLAGS  = -std=c++17 $(if $(filter release,$(config)),-O2 -g,$(MODE)) -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-parameter \
-              -fPIC -ffp-contract=off -MMD -MP -Itests/host_driver -Icuda
+              -fPIC -ffp-contract=off -MMD -MP -Itests/host_driver -Icuda $(CUDA_FLAGS)
 HOST_OBJ    = $(patsubst cuda/%.cu,$(HOST_B)/%.cu.o,$(GPU_SRC)) $(HOST_B)/fibers.o $(HOST_B)/driver.o
 host_driver: $(HOST_B)/libcuda.so.1 $(HOST_B)/libcublasLt.so.13
 
@@ -231,9 +243,11 @@ $(HOST_B)/libcublasLt.so.13: $(HOST_B)/blas.o $(HOST_B)/libcuda.so.1 $B/libpsoup
 	    -Wl,--exclude-libs,ALL $B/libpsoup-merge.a -pthread -o $@
 
 # The tests of one build; every program prints Check's own line of counts.
-run-tests: $(TESTS:%=$B/tests/%) $B/tests/checkops/checkops host_driver $(HELPERS:%=$B/tests/%) $B/psoup
+run-tests: $(TESTS:%=$B/tests/%) $B/tests/checkops/checkops $B/tests/philox host_driver $(DRIVER_HEADER) \
+           $(HELPERS:%=$B/tests/%) $B/psoup
 	@set -e; for t in $(TESTS); do echo "== $$t"; $B/tests/$$t; done
-	@echo "== every op on every backend"; $B/tests/checkops/checkops
+	@echo "== every op on every backend"; $B/tests/philox && \
+	    LD_LIBRARY_PATH=$(CURDIR)/$(HOST_B) $B/tests/checkops/checkops
 	@echo "== the program"; sh tests/cli.sh $B/psoup
 
 check: deps-test

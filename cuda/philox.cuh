@@ -1,5 +1,5 @@
 /* cuda/philox.cuh: Philox4x32-10, the words of src/base/philox.c. On a device they are made by cuRAND's own
- * function; where its header is not installed, by a twin. tests/philox.cc compares the three. */
+ * function; where its header is not installed, by a twin. tests/philox.cc compares all three. */
 #ifndef PSOUP__PHILOX_CUH
 #define PSOUP__PHILOX_CUH
 

@@ -10,7 +10,7 @@
 
 #include "base/base.h"
 
-typedef int psoup__cu_result; /* CUresult; 0 is success */
+typedef unsigned psoup__cu_result; /* CUresult, and other enums as compilers hold them; 0 is success */
 typedef int psoup__cu_device;
 typedef unsigned long long psoup__cu_pointer; /* CUdeviceptr */
 typedef struct CUctx_st *psoup__cu_context;
@@ -41,7 +41,7 @@ enum {
     X(device_count, cuDeviceGetCount, (int *count))                                                        \
     X(device_get, cuDeviceGet, (psoup__cu_device * device, int ordinal))                                   \
     X(device_name, cuDeviceGetName, (char *name, int length, psoup__cu_device device))                     \
-    X(device_attribute, cuDeviceGetAttribute, (int *value, int attribute, psoup__cu_device device))        \
+    X(device_attribute, cuDeviceGetAttribute, (int *value, unsigned attribute, psoup__cu_device device))   \
     X(context_retain, cuDevicePrimaryCtxRetain, (psoup__cu_context * context, psoup__cu_device device))    \
     X(context_release, cuDevicePrimaryCtxRelease_v2, (psoup__cu_device device))                            \
     X(context_set, cuCtxSetCurrent, (psoup__cu_context context))                                           \
@@ -70,12 +70,12 @@ enum {
     X(module_unload, cuModuleUnload, (psoup__cu_module module))                                            \
     X(module_function, cuModuleGetFunction,                                                                \
       (psoup__cu_function * out, psoup__cu_module module, const char *name))                               \
-    X(function_set, cuFuncSetAttribute, (psoup__cu_function function, int attribute, int value))           \
+    X(function_set, cuFuncSetAttribute, (psoup__cu_function function, unsigned attribute, int value))      \
     X(launch, cuLaunchKernel,                                                                              \
       (psoup__cu_function function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,   \
        unsigned block_y, unsigned block_z, unsigned shared_bytes, psoup__cu_stream stream, void **args,    \
        void **extra))                                                                                      \
-    X(capture_begin, cuStreamBeginCapture_v2, (psoup__cu_stream stream, int mode))                         \
+    X(capture_begin, cuStreamBeginCapture_v2, (psoup__cu_stream stream, unsigned mode))                    \
     X(capture_end, cuStreamEndCapture, (psoup__cu_stream stream, psoup__cu_graph *out))                    \
     X(graph_instantiate, cuGraphInstantiateWithFlags,                                                      \
       (psoup__cu_graph_exec * out, psoup__cu_graph graph, unsigned long long flags))                       \

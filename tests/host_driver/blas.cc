@@ -22,6 +22,7 @@ struct layout {
 };
 
 psoup_context *context;
+int handles; /* that use it */
 
 psoup_dtype dtype_of(int type) { return type == F16 ? PSOUP_F16 : type == BF16 ? PSOUP_BF16 : PSOUP_F32; }
 
@@ -80,10 +81,17 @@ int cublasLtCreate(void **handle) {
     options.threads = 1;
     if (!context && psoup_context_create(&options, &context, nullptr) != PSOUP_OK)
         return 1;
+    handles++;
     *handle = context;
     return SUCCESS;
 }
-int cublasLtDestroy(void *) { return SUCCESS; }
+int cublasLtDestroy(void *) {
+    if (--handles > 0)
+        return SUCCESS;
+    psoup_context_free(context);
+    context = nullptr;
+    return SUCCESS;
+}
 
 int cublasLtMatmulDescCreate(void **out, int compute, int scale) {
     *out = new operation{{0, 0}};
