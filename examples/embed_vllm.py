@@ -3,17 +3,22 @@
 
     embed_vllm.py --out soups/ann --name ann P1A=0.5 P2B=0.5 [--rank 16] [--server http://127.0.0.1:8000]
 
-Merges PEFT directories (DIRECTORY=WEIGHT) into one adapter that vLLM's loader takes: one rank for all
-modules, no bias, no modules to save, of at most the server's --max-lora-rank (--rank; a soup of higher rank
-becomes its best approximation, and the error is printed). With a server it is loaded under NAME through
-/v1/load_lora_adapter, in place of what had the name; requests then say "model": NAME. The server must run
-with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and see the same directory.
+Merges PEFT directories (DIRECTORY=WEIGHT) into one adapter that vLLM's loader takes: no bias, no modules to
+save, of at most the server's --max-lora-rank (--rank; a soup of higher rank becomes its best approximation,
+and the error is printed). With a server it is loaded under NAME through /v1/load_lora_adapter, in place of
+what had the name; requests then say "model": NAME. The server must run with --enable-lora and
+VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, and see the same directory.
+
+Every soup has a directory of its own below OUT, named by its weights: the server caches prefixes by the
+adapter's name and path, and what another soup wrote must not be found. Old ones are the caller's to delete.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 
@@ -23,15 +28,15 @@ import psoup
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="A user's soup for a running vLLM server.")
     parser.add_argument("adapters", nargs="+", metavar="DIRECTORY=WEIGHT")
-    parser.add_argument("--out", required=True, help="where the soup is written")
+    parser.add_argument("--out", required=True, help="the directory of this user's soups")
     parser.add_argument("--name", required=True, help="the model's name in requests")
     parser.add_argument("--rank", type=int, default=16, help="the server's --max-lora-rank (16)")
     parser.add_argument("--server", help="its URL; without one the soup is only written")
     options = parser.parse_args(arguments)
-    error = write(options.out, [pair(text) for text in options.adapters], options.rank)
-    print("%s: %s" % (options.out, "exact" if error == 0 else "off by %.3g of the exact sum at worst" % error))
+    soup, error = write(options.out, [pair(text) for text in options.adapters], options.rank)
+    print("%s: %s" % (soup, "exact" if error == 0 else "off by %.3g of the exact sum at worst" % error))
     if options.server:
-        load(options.server, options.name, os.path.abspath(options.out))
+        load(options.server, options.name, os.path.abspath(soup))
         print("%s serves it as %s" % (options.server, options.name))
 
 
@@ -46,14 +51,20 @@ def pair(text):
 
 
 def write(out, adapters, most_rank):
-    """Returns the worst relative error over the linears; 0 where the soup is exact."""
+    """Returns the soup's directory and its worst relative error over the linears; 0 where it is exact."""
     total = sum(rank_of(directory) for directory, weight in adapters if weight != 0)
     method = {"method": "delta"} if total <= most_rank else {"method": "svd", "svd_rank": most_rank}
-    with psoup.Merger(**method) as merger:
+    os.makedirs(out, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as work, psoup.Merger(**method) as merger:
         for directory, weight in adapters:
             merger.add(directory, weight)
-        merger.write(out)
-        return merger.report()["worst_error"]
+        made = os.path.join(work, "soup")
+        merger.write(made)
+        with open(os.path.join(made, "adapter_model.safetensors"), "rb") as file:
+            soup = os.path.join(out, hashlib.sha256(file.read()).hexdigest()[:16])
+        if not os.path.exists(soup):
+            os.rename(made, soup)
+        return soup, merger.report()["worst_error"]
 
 
 def rank_of(directory):
