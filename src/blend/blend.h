@@ -73,7 +73,7 @@ psoup_status psoup__merge_check_weights(const double *weights, size_t n, bool an
 
 /* ---- fold_kernel.c (compiled per instruction set), fold.c ------------------------------------------ */
 
-enum { PSOUP__FOLD_COLUMNS = 64, PSOUP__FOLD_DEPTH = 64 }; /* the most of one strip */
+enum { PSOUP__FOLD_COLUMNS = 128, PSOUP__FOLD_DEPTH = 64 }; /* the most of one strip */
 /* Some of A's columns times some rows of B, over some depths, added to `in`. */
 typedef struct psoup__fold_strip {
     int64_t rows, columns, depth;

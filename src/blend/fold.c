@@ -9,9 +9,9 @@
 #include <string.h>
 
 enum {
-    TASK_ROWS = 96,      /* of one task: how often a panel of A is used once it is packed */
+    TASK_ROWS = 192,      /* of one task: how often a panel of A is used once it is packed */
     TASK_COLUMNS = 1024,
-    DEPTH = PSOUP__FOLD_DEPTH, /* a panel [64, 64] lies in a first cache, 96 rows of B in a second */
+    DEPTH = PSOUP__FOLD_DEPTH, /* two panels [64, 64] lie in a first cache, 192 rows of B in a second */
     STREAM_FROM = 8 << 20 /* bytes of output that no cache is counted on to hold until it is read */
 };
 

@@ -95,35 +95,35 @@ INLINE void tile(const psoup__fold_strip *s, const float *a, const float *b, con
 
 /* Rows × whole panels, tile by tile along the rows of the base: lines are read and written whole. */
 INLINE void walk_rows(const psoup__fold_strip *s, const float *b, const char *in, char *out, int64_t panels,
-                      const int rows) {
+                      int64_t next, const int rows) {
     const size_t in_size = s->in_dtype == PSOUP_F32 ? 4 : 2, out_size = s->out_dtype == PSOUP_F32 ? 4 : 2;
-    for (int64_t p = 0; p < panels; p++)
-        tile(s, s->a + p * s->depth * COLUMNS, b, in + (size_t)p * COLUMNS * in_size,
-             out + (size_t)p * COLUMNS * out_size, rows);
+    for (int64_t p = 0; p < panels; p++) {
+        const char *from = in + (size_t)p * COLUMNS * in_size;
+        for (int64_t i = ROWS; i < ROWS + next; i++) /* they come from far: ask before they are due */
+            for (size_t line = 0; line < COLUMNS * in_size; line += 64)
+                __builtin_prefetch(from + i * s->in_stride + line);
+        tile(s, s->a + p * s->depth * COLUMNS, b, from, out + (size_t)p * COLUMNS * out_size, rows);
+    }
 }
 
 static void walk(const psoup__fold_strip *s, int64_t panels) {
-    const size_t bytes = (size_t)panels * COLUMNS * (s->in_dtype == PSOUP_F32 ? 4 : 2);
     const float *b = s->b;
     const char *in = s->in;
     char *out = s->out;
     int64_t rows = s->rows;
     for (; rows >= ROWS; rows -= ROWS) {
         const int64_t next = rows - ROWS < ROWS ? rows - ROWS : ROWS;
-        for (int64_t i = ROWS; i < ROWS + next; i++) /* they come from far: ask before they are due */
-            for (size_t line = 0; line < bytes; line += 64)
-                __builtin_prefetch(in + i * s->in_stride + line);
-        walk_rows(s, b, in, out, panels, ROWS);
+        walk_rows(s, b, in, out, panels, next, ROWS);
         b += ROWS * PSOUP__FOLD_DEPTH;
         in += ROWS * s->in_stride;
         out += ROWS * s->out_stride;
     }
     switch (rows) {
-    case 5: walk_rows(s, b, in, out, panels, 5); break;
-    case 4: walk_rows(s, b, in, out, panels, 4); break;
-    case 3: walk_rows(s, b, in, out, panels, 3); break;
-    case 2: walk_rows(s, b, in, out, panels, 2); break;
-    case 1: walk_rows(s, b, in, out, panels, 1); break;
+    case 5: walk_rows(s, b, in, out, panels, 0, 5); break;
+    case 4: walk_rows(s, b, in, out, panels, 0, 4); break;
+    case 3: walk_rows(s, b, in, out, panels, 0, 3); break;
+    case 2: walk_rows(s, b, in, out, panels, 0, 2); break;
+    case 1: walk_rows(s, b, in, out, panels, 0, 1); break;
     default: break;
     }
 }

@@ -40,6 +40,26 @@ INLINE vec broadcast(float x) {
 #endif
 }
 
+/* 16 bits to 32 with zeros above, and the low 16 of 32: where gcc's own conversion goes by way of halves of
+ * a register, the instruction. */
+INLINE words widen_halves(halves x) {
+#if defined(__AVX512F__)
+    return (words)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+    return (words)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, words);
+#endif
+}
+
+INLINE halves narrow_words(words x) {
+#if defined(__AVX512F__)
+    return (halves)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+    return __builtin_convertvector(x, halves);
+#endif
+}
+
 /* VECTOR elements of f32, f16 or bf16 at any address. */
 INLINE vec load_as(const char *from, psoup_dtype dtype) {
     if (dtype == PSOUP_F32)
@@ -52,7 +72,7 @@ INLINE vec load_as(const char *from, psoup_dtype dtype) {
     if (dtype == PSOUP_F16)
         return _mm256_cvtph_ps((__m128i)half);
 #endif
-    words word = __builtin_convertvector(half, words);
+    words word = widen_halves(half);
     if (dtype == PSOUP_BF16)
         return (vec)(word << 16);
     /* Read as if it were binary32 with the exponent 112 too small; multiplying restores it, also of
@@ -62,11 +82,21 @@ INLINE vec load_as(const char *from, psoup_dtype dtype) {
     return (vec)((words)((vec)magnitude * 0x1p112f) | special | ((word & 0x8000) << 16));
 }
 
-/* f32 to the dtype's 16 bits, to nearest even; the formulas are explained in base/convert.c. */
-INLINE halves round_to_bf16(vec x) {
-    words f = (words)x, rounded = (f + 0x7fff + (f >> 16 & 1)) >> 16;
+/* f32 to the dtype's 16 bits, to nearest even; the formulas are explained in base/convert.c. A bf16 comes in
+ * the upper halves first. */
+INLINE words round_above(vec x) {
+    words f = (words)x, bias = 0x7fff + (f >> 16 & 1);
+#if defined(__AVX512F__)
+    const __mmask16 number = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_ORD_Q);
+    return (words)_mm512_mask_add_epi32((__m512i)(f | 0x400000), number, (__m512i)f, (__m512i)bias);
+#else
     words nan = (words)((ints)(f & 0x7fffffff) > 0x7f800000);
-    return __builtin_convertvector((rounded & ~nan) | ((f >> 16 | 0x40) & nan), halves);
+    return ((f + bias) & ~nan) | ((f | 0x400000) & nan);
+#endif
+}
+
+INLINE halves round_to_bf16(vec x) {
+    return narrow_words(round_above(x) >> 16);
 }
 
 INLINE halves round_to_f16(vec x) {
@@ -87,6 +117,15 @@ INLINE halves round_to_f16(vec x) {
     return __builtin_convertvector(bits | (f >> 16 & 0x8000), halves);
 #endif
 }
+
+#if defined(__AVX512F__)
+/* Those of x, then those of y. */
+INLINE words upper_halves(words x, words y) {
+    static const uint16_t odd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    return (words)_mm512_permutex2var_epi16((__m512i)x, _mm512_loadu_si512(odd), (__m512i)y);
+}
+#endif
 
 /* Rounds VECTOR floats and writes them at any address. */
 INLINE void store_as(char *to, vec x, psoup_dtype dtype) {
@@ -134,6 +173,12 @@ INLINE void stream_as(char *to, vec x, vec y, psoup_dtype dtype) {
         stream_words(to + 4 * VECTOR, (words)y);
         return;
     }
+#if defined(__AVX512F__)
+    if (dtype == PSOUP_BF16) {
+        stream_words(to, upper_halves(round_above(x), round_above(y)));
+        return;
+    }
+#endif
     halves a = dtype == PSOUP_BF16 ? round_to_bf16(x) : round_to_f16(x);
     halves b = dtype == PSOUP_BF16 ? round_to_bf16(y) : round_to_f16(y);
 #if defined(__AVX512F__)
