@@ -7,6 +7,7 @@
  * in /dev/shm. PARTS are of sum, fold, weights, files; all of them. Run it on a machine that does nothing else. */
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <stdio.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -185,6 +186,57 @@ static const struct {
                       {"mlp.gate_proj", FFN, HIDDEN},       {"mlp.up_proj", FFN, HIDDEN},
                       {"mlp.down_proj", HIDDEN, FFN}};
 
+/* Uniform numbers of this standard deviation. */
+static void fill(float *out, size_t n, double deviation) {
+    static uint64_t state = 1;
+    for (size_t i = 0; i < n; i++) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        out[i] = (float)(((double)(state >> 11) * 0x1p-53 - 0.5) * sqrt(12) * deviation);
+    }
+}
+
+/* The fold of weights and a change of usual sizes beside float64: how many elements are not the nearest bf16,
+ * and the error as a share of what one rounding makes. */
+static void check_fold(psoup_context *context, const double weights[ADAPTERS]) {
+    enum { ROWS = 1024 };
+    float *a = buffer((size_t)ADAPTERS * RANK * HIDDEN * 4, 0), *b = buffer((size_t)ADAPTERS * RANK * ROWS * 4, 0);
+    float *base = buffer((size_t)ROWS * HIDDEN * 4, 0), *out = buffer((size_t)ROWS * HIDDEN * 4, 0);
+    uint16_t *half = buffer((size_t)ROWS * HIDDEN * 2, 0);
+    psoup_lora_factors f[ADAPTERS];
+    psoup_error error;
+    double wrong = 0, ours = 0, one = 0;
+    fill(a, (size_t)ADAPTERS * RANK * HIDDEN, 0.02);
+    fill(b, (size_t)ADAPTERS * RANK * ROWS, 0.0092); /* with these weights a change of 5 % */
+    fill(base, (size_t)ROWS * HIDDEN, 0.02);
+    psoup__from_f32(context, half, PSOUP_BF16, base, (size_t)ROWS * HIDDEN);
+    psoup__to_f32(context, base, half, PSOUP_BF16, (size_t)ROWS * HIDDEN);
+    for (int i = 0; i < ADAPTERS; i++)
+        f[i] = (psoup_lora_factors){a + i * RANK * HIDDEN, b + i * RANK * ROWS, RANK, 2};
+    must(psoup_merge_fold(context, half, half, PSOUP_BF16, ROWS, HIDDEN, f, weights, ADAPTERS, &error), &error);
+    psoup__to_f32(context, out, half, PSOUP_BF16, (size_t)ROWS * HIDDEN);
+    for (size_t row = 0; row < ROWS; row++)
+        for (size_t column = 0; column < HIDDEN; column++) {
+            double want = base[row * HIDDEN + column];
+            for (int i = 0; i < ADAPTERS; i++)
+                for (size_t k = 0; k < RANK; k++)
+                    want += 2 * weights[i] * f[i].b[row * RANK + k] * f[i].a[k * HIDDEN + column];
+            uint16_t nearest;
+            float single = (float)want;
+            psoup__from_f32(context, &nearest, PSOUP_BF16, &single, 1);
+            psoup__to_f32(context, &single, &nearest, PSOUP_BF16, 1);
+            wrong += out[row * HIDDEN + column] != single;
+            ours += (out[row * HIDDEN + column] - want) * (out[row * HIDDEN + column] - want);
+            one += (single - want) * (single - want);
+        }
+    printf("  %-34s %.2f %% not the nearest bf16, error %.3f of one rounding's\n", "ours, of a change of 5 %",
+           100 * wrong / ROWS / HIDDEN, sqrt(ours / one));
+    free(a);
+    free(b);
+    free(base);
+    free(out);
+    free(half);
+}
+
 static void bench_fold(psoup_context *context, int layers) {
     float *a = buffer((size_t)ADAPTERS * RANK * FFN * 4, 0x3c), *b = buffer((size_t)ADAPTERS * RANK * FFN * 4, 0x3b);
     psoup_lora_factors f[ADAPTERS];
@@ -229,6 +281,8 @@ static void bench_fold(psoup_context *context, int layers) {
            products / 1e9);
     printf("  %-34s %9.4f s   %.0f GFLOP/s, %.2f of sgemm's %.0f at K = 48, %.2f of the arithmetic's %.0f\n", "ours",
            ours, products / ours / 1e9, products / ours / sgemm, sgemm / 1e9, products / ours / peak, peak / 1e9);
+    printf("  %-34s %9.4f s\n", "limit: its multiply-adds in f32", products / peak);
+    check_fold(context, weights);
     snprintf(question, sizeof question, "fold %d", layers);
     char *answer = strdup(ask(question)), *half = strchr(answer, ';');
     if (half != NULL)
