@@ -94,11 +94,11 @@ INLINE vec load_as_f32(const void *from, psoup_dtype dtype) {
     return (vec)((words)((vec)magnitude * 0x1p112f) | special | ((word & 0x8000) << 16));
 }
 
-/* c[i][first + …] of `rows` × `vectors`, both constants where this is inlined; asks for the panel at `next`,
- * where it is not NULL, line by line. */
+/* c[i][first + …] of `rows` × `vectors`, both constants where this is inlined; asks ahead for a panel that is
+ * `near`, and for the one at `next`, where it is not NULL, line by line. */
 INLINE void tile(const psoup__gemm_strip *s, const float *const *a_rows, float *const *c_rows,
                  int64_t first, const int rows, const int vectors, const psoup_dtype dtype,
-                 const char *next) {
+                 const char *next, bool near) {
     const size_t size = dtype == PSOUP_F32 ? 4 : 2;
     const float *a[ROWS];
     vec c[ROWS][VECTORS];
@@ -115,9 +115,11 @@ INLINE void tile(const psoup__gemm_strip *s, const float *const *a_rows, float *
     int64_t at = 0;
     for (int64_t p = s->depth; p > 0; p--, at += a_step, b += b_step) {
         vec row[VECTORS];
+        if (near) {
 #pragma GCC unroll 4
-        for (size_t line = 0; line < (size_t)(vectors * VECTOR) * size; line += 64)
-            __builtin_prefetch(b + AHEAD * b_step + line);
+            for (size_t line = 0; line < (size_t)(vectors * VECTOR) * size; line += 64)
+                __builtin_prefetch(b + AHEAD * b_step + line);
+        }
         if (next != NULL) {
 #pragma GCC unroll 4
             for (size_t line = 0; line < (size_t)(vectors * VECTOR) * size; line += 64)
@@ -145,19 +147,23 @@ INLINE void tile(const psoup__gemm_strip *s, const float *const *a_rows, float *
 /* All rows of a strip whose columns are whole vectors. */
 INLINE void walk_rows(const psoup__gemm_strip *s, const float *const *a, float *const *c,
                       int64_t first, int64_t rows, const int vectors, const psoup_dtype dtype) {
+    /* The first of several tiles fetches the panel from afar, where the hardware's own prefetcher does better
+     * undisturbed (16 rows: generation 1.05 times as fast; Zen 4). */
+    bool near = rows <= ROWS;
     for (; rows >= ROWS; rows -= ROWS, a += ROWS, c += ROWS) {
         const int64_t next = rows - ROWS < ROWS ? rows - ROWS : ROWS;
         for (int64_t i = ROWS; i < ROWS + next; i++) /* C comes from far; ask before it is due */
             for (int v = 0; v < vectors; v++)
                 __builtin_prefetch(c[i] + first + v * VECTOR, 1);
-        tile(s, a, c, first, ROWS, vectors, dtype, rows == ROWS ? s->next : NULL);
+        tile(s, a, c, first, ROWS, vectors, dtype, rows == ROWS ? s->next : NULL, near);
+        near = true;
     }
     switch (rows) {
-    case 5: tile(s, a, c, first, 5, vectors, dtype, s->next); break;
-    case 4: tile(s, a, c, first, 4, vectors, dtype, s->next); break;
-    case 3: tile(s, a, c, first, 3, vectors, dtype, s->next); break;
-    case 2: tile(s, a, c, first, 2, vectors, dtype, s->next); break;
-    case 1: tile(s, a, c, first, 1, vectors, dtype, s->next); break;
+    case 5: tile(s, a, c, first, 5, vectors, dtype, s->next, near); break;
+    case 4: tile(s, a, c, first, 4, vectors, dtype, s->next, near); break;
+    case 3: tile(s, a, c, first, 3, vectors, dtype, s->next, near); break;
+    case 2: tile(s, a, c, first, 2, vectors, dtype, s->next, near); break;
+    case 1: tile(s, a, c, first, 1, vectors, dtype, s->next, near); break;
     default: break;
     }
 }
