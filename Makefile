@@ -108,7 +108,7 @@ endef
 $(foreach v,$(VARIANTS),$(eval $(call variant_rule,$v)))
 
 # Registers that spill to memory fail the build, but in files that say "spills allowed".
-$(GPU_B)/%.fatbin: cuda/%.cu $(wildcard cuda/*.cuh cuda/*.h)
+$(GPU_B)/%.fatbin: cuda/%.cu $(wildcard cuda/*.cuh cuda/*.h) include/psoup/common.h src/base/f8.h
 	@mkdir -p $(@D)
 	@echo "  NVCC $< ($(GPU_ARCHS))"
 	$(Q)$(NVCC) $(NVCCFLAGS) $(GPU_CODE) -fatbin $< -o $@ > $(@:.fatbin=.log) 2>&1 || { cat $(@:.fatbin=.log); exit 1; }
@@ -237,6 +237,11 @@ $(HOST_B)/libcuda.so.1: $(HOST_OBJ)
 	@echo "  LINK $@"
 	$(Q)$(CXX) -shared $(filter -fsanitize% --coverage,$(MODE)) -Wl,-soname,libcuda.so.1 $^ -o $@
 
+# The engine of examples/ that has its weights on a GPU.
+$B/embed_engine_gpu: $B/examples/embed_engine_gpu.o $B/libpsoup.a $(HOST_B)/libcuda.so.1
+	@echo "  LINK $@"
+	$(Q)$(CC) $(LDFLAGS) $^ $(LIBS) -Wl,-rpath,$(CURDIR)/$(HOST_B) -o $@
+
 $(HOST_B)/libcublasLt.so.13: $(HOST_B)/blas.o $(HOST_B)/libcuda.so.1 $B/libpsoup-merge.a
 	@echo "  LINK $@"
 	$(Q)$(CXX) -shared $(filter -fsanitize% --coverage,$(MODE)) -Wl,-soname,libcublasLt.so.13 $(HOST_B)/blas.o $(HOST_B)/libcuda.so.1 \
@@ -244,10 +249,11 @@ $(HOST_B)/libcublasLt.so.13: $(HOST_B)/blas.o $(HOST_B)/libcuda.so.1 $B/libpsoup
 
 # The tests of one build; every program prints Check's own line of counts.
 run-tests: $(TESTS:%=$B/tests/%) $B/tests/checkops/checkops $B/tests/philox host_driver $(DRIVER_HEADER) \
-           $(HELPERS:%=$B/tests/%) $B/psoup
-	@set -e; for t in $(TESTS); do echo "== $$t"; $B/tests/$$t; done
-	@echo "== every op on every backend"; $B/tests/philox && \
-	    LD_LIBRARY_PATH=$(CURDIR)/$(HOST_B) $B/tests/checkops/checkops
+           $(HELPERS:%=$B/tests/%) $B/embed_engine_gpu $B/psoup
+	@set -e; export LD_LIBRARY_PATH=$(CURDIR)/$(HOST_B); \
+	    for t in $(TESTS); do echo "== $$t"; $B/tests/$$t; done; \
+	    echo "== every op on every backend"; $B/tests/philox; $B/tests/checkops/checkops; \
+	    echo "== an engine on a GPU"; $B/embed_engine_gpu
 	@echo "== the program"; sh tests/cli.sh $B/psoup
 
 check: deps-test
@@ -327,7 +333,7 @@ wheel: $B/wheel/libpsoup.so
 	@$(PYTHON) bindings/python/backend.py $B/wheel/libpsoup.so $B/wheel
 
 # From the source tree with lib/libpsoup.so's twin, and as pip installs it, without a network.
-check-python: $B/libpsoup.so wheel $(if $(LLAMA_LIBS),$B/embed_llama_cpp)
+check-python: $B/libpsoup.so wheel host_driver $(if $(LLAMA_LIBS),$B/embed_llama_cpp)
 	@echo "== Python, from the source tree"
 	@cd bindings/python && PSOUP_TEST_BUILD=$(abspath $B) PSOUP_LIBRARY=$(abspath $B/libpsoup.so) CC="$(CC)" $(PYTHON) -B -m unittest discover -t . -s tests
 	@echo "== Python, installed from the wheel"

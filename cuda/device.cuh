@@ -44,6 +44,17 @@ __device__ __forceinline__ float fast_exp2(float x) {
     return y;
 }
 
+/* 16 bytes that are used once: read past the first cache (also where the kernel writes them), and written so
+ * that they are the first to leave the second. */
+__device__ __forceinline__ uint4 load_once(const char *p) {
+    uint4 v;
+    asm("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(p));
+    return v;
+}
+__device__ __forceinline__ void store_once(char *p, uint4 v) { __stcs(reinterpret_cast<uint4 *>(p), v); }
+
 #else
 #include "host_device.h"
 #endif
@@ -87,42 +98,6 @@ __device__ __forceinline__ void store4(float *row, int j, int width, bool whole,
     for (int c = 0; c < 4; c++)
         if (c < width - j)
             row[j + c] = v.x[c];
-}
-
-/* A row of at most N · THREADS · 4 elements, spread over a block; all loads are on their way before the first
- * is waited for. Beyond the row's end lie zeros. */
-template <int THREADS, bool WHOLE, int N>
-__device__ __forceinline__ void load_row(pack<float> (&v)[N], const float *row, int width) {
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        const int j = (i * THREADS + (int)threadIdx.x) * 4;
-        v[i] = pack<float>{};
-        if (j < width)
-            v[i] = load4(row, j, width, WHOLE);
-    }
-}
-
-template <int THREADS, bool WHOLE, int N>
-__device__ __forceinline__ void store_row(float *row, int width, const pack<float> (&v)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        const int j = (i * THREADS + (int)threadIdx.x) * 4;
-        if (j < width)
-            store4(row, j, width, WHOLE, v[i]);
-    }
-}
-
-/* A block's sums over rows: written to its row of sums, or added there by a block that is alone. */
-template <int THREADS, bool WHOLE, int N>
-__device__ __forceinline__ void put_sums(float *row, int width, pack<float> (&sums)[N]) {
-    if (gridDim.x == 1) {
-        pack<float> before[N];
-        load_row<THREADS, WHOLE>(before, row, width);
-#pragma unroll
-        for (int i = 0; i < N * 4; i++)
-            sums[i / 4].x[i % 4] += before[i / 4].x[i % 4];
-    }
-    store_row<THREADS, WHOLE>(row, width, sums);
 }
 
 /* ---- sums ----------------------------------------------------------------------------------------------- */

@@ -22,7 +22,28 @@ SAME(PSOUP__CU_FUNCTION_DYNAMIC_SHARED, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZ
 SAME(PSOUP__CU_STREAM_NON_BLOCKING, CU_STREAM_NON_BLOCKING);
 SAME(PSOUP__CU_EVENT_NO_TIMING, CU_EVENT_DISABLE_TIMING);
 SAME(PSOUP__CU_CAPTURE_THREAD_LOCAL, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+SAME(PSOUP__CU_ON_HOST, CU_MEMORYTYPE_HOST);
+SAME(PSOUP__CU_ON_DEVICE, CU_MEMORYTYPE_DEVICE);
 SAME(CUDA_SUCCESS, 0);
+
+#define FIELD(ours, theirs) SAME(offsetof(psoup__cu_copy_2d, ours), offsetof(CUDA_MEMCPY2D, theirs))
+FIELD(in.x, srcXInBytes);
+FIELD(in.y, srcY);
+FIELD(in.place, srcMemoryType);
+FIELD(in.host, srcHost);
+FIELD(in.device, srcDevice);
+FIELD(in.array, srcArray);
+FIELD(in.pitch, srcPitch);
+FIELD(out.x, dstXInBytes);
+FIELD(out.y, dstY);
+FIELD(out.place, dstMemoryType);
+FIELD(out.host, dstHost);
+FIELD(out.device, dstDevice);
+FIELD(out.array, dstArray);
+FIELD(out.pitch, dstPitch);
+FIELD(width, WidthInBytes);
+FIELD(height, Height);
+SAME(sizeof(psoup__cu_copy_2d), sizeof(CUDA_MEMCPY2D));
 
 /* ---- cuBLASLt: its handles are pointers to structs that we hold as void *, its enums are our ints ----- */
 

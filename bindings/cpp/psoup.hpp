@@ -20,6 +20,7 @@
 #include "psoup/data.hpp"
 #include "psoup/eval.hpp"
 #include "psoup/merge.hpp"
+#include "psoup/merge_gpu.hpp"
 #include "psoup/model.hpp"
 #include "psoup/train.hpp"
 

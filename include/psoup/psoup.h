@@ -6,6 +6,7 @@
 #include "psoup/data.h"
 #include "psoup/eval.h"
 #include "psoup/merge.h"
+#include "psoup/merge_gpu.h"
 #include "psoup/model.h"
 #include "psoup/train.h"
 

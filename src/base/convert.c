@@ -7,6 +7,7 @@
  * q8_0 is ggml's quantize_row_q8_0_ref (ggml-quants.c): d = max|x| / 127 in f32, kept as f16;
  * q = round(x · (1/d)), halves away from zero. */
 #include "base/base.h"
+#include "base/f8.h"
 
 #include <assert.h>
 #include <string.h>
@@ -97,70 +98,9 @@ static void f32_to_bf16(char *restrict out, const char *restrict in, size_t n) {
     }
 }
 
-/* The choice is one of masks, for a compiler moves a float operation behind a branch when only one side
- * needs it, and does not vectorise the loop then. */
-static inline uint32_t choose(bool first, uint32_t a, uint32_t b) {
-#ifdef __AVX512F__
-    return first ? a : b; /* which has masked operations for it */
-#else
-    uint32_t mask = 0u - (uint32_t)first;
-    return (a & mask) | (b & ~mask);
-#endif
-}
-
-static inline float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-static inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-
-/* e4m3: 1 sign, 4 exponent (bias 7), 3 fraction; magnitude 0x7f is NaN, there is no infinity. */
-static inline uint32_t f32_of_e4m3(uint8_t c) {
-    uint32_t magnitude = c & 0x7fu, small = magnitude < 8; /* 2⁻⁶ (1 + m/8) − 2⁻⁶ then */
-    float value = float_of((magnitude << 20) + ((120u + small) << 23)) - float_of(choose(small, 121u << 23, 0));
-    uint32_t bits = choose(magnitude == 0x7f, 0x7ff00000u, bits_of(value));
-    return bits | (uint32_t)(c & 0x80u) << 24;
-}
-
-static inline uint8_t e4m3_of_f32(uint32_t f) {
-    uint32_t magnitude = f & 0x7fffffffu;
-    bool small = magnitude < 0x3c800000u; /* 2⁻⁶; to a last place of 2⁻⁹ */
-    uint32_t subnormal = bits_of(float_of(choose(small, magnitude, 0)) + 0x1p14f) - 0x46800000u;
-    uint32_t normal = (magnitude - (120u << 23) + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20;
-    uint32_t bits = choose(small, subnormal, normal);
-    bits = choose(magnitude >= 0x43f00000u, 0x7fu, bits); /* 480 and more, infinity, NaN */
-    return (uint8_t)(bits | (f >> 24 & 0x80u));
-}
-
-/* e5m2: the upper byte of an f16; 1 sign, 5 exponent (bias 15), 2 fraction. */
-static inline uint32_t f32_of_e5m2(uint8_t c) {
-    uint32_t magnitude = c & 0x7fu, small = magnitude < 4; /* 2⁻¹⁴ (1 + m/4) − 2⁻¹⁴ then */
-    float value = float_of((magnitude << 21) + ((112u + small) << 23)) - float_of(choose(small, 113u << 23, 0));
-    uint32_t special = magnitude << 21 | 0x7f800000u | (uint32_t)(magnitude > 0x7c) << 22;
-    uint32_t bits = choose(magnitude >= 0x7c, special, bits_of(value));
-    return bits | (uint32_t)(c & 0x80u) << 24;
-}
-
-static inline uint8_t e5m2_of_f32(uint32_t f) {
-    uint32_t magnitude = f & 0x7fffffffu;
-    bool small = magnitude < 0x38800000u; /* 2⁻¹⁴; to a last place of 2⁻¹⁶ */
-    uint32_t subnormal = bits_of(float_of(choose(small, magnitude, 0)) + 0x1p7f) - 0x43000000u;
-    uint32_t normal = (magnitude - (112u << 23) + 0xfffffu + (magnitude >> 21 & 1u)) >> 21;
-    uint32_t bits = choose(small, subnormal, normal);
-    bits = choose(magnitude >= 0x47800000u, 0x7cu, bits); /* 65536 and more: infinity */
-    bits = choose(magnitude > 0x7f800000u, 0x7fu, bits);
-    return (uint8_t)(bits | (f >> 24 & 0x80u));
-}
-
 static void e4m3_to_f32(char *restrict out, const char *restrict in, size_t n) {
     for (size_t i = 0; i < n; i++) {
-        uint32_t f = f32_of_e4m3((uint8_t)in[i]);
+        uint32_t f = psoup__f32_of_e4m3((uint8_t)in[i]);
         memcpy(out + 4 * i, &f, 4);
     }
 }
@@ -169,13 +109,13 @@ static void f32_to_e4m3(char *restrict out, const char *restrict in, size_t n) {
     for (size_t i = 0; i < n; i++) {
         uint32_t f;
         memcpy(&f, in + 4 * i, 4);
-        out[i] = (char)e4m3_of_f32(f);
+        out[i] = (char)psoup__e4m3_of_f32(f);
     }
 }
 
 static void e5m2_to_f32(char *restrict out, const char *restrict in, size_t n) {
     for (size_t i = 0; i < n; i++) {
-        uint32_t f = f32_of_e5m2((uint8_t)in[i]);
+        uint32_t f = psoup__f32_of_e5m2((uint8_t)in[i]);
         memcpy(out + 4 * i, &f, 4);
     }
 }
@@ -184,7 +124,7 @@ static void f32_to_e5m2(char *restrict out, const char *restrict in, size_t n) {
     for (size_t i = 0; i < n; i++) {
         uint32_t f;
         memcpy(&f, in + 4 * i, 4);
-        out[i] = (char)e5m2_of_f32(f);
+        out[i] = (char)psoup__e5m2_of_f32(f);
     }
 }
 

@@ -219,21 +219,23 @@ static void attention_task(void *arg, size_t task, int worker) {
                  (int64_t)(task / job->blocks % kv_heads), (int64_t)(task % job->blocks) * ROWS);
 }
 
+/* Asks for n rows of keys, or of values, in their order. */
+static void ask_for(const float *rows, int64_t n, int64_t stride, int64_t width) {
+    for (int64_t key = 0; key < n && key * width < NEAR; key++)
+        for (int64_t d = 0; d < width; d += LINE)
+            __builtin_prefetch(rows + key * stride + d, 0, 2);
+}
+
 /* All heads of a span with few queries. Its keys and values come from far and are read once, a
- * head's part of every row at a time, which no hardware prefetcher follows: asking for the rows
- * first, in their order, made this 1.3 times as fast (72 keys of 4 heads, a cache beyond the L3, Zen 4). */
+ * head's part of every row at a time, which no hardware prefetcher follows: asking for all keys first, then
+ * all values, made this 1.25 to 1.35 times as fast (72 keys of 4 heads, a cache beyond the L3, Zen 4). */
 static void decode_task(void *arg, size_t task, int worker) {
     const attention_job *job = arg;
     const psoup__attention_shape *shape = job->shape;
     const psoup__span *span = &job->spans[task];
     const int64_t width = (int64_t)shape->kv_heads * shape->head_dim, stride = job->keys->stride;
-    const float *k = (const float *)job->keys->k + span->first * stride;
-    const float *v = (const float *)job->keys->v + span->first * stride;
-    for (int64_t key = 0; key < span->keys && key * width < NEAR; key++)
-        for (int64_t d = 0; d < width; d += LINE) {
-            __builtin_prefetch(k + key * stride + d, 0, 2);
-            __builtin_prefetch(v + key * stride + d, 0, 2);
-        }
+    ask_for((const float *)job->keys->k + span->first * stride, span->keys, stride, width);
+    ask_for((const float *)job->keys->v + span->first * stride, span->keys, stride, width);
     for (int64_t kv_head = 0; kv_head < shape->kv_heads; kv_head++)
         attend_block(job, span, kv_head, 0);
 }

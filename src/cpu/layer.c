@@ -2,7 +2,14 @@
 #include "cpu/variant.h"
 #include "cpu/vector.h"
 
-enum { ROW_TILE = 16, COLUMN_TILE = 64, FLAT_TILE = 16384 };
+enum { ROW_TILE = 16, COLUMN_TILE = 64, FLAT_TILE = 16384, GATE_TILE = 2048 };
+
+/* What a task of n items takes: a quarter of them, but at least `few` and at most `many`. Of a decoding step's
+ * few rows every thread then has some. */
+static size_t share(size_t n, size_t few, size_t many) {
+    const size_t quarter = tiles(n, 4);
+    return quarter < few ? few : least(quarter, many);
+}
 
 typedef struct norm_job {
     float *out, *rstd;      /* [rows, width], [rows] */
@@ -11,14 +18,14 @@ typedef struct norm_job {
     const float *weight;    /* [width] */
     const float *saved;     /* rstd [rows] */
     float epsilon;
-    size_t rows, width;
+    size_t rows, width, tile; /* tile: rows of a task */
 } norm_job;
 
 static void rmsnorm_task(void *arg, size_t task, int worker) {
     const norm_job *job = arg;
-    const size_t width = job->width, end = least((task + 1) * ROW_TILE, job->rows);
+    const size_t width = job->width, end = least((task + 1) * job->tile, job->rows);
     const float *weight = job->weight;
-    for (size_t row = task * ROW_TILE; row < end; row++) {
+    for (size_t row = task * job->tile; row < end; row++) {
         const float *x = job->x + row * width;
         float *out = job->out + row * width;
         const float rstd =
@@ -33,8 +40,9 @@ static void rmsnorm_task(void *arg, size_t task, int worker) {
 static void rmsnorm(psoup__backend *be, float *out, float *rstd, const float *x,
                     const float *weight, float epsilon, int32_t rows, int32_t width) {
     norm_job job = {.out = out, .rstd = rstd, .x = x, .weight = weight, .epsilon = epsilon,
-                    .rows = (size_t)rows, .width = (size_t)width};
-    psoup__parallel(be->context, tiles(job.rows, ROW_TILE), rmsnorm_task, &job);
+                    .rows = (size_t)rows, .width = (size_t)width,
+                    .tile = share((size_t)rows, 1, ROW_TILE)};
+    psoup__parallel(be->context, tiles(job.rows, job.tile), rmsnorm_task, &job);
 }
 
 /* With x̂ = x · rstd and g = dout · weight: dx += rstd · (g − x̂ · mean(g · x̂)). */
@@ -123,12 +131,12 @@ static void rope(psoup__backend *be, float *x, const float *cos_sin, const int32
 typedef struct gate_job {
     float *out, *dgate, *dup;      /* [n] */
     const float *dout, *gate, *up; /* [n] */
-    size_t n;
+    size_t n, tile; /* tile: values of a task */
 } gate_job;
 
 static void swiglu_task(void *arg, size_t task, int worker) {
     const gate_job *job = arg;
-    const size_t start = task * FLAT_TILE, n = least(FLAT_TILE, job->n - start);
+    const size_t start = task * job->tile, n = least(job->tile, job->n - start);
     const float *gate = job->gate + start, *up = job->up + start;
     float *out = job->out + start;
     INDEPENDENT
@@ -137,8 +145,9 @@ static void swiglu_task(void *arg, size_t task, int worker) {
 }
 
 static void swiglu(psoup__backend *be, float *out, const float *gate, const float *up, size_t n) {
-    gate_job job = {.out = out, .gate = gate, .up = up, .n = n};
-    psoup__parallel(be->context, tiles(n, FLAT_TILE), swiglu_task, &job);
+    gate_job job = {.out = out, .gate = gate, .up = up, .n = n,
+                    .tile = share(n, GATE_TILE, FLAT_TILE)};
+    psoup__parallel(be->context, tiles(n, job.tile), swiglu_task, &job);
 }
 
 /* With σ = sigmoid(gate): dup = dout·gate·σ, dgate = dout·up·σ·(1 + gate·(1 − σ)). */

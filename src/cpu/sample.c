@@ -1,10 +1,10 @@
 /* Drawing tokens. Nothing is sorted and nothing allocated: where the cumulative probability crosses a
- * target in descending order of the logits is found by descending a histogram over the logits' bits,
- * eleven at a time. */
+ * target in descending order of the logits is found by histograms, the first over the distance from the
+ * maximum, the next ones over the bits of the few logits in the bin that was hit. */
 #include "cpu/variant.h"
 #include "cpu/vector.h"
 
-enum { CHUNK = 2048, BINS = 2048 };
+enum { CHUNK = 2048, BIN_BITS = 11, BINS = 1 << BIN_BITS };
 
 typedef struct sample_row {
     const float *logits; /* [vocab] */
@@ -28,16 +28,25 @@ static inline float mass_of(const sample_row *row, float logit) {
     return exp_float((logit - row->max) / row->draw->temperature);
 }
 
-/* The logits from `start` on, the banned ones −∞; returns how many. */
-static size_t chunk_of(const sample_row *row, size_t start, float logits[CHUNK]) {
-    const size_t n = least(CHUNK, row->vocab - start);
-    memcpy(logits, row->logits + start, n * sizeof *logits);
+/* A bin of the first histogram: 1/64 of the logarithm of a mass, the last all that is below 2⁻⁴⁶. It never
+ * falls as the logit falls. */
+static inline uint32_t bin_of(const sample_row *row, float logit) {
+    const float bin = (row->max - logit) * (64 / row->draw->temperature);
+    return bin < BINS - 1 ? (uint32_t)(int32_t)bin : BINS - 1;
+}
+
+/* The `n` logits from `start` on, the banned ones −∞. */
+static const float *chunk_of(const sample_row *row, size_t start, float room[CHUNK], size_t *n) {
+    *n = least(CHUNK, row->vocab - start);
+    if (row->draw->n_banned == 0)
+        return row->logits + start;
+    memcpy(room, row->logits + start, *n * sizeof *room);
     for (int32_t i = 0; i < row->draw->n_banned; i++) {
         const size_t banned = (size_t)row->draw->banned[i];
-        if (banned >= start && banned - start < n)
-            logits[banned - start] = -__builtin_inff();
+        if (banned >= start && banned - start < *n)
+            room[banned - start] = -__builtin_inff();
     }
-    return n;
+    return room;
 }
 
 /* Finds the maximum and where it is first; −1 when a logit is NaN or the maximum is not finite. */
@@ -45,21 +54,22 @@ static int32_t argmax(sample_row *row) {
     int32_t best = -1;
     row->max = -__builtin_inff();
     for (size_t start = 0; start < row->vocab; start += CHUNK) {
-        float logits[CHUNK + LANES];
-        const size_t n = chunk_of(row, start, logits);
+        float room[CHUNK];
+        size_t n, i = 0;
+        const float *logits = chunk_of(row, start, room, &n);
         int nan = 0;
-        for (size_t i = 0; i < n; i++)
-            nan |= row->logits[start + i] != row->logits[start + i];
+        for (size_t j = 0; j < n; j++)
+            nan |= row->logits[start + j] != row->logits[start + j];
         if (nan)
             return -1;
-        store(logits + n, splat(-__builtin_inff()));
         vec most = splat(row->max);
-        for (size_t i = 0; i < n; i += LANES)
+        for (; i + LANES <= n; i += LANES)
             most = vec_max(load(logits + i), most);
-        const float max = max_lanes(most);
+        float max = max_lanes(most);
+        for (; i < n; i++)
+            max = logits[i] > max ? logits[i] : max;
         if (max > row->max) {
-            size_t i = 0;
-            while (logits[i] != max)
+            for (i = 0; logits[i] != max;)
                 i++;
             row->max = max;
             best = (int32_t)(start + i);
@@ -68,33 +78,67 @@ static int32_t argmax(sample_row *row) {
     return row->max <= 3.402823466e38f ? best : -1;
 }
 
-/* Sets hist[digit] to the mass, or the count, of every token whose key begins with `prefix`, above
- * bit `shift + width`. Few do after the first digit: eight flags at a time are looked at, and so branches
- * mispredicted seldom (which, with the shared first histogram, halved the time of a draw). */
-static void histogram(const sample_row *row, bool count, uint32_t prefix, int shift, int width,
-                      double hist[BINS]) {
-    const uint32_t most = 0xffffffffu >> (32 - shift - width), digit = (1u << width) - 1;
-    const bool all = shift + width == 32;
+/* Sets hist[bin] to the mass, or the count, of every token that was not filtered out. Neighbours seldom
+ * fall into the same bin, so that one sum need not wait for the other. */
+static void first_histogram(const sample_row *row, bool count, double hist[BINS]) {
     memset(hist, 0, BINS * sizeof *hist);
     for (size_t start = 0; start < row->vocab; start += CHUNK) {
-        float logits[CHUNK], mass[CHUNK];
-        uint32_t key[CHUNK];
-        uint8_t fits[CHUNK + 8] = {0};
-        const size_t n = chunk_of(row, start, logits);
+        float room[CHUNK], mass[CHUNK];
+        uint32_t bin[CHUNK];
+        size_t n;
+        const float *logits = chunk_of(row, start, room, &n);
         for (size_t i = 0; i < n; i++) {
-            key[i] = key_of(logits[i]);
-            fits[i] = (key[i] >= row->floor) & ((key[i] ^ prefix) <= most);
+            bin[i] = bin_of(row, logits[i]);
+            mass[i] = count ? 1 : mass_of(row, logits[i]);
+            mass[i] = key_of(logits[i]) >= row->floor ? mass[i] : 0;
         }
-        for (size_t i = 0; i < n && all && !count; i++)
-            mass[i] = mass_of(row, logits[i]);
-        for (size_t i = 0; i < n && all; i++)
-            hist[key[i] >> shift & digit] += fits[i] ? count ? 1 : mass[i] : 0;
-        for (size_t i = 0; i < n && !all; i += 8) {
+        for (size_t i = 0; i < n; i++)
+            hist[bin[i]] += mass[i];
+    }
+}
+
+/* Keys low … high. */
+typedef struct key_range {
+    uint32_t low, high;
+} key_range;
+
+/* The keys of a bin that has any. */
+static key_range range_of(const sample_row *row, uint32_t bin) {
+    key_range range = {~0u, 0};
+    for (size_t start = 0; start < row->vocab; start += CHUNK) {
+        float room[CHUNK];
+        size_t n;
+        const float *logits = chunk_of(row, start, room, &n);
+        for (size_t i = 0; i < n; i++) {
+            const uint32_t key = key_of(logits[i]);
+            const bool in = bin_of(row, logits[i]) == bin && key >= row->floor;
+            const uint32_t low = in ? key : ~0u, high = in ? key : 0;
+            range.low = low < range.low ? low : range.low;
+            range.high = high > range.high ? high : range.high;
+        }
+    }
+    return range;
+}
+
+/* Sets hist[(high − key) >> shift] to the mass, or the count, of the keys of the range. They are few: eight
+ * flags at a time are looked at, and so branches mispredicted seldom. */
+static void range_histogram(const sample_row *row, bool count, key_range range, int shift,
+                            double hist[BINS]) {
+    memset(hist, 0, BINS * sizeof *hist);
+    for (size_t start = 0; start < row->vocab; start += CHUNK) {
+        float room[CHUNK];
+        uint8_t in[CHUNK + 8] = {0};
+        size_t n;
+        const float *logits = chunk_of(row, start, room, &n);
+        for (size_t i = 0; i < n; i++)
+            in[i] = range.high - key_of(logits[i]) <= range.high - range.low;
+        for (size_t i = 0; i < n; i += 8) {
             uint64_t flags;
-            memcpy(&flags, fits + i, sizeof flags);
+            memcpy(&flags, in + i, sizeof flags);
             for (size_t j = i; flags; j++, flags >>= 8)
                 if (flags & 1)
-                    hist[key[j] >> shift & digit] += count ? 1 : mass_of(row, logits[j]);
+                    hist[(range.high - key_of(logits[j])) >> shift] +=
+                        count ? 1 : mass_of(row, logits[j]);
         }
     }
 }
@@ -105,32 +149,35 @@ typedef struct sample_cut {
     double here;  /* the mass of the key, all its tokens together */
 } sample_cut;
 
-static const int shifts[3] = {21, 10, 0}, widths[3] = {11, 11, 10};
+/* The first bin with which the mass exceeds the target, or the last with any, when rounding keeps the sum
+ * from it. */
+static uint32_t cross(sample_cut *cut, const double hist[BINS], double target) {
+    uint32_t bin = 0, chosen = 0;
+    double sum = cut->above;
+    for (; bin < BINS && sum <= target; bin++) {
+        chosen = hist[bin] > 0 ? bin : chosen;
+        cut->above = hist[bin] > 0 ? sum : cut->above;
+        sum += hist[bin];
+    }
+    cut->here = hist[chosen];
+    return chosen;
+}
 
-/* `first` is the histogram of the first digit. */
+/* `first` is the first histogram. */
 static sample_cut find_cut(const sample_row *row, bool count, const double first[BINS],
                            double target) {
     sample_cut cut = {0};
-    for (int digit = 0; digit < 3; digit++) {
-        double room[BINS];
-        const double *hist = digit ? room : first;
-        if (digit)
-            histogram(row, count, cut.key, shifts[digit], widths[digit], room);
-        int chosen = 0;
-        double chosen_above = cut.above;
-        for (int bin = (1 << widths[digit]) - 1; bin >= 0; bin--) {
-            if (hist[bin] == 0)
-                continue;
-            chosen = bin; /* when rounding keeps the sum from the target: the last with any mass */
-            chosen_above = cut.above;
-            if (cut.above + hist[bin] > target)
-                break;
-            cut.above += hist[bin];
-        }
-        cut.key |= (uint32_t)chosen << shifts[digit];
-        cut.above = chosen_above;
-        cut.here = hist[chosen];
+    key_range range = range_of(row, cross(&cut, first, target));
+    while (range.low < range.high) {
+        double hist[BINS];
+        const int bits = 32 - __builtin_clz(range.high - range.low);
+        const int shift = bits > BIN_BITS ? bits - BIN_BITS : 0;
+        range_histogram(row, count, range, shift, hist);
+        range.high -= cross(&cut, hist, target) << shift;
+        const uint32_t most = (1u << shift) - 1;
+        range.low = range.high - range.low > most ? range.high - most : range.low;
     }
+    cut.key = range.high;
     return cut;
 }
 
@@ -143,8 +190,9 @@ static int32_t find_token(const sample_row *row, const double first[BINS], doubl
     double sum = cut.above, seen = 0;
     int32_t token = -1;
     for (size_t start = 0; start < row->vocab; start += CHUNK) {
-        float logits[CHUNK];
-        const size_t n = chunk_of(row, start, logits);
+        float room[CHUNK];
+        size_t n;
+        const float *logits = chunk_of(row, start, room, &n);
         for (size_t i = 0; i < n; i++) {
             if (key_of(logits[i]) != cut.key)
                 continue;
@@ -165,14 +213,17 @@ static int32_t draw_token(sample_row *row) {
     const int32_t best = argmax(row);
     if (best < 0 || draw->temperature == 0)
         return best;
-    double first[BINS], total = 0, ties = (double)row->vocab;
+    double first[BINS], part[8] = {0}, total = 0, ties = (double)row->vocab;
     if (draw->top_k > 0 && (size_t)draw->top_k < row->vocab) {
-        histogram(row, true, 0, shifts[0], widths[0], first);
+        first_histogram(row, true, first);
         row->floor = find_cut(row, true, first, draw->top_k - 1).key;
     }
-    histogram(row, false, 0, shifts[0], widths[0], first);
-    for (int bin = BINS - 1; bin >= 0; bin--)
-        total += first[bin];
+    first_histogram(row, false, first);
+    for (int bin = 0; bin < BINS; bin += 8)
+        for (int l = 0; l < 8; l++)
+            part[l] += first[bin + l];
+    for (int l = 0; l < 8; l++)
+        total += part[l];
     uint32_t last = 0;
     if (draw->top_p < 1) {
         const double target = draw->top_p * total;

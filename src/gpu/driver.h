@@ -30,8 +30,25 @@ enum {
     PSOUP__CU_FUNCTION_DYNAMIC_SHARED = 8,     /* CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES */
     PSOUP__CU_STREAM_NON_BLOCKING = 1,         /* CU_STREAM_NON_BLOCKING */
     PSOUP__CU_EVENT_NO_TIMING = 2,             /* CU_EVENT_DISABLE_TIMING */
-    PSOUP__CU_CAPTURE_THREAD_LOCAL = 1         /* CU_STREAM_CAPTURE_MODE_THREAD_LOCAL */
+    PSOUP__CU_CAPTURE_THREAD_LOCAL = 1,        /* CU_STREAM_CAPTURE_MODE_THREAD_LOCAL */
+    PSOUP__CU_ON_HOST = 1,                     /* CU_MEMORYTYPE_HOST */
+    PSOUP__CU_ON_DEVICE = 2                    /* CU_MEMORYTYPE_DEVICE */
 };
+
+/* struct CUDA_MEMCPY2D_st: one end of it, and the whole. Sizes are in bytes. */
+struct CUDA_MEMCPY2D_st;
+typedef struct psoup__cu_plane {
+    size_t x, y;
+    int place; /* PSOUP__CU_ON_… */
+    void *host;
+    psoup__cu_pointer device;
+    void *array;
+    size_t pitch;
+} psoup__cu_plane;
+typedef struct psoup__cu_copy_2d {
+    psoup__cu_plane in, out;
+    size_t width, height;
+} psoup__cu_copy_2d;
 
 /* X(what it is called here, the symbol, its parameters) */
 #define PSOUP__CU_CALLS(X)                                                                                 \
@@ -46,6 +63,7 @@ enum {
     X(context_release, cuDevicePrimaryCtxRelease_v2, (psoup__cu_device device))                            \
     X(context_set, cuCtxSetCurrent, (psoup__cu_context context))                                           \
     X(context_get, cuCtxGetCurrent, (psoup__cu_context * context))                                         \
+    X(context_wait, cuCtxSynchronize, (void))                                                              \
     X(memory_info, cuMemGetInfo_v2, (size_t * unused, size_t *total))                                      \
     X(alloc, cuMemAlloc_v2, (psoup__cu_pointer * out, size_t bytes))                                       \
     X(release, cuMemFree_v2, (psoup__cu_pointer memory))                                                   \
@@ -57,6 +75,7 @@ enum {
       (void *out, psoup__cu_pointer in, size_t bytes, psoup__cu_stream stream))                            \
     X(copy, cuMemcpyDtoDAsync_v2,                                                                          \
       (psoup__cu_pointer out, psoup__cu_pointer in, size_t bytes, psoup__cu_stream stream))                \
+    X(copy_2d, cuMemcpy2DAsync_v2, (const struct CUDA_MEMCPY2D_st *copy, psoup__cu_stream stream))         \
     X(set, cuMemsetD8Async,                                                                                \
       (psoup__cu_pointer out, unsigned char value, size_t bytes, psoup__cu_stream stream))                 \
     X(stream_create, cuStreamCreate, (psoup__cu_stream * out, unsigned flags))                             \

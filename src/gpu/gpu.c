@@ -70,8 +70,7 @@ static void gpu_write(psoup__backend *be, void *out, const void *host, size_t by
         psoup__gpu_write(gpu, psoup__gpu_address(out), host, bytes);
 }
 
-/* Waits for the stream and tells what went wrong in it. */
-static psoup_status finish(psoup__gpu *gpu, psoup_error *error) {
+psoup_status psoup__gpu_finish(psoup__gpu *gpu, psoup_error *error) {
     psoup__gpu_failed(gpu, gpu->driver.stream_wait(gpu->stream), "the work before");
     if (gpu->failed.status == PSOUP_OK)
         return PSOUP_OK;
@@ -81,17 +80,15 @@ static psoup_status finish(psoup__gpu *gpu, psoup_error *error) {
 static psoup_status gpu_read(psoup__backend *be, void *host, const void *in, size_t bytes,
                              psoup_error *error) {
     psoup__gpu *gpu = psoup__gpu_of(be);
-    if (psoup__record_refuse(gpu))
-        return PSOUP_OK; /* replay tells */
     if (enter(gpu) && bytes > 0)
         psoup__gpu_failed(gpu, gpu->driver.to_host(host, psoup__gpu_address(in), bytes, gpu->stream),
                           "a copy to the host");
-    return finish(gpu, error);
+    return psoup__gpu_finish(gpu, error);
 }
 
 static void gpu_copy(psoup__backend *be, void *out, const void *in, size_t bytes) {
     psoup__gpu *gpu = psoup__gpu_of(be);
-    if (bytes > 0 && !psoup__record_copy(gpu, psoup__gpu_address(out), psoup__gpu_address(in), bytes) && enter(gpu))
+    if (enter(gpu) && bytes > 0)
         psoup__gpu_failed(gpu, gpu->driver.copy(psoup__gpu_address(out), psoup__gpu_address(in), bytes,
                                                 gpu->stream),
                           "a copy");
@@ -99,7 +96,7 @@ static void gpu_copy(psoup__backend *be, void *out, const void *in, size_t bytes
 
 static void gpu_zero(psoup__backend *be, void *out, size_t bytes) {
     psoup__gpu *gpu = psoup__gpu_of(be);
-    if (bytes > 0 && !psoup__record_copy(gpu, psoup__gpu_address(out), 0, bytes) && enter(gpu))
+    if (enter(gpu) && bytes > 0)
         psoup__gpu_failed(gpu, gpu->driver.set(psoup__gpu_address(out), 0, bytes, gpu->stream), "zeroing");
 }
 
@@ -147,6 +144,8 @@ static psoup_status open_device(psoup__gpu *gpu, int ordinal, psoup_error *error
                            "no GPU: cuda:%d has compute capability %d.%d; 8.0 or more is needed", ordinal,
                            major, minor);
     if (result == 0)
+        result = d->context_get(&gpu->before);
+    if (result == 0)
         result = d->context_retain(&gpu->context, gpu->device);
     if (result == 0)
         result = d->context_set(gpu->context);
@@ -168,16 +167,13 @@ static psoup_status make_counters(psoup__gpu *gpu, psoup_error *error) {
     return counters ? PSOUP_OK : PSOUP_ERROR_MEMORY;
 }
 
-static void gpu_free(psoup__backend *be) {
-    psoup__gpu *gpu = psoup__gpu_of(be);
-    if (!gpu)
-        return;
+/* Whatever of it is open; the thread's context is `before` again. */
+static void close_gpu(psoup__gpu *gpu) {
     psoup__driver *d = &gpu->driver;
     if (gpu->context) {
         d->context_set(gpu->context);
         if (gpu->stream)
             d->stream_wait(gpu->stream);
-        psoup__record_free(gpu);
         psoup__blas_close(gpu);
         psoup__upload_free(gpu);
         if (gpu->room)
@@ -188,10 +184,19 @@ static void gpu_free(psoup__backend *be) {
             d->module_unload(gpu->modules[i]);
         if (gpu->own_stream)
             d->stream_destroy(gpu->stream);
+        d->context_set(gpu->before);
         d->context_release(gpu->device);
     }
     psoup__driver_close(d);
-    psoup__free(be->context, gpu);
+    psoup__free(gpu->base.context, gpu);
+}
+
+static void gpu_free(psoup__backend *be) {
+    psoup__gpu *gpu = psoup__gpu_of(be);
+    if (!gpu)
+        return;
+    gpu->driver.context_get(&gpu->before);
+    close_gpu(gpu);
 }
 
 /* ---- the table ---------------------------------------------------------------------------------------- */
@@ -244,8 +249,6 @@ static void fill(psoup__ops *ops) {
     ops->read = gpu_read;
     ops->copy = gpu_copy;
     ops->zero = gpu_zero;
-    ops->record = psoup__gpu_record;
-    ops->replay = psoup__gpu_replay;
     ops->reserve = gpu_reserve;
     ops->cache = gpu_cache;
     ops->weight_pack = gpu_weight_pack;
@@ -256,11 +259,10 @@ static void fill(psoup__ops *ops) {
     psoup__gpu_fill_linear_mix(ops);
     psoup__gpu_fill_loss(ops);
     psoup__gpu_fill_sample(ops);
-    psoup__gpu_fill_advance(ops);
     psoup__gpu_fill_adamw(ops);
 }
 
-psoup_status psoup__gpu_create(psoup_context *context, psoup__backend **out, psoup_error *error) {
+psoup_status psoup__gpu_open(psoup_context *context, bool products, psoup__gpu **out, psoup_error *error) {
     psoup_status status;
     *out = NULL;
     psoup__gpu *gpu = psoup__alloc(context, 1, sizeof *gpu, error);
@@ -275,10 +277,18 @@ psoup_status psoup__gpu_create(psoup_context *context, psoup__backend **out, pso
     PSOUP__TRY(load_images(gpu, error));
     PSOUP__TRY(make_counters(gpu, error));
     PSOUP__TRY(psoup__upload_create(gpu, error));
-    PSOUP__TRY(psoup__blas_open(gpu, error));
-    *out = &gpu->base;
+    if (products)
+        PSOUP__TRY(psoup__blas_open(gpu, error));
+    *out = gpu;
     return PSOUP_OK;
 fail:
-    gpu_free(&gpu->base);
+    close_gpu(gpu);
+    return status;
+}
+
+psoup_status psoup__gpu_create(psoup_context *context, psoup__backend **out, psoup_error *error) {
+    psoup__gpu *gpu;
+    psoup_status status = psoup__gpu_open(context, true, &gpu, error);
+    *out = gpu ? &gpu->base : NULL;
     return status;
 }

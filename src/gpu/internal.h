@@ -5,7 +5,6 @@
 #include "../../cuda/kernels.h"
 #include "gpu/blas.h"
 #include "gpu/driver.h"
-#include "gpu/record.h"
 #include "ops.h"
 
 enum { PSOUP__GPU_IMAGES = 32 };
@@ -38,6 +37,7 @@ typedef struct psoup__gpu {
     psoup__driver driver;
     psoup__cu_device device;
     psoup__cu_context context; /* the device's primary one, shared with CUDA's runtime */
+    psoup__cu_context before;  /* the thread's when it was opened, or is freed */
     psoup__cu_stream stream;
     bool own_stream;
     int processors;    /* streaming multiprocessors */
@@ -49,7 +49,6 @@ typedef struct psoup__gpu {
     unsigned dynamic_shared[PSOUP__KERNEL_COUNT]; /* most asked for so far */
     psoup__blas blas;
     psoup__upload upload;
-    psoup__record record;
     psoup__cu_pointer room; /* what ops take beside their arguments: see ops->reserve */
     size_t room_bytes;
     psoup__cast cast;
@@ -65,8 +64,13 @@ static inline psoup__cu_pointer psoup__gpu_address(const void *memory) {
     return (psoup__cu_pointer)(uintptr_t)memory;
 }
 
-/* ---- gpu.c: every op reports what the driver says through this ----------------------------------------- */
+/* ---- gpu.c ---------------------------------------------------------------------------------------------- */
 
+/* What psoup__gpu_create makes; matrix products by cuBLASLt only where they are asked for. */
+psoup_status psoup__gpu_open(psoup_context *context, bool products, psoup__gpu **out, psoup_error *error);
+/* Waits for the stream and tells what went wrong in it. */
+psoup_status psoup__gpu_finish(psoup__gpu *gpu, psoup_error *error);
+/* Every op reports what the driver says through these two. */
 /* Keeps the first failure of a call named `what`; returns whether there was one. */
 bool psoup__gpu_failed(psoup__gpu *gpu, psoup__cu_result result, const char *what);
 /* "no GPU memory: 12 bytes", or what else the driver says. */
@@ -76,6 +80,11 @@ psoup_status psoup__gpu_make_room(psoup__gpu *gpu, size_t bytes, psoup_error *er
 
 /* ---- launch.c ------------------------------------------------------------------------------------------- */
 
+typedef struct psoup__grid {
+    unsigned x, y, z;    /* blocks */
+    unsigned threads;    /* of a block */
+    unsigned shared;     /* bytes of dynamic shared memory */
+} psoup__grid;
 /* Puts a kernel into the stream. Nothing happens where a dimension of the grid is 0. */
 void psoup__gpu_launch(psoup__gpu *gpu, psoup__kernel kernel, psoup__grid grid, const void *args);
 #define PSOUP__LAUNCH(gpu, name, grid, ...)                                                                \
@@ -120,7 +129,6 @@ void psoup__gpu_fill_attention(psoup__ops *ops);
 void psoup__gpu_fill_linear_mix(psoup__ops *ops);
 void psoup__gpu_fill_loss(psoup__ops *ops);
 void psoup__gpu_fill_sample(psoup__ops *ops);
-void psoup__gpu_fill_advance(psoup__ops *ops);
 void psoup__gpu_fill_adamw(psoup__ops *ops);
 
 /* image.S: the kernels, each file's as a fatbin, 0 at the end. Where nvcc was missing there is one, "none". */

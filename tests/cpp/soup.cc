@@ -212,6 +212,8 @@ static void test_merging_in_memory(const psoup::context &context) {
     NEED(psoup::merge_sum(context, out.data(), PSOUP_F32, in, PSOUP_F32, weights, 3));
     CHECK((out == floats{2.5f, 2, 1.5f}));
     CHECK(!psoup::merge_sum(context, out.data(), PSOUP_F32, in, PSOUP_F32, one, 3));
+    auto on_gpu = psoup::gpu_merge::create(context);
+    CHECK(!on_gpu && on_gpu.error().message.find("the context's device is the CPU") != std::string::npos);
     const floats fa{1, 2, 3}, fb{4, 5}, base(6, 1.0f);
     const psoup_lora_factors factors[]{{fa.data(), fb.data(), 1, 2.0f}};
     floats folded(6), ra(3), rb(2);

@@ -13,6 +13,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <vector>
 
 #include <sys/mman.h>
@@ -57,6 +58,8 @@ CUstream_st default_stream;
 std::map<char *, size_t> device, pinned; /* base to bytes */
 std::map<const host::entry *, std::unique_ptr<CUfunc_st>> functions;
 long allocations;
+thread_local void *current; /* context */
+std::set<CUstream_st *> streams{&default_stream};
 
 CUstream_st *of(CUstream_st *stream) { return stream ? stream : &default_stream; }
 
@@ -65,7 +68,7 @@ int number_of(const char *name, int otherwise) {
     return text && *text ? std::atoi(text) : otherwise;
 }
 
-[[maybe_unused]] size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
 void open_memory(bool open) {
 #ifndef ADDRESS_SANITIZER
@@ -97,6 +100,25 @@ bool is_pinned(const void *p) {
         if ((const char *)p >= block.first && (const char *)p < block.first + block.second)
             return true;
     return false;
+}
+
+/* CUDA_MEMCPY2D */
+struct plane {
+    size_t x, y;
+    int place; /* 1 host, 2 device */
+    char *host;
+    unsigned long long device;
+    void *array;
+    size_t pitch;
+    char *data() const { return (place == 1 ? host : (char *)device) + y * pitch + x; }
+};
+struct copy_2d {
+    plane in, out;
+    size_t width, height;
+};
+void copy_plane(const copy_2d &c) {
+    for (size_t row = 0; row < c.height; row++)
+        std::memcpy(c.out.data() + row * c.out.pitch, c.in.data() + row * c.in.pitch, c.width);
 }
 
 } // namespace
@@ -137,9 +159,17 @@ int cuDevicePrimaryCtxRetain(void **context, int) {
     return SUCCESS;
 }
 int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
-int cuCtxSetCurrent(void *) { return SUCCESS; }
+int cuCtxSetCurrent(void *context) {
+    current = context;
+    return SUCCESS;
+}
 int cuCtxGetCurrent(void **context) {
-    *context = &default_stream;
+    *context = current;
+    return SUCCESS;
+}
+int cuCtxSynchronize() {
+    for (CUstream_st *stream : streams)
+        run_all(stream);
     return SUCCESS;
 }
 int cuMemGetInfo_v2(size_t *unused, size_t *total) {
@@ -224,17 +254,36 @@ int cuMemcpyDtoDAsync_v2(unsigned long long out, unsigned long long in, size_t b
     put(stream, [=] { std::memmove((void *)out, (const void *)in, bytes); });
     return SUCCESS;
 }
+int cuMemcpy2DAsync_v2(const copy_2d *given, CUstream_st *stream) {
+    copy_2d copy = *given;
+    if (copy.in.pitch < copy.width || copy.out.pitch < copy.width || copy.in.place == copy.out.place)
+        return INVALID_VALUE;
+    if (copy.in.place == 1 && !is_pinned(copy.in.host)) {
+        auto kept = std::make_shared<std::vector<char>>(copy.width * copy.height);
+        copy_2d away = copy;
+        away.out = plane{0, 0, 1, kept->data(), 0, nullptr, copy.width};
+        copy_plane(away);
+        copy.in = away.out;
+        put(stream, [=] { (void)kept, copy_plane(copy); });
+        return SUCCESS;
+    }
+    put(stream, [=] { copy_plane(copy); });
+    if (copy.out.place == 1 && !is_pinned(copy.out.host) && !of(stream)->capturing)
+        run_all(of(stream));
+    return SUCCESS;
+}
 int cuMemsetD8Async(unsigned long long out, unsigned char value, size_t bytes, CUstream_st *stream) {
     put(stream, [=] { std::memset((void *)out, value, bytes); });
     return SUCCESS;
 }
 
 int cuStreamCreate(CUstream_st **out, unsigned) {
-    *out = new CUstream_st;
+    streams.insert(*out = new CUstream_st);
     return SUCCESS;
 }
 int cuStreamDestroy_v2(CUstream_st *stream) {
     run_all(stream);
+    streams.erase(stream);
     delete stream;
     return SUCCESS;
 }

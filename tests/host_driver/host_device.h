@@ -148,6 +148,8 @@ inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; } /* never contracted with a sum, there as here */
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __int_as_float(int bits) {
     float x;
     std::memcpy(&x, &bits, sizeof x);
@@ -190,5 +192,8 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+
+inline uint4 load_once(const char *p) { return *reinterpret_cast<const uint4 *>(p); }
+inline void store_once(char *p, uint4 v) { *reinterpret_cast<uint4 *>(p) = v; }
 
 #endif

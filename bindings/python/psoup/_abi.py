@@ -334,6 +334,10 @@ class psoup_merge_module(Structure):
     pass
 
 
+class psoup_gpu_merge(Structure):
+    pass
+
+
 class psoup_step(Structure):
     pass
 
@@ -498,8 +502,6 @@ psoup_session_options._fields_ = [
     ("prefill_rows", c_int32),
     ("reserved", c_int32),
     ("cache_tokens", c_int64),
-    ("steps", c_int32),
-    ("reserved2", c_int32),
 ]
 psoup_token_fn = CFUNCTYPE(c_int, c_void_p, c_int64, c_int32, c_float, c_int)
 psoup_completion._fields_ = [
@@ -871,6 +873,7 @@ OPAQUE = (
     psoup_preferences,
     psoup_judge,
     psoup_merger,
+    psoup_gpu_merge,
     psoup_reward,
     psoup_ppo,
 )
@@ -1127,6 +1130,8 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_merge_factors_batch": (c_int, [POINTER(psoup_context), c_int, POINTER(psoup_merge_module), c_size_t, c_int32, POINTER(psoup_error)]),
     "psoup_merge_inspect": (c_int, [POINTER(psoup_context), POINTER(c_char_p), c_size_t, POINTER(c_double), POINTER(POINTER(psoup_json)), POINTER(psoup_error)]),
     "psoup_merge_inspect_plot": (c_int, [POINTER(psoup_context), POINTER(psoup_json), POINTER(c_char_p), c_char_p, POINTER(psoup_error)]),
+    "psoup_gpu_merge_create": (c_int, [POINTER(psoup_context), POINTER(POINTER(psoup_gpu_merge)), POINTER(psoup_error)]),
+    "psoup_gpu_merge_free": (None, [POINTER(psoup_gpu_merge)]),
     "psoup_sft_fields": (POINTER(psoup_field), []),
     "psoup_sft": (c_int, [POINTER(psoup_model), c_char_p, POINTER(psoup_example), c_size_t, POINTER(psoup_example), c_size_t, POINTER(psoup_sft_options), POINTER(psoup_error)]),
     "psoup_reward_create": (c_int, [POINTER(psoup_model), c_char_p, POINTER(psoup_adapter_options), POINTER(POINTER(psoup_reward)), POINTER(psoup_error)]),

@@ -68,16 +68,16 @@ def _named(name: str, what: str) -> Dtype:
 
 
 class View:
-    """Where an array's numbers lie: `address`, `dtype`, `shape`, `strides` (in elements). It keeps the
-    array alive and its memory in place."""
+    """Where an array's numbers lie: `address`, `dtype`, `shape`, `strides` (in elements), and whether that is
+    `on_gpu`. It keeps the array alive and its memory in place."""
 
-    __slots__ = ("address", "dtype", "shape", "strides", "readonly", "owner", "_buffer")
+    __slots__ = ("address", "dtype", "shape", "strides", "readonly", "owner", "on_gpu", "_buffer")
 
-    def __init__(self, address: int, dtype: Dtype, shape: Tuple[int, ...],
-                 strides: Optional[Tuple[int, ...]], readonly: bool, owner: Any) -> None:
+    def __init__(self, address: int, dtype: Dtype, shape: Tuple[int, ...], strides: Optional[Tuple[int, ...]],
+                 readonly: bool, owner: Any, on_gpu: bool = False) -> None:
         self.address, self.dtype, self.shape, self.readonly = address, dtype, shape, readonly
         self.strides = strides if strides is not None else contiguous(shape)
-        self.owner = owner
+        self.owner, self.on_gpu = owner, on_gpu
 
     @property
     def size(self) -> int:
@@ -106,10 +106,11 @@ def contiguous(shape: Sequence[int]) -> Tuple[int, ...]:
     return tuple(reversed(out))
 
 
-def view(x: Any, dtype: Optional[DtypeLike] = None, *, writable: bool = False, what: str = "the array") -> View:
+def view(x: Any, dtype: Optional[DtypeLike] = None, *, writable: bool = False, gpu: bool = False,
+         what: str = "the array") -> View:
     """The numbers of `x`, without a copy. `dtype` reads elements of the same size as another type
-    (bfloat16 held as uint16). Raises TypeError where x is no array of a known dtype, ValueError where it
-    must be writable and is not."""
+    (bfloat16 held as uint16). Raises TypeError where x is no array of a known dtype, or on a GPU and `gpu`
+    does not allow that; ValueError where it must be writable and is not."""
     if isinstance(x, View):
         found = x
     else:
@@ -120,32 +121,34 @@ def view(x: Any, dtype: Optional[DtypeLike] = None, *, writable: bool = False, w
             found = _from_dlpack(x, wanted, what)
         else:
             found = _from_buffer(x, wanted, what)
+    if found.on_gpu and not gpu:
+        raise TypeError("%s is not in the host's memory" % what)
     if writable and found.readonly:
         raise ValueError("%s is read-only" % what)
     return found
 
 
-def packed(x: Any, dtype: DtypeLike, shape: Sequence[int], *, what: str = "the buffer") -> View:
+def packed(x: Any, dtype: DtypeLike, shape: Sequence[int], *, gpu: bool = False, what: str = "the buffer") -> View:
     """The bytes of a buffer as row-major elements of a dtype and shape: of q8_0, whose 32 elements take 34
     bytes together, and of whatever else lies in plain bytes."""
     kind, shape = dtype_of(dtype), tuple(shape)
-    seen = view(x, what=what)
+    seen = view(x, gpu=gpu, what=what)
     expected = bytes_of(kind, shape)
     if not seen.is_contiguous or seen.size * (lib.psoup_dtype_size(seen.dtype) or 1) != expected:
         raise ValueError("%s is not %d bytes together, which %s%s takes"
                          % (what, expected, kind.name.lower(), list(shape)))
-    return View(seen.address, kind, shape, None, seen.readonly, seen)
+    return View(seen.address, kind, shape, None, seen.readonly, seen, seen.on_gpu)
 
 
-def result_view(x: Any, dtype: DtypeLike, shape: Sequence[int], *, what: str) -> View:
+def result_view(x: Any, dtype: DtypeLike, shape: Sequence[int], *, gpu: bool = False, what: str) -> View:
     """Where a result of a dtype and shape is to be written: the array itself, or, of a type that its library
     has not, the bits that `empty` makes for it."""
     kind = dtype_of(dtype)
     try:
-        seen = view(x, writable=True, what=what)
+        seen = view(x, writable=True, gpu=gpu, what=what)
     except TypeError:  # uint16, say
-        return view(x, kind, writable=True, what=what)
-    return packed(x, kind, shape, what=what) if seen.dtype == Dtype.U8 and kind != Dtype.U8 else seen
+        return view(x, kind, writable=True, gpu=gpu, what=what)
+    return packed(x, kind, shape, gpu=gpu, what=what) if seen.dtype == Dtype.U8 and kind != Dtype.U8 else seen
 
 
 def bytes_of(kind: Dtype, shape: Sequence[int]) -> int:
@@ -191,7 +194,7 @@ class _DLTensor(ctypes.Structure):  # dlpack.h
 
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype, _capsule_pointer.argtypes = c_void_p, [py_object, c_char_p]
-_CPU, _CUDA_HOST = 1, 3
+_CPU, _CUDA, _CUDA_HOST, _CUDA_MANAGED = 1, 2, 3, 13
 
 
 def _from_dlpack(x: Any, wanted: Optional[Dtype], what: str) -> View:
@@ -205,16 +208,18 @@ def _from_dlpack(x: Any, wanted: Optional[Dtype], what: str) -> View:
         device, _ = x.__dlpack_device__()
     except (ValueError, RuntimeError):  # torch's "meta"
         device = None
-    if device not in (_CPU, _CUDA_HOST):
+    on_gpu = device in (_CUDA, _CUDA_MANAGED)
+    if not on_gpu and device not in (_CPU, _CUDA_HOST):
         raise TypeError("%s is not in the host's memory" % what)
-    # The capsule is not consumed: it returns the tensor to its library when the view lets go of it.
-    capsule = x.__dlpack__()
+    # The capsule is not consumed: it returns the tensor to its library when the view lets go of it. Stream −1:
+    # nobody waits, the context's stream is where the order is made.
+    capsule = x.__dlpack__(stream=-1) if on_gpu else x.__dlpack__()
     t = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
     shape = tuple(t.shape[i] for i in range(t.ndim))
     strides = tuple(t.strides[i] for i in range(t.ndim)) if t.strides else None
     found = _DLPACK.get((t.code, t.bits), "(%d, %d bits)" % (t.code, t.bits)) if t.lanes == 1 else "(vector)"
     return View((t.data or 0) + t.byte_offset, _reread(found, t.bits, wanted, what), shape, strides, False,
-                (source, capsule))
+                (source, capsule), on_gpu)
 
 
 class _PyBuffer(ctypes.Structure):  # CPython's Py_buffer, of its stable interface
@@ -292,17 +297,19 @@ def empty(shape: Union[int, Sequence[int]], dtype: DtypeLike = Dtype.F32) -> Any
 
 
 def empty_like(x: Any, dtype: Optional[DtypeLike] = None, shape: Optional[Sequence[int]] = None) -> Any:
-    """A new row-major array of x's library (torch, numpy, or ours), shape and dtype, unless told."""
-    seen = view(x)
+    """A new row-major array of x's library (torch, numpy, or ours), device, shape and dtype, unless told."""
+    seen = view(x, gpu=True)
     kind = dtype_of(dtype) if dtype is not None else seen.dtype
     shape = tuple(shape) if shape is not None else seen.shape
     if type(x).__module__.split(".")[0] == "torch" or "torch" in sys.modules and isinstance(
             x, sys.modules["torch"].Tensor):
         torch = sys.modules["torch"]
         if kind == Dtype.Q8_0:
-            return torch.empty(bytes_of(kind, shape), dtype=torch.uint8)
+            return torch.empty(bytes_of(kind, shape), dtype=torch.uint8, device=x.device)
         names = [n for n, d in _NAMES.items() if d == kind and hasattr(torch, n)]
-        return torch.empty(shape, dtype=getattr(torch, names[0]))
+        return torch.empty(shape, dtype=getattr(torch, names[0]), device=x.device)
+    if seen.on_gpu:
+        raise TypeError("arrays of %s on a GPU are not made here: give `out`" % type(x).__module__)
     if numpy is not None and isinstance(x, numpy.ndarray) and kind == seen.dtype:
         return numpy.empty(shape, x.dtype)
     return empty(shape, kind)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, MutableMap
     Sequence, Tuple, Union
 
 from . import _abi
-from ._abi import Dtype, MergeMethod
+from ._abi import Dtype, MergeMethod, MergePlace
 from ._library import Bar, Handle, call, call_long, callback, create, encoded, lib, member, new, \
     progress_callback, record, text, texts
 from .arrays import DtypeLike, View, bytes_of, doubles, dtype_of, empty, empty_like, result_view, view
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .options import MergerOptions
 
 __all__ = ["Merger", "Pulled", "merge", "merge_sum", "fold", "merge_factors", "merge_adapter", "Factors",
-           "verify", "inspect"]
+           "verify", "inspect", "GpuMerge"]
 
 Path = Union[str, "PathLike[str]"]
 Arrays = Mapping[str, Any]
@@ -249,20 +249,38 @@ def inspect(adapters: Sequence[Path], weights: Optional[Sequence[float]] = None,
 # ---- arrays -------------------------------------------------------------------------------------------------
 
 
+class GpuMerge(Handle):
+    """The memory of an NVIDIA GPU as a place of arrays: while it is open, `merge_sum` and `fold` with its context
+    take arrays there, torch's CUDA tensors or any with DLPack.
+
+        stream = torch.cuda.Stream()
+        with psoup.Context(device="cuda:0", stream=stream.cuda_stream) as context, psoup.GpuMerge(context):
+            psoup.fold(base, adapters, weights, out=live, context=context)
+
+    With a stream calls return at once and are in order with what else is put there; without one (torch's default
+    stream is 0, which is none) they wait for the device before and after."""
+
+    def __init__(self, context: Context) -> None:
+        self._own(create(_abi.psoup_gpu_merge, lib.psoup_gpu_merge_create, context.handle),
+                  lib.psoup_gpu_merge_free, parents=[context])
+
+
 def merge_sum(arrays: Sequence[Any], weights: Sequence[float], out: Any = None, dtype: Optional[DtypeLike] = None,
               context: Optional[Context] = None) -> Any:
     """out = sum of weights[i] * arrays[i]: f32 accumulation in that order, rounded once. Arrays are of one
     shape, each of any float dtype; their rows may lie apart, as those of a slice of a larger matrix do.
-    `out` may be one of them, or a buffer to use again; None makes one of `dtype`, or of the first's."""
-    views = [view(a, what="arrays[%d]" % i) for i, a in enumerate(arrays)]
+    `out` may be one of them, or a buffer to use again; None makes one of `dtype`, or of the first's. All may
+    lie on a GPU (see GpuMerge)."""
+    views = [view(a, gpu=True, what="arrays[%d]" % i) for i, a in enumerate(arrays)]
     if not views:
         raise ArgumentError("there are no arrays")
     kind = dtype_of(dtype) if dtype is not None else views[0].dtype
     if out is None:
         out = empty_like(arrays[0], kind, views[0].shape)
     elif dtype is None:
-        kind = view(out, what="out").dtype
-    _sum(context or default_context(), result_view(out, kind, views[0].shape, what="out"), views, weights, "arrays")
+        kind = view(out, gpu=True, what="out").dtype
+    _sum(context or default_context(), result_view(out, kind, views[0].shape, gpu=True, what="out"), views, weights,
+         "arrays")
     return out
 
 
@@ -276,7 +294,7 @@ def _sum(context: Context, out: View, views: Sequence[View], weights: Sequence[f
         if v.shape != first.shape:
             raise ArgumentError("%s has shape %s: expected %s" % (where, list(v.shape), list(first.shape)))
     if first.dtype not in _SUMMED or out.dtype not in _SUMMED or any(v.dtype != first.dtype for v in views) or \
-            not all(v.is_contiguous for v in [out, *views]):
+            not all(v.is_contiguous and not v.on_gpu for v in [out, *views]):
         return _sum_views(context, out, views, row, what)
     pointers = (c_void_p * len(views))(*[v.address for v in views])
     call(lib.psoup_merge_sum, context.handle, out.address, out.dtype, pointers, first.dtype, row.pointer,
@@ -296,7 +314,8 @@ def _struct(v: View, what: str) -> Any:
         (rows, columns), stride = shape, strides[0]
     else:
         raise ArgumentError("%s has strides %s: expected rows of elements side by side" % (what, list(strides)))
-    return _abi.psoup_merge_view(data=v.address, dtype=v.dtype, rows=rows, columns=columns, row_stride=stride)
+    return _abi.psoup_merge_view(data=v.address, dtype=v.dtype, rows=rows, columns=columns, row_stride=stride,
+                                 place=MergePlace.DEVICE if v.on_gpu else MergePlace.HOST)
 
 
 def _sum_views(context: Context, out: View, views: Sequence[View], row: Any, what: str) -> None:
@@ -313,12 +332,14 @@ class Factors(NamedTuple):
     scale: float = 1.0
 
 
-def _factors(factors: Sequence[Factors]) -> Tuple[Any, Any, int, int]:
+def _factors(factors: Sequence[Factors], gpu: bool = False) -> Tuple[Any, Any, int, int]:
     structs, keep = (_abi.psoup_lora_factors * len(factors))(), []
     n_in = n_out = -1
     for i, (struct, f) in enumerate(zip(structs, factors)):
-        a, b = view(f.a, what="factors[%d].a" % i), view(f.b, what="factors[%d].b" % i)
+        a, b = view(f.a, gpu=gpu, what="factors[%d].a" % i), view(f.b, gpu=gpu, what="factors[%d].b" % i)
         for name, v in (("a", a), ("b", b)):
+            if v.on_gpu != gpu:
+                raise ArgumentError("factors[%d].%s is not on the GPU, where base is" % (i, name))
             if v.dtype != Dtype.F32 or len(v.shape) != 2 or not v.is_contiguous:
                 raise ArgumentError("factors[%d].%s is %s%s: expected a row-major float32 matrix"
                                     % (i, name, v.dtype.name.lower(), list(v.shape)))
@@ -335,16 +356,17 @@ def fold(base: Any, factors: Sequence[Factors], weights: Sequence[float], out: A
          at: Optional[Tuple[int, int]] = None, context: Optional[Context] = None) -> Any:
     """out = base + sum of weights[i] * scale_i * B_i A_i, rounded once. `base` is [out, in] of any float
     dtype; `out` may be base itself. With `at` base is a slice of the linear that begins at that row and
-    column (a tensor-parallel shard); the factors are the whole linear's."""
-    seen = view(base, what="base")
-    structs, keep, n_out, n_in = _factors(factors)
+    column (a tensor-parallel shard); the factors are the whole linear's. All may lie on a GPU (see GpuMerge)."""
+    seen = view(base, gpu=True, what="base")
+    structs, keep, n_out, n_in = _factors(factors, seen.on_gpu)
     row = doubles(weights)
     if row.n != len(factors):
         raise ArgumentError("there are %d adapters and %d weights" % (len(factors), row.n))
     if out is None:
         out = empty_like(base)
-    result = view(out, writable=True, what="out")
-    if at is not None or seen.dtype not in _SUMMED or not (seen.is_contiguous and result.is_contiguous):
+    result = view(out, writable=True, gpu=True, what="out")
+    if at is not None or seen.on_gpu or result.on_gpu or seen.dtype not in _SUMMED or \
+            not (seen.is_contiguous and result.is_contiguous):
         for name, v in (("base", seen), ("out", result)):
             if len(v.shape) != 2 or v.shape != seen.shape:
                 raise ArgumentError("%s has shape %s: expected a matrix of base's" % (name, list(v.shape)))
