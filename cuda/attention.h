@@ -1,9 +1,72 @@
-/* cuda/attention.h: causal attention over spans, forward and backward. See kernels.h. */
+/* cuda/attention.h: causal attention over spans, forward and backward. See kernels.h.
+ *
+ * A row of attention is a query with one of the heads that share a key head: of `group` = heads /
+ * kv_heads of them, row r of a span is query r / group, head r % group of the key head's. A block takes a
+ * tile of rows (or of keys) of one span and key head; blocks count tiles of the longest span, then key
+ * heads, then spans.
+ *
+ * Kernels on tensor cores are named by what they multiply in and by head_dim; the plain ones multiply in
+ * f32, take any head_dim up to PLAIN_DIM, and are named by the keys' dtype.
+ */
 #ifndef PSOUP__ATTENTION_H
 #define PSOUP__ATTENTION_H
 
 #include <stdint.h>
 
-#define PSOUP__ATTENTION_KERNELS(X)
+enum {
+    PSOUP__ATTENTION_WARPS = 4, /* of a block on tensor cores */
+    PSOUP__ATTENTION_THREADS = PSOUP__ATTENTION_WARPS * 32,
+    PSOUP__ATTENTION_KEYS = 32, /* in a tile */
+    PSOUP__PLAIN_ATTENTION_TILE = 32, /* rows, and keys, in a tile of the plain kernels */
+    PSOUP__PLAIN_ATTENTION_THREADS = 256,
+    PSOUP__PLAIN_ATTENTION_DIM = 256,
+    PSOUP__ROUND_THREADS = 256, /* a warp to a key */
+};
+/* Rows in a tile: 32 to a warp, 16 where the sums would not fit its registers. */
+#define PSOUP__ATTENTION_ROWS(dim) (PSOUP__ATTENTION_WARPS * ((dim) <= 128 ? 32 : 16))
+/* Floats from row to row of a plain tile: of 16 bytes an odd number, so that rows begin in different
+ * banks. */
+#define PSOUP__PLAIN_ATTENTION_PITCH(dim) ((((dim) + 3) / 4 | 1) * 4)
+
+/* psoup__span of src/ops.h. */
+typedef struct psoup__attention_span {
+    int32_t query, queries, keys, first;
+} psoup__attention_span;
+
+typedef struct psoup__attention_args {
+    float *out, *lse; /* [rows, heads · head_dim]; [rows, heads] or NULL */
+    const float *q;
+    const void *k, *v;
+    const int32_t *pages; /* of `page` rows, or NULL */
+    const psoup__attention_span *spans;
+    int64_t stride; /* from row to row of k, v */
+    int32_t tiles;  /* of the longest span */
+    int32_t heads, kv_heads, head_dim;
+    int32_t page; /* a multiple of KEYS, but for the plain kernels */
+    float scale;
+} psoup__attention_args;
+
+/* Keys and values of a batch, rounded: out[row · pitch] holds those of row `row` of k, `width` numbers,
+ * then those of v. Blocks count `blocks` to a span. */
+typedef struct psoup__attention_round_args {
+    void *out;
+    const float *k, *v;
+    const psoup__attention_span *spans;
+    int64_t pitch, stride;
+    int32_t width, blocks;
+} psoup__attention_round_args;
+
+#define PSOUP__ATTENTION_KERNELS(X) \
+    X(attention_bf16_64, attention) \
+    X(attention_bf16_128, attention) \
+    X(attention_bf16_256, attention) \
+    X(attention_f16_64, attention) \
+    X(attention_f16_128, attention) \
+    X(attention_f16_256, attention) \
+    X(attention_plain_f32, attention) \
+    X(attention_plain_bf16, attention) \
+    X(attention_plain_f16, attention) \
+    X(attention_round_bf16, attention_round) \
+    X(attention_round_f16, attention_round)
 
 #endif

@@ -1,5 +1,6 @@
-/* cuda/mma.cuh: tensor cores. D = A · B + D on a warp, A [16, 16] and B [16, 8] of bf16 or f16, D [16, 8] of f32.
+/* cuda/mma.cuh: tensor cores, and copies to shared memory that run beside them.
  *
+ * D = A · B + D on a warp, A [16, 16] and B [16, 8] of bf16 or f16, D [16, 8] of f32.
  * With g = lane / 4 and t = lane % 4 a lane holds (PTX ISA, "Matrix Fragments for mma.m16n8k16"):
  *   a[0] A[g][2t, 2t+1]   a[1] A[g+8][2t, 2t+1]   a[2] A[g][2t+8, 2t+9]   a[3] A[g+8][2t+8, 2t+9]
  *   b[0] B[2t, 2t+1][g]   b[1] B[2t+8, 2t+9][g]
@@ -41,6 +42,26 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t r[4], const vo
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"((uint32_t)__cvta_generic_to_shared(row))
                  : "memory");
+}
+
+/* 16 or 8 bytes, aligned, from the device's memory to shared memory, or zeros where they are not `there`.
+ * They have arrived, for the thread that asked, when copy_wait<n> returns and at most n of its copy_commit
+ * came after theirs. */
+__device__ __forceinline__ void copy16(void *to, const void *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void copy8(void *to, const void *from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+                 :
+                 : "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 8 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 #else

@@ -215,10 +215,12 @@ psoup_status psoup__gpu_make_room(psoup__gpu *gpu, size_t bytes, psoup_error *er
     return PSOUP_OK;
 }
 
-/* The largest need of any op: linear_mix's input in 16 bits, or attention's partial sums. */
+/* The largest need of any op, attention_backward's: a row's queries, keys, values and gradient of the
+ * output in 16 bits, and two numbers for each head. */
 static psoup_status gpu_reserve(psoup__backend *be, int32_t rows, int32_t width, psoup_error *error) {
+    const size_t most = 9; /* bytes for each number of a row */
     size_t bytes = 0;
-    if (!psoup__multiply((size_t)rows, (size_t)width, &bytes) || !psoup__multiply(bytes, 2, &bytes))
+    if (!psoup__multiply((size_t)rows, (size_t)width, &bytes) || !psoup__multiply(bytes, most, &bytes))
         return psoup__out_of_memory(error, SIZE_MAX);
     return psoup__gpu_make_room(psoup__gpu_of(be), bytes, error);
 }

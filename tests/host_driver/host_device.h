@@ -178,6 +178,11 @@ template <typename T> T atomicMax(T *p, T x) {
     *p = old > x ? old : x;
     return old;
 }
+template <typename T> T atomicMin(T *p, T x) {
+    const T old = *p;
+    *p = old < x ? old : x;
+    return old;
+}
 inline void __threadfence() {}
 
 struct uint2 {
