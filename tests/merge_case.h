@@ -132,18 +132,17 @@ static inline double as_double(const psoup__tensor *tensor, size_t i) {
     float f;
     double d;
     if (tensor->dtype == PSOUP_F64) {
-        memcpy(&d, (const char *)tensor->data + 8 * i, 8);
+        psoup__tensor_bytes(tensor, 8 * i, 8, &d);
         return d;
     }
-    size_t size = psoup_dtype_size(tensor->dtype);
-    psoup__to_f32(context, &f, (const char *)tensor->data + size * i, tensor->dtype, 1);
+    psoup__tensor_read(context, tensor, i, 1, &f);
     return (double)f;
 }
 
 static inline void compare_weights(const char *ours, const char *golden, double tolerance, size_t all) {
     psoup__weights *a, *b;
-    ck_ok(psoup__weights_open(context, ours, "model", &a, &error));
-    ck_ok(psoup__weights_open(context, golden, "model", &b, &error));
+    ck_ok(psoup__weights_map(context, ours, "model", &a, &error));
+    ck_ok(psoup__weights_map(context, golden, "model", &b, &error));
     ck_assert(all == 0 || psoup__weights_count(a) == psoup__weights_count(b));
     for (size_t t = 0; t < psoup__weights_count(b); t++) {
         char name[256];

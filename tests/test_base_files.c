@@ -83,18 +83,34 @@ END_TEST
 START_TEST(files) {
     psoup__file file;
     put_text(at("a"), "abc");
-    OK(psoup__file_map(context, at("a"), &file, &error));
-    ck_assert(file.length == 3 && memcmp(file.data, "abc", 3) == 0);
+    OK(psoup__file_open(context, at("a"), &file, &error));
     ck_assert_str_eq(file.path, at("a"));
-    psoup__file_unmap(context, &file);
+    char bytes[3];
+    ck_assert(psoup__file_at(&file, 1, 2, bytes) && memcmp(bytes, "bc", 2) == 0);
+    OK(psoup__file_check(&file, "", &error));
+    ck_assert(psoup__file_lost(&file) == UINT64_MAX);
+    OK(psoup__file_map(&file, &error));
+    ck_assert(file.length == 3 && memcmp(file.data, "abc", 3) == 0);
+    psoup__file_close(context, &file);
     ck_assert(file.data == NULL && file.path == NULL);
+    /* cut short: zeros, and an error from then on, though the bytes come back */
+    OK(psoup__file_open(context, at("a"), &file, &error));
+    ck_assert_int_eq(truncate(at("a"), 2), 0);
+    ck_assert(psoup__file_lost(&file) == 2);
+    ck_assert(!psoup__file_at(&file, 0, 3, bytes) && memcmp(bytes, "ab", 3) == 0);
+    FAILS(psoup__file_check(&file, "x: ", &error), PSOUP_ERROR_IO, "/a: x: was changed while it was read (3 bytes, now 2)");
+    put_text(at("a"), "abc");
+    ck_assert(psoup__file_lost(&file) == 2);
+    FAILS(psoup__file_check(&file, "", &error), PSOUP_ERROR_IO, "was changed while it was read (3 bytes, now 3)");
+    psoup__file_close(context, &file);
     put_text(at("a"), "");
-    OK(psoup__file_map(context, at("a"), &file, &error));
+    OK(psoup__file_open(context, at("a"), &file, &error));
+    OK(psoup__file_map(&file, &error));
     ck_assert(file.length == 0 && file.data == NULL);
-    psoup__file_unmap(context, &file);
+    psoup__file_close(context, &file);
     check_text(at("a"), "");
-    FAILS(psoup__file_map(context, at("b"), &file, &error), PSOUP_ERROR_IO, "/b: cannot open: No");
-    FAILS(psoup__file_map(context, folder, &file, &error), PSOUP_ERROR_IO, "not a regular file");
+    FAILS(psoup__file_open(context, at("b"), &file, &error), PSOUP_ERROR_IO, "/b: cannot open: No");
+    FAILS(psoup__file_open(context, folder, &file, &error), PSOUP_ERROR_IO, "not a regular file");
     char *text;
     size_t length;
     FAILS(psoup__file_read(context, folder, 10, &text, &length, &error), PSOUP_ERROR_IO,
@@ -166,7 +182,8 @@ static psoup_status everything(quota *q) {
         }
         PSOUP__TRY(status);
     }
-    PSOUP__TRY(psoup__file_map(c, at("in.json"), &file, &error));
+    PSOUP__TRY(psoup__file_open(c, at("in.json"), &file, &error));
+    PSOUP__TRY(psoup__file_map(&file, &error));
     PSOUP__TRY(psoup_json_read(c, at("in.json"), &value, &error));
     PSOUP__TRY(psoup_json_write(c, at("out.json"), value, &error));
     PSOUP__TRY(psoup_json_write(c, at("out.json.zst"), value, &error));
@@ -193,7 +210,7 @@ fail:
     psoup_json_free(value);
     psoup__map_free(map);
     if (c != NULL)
-        psoup__file_unmap(c, &file);
+        psoup__file_close(c, &file);
     psoup_context_free(c);
     return status;
 }

@@ -11,8 +11,8 @@ static psoup_lora_factors factors_of(const psoup__peft_pair *pair) {
     size_t n_a = (size_t)(pair->a.shape[0] * pair->a.shape[1]),
            n_b = (size_t)(pair->b.shape[0] * pair->b.shape[1]);
     float *a = malloc(n_a * sizeof *a), *b = malloc(n_b * sizeof *b);
-    psoup__to_f32(context, a, pair->a.data, pair->a.dtype, n_a);
-    psoup__to_f32(context, b, pair->b.data, pair->b.dtype, n_b);
+    psoup__tensor_read(context, &pair->a, 0, n_a, a);
+    psoup__tensor_read(context, &pair->b, 0, n_b, b);
     return (psoup_lora_factors){a, b, pair->rank, pair->scale};
 }
 
@@ -31,7 +31,7 @@ START_TEST(peft_linear_is_peft_s) {
     psoup__weights *golden;
     ck_ok(psoup__peft_open(context, A, &adapters[0], &error));
     ck_ok(psoup__peft_open(context, B, &adapters[1], &error));
-    ck_ok(psoup__weights_open(context, GOLDEN "linear.safetensors", "model", &golden, &error));
+    ck_ok(psoup__weights_map(context, GOLDEN "linear.safetensors", "model", &golden, &error));
     ck_assert_uint_gt(adapters[0]->n, 0);
     for (size_t i = 0; i < adapters[0]->n; i++) {
         const psoup__peft_pair *pair = &adapters[0]->pairs[i];
@@ -156,7 +156,7 @@ START_TEST(fits_what_has_no_factors) {
     psoup_lora_factors f[N];
     psoup__merge_input inputs[N];
     char name[64];
-    ck_ok(psoup__weights_open(context, "tests/golden/methods/model.safetensors", "model", &golden,
+    ck_ok(psoup__weights_map(context, "tests/golden/methods/model.safetensors", "model", &golden,
                               &error));
     for (int i = 0; i < N; i++) {
         snprintf(name, sizeof name, "lora.%c.A", 'a' + i);

@@ -15,6 +15,7 @@ static const psoup__tensor *find(const psoup__safetensors *file, const char *nam
 START_TEST(reads_what_the_library_wrote) {
     psoup__safetensors *file;
     ck_ok(psoup__safetensors_open(context, GOLDEN "basic.safetensors", &file, &error));
+    ck_ok(psoup__safetensors_map(file, &error));
     ck_assert_uint_eq(psoup__safetensors_count(file), 13);
     ck_assert_str_eq(
         psoup_json_string(psoup_json_get(psoup__safetensors_metadata(file), "note"), ""), "ü");
@@ -83,6 +84,7 @@ START_TEST(writes_and_reads_back) {
     ck_assert_int_eq(head[0] % 8, 0); /* the data begin at a multiple of 8 */
     ck_assert_int_eq(head[8], '{');
     ck_ok(psoup__safetensors_open(context, in_scratch("ours.safetensors"), &file, &error));
+    ck_ok(psoup__safetensors_map(file, &error));
     ck_assert_uint_eq(psoup__safetensors_count(file), 4);
     ck_assert_mem_eq(find(file, "f32")->data, values, sizeof values);
     ck_assert_mem_eq(find(file, "f16")->data, halves, sizeof halves);
@@ -195,7 +197,7 @@ END_TEST
 START_TEST(reads_shards) {
     psoup__weights *weights;
     psoup_json *sums;
-    ck_ok(psoup__weights_open(context, GOLDEN "sharded", "model", &weights, &error));
+    ck_ok(psoup__weights_map(context, GOLDEN "sharded", "model", &weights, &error));
     ck_ok(psoup_json_read(context, GOLDEN "sums.json", &sums, &error));
     ck_assert_uint_eq(psoup__weights_count(weights), psoup_json_size(sums));
     const char *name = NULL;
@@ -218,7 +220,7 @@ END_TEST
 
 static psoup_status open_weights(const char *name) {
     psoup__weights *weights;
-    psoup_status status = psoup__weights_open(context, in_scratch(name), "model", &weights, &error);
+    psoup_status status = psoup__weights_map(context, in_scratch(name), "model", &weights, &error);
     ck_assert((weights != NULL) == (status == PSOUP_OK));
     psoup__weights_free(weights);
     return status;

@@ -16,7 +16,7 @@ enum { MODELS = sizeof models / sizeof *models };
 
 static psoup__weights *weights_of(const char *path) {
     psoup__weights *weights;
-    OK(psoup__weights_open(context, path, "model", &weights, &error));
+    OK(psoup__weights_map(context, path, "model", &weights, &error));
     return weights;
 }
 
@@ -153,6 +153,8 @@ START_TEST(metadata_as_the_converters) {
     psoup__gguf_writer_free(writer);
     OK(psoup__gguf_open(context, path, &got, &error));
     OK(psoup__gguf_open(context, models[_i].file, &want, &error));
+    OK(psoup__gguf_map(got, &error));
+    OK(psoup__gguf_map(want, &error));
     int compared = 0;
     for (size_t i = 0; i < psoup__gguf_values(want); i++) {
         const psoup__gguf_value *a = psoup__gguf_value_at(want, i);

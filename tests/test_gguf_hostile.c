@@ -266,7 +266,7 @@ START_TEST(strange_models) {
         s.name_length[0] = strlen(cases[i].name);
         build(&s, &b);
         write_file("strange.gguf", b.data, b.n);
-        ck_assert_int_ne(psoup__weights_open(context, in_scratch("strange.gguf"), "model", &weights, &error),
+        ck_assert_int_ne(psoup__weights_map(context, in_scratch("strange.gguf"), "model", &weights, &error),
                          PSOUP_OK);
         ck_assert_msg(strstr(error.message, cases[i].says) != NULL, "%s", error.message);
     }
@@ -279,7 +279,7 @@ START_TEST(strange_models) {
     s.size[0][1] = 4;
     build(&s, &b);
     write_file("strange.gguf", b.data, b.n);
-    ck_assert_int_ne(psoup__weights_open(context, in_scratch("strange.gguf"), "model", &weights, &error),
+    ck_assert_int_ne(psoup__weights_map(context, in_scratch("strange.gguf"), "model", &weights, &error),
                      PSOUP_OK);
     ck_assert_msg(strstr(error.message, "no 4 heads") != NULL, "%s", error.message);
 }
@@ -292,7 +292,7 @@ static psoup_status everything(void) {
     psoup__weights *weights = NULL;
     psoup__peft *peft = NULL;
     psoup__gguf_writer *writer = NULL;
-    PSOUP__TRY(psoup__weights_open(context, GGUF "llama-q8_0.gguf", "model", &weights, &error));
+    PSOUP__TRY(psoup__weights_map(context, GGUF "llama-q8_0.gguf", "model", &weights, &error));
     PSOUP__TRY(psoup__hf_copy_sidecars(context, GGUF "llama-q8_0.gguf", in_scratch("hf"), &error));
     PSOUP__TRY(psoup__hf_copy_sidecars(context, GGUF "qwen2-f32.gguf", in_scratch("hf"), &error));
     PSOUP__TRY(psoup__gguf_create(context, in_scratch("out.gguf"), &writer, &error));

@@ -62,7 +62,7 @@ static psoup_status receive(psoup_merger *merger, received *r) {
 /* The results beside a file's tensors, bit by bit. */
 static void same_as(const received *r, const char *path) {
     psoup__weights *weights;
-    ck_ok(psoup__weights_open(context, path, "model", &weights, &error));
+    ck_ok(psoup__weights_map(context, path, "model", &weights, &error));
     ck_assert_uint_eq(r->n, psoup__weights_count(weights));
     for (size_t i = 0; i < r->n; i++) {
         const psoup__tensor *tensor = psoup__weights_find(weights, r->tensors[i].name);
@@ -94,7 +94,7 @@ static int give(void *user, size_t index, uint64_t offset, size_t bytes, void *o
 
 static psoup_merge_tensors hold(held *h, const char *path, bool pulled) {
     *h = (held){0};
-    ck_ok(psoup__weights_open(context, path, "model", &h->weights, &error));
+    ck_ok(psoup__weights_map(context, path, "model", &h->weights, &error));
     h->n = psoup__weights_count(h->weights);
     for (size_t i = 0; i < h->n; i++) {
         const psoup__tensor *tensor = psoup__weights_tensor(h->weights, i);
@@ -183,7 +183,7 @@ END_TEST
 /* Σ w (x − …) from the files, element by element in f64. */
 static double value(const char *path, const char *name, size_t i) {
     psoup__weights *weights;
-    ck_ok(psoup__weights_open(context, path, "model", &weights, &error));
+    ck_ok(psoup__weights_map(context, path, "model", &weights, &error));
     const psoup__tensor *tensor = psoup__weights_find(weights, name);
     ck_assert_ptr_nonnull(tensor);
     double x = as_double(tensor, i);

@@ -7,9 +7,9 @@
 /* Weights of a directory beside PEFT's; all others beside the base's. */
 static void compare(const char *directory, double tolerance) {
     psoup__weights *ours, *folded, *base;
-    ck_ok(psoup__weights_open(context, directory, "model", &ours, &error));
-    ck_ok(psoup__weights_open(context, FAN "folded.safetensors", "model", &folded, &error));
-    ck_ok(psoup__weights_open(context, FAN "base", "model", &base, &error));
+    ck_ok(psoup__weights_map(context, directory, "model", &ours, &error));
+    ck_ok(psoup__weights_map(context, FAN "folded.safetensors", "model", &folded, &error));
+    ck_ok(psoup__weights_map(context, FAN "base", "model", &base, &error));
     size_t changed = 0;
     ck_assert_uint_eq(psoup__weights_count(ours), psoup__weights_count(base));
     for (size_t i = 0; i < psoup__weights_count(base); i++) {

@@ -248,7 +248,7 @@ static int harm(void *user, const char *label, int64_t done, int64_t total) {
 }
 
 START_TEST(a_source_that_changes_is_an_error) {
-    static const char *const says[] = {"was changed while it was merged (2516", "was changed", "went away"};
+    static const char *const says[] = {"up_proj.weight: was changed while it was read (2516", "was changed", "went away"};
     int how = _i;
     ck_assert_int_eq(merge_into(out, (settings){.shard_size = SHARD, .progress = harm, .user = &how}),
                      PSOUP_ERROR_IO);

@@ -6,7 +6,7 @@ static void compare_delta(const char *directory, const char *golden, double tole
     psoup__peft *peft;
     psoup__weights *expected;
     ck_ok(psoup__peft_open(context, directory, &peft, &error));
-    ck_ok(psoup__weights_open(context, golden, "model", &expected, &error));
+    ck_ok(psoup__weights_map(context, golden, "model", &expected, &error));
     ck_assert_uint_eq(peft->n, psoup__weights_count(expected));
     for (size_t p = 0; p < peft->n; p++) {
         const psoup__peft_pair *pair = &peft->pairs[p];
@@ -59,7 +59,7 @@ START_TEST(adapters_as_peft_merges_them) {
     ck_ok(psoup__peft_open(context, A, &p[0], &error));
     ck_ok(psoup__peft_open(context, B, &p[1], &error));
     ck_ok(psoup__peft_open(context, in_scratch("factors"), &merged, &error));
-    ck_ok(psoup__weights_open(context, GOLDEN "linear.safetensors", "model", &linear, &error));
+    ck_ok(psoup__weights_map(context, GOLDEN "linear.safetensors", "model", &linear, &error));
     for (size_t m = 0; m < p[0]->n; m++) {
         const psoup__peft_pair *x = &p[0]->pairs[m], *y = &p[1]->pairs[m];
         const psoup__tensor *dense = psoup__weights_find(linear, x->module);
@@ -67,7 +67,7 @@ START_TEST(adapters_as_peft_merges_them) {
         float buffer[4 * 4 * 16], a[4 * 16], b[16 * 4];
         const psoup__tensor *four[4] = {&x->a, &y->a, &x->b, &y->b};
         for (int i = 0; i < 4; i++)
-            memcpy(buffer + i * 64, four[i]->data, four[i]->bytes);
+            psoup__tensor_bytes(four[i], 0, four[i]->bytes, buffer + i * 64);
         const psoup_lora_factors f[2] = {{buffer, buffer + 128, 4, 1}, {buffer + 64, buffer + 192, 4, 1}};
         const double w[2] = {sqrt(0.3 * 2), sqrt(0.7 * 2)};
         ck_ok(psoup_merge_factors(context, PSOUP_MERGE_FACTORS, a, b, 4, out, in, f, w, 2, NULL,

@@ -139,7 +139,7 @@ START_TEST(refuses_spoiled_models) {
     r = (recipe){.sources = {ints, ints}, .weights = {0.5, 0.5}, .dtype = PSOUP_BF16};
     ck_ok(run_recipe(context, &r, in_scratch("kept"), NULL)); /* equal integers stay as they are */
     psoup__weights *kept;
-    ck_ok(psoup__weights_open(context, in_scratch("kept"), "model", &kept, &error));
+    ck_ok(psoup__weights_map(context, in_scratch("kept"), "model", &kept, &error));
     ck_assert_int_eq(psoup__weights_find(kept, "w")->dtype, PSOUP_I32);
     psoup__weights_free(kept);
     free(values);

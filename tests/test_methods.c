@@ -10,7 +10,7 @@ static psoup_json *cases;
 
 static void open_cases(void) {
     set_up();
-    ck_ok(psoup__weights_open(context, CASES "model.safetensors", "model", &tensors, &error));
+    ck_ok(psoup__weights_map(context, CASES "model.safetensors", "model", &tensors, &error));
     ck_ok(psoup_json_read(context, CASES "cases.json", &cases, &error));
 }
 

@@ -19,7 +19,7 @@ static const float *golden_data(const golden *g, const char *name, size_t *count
 }
 
 static void open_golden(psoup_context *context, const char *path, golden *g) {
-    OK(psoup__weights_open(context, path, "golden", &g->file, &error));
+    OK(psoup__weights_map(context, path, "golden", &g->file, &error));
     const int32_t *tokens = (const void *)golden_data(g, "tokens", &g->total);
     const int32_t *lengths = (const void *)golden_data(g, "lengths", NULL);
     for (int i = 0; i < 4; tokens += lengths[i++])

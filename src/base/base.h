@@ -93,17 +93,32 @@ bool psoup__is_replacement(const char *bytes, size_t length);
 
 /* ---- tensor.c ------------------------------------------------------------------------------ */
 
+/* Where bytes come from that are not in memory: a file, or the caller. */
+typedef struct psoup__pull {
+    /* Bytes offset … offset + bytes − 1 of item `index`; 0, or it cannot. From any thread. */
+    int (*read)(void *user, size_t index, uint64_t offset, size_t bytes, void *out);
+    void *user;
+    size_t index;
+    int *failed; /* set to 1, from any thread, when it could not: the bytes are then zeros */
+} psoup__pull;
+
 #define PSOUP__MAX_RANK 8
 typedef struct psoup__tensor {
     psoup_dtype dtype;
     int rank;
     int64_t shape[PSOUP__MAX_RANK];
     size_t bytes;
-    const void *data; /* any alignment when it points into a file */
+    const void *data; /* any alignment when it points into a file; NULL: by `pull` */
     int32_t heads; /* 0: the rows lie in order. Else each of so many heads' d rows lie as llama.cpp keeps
                     * rotated ones: row i · d/2 + j of a head at place 2j + i. Only psoup__tensor_read
                     * and psoup__tensor_row know: who takes `data` as it stands must refuse such a tensor. */
+    const psoup__pull *pull;
+    uint64_t at; /* its first byte, in what `pull` reads */
 } psoup__tensor;
+/* Whether there is one: a struct of zeros stands for a tensor that is absent. */
+static inline bool psoup__tensor_is_there(const psoup__tensor *tensor) {
+    return tensor->data != NULL || tensor->pull != NULL;
+}
 
 enum { PSOUP__Q8_BLOCK = 32, PSOUP__Q8_BYTES = 34 }; /* elements and bytes of a q8_0 block */
 
@@ -117,8 +132,10 @@ float psoup__dtype_largest(psoup_dtype dtype);
 /* Product of the shape; false when it is negative or overflows. */
 bool psoup__tensor_elements(const psoup__tensor *tensor, size_t *elements);
 
+/* Bytes offset … offset + bytes − 1 as they lie; zeros where `pull` could not give them, which it remembers. */
+void psoup__tensor_bytes(const psoup__tensor *tensor, size_t offset, size_t bytes, void *out);
 /* out[n] = elements at … at + n − 1 of a float tensor, in row-major order whatever order its rows lie
- * in; any range, of q8_0 too. */
+ * in; any range, of q8_0 too. From any thread. */
 void psoup__tensor_read(psoup_context *context, const psoup__tensor *tensor, size_t at, size_t n,
                         float *out);
 /* Where a row of the tensor lies in its data, counted in rows. */
@@ -134,15 +151,34 @@ void psoup__from_f32(psoup_context *context, void *out, psoup_dtype dtype, const
 
 /* ---- file.c, zstd.c ------------------------------------------------------------------------- */
 
-/* A whole file mapped read-only. */
+/* A regular file that is open for reading. What others do to it meanwhile is found out: where it was cut short
+ * a read fails, and psoup__file_check tells. */
 typedef struct psoup__file {
-    const unsigned char *data; /* NULL when length is 0 */
-    size_t length;
+    const unsigned char *data; /* [length] once it is mapped; NULL when length is 0 */
+    size_t length;             /* when it was opened, as what follows: */
+    int64_t seconds, nanoseconds; /* its time */
+    uint64_t device, inode;
     char *path;
+    bool open; /* fd is; no longer once it is mapped */
+    int fd;
+    psoup__pull pull;
+    int failed, reason; /* a read did; errno, 0: the file was too short */
+    uint64_t lost;      /* the first byte that it lacked */
 } psoup__file;
-psoup_status psoup__file_map(psoup_context *context, const char *path, psoup__file *out,
-                             psoup_error *error);
-void psoup__file_unmap(psoup_context *context, psoup__file *file);
+psoup_status psoup__file_open(psoup_context *context, const char *path, psoup__file *out,
+                              psoup_error *error);
+/* From any thread; the bytes are zeros where it fails. */
+bool psoup__file_at(psoup__file *file, uint64_t offset, size_t bytes, void *out);
+/* The same as a pull; the file must stay where it is from now on. */
+const psoup__pull *psoup__file_pull(psoup__file *file);
+/* Refuses a file that is not what it was when it was opened, or could not be read: "PATH: PART…". */
+psoup_status psoup__file_check(const psoup__file *file, const char *part, psoup_error *error);
+/* A byte that is known to be missing: of a read that failed, or behind the file's new end; UINT64_MAX. */
+uint64_t psoup__file_lost(const psoup__file *file);
+/* Maps the whole file read-only, instead of keeping it open. Whoever truncates it then ends the program with a
+ * SIGBUS, so it is for files of our own, and for weights that are read in place again and again. */
+psoup_status psoup__file_map(psoup__file *file, psoup_error *error);
+void psoup__file_close(psoup_context *context, psoup__file *file);
 /* A whole file in memory, NUL-terminated past its length, decompressed where the name ends in
  * ".zst"; refuses more than `limit` bytes. Free *out with psoup__free. */
 psoup_status psoup__file_read(psoup_context *context, const char *path, size_t limit, char **out,
@@ -168,7 +204,8 @@ void psoup__writer_free(psoup__writer *writer); /* removes the temporary file if
 /* Calls fn(arg, task, worker) for every task in [0, tasks), each once, from up to
  * psoup_context_threads(context) workers numbered from 0, and returns when all are done. While the
  * pool is in use, by another thread or by the job whose task this is called from, the caller's
- * thread does it all as worker 0. So fn must give the same result whichever worker takes which task. */
+ * thread does it all as worker 0. So fn must give the same result whichever worker takes which task.
+ * Tasks begin in their order: one may wait for what an earlier one does. */
 typedef void (*psoup__task_fn)(void *arg, size_t task, int worker);
 void psoup__parallel(psoup_context *context, size_t tasks, psoup__task_fn fn, void *arg);
 

@@ -1,4 +1,4 @@
-/* src/base/file.c: files mapped, read in order, and written whole or not at all. */
+/* src/base/file.c: files kept open or mapped, and read in order. */
 #include "base/internal.h"
 
 #include <errno.h>
@@ -56,17 +56,18 @@ char *psoup__path_join(psoup_context *context, const char *directory, const char
     return psoup__format(context, error, "%s%s%s", directory, slash, name);
 }
 
-/* ---- mapped ------------------------------------------------------------------------------ */
+/* ---- kept open, or mapped ----------------------------------------------------------------- */
 
-psoup_status psoup__file_map(psoup_context *context, const char *path, psoup__file *out,
-                             psoup_error *error) {
+psoup_status psoup__file_open(psoup_context *context, const char *path, psoup__file *out,
+                              psoup_error *error) {
     psoup_status status = PSOUP_OK;
     struct stat info;
     *out = (psoup__file){0};
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
+    out->fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (out->fd < 0)
         return psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot open: %m", path);
-    if (fstat(fd, &info) != 0) {
+    out->open = true;
+    if (fstat(out->fd, &info) != 0) {
         status = psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot read: %m", path);
         goto fail;
     }
@@ -74,32 +75,96 @@ psoup_status psoup__file_map(psoup_context *context, const char *path, psoup__fi
         status = psoup__fail(error, PSOUP_ERROR_IO, "%s: not a regular file", path);
         goto fail;
     }
-    out->path = psoup__strdup(context, path, error);
-    if (out->path == NULL) {
+    if ((out->path = psoup__strdup(context, path, error)) == NULL) {
         status = PSOUP_ERROR_MEMORY;
         goto fail;
     }
-    if (info.st_size > 0) {
-        void *data = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (data == MAP_FAILED) {
-            status = psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot map %lld bytes: %m", path,
-                                 (long long)info.st_size);
-            goto fail;
-        }
-        out->data = data;
-        out->length = (size_t)info.st_size;
-    }
-    close(fd);
+    out->length = (size_t)info.st_size;
+    out->seconds = (int64_t)info.st_mtim.tv_sec;
+    out->nanoseconds = (int64_t)info.st_mtim.tv_nsec;
+    out->device = (uint64_t)info.st_dev;
+    out->inode = (uint64_t)info.st_ino;
     return PSOUP_OK;
 fail:
-    close(fd);
-    psoup__file_unmap(context, out);
+    psoup__file_close(context, out);
     return status;
 }
 
-void psoup__file_unmap(psoup_context *context, psoup__file *file) {
+/* The first failure is the one that is told of. */
+static void remember(psoup__file *file, uint64_t offset, int reason) {
+    if (__atomic_exchange_n(&file->failed, 1, __ATOMIC_RELAXED) == 0) {
+        file->lost = offset;
+        file->reason = reason;
+    }
+}
+
+bool psoup__file_at(psoup__file *file, uint64_t offset, size_t bytes, void *out) {
+    unsigned char *to = out;
+    size_t done = 0;
+    while (done < bytes) {
+        ssize_t n = pread(file->fd, to + done, bytes - done, (off_t)(offset + done));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0) {
+            remember(file, offset + done, n < 0 ? errno : 0);
+            memset(to + done, 0, bytes - done);
+            return false;
+        }
+        done += (size_t)n;
+    }
+    return true;
+}
+
+static int read_file(void *user, size_t index, uint64_t offset, size_t bytes, void *out) {
+    (void)index;
+    return psoup__file_at(user, offset, bytes, out) ? 0 : 1;
+}
+
+const psoup__pull *psoup__file_pull(psoup__file *file) {
+    file->pull = (psoup__pull){.read = read_file, .user = file, .failed = &file->failed};
+    return &file->pull;
+}
+
+psoup_status psoup__file_check(const psoup__file *file, const char *part, psoup_error *error) {
+    struct stat is;
+    if (file->failed && file->reason != 0) {
+        errno = file->reason;
+        return psoup__fail(error, PSOUP_ERROR_IO, "%s: %scannot read: %m", file->path, part);
+    }
+    if (stat(file->path, &is) != 0)
+        return psoup__fail(error, PSOUP_ERROR_IO, "%s: went away while it was read: %m", file->path);
+    if (file->failed || (uintmax_t)is.st_size != file->length || is.st_mtim.tv_sec != file->seconds ||
+        is.st_mtim.tv_nsec != file->nanoseconds || is.st_dev != file->device || is.st_ino != file->inode)
+        return psoup__fail(error, PSOUP_ERROR_IO, "%s: %swas changed while it was read (%zu bytes, now %lld)",
+                           file->path, part, file->length, (long long)is.st_size);
+    return PSOUP_OK;
+}
+
+uint64_t psoup__file_lost(const psoup__file *file) {
+    struct stat is;
+    if (file->failed)
+        return file->lost;
+    return stat(file->path, &is) == 0 && (uintmax_t)is.st_size < file->length ? (uint64_t)is.st_size
+                                                                             : UINT64_MAX;
+}
+
+psoup_status psoup__file_map(psoup__file *file, psoup_error *error) {
+    if (file->length > 0) {
+        void *data = mmap(NULL, file->length, PROT_READ, MAP_PRIVATE, file->fd, 0);
+        if (data == MAP_FAILED)
+            return psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot map %zu bytes: %m", file->path, file->length);
+        file->data = data;
+    }
+    close(file->fd);
+    file->open = false;
+    return PSOUP_OK;
+}
+
+void psoup__file_close(psoup_context *context, psoup__file *file) {
     if (file->data != NULL)
         munmap((void *)file->data, file->length);
+    if (file->open)
+        close(file->fd);
     psoup__free(context, file->path);
     *file = (psoup__file){0};
 }

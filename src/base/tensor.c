@@ -16,7 +16,10 @@ static const struct {
     [PSOUP_BOOL] = {"bool", 1}, [PSOUP_F8_E4M3] = {"f8_e4m3", 1},
     [PSOUP_F8_E5M2] = {"f8_e5m2", 1}, [PSOUP_Q8_0] = {"q8_0", 0},
 };
-enum { DTYPES = sizeof dtypes / sizeof dtypes[0] };
+enum {
+    DTYPES = sizeof dtypes / sizeof dtypes[0],
+    PIECE = 1 << 14 /* bytes read at a time */
+};
 
 size_t psoup_dtype_size(psoup_dtype dtype) {
     return (unsigned)dtype < DTYPES ? dtypes[dtype].size : 0;
@@ -73,10 +76,51 @@ float psoup__dtype_largest(psoup_dtype dtype) {
     }
 }
 
+void psoup__tensor_bytes(const psoup__tensor *tensor, size_t offset, size_t bytes, void *out) {
+    const psoup__pull *pull = tensor->pull;
+    if (tensor->data != NULL) {
+        memcpy(out, (const char *)tensor->data + offset, bytes);
+    } else if (bytes > 0 && pull->read(pull->user, pull->index, tensor->at + offset, bytes, out) != 0) {
+        __atomic_store_n(pull->failed, 1, __ATOMIC_RELAXED);
+        memset(out, 0, bytes);
+    }
+}
+
+static void read_straight(psoup_context *context, const psoup__tensor *tensor, size_t at, size_t n,
+                          float *out);
+
+/* Elements at … of a tensor that is not in memory; q8_0 in whole blocks. */
+static void read_pulled(psoup_context *context, const psoup__tensor *tensor, size_t at, size_t n,
+                        float *out) {
+    psoup__tensor piece = *tensor;
+    const bool blocks = tensor->dtype == PSOUP_Q8_0;
+    const size_t unit = blocks ? PSOUP__Q8_BLOCK : 1;
+    const size_t size = blocks ? PSOUP__Q8_BYTES : psoup_dtype_size(tensor->dtype);
+    unsigned char bytes[PIECE];
+    piece.data = bytes;
+    if (tensor->dtype == PSOUP_F32) {
+        psoup__tensor_bytes(tensor, at * sizeof *out, n * sizeof *out, out);
+        return;
+    }
+    while (n > 0) {
+        size_t skip = at % unit, most = PIECE / size * unit - skip;
+        size_t take = n < most ? n : most, units = (skip + take + unit - 1) / unit;
+        psoup__tensor_bytes(tensor, at / unit * size, units * size, bytes);
+        read_straight(context, &piece, skip, take, out);
+        at += take;
+        n -= take;
+        out += take;
+    }
+}
+
 /* Elements at … at + n − 1 of the data as it lies; q8_0 from and to the middle of blocks. */
 static void read_straight(psoup_context *context, const psoup__tensor *tensor, size_t at, size_t n,
                           float *out) {
     const char *data = tensor->data;
+    if (data == NULL) {
+        read_pulled(context, tensor, at, n, out);
+        return;
+    }
     if (tensor->dtype != PSOUP_Q8_0) {
         psoup__to_f32(context, out, data + at * psoup_dtype_size(tensor->dtype), tensor->dtype, n);
         return;

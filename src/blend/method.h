@@ -10,14 +10,6 @@
 
 /* ---- read.c: one source's part of a tensor ------------------------------------------------------ */
 
-/* A tensor that is not in memory: `read` gives bytes offset … offset + bytes − 1; 0, or it cannot. */
-typedef struct psoup__merge_pull {
-    int (*read)(void *user, size_t index, uint64_t offset, size_t bytes, void *out);
-    void *user;
-    size_t index;
-    int *failed; /* set to 1, from any worker, when it could not: the numbers are then zeros */
-} psoup__merge_pull;
-
 /* tensor + Σ_j weights[j] · scale_j · B_j A_j, read block by block. Without factors any block may be
  * read; with them `at` and `n` are whole rows. */
 typedef struct psoup__merge_input {
@@ -26,7 +18,6 @@ typedef struct psoup__merge_input {
     const double *weights;             /* [n_factors] */
     size_t n_factors;
     int64_t columns; /* the last dimension */
-    const psoup__merge_pull *pull; /* where tensor->data is NULL */
 } psoup__merge_input;
 /* out[n] = elements at … at + n − 1 in row-major order. May be called from any worker. */
 void psoup__merge_read(psoup_context *context, const psoup__merge_input *input, size_t at, size_t n,

@@ -36,8 +36,8 @@ void psoup__method_delta(const psoup__method_job *job, size_t i, size_t at, size
     if (base != NULL && input.tensor != NULL && job->base->tensor != NULL &&
         job->base->n_factors == 0 &&
         (input.tensor == job->base->tensor ||
-         (input.tensor->data != NULL && input.tensor->data == job->base->tensor->data &&
-          input.tensor->dtype == job->base->tensor->dtype &&
+         (input.tensor->data == job->base->tensor->data && input.tensor->pull == job->base->tensor->pull &&
+          input.tensor->at == job->base->tensor->at && input.tensor->dtype == job->base->tensor->dtype &&
           input.tensor->heads == job->base->tensor->heads))) {
         input.tensor = NULL;
         base = NULL;

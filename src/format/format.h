@@ -5,12 +5,14 @@
 #include "base/base.h"
 #include "psoup/model.h" /* psoup_model_config, the target set */
 
-/* ---- safetensors.c: one file, mapped -------------------------------------------------------- */
+/* ---- safetensors.c: one file ----------------------------------------------------------------- */
 
-/* A file's tensors, in the order of their data; `tensor.data` points into the mapping. */
+/* A file's tensors, in the order of their data. The file is kept open, and tensors are read by their `pull`. */
 typedef struct psoup__safetensors psoup__safetensors;
 psoup_status psoup__safetensors_open(psoup_context *context, const char *path,
                                      psoup__safetensors **out, psoup_error *error);
+/* Maps the file, so that tensors have `data` and no `pull`. */
+psoup_status psoup__safetensors_map(psoup__safetensors *file, psoup_error *error);
 /* The same from memory that outlives the handle; `name` stands for it in messages. */
 psoup_status psoup__safetensors_parse(psoup_context *context, const void *data, size_t length,
                                       const char *name, psoup__safetensors **out,
@@ -20,7 +22,7 @@ size_t psoup__safetensors_count(const psoup__safetensors *file);
 const char *psoup__safetensors_name(const psoup__safetensors *file, size_t index);
 const psoup__tensor *psoup__safetensors_tensor(const psoup__safetensors *file, size_t index);
 const psoup_json *psoup__safetensors_metadata(const psoup__safetensors *file); /* or NULL */
-const char *psoup__safetensors_path(const psoup__safetensors *file); /* NULL when it was in memory */
+psoup__file *psoup__safetensors_file(psoup__safetensors *file); /* its path is NULL when it was in memory */
 /* "F32", "BF16", …: the format's own names; NULL for a value that is no dtype. */
 const char *psoup__safetensors_dtype_name(psoup_dtype dtype);
 
@@ -51,13 +53,18 @@ size_t psoup__json_string_bytes(const char *text);
  * converts them. Tensors of a GGUF file have Hugging Face's names, and may be q8_0 or have `heads`: read
  * them with psoup__tensor_read. */
 typedef struct psoup__weights psoup__weights;
-psoup_status psoup__weights_open(psoup_context *context, const char *path, const char *stem,
-                                 psoup__weights **out, psoup_error *error);
+/* Files are kept open, and tensors read by their `pull`: afterwards psoup__weights_check says whether what was
+ * read can be believed. heads and kv_heads: for GGUF adapters whose file does not say how many their rows are
+ * interleaved by, or 0. */
+psoup_status psoup__weights_open(psoup_context *context, const char *path, const char *stem, int32_t heads,
+                                 int32_t kv_heads, psoup__weights **out, psoup_error *error);
+/* Files are mapped, and tensors have `data`: for who reads weights in place. */
+psoup_status psoup__weights_map(psoup_context *context, const char *path, const char *stem,
+                                psoup__weights **out, psoup_error *error);
 void psoup__weights_free(psoup__weights *weights);
-/* The same, for GGUF adapters whose file does not say how many heads their rows are interleaved by. */
-psoup_status psoup__weights_open_heads(psoup_context *context, const char *path, const char *stem,
-                                       int32_t heads, int32_t kv_heads, psoup__weights **out,
-                                       psoup_error *error);
+/* Refuses weights whose files changed since they were opened, or could not be read: names the file, and the
+ * tensor where bytes of one are missing. */
+psoup_status psoup__weights_check(const psoup__weights *weights, psoup_error *error);
 size_t psoup__weights_count(const psoup__weights *weights);
 const char *psoup__weights_name(const psoup__weights *weights, size_t index);
 const psoup__tensor *psoup__weights_tensor(const psoup__weights *weights, size_t index);
@@ -66,7 +73,7 @@ bool psoup__weights_index(const psoup__weights *weights, const char *name, size_
 const char *psoup__weights_path(const psoup__weights *weights); /* for messages */
 bool psoup__is_gguf(const char *path); /* by its name's ending; no directory */
 size_t psoup__weights_files(const psoup__weights *weights);
-const char *psoup__weights_file(const psoup__weights *weights, size_t index); /* its path */
+psoup__file *psoup__weights_file(const psoup__weights *weights, size_t index);
 struct psoup__gguf;
 const struct psoup__gguf *psoup__weights_gguf(const psoup__weights *weights); /* NULL: is none */
 
@@ -111,7 +118,7 @@ typedef struct psoup__peft {
     psoup__peft_pair *pairs; /* sorted by module name; of a .gguf file B's rows may be interleaved and
                               * either factor q8_0: read with psoup__tensor_read */
     size_t n;
-    psoup__tensor head; /* modules_to_save "score": [1, dim]; data NULL when there is none */
+    psoup__tensor head; /* modules_to_save "score": [1, dim]; zeros where there is none */
     psoup__tensor head_bias;
     char *path;
     char *names; /* storage of the module names */
@@ -152,9 +159,10 @@ psoup_status psoup__peft_write(psoup_context *context, const char *directory,
 psoup_status psoup__peft_write_config(psoup_context *context, const char *directory,
                                       const psoup__peft_output *adapter, psoup_error *error);
 
-/* ---- gguf.c: GGUF files (llama.cpp's), mapped -------------------------------------------------------
+/* ---- gguf.c: GGUF files (llama.cpp's) ---------------------------------------------------------------
  * Version 2 or 3, little-endian. Every count, length, offset, name and type is checked against the file
- * before it is used. Format: ggml's docs/gguf.md. */
+ * before it is used. What stands before the tensors' data is read into memory, the file kept open, and tensors
+ * read by their `pull`. Format: ggml's docs/gguf.md. */
 
 typedef enum psoup__gguf_type { /* of a metadata value */
     PSOUP__GGUF_UINT8, PSOUP__GGUF_INT8, PSOUP__GGUF_UINT16, PSOUP__GGUF_INT16, PSOUP__GGUF_UINT32,
@@ -174,11 +182,14 @@ typedef struct psoup__gguf_value {
 typedef struct psoup__gguf psoup__gguf;
 psoup_status psoup__gguf_open(psoup_context *context, const char *path, psoup__gguf **out,
                               psoup_error *error);
+/* Maps the file, so that tensors have `data` and no `pull`. */
+psoup_status psoup__gguf_map(psoup__gguf *file, psoup_error *error);
 /* The same from memory that outlives the handle; `name` stands for it in messages. */
 psoup_status psoup__gguf_parse(psoup_context *context, const void *data, size_t length,
                                const char *name, psoup__gguf **out, psoup_error *error);
 void psoup__gguf_free(psoup__gguf *file);
 const char *psoup__gguf_path(const psoup__gguf *file);
+psoup__file *psoup__gguf_file(psoup__gguf *file);
 /* Where in the file a string lies that psoup__gguf_string gave. */
 size_t psoup__gguf_offset(const psoup__gguf *file, const char *text);
 /* Tensors in the order of their infos, shapes as PyTorch has them (the dimensions reversed), names as

@@ -12,13 +12,17 @@ enum {
     MAX_KEY = 65535,
     LEAST_VALUE = 13,    /* bytes of the shortest key and value: length, type, one byte */
     LEAST_TENSOR = 24,   /* of the shortest tensor info */
-    MOST = 1 << 20       /* values, tensors */
+    MOST = 1 << 20,      /* values, tensors */
+    FIRST_HEAD = 1 << 16, /* bytes read before it is known how many stand before the data */
+    MOST_HEAD = 1 << 28
 };
 
 /* What is still to be read. */
 typedef struct reader {
     const unsigned char *at;
     size_t left, begin; /* begin: the file's length */
+    size_t have; /* of `left`, in memory: */
+    bool more;   /* these were too few, which is no error yet */
     const char *path;
     psoup_error *error;
 } reader;
@@ -56,14 +60,27 @@ static psoup_status cut_short(const reader *r, const char *what) {
                        r->path, r->begin, what);
 }
 
+/* Passes over n bytes that the file has. */
+static psoup_status step(reader *r, size_t n) {
+    if (r->have < n) {
+        r->more = true;
+        return PSOUP_ERROR_STATE;
+    }
+    r->at += n;
+    r->left -= n;
+    r->have -= n;
+    return PSOUP_OK;
+}
+
 static psoup_status take(reader *r, size_t n, const char *what, uint64_t *value) {
+    const unsigned char *at = r->at;
     *value = 0;
     if (r->left < n)
         return cut_short(r, what);
-    *value = little(r->at, n);
-    r->at += n;
-    r->left -= n;
-    return PSOUP_OK;
+    psoup_status status = step(r, n);
+    if (status == PSOUP_OK)
+        *value = little(at, n);
+    return status;
 }
 
 /* A u64 length and so many bytes. */
@@ -78,9 +95,7 @@ static psoup_status take_text(reader *r, const char *what, const char **text, si
                            what, (unsigned long long)n, r->begin - r->left, r->left);
     *text = (const char *)r->at;
     *length = (size_t)n;
-    r->at += n;
-    r->left -= (size_t)n;
-    return PSOUP_OK;
+    return step(r, (size_t)n);
 }
 
 /* ---- metadata ----------------------------------------------------------------------------------- */
@@ -120,9 +135,9 @@ static psoup_status pass(reader *r, const char *key, psoup__gguf_type type, uint
                                "more",
                                r->path, key, (unsigned long long)count, value_types[type].name,
                                r->begin - r->left, r->left);
-        r->at += count * size;
-        r->left -= (size_t)count * size;
-        return type == PSOUP__GGUF_BOOL ? check_bools(r, key, data, (size_t)count) : PSOUP_OK;
+        status = step(r, (size_t)count * size);
+        return status == PSOUP_OK && type == PSOUP__GGUF_BOOL ? check_bools(r, key, data, (size_t)count)
+                                                              : status;
     }
     if (type == PSOUP__GGUF_ARRAY && depth == MAX_DEPTH)
         return psoup__fail(r->error, PSOUP_ERROR_FORMAT,
@@ -283,7 +298,6 @@ static psoup_status place(psoup__gguf *file, reader *r, uint64_t alignment) {
         status = cut_short(r, "the padding before the tensors' data");
         goto fail;
     }
-    const unsigned char *data = r->at + padding;
     size_t length = r->left - (size_t)padding;
     for (size_t i = 0; i < file->count; i++) {
         psoup__gguf_entry *e = &file->entries[i];
@@ -295,7 +309,7 @@ static psoup_status place(psoup__gguf *file, reader *r, uint64_t alignment) {
                                  length);
             goto fail;
         }
-        e->tensor.data = data + e->offset;
+        e->tensor.at = passed + padding + e->offset;
         order[i] = e;
     }
     qsort(order, file->count, sizeof *order, by_offset);
@@ -352,19 +366,18 @@ static psoup_status read_alignment(const psoup__gguf *file, const reader *r, uin
     return PSOUP_OK;
 }
 
-psoup_status psoup__gguf_parse(psoup_context *context, const void *data, size_t length,
-                               const char *name, psoup__gguf **out, psoup_error *error) {
+static psoup_status parse(psoup_context *context, reader *r, psoup__gguf **out) {
     psoup_status status = PSOUP_ERROR_MEMORY;
-    reader r = {data, length, length, name, error};
+    psoup_error *error = r->error;
     uint64_t tensors = 0, values = 0, alignment;
     *out = NULL;
     psoup__gguf *file = psoup__alloc(context, 1, sizeof *file, error);
     if (file == NULL)
         return PSOUP_ERROR_MEMORY;
     file->context = context;
-    if ((file->path = psoup__strdup(context, name, error)) == NULL)
+    if ((file->path = psoup__strdup(context, r->path, error)) == NULL)
         goto fail;
-    PSOUP__TRY(read_counts(&r, &tensors, &values));
+    PSOUP__TRY(read_counts(r, &tensors, &values));
     PSOUP__TRY(psoup__map_create(context, 64, &file->by_key, error));
     PSOUP__TRY(psoup__map_create(context, 64, &file->by_name, error));
     status = PSOUP_ERROR_MEMORY;
@@ -373,15 +386,15 @@ psoup_status psoup__gguf_parse(psoup_context *context, const void *data, size_t 
         goto fail;
     file->n_values = (size_t)values;
     for (size_t i = 0; i < file->n_values; i++)
-        PSOUP__TRY(read_value(file, &r, &file->values[i]));
-    PSOUP__TRY(read_alignment(file, &r, &alignment));
+        PSOUP__TRY(read_value(file, r, &file->values[i]));
+    PSOUP__TRY(read_alignment(file, r, &alignment));
     file->count = (size_t)tensors;
     for (size_t i = 0; i < file->count; i++)
-        PSOUP__TRY(read_info(file, &r, &file->entries[i], alignment));
-    PSOUP__TRY(place(file, &r, alignment));
+        PSOUP__TRY(read_info(file, r, &file->entries[i], alignment));
+    PSOUP__TRY(place(file, r, alignment));
     if (psoup__gguf_integer(file, "split.count", 1) > 1) {
         status = psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
-                             "%s: is one part of %lld; join them with llama-gguf-split --merge", name,
+                             "%s: is one part of %lld; join them with llama-gguf-split --merge", r->path,
                              (long long)psoup__gguf_integer(file, "split.count", 1));
         goto fail;
     }
@@ -392,21 +405,79 @@ fail:
     return status;
 }
 
+/* Gives the tensors their bytes: in memory, or (NULL) by the file. */
+static void give(psoup__gguf *file, const unsigned char *bytes) {
+    const psoup__pull *pull = bytes == NULL ? psoup__file_pull(&file->file) : NULL;
+    for (size_t i = 0; i < file->count; i++) {
+        psoup__tensor *tensor = &file->entries[i].tensor;
+        tensor->data = bytes != NULL ? bytes + tensor->at : NULL;
+        tensor->pull = pull;
+    }
+}
+
+psoup_status psoup__gguf_parse(psoup_context *context, const void *data, size_t length,
+                               const char *name, psoup__gguf **out, psoup_error *error) {
+    reader r = {.at = data, .left = length, .begin = length, .have = length, .path = name, .error = error};
+    psoup_status status = parse(context, &r, out);
+    if (status == PSOUP_OK)
+        give(*out, data);
+    return status;
+}
+
+/* How much stands before the data shows on the way: more is read until it is enough, and then what is needed. */
 psoup_status psoup__gguf_open(psoup_context *context, const char *path, psoup__gguf **out,
                               psoup_error *error) {
-    psoup__file mapped;
+    psoup_status status;
+    psoup__file file = {0};
+    unsigned char *head = NULL;
+    size_t size = FIRST_HEAD;
     *out = NULL;
-    psoup_status status = psoup__file_map(context, path, &mapped, error);
-    if (status != PSOUP_OK)
-        return status;
-    status = psoup__gguf_parse(context, mapped.data, mapped.length, path, out, error);
+    PSOUP__TRY(psoup__file_open(context, path, &file, error));
+    for (;;) {
+        size = size < file.length ? size : file.length;
+        psoup__free(context, head);
+        if ((head = psoup__alloc(context, size, 1, error)) == NULL) {
+            status = PSOUP_ERROR_MEMORY;
+            goto fail;
+        }
+        if (!psoup__file_at(&file, 0, size, head))
+            PSOUP__TRY(psoup__file_check(&file, "", error));
+        reader r = {.at = head, .left = file.length, .begin = file.length, .have = size, .path = path,
+                    .error = error};
+        status = parse(context, &r, out);
+        size_t used = r.begin - r.left;
+        if (status == PSOUP_OK && size - used < FIRST_HEAD)
+            break;
+        psoup__gguf_free(*out);
+        *out = NULL;
+        if (status == PSOUP_OK) {
+            size = used;
+        } else if (r.more && size < MOST_HEAD) {
+            size *= 8;
+        } else {
+            if (r.more)
+                status = psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                                     "%s: more than %d bytes stand before the tensors' data", path, MOST_HEAD);
+            goto fail;
+        }
+    }
+    (*out)->file = file;
+    (*out)->head = head;
+    give(*out, NULL);
+    return PSOUP_OK;
+fail:
+    psoup__free(context, head);
+    psoup__file_close(context, &file);
+    return status;
+}
+
+psoup_status psoup__gguf_map(psoup__gguf *file, psoup_error *error) {
+    psoup_status status = psoup__file_map(&file->file, error);
     if (status == PSOUP_OK)
-        (*out)->file = mapped;
-    else
-        psoup__file_unmap(context, &mapped);
+        give(file, file->file.data);
     return status;
 }
 
 size_t psoup__gguf_offset(const psoup__gguf *file, const char *text) {
-    return (size_t)((const unsigned char *)text - file->file.data);
+    return (size_t)((const unsigned char *)text - file->head);
 }

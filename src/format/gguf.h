@@ -32,7 +32,8 @@ typedef struct psoup__gguf_entry {
 
 struct psoup__gguf {
     psoup_context *context;
-    psoup__file file; /* data NULL when the caller owns the memory */
+    psoup__file file;    /* zeros when the caller holds the bytes in memory */
+    unsigned char *head; /* of the file: what stands before the tensors' data */
     char *path;
     psoup__gguf_value *values; /* [n_values]; the keys are allocated one by one */
     size_t n_values;

@@ -39,7 +39,9 @@ static psoup_status read_llama3(const psoup__gguf *file, const psoup__tensor *fr
     if (freqs->dtype != PSOUP_F32 || freqs->rank != 1 || freqs->shape[0] != pairs || pairs > PSOUP__GGUF_MAX_PAIRS)
         return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: tensor rope_freqs.weight: expected %d f32 values",
                            psoup__gguf_path(file), (int)pairs);
-    memcpy(have, freqs->data, (size_t)pairs * sizeof *have);
+    psoup__tensor_bytes(freqs, 0, (size_t)pairs * sizeof *have, have);
+    if (file->file.failed)
+        return psoup__file_check(&file->file, "tensor rope_freqs.weight: ", error);
     c->rope_factor = 1;
     for (int32_t i = 0; i < pairs; i++)
         c->rope_factor = have[i] > c->rope_factor ? have[i] : c->rope_factor;

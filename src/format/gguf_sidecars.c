@@ -92,7 +92,8 @@ static psoup_status copy_metadata(psoup__gguf_writer *writer, const char *from, 
         status = psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: tensor rope_freqs.weight: expected f32 values",
                              from);
     else if (freqs != NULL) {
-        memcpy(factors, freqs->data, freqs->bytes);
+        psoup__tensor_bytes(freqs, 0, freqs->bytes, factors);
+        PSOUP__TRY(psoup__file_check(psoup__gguf_file(file), "tensor rope_freqs.weight: ", error));
         status = psoup__gguf_add_vector(writer, "rope_freqs.weight", factors, freqs->shape[0], error);
     }
 fail:

@@ -14,12 +14,17 @@ void psoup__gguf_free(psoup__gguf *file) {
     psoup__map_free(file->by_key);
     psoup__map_free(file->by_name);
     psoup__free(context, file->path);
-    psoup__file_unmap(context, &file->file);
+    psoup__free(context, file->head);
+    psoup__file_close(context, &file->file);
     psoup__free(context, file);
 }
 
 const char *psoup__gguf_path(const psoup__gguf *file) {
     return file->path;
+}
+
+psoup__file *psoup__gguf_file(psoup__gguf *file) {
+    return &file->file;
 }
 
 /* ---- tensors ------------------------------------------------------------------------------------ */

@@ -122,15 +122,16 @@ fail:
 static psoup_status copy_file(psoup_context *context, const char *from, const char *to,
                               psoup_error *error) {
     psoup_status status;
-    psoup__file file = {0};
     psoup__writer *writer = NULL;
-    PSOUP__TRY(psoup__file_map(context, from, &file, error));
+    char *text = NULL;
+    size_t length;
+    PSOUP__TRY(psoup__file_read(context, from, SIZE_MAX, &text, &length, error));
     PSOUP__TRY(psoup__writer_create(context, to, &writer, error));
-    PSOUP__TRY(psoup__writer_write(writer, file.data, file.length, error));
+    PSOUP__TRY(psoup__writer_write(writer, text, length, error));
     PSOUP__TRY(psoup__writer_commit(writer, error));
 fail:
     psoup__writer_free(writer);
-    psoup__file_unmap(context, &file);
+    psoup__free(context, text);
     return status;
 }
 

@@ -258,7 +258,7 @@ static psoup_status collect(psoup__peft *peft, psoup_error *error) {
         }
         if (!factor) {
             psoup__tensor *place = head ? &peft->head : &peft->head_bias;
-            if (place->data != NULL) {
+            if (psoup__tensor_is_there(place)) {
                 status = psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: tensor %.200s is there twice",
                                      path, name);
                 goto fail;
@@ -277,7 +277,7 @@ static psoup_status collect(psoup__peft *peft, psoup_error *error) {
         }
         psoup__tensor *place =
             kind == PART_A ? &peft->pairs[index].a : &peft->pairs[index].b;
-        if (place->data != NULL) {
+        if (psoup__tensor_is_there(place)) {
             status = psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: tensor %.200s is there twice", path,
                                  name);
             goto fail;
@@ -299,9 +299,9 @@ static psoup_status finish_pairs(psoup__peft *peft, const char *config_path, pso
     for (size_t i = 0; i < peft->n; i++) {
         psoup__peft_pair *pair = &peft->pairs[i];
         const psoup__tensor *a = &pair->a, *b = &pair->b;
-        if (a->data == NULL || b->data == NULL)
+        if (!psoup__tensor_is_there(a) || !psoup__tensor_is_there(b))
             return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %.200s has no lora_%s", path,
-                               pair->module, a->data == NULL ? "A" : "B");
+                               pair->module, psoup__tensor_is_there(a) ? "B" : "A");
         if (psoup__weights_gguf(peft->weights) != NULL)
             PSOUP__TRY(psoup__gguf_scale(psoup__weights_gguf(peft->weights), pair, error));
         else
@@ -337,7 +337,7 @@ static psoup_status finish_pairs(psoup__peft *peft, const char *config_path, pso
         if (by_module(&peft->pairs[i - 1], &peft->pairs[i]) == 0)
             return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %.200s is there twice", path,
                                peft->pairs[i].module);
-    if (peft->head_bias.data != NULL && peft->head.data == NULL)
+    if (psoup__tensor_is_there(&peft->head_bias) && !psoup__tensor_is_there(&peft->head))
         return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: score has a bias but no weight", path);
     return PSOUP_OK;
 fail:
@@ -367,14 +367,14 @@ psoup_status psoup__peft_open_heads(psoup_context *context, const char *director
         PSOUP__TRY(psoup_json_read(context, config_path, &peft->config, error));
         PSOUP__TRY(check_config(peft->config, config_path, error));
     }
-    PSOUP__TRY(psoup__weights_open_heads(context, directory, "adapter_model", heads, kv_heads,
-                                         &peft->weights, error));
+    PSOUP__TRY(psoup__weights_open(context, directory, "adapter_model", heads, kv_heads, &peft->weights,
+                                   error));
     PSOUP__TRY(collect(peft, error));
     PSOUP__TRY(finish_pairs(peft, config_path, error));
     if (gguf)
         PSOUP__TRY(psoup__gguf_adapter_config(psoup__weights_gguf(peft->weights),
                                               peft->n > 0 ? peft->pairs[0].rank : 0, &peft->config, error));
-    if (peft->n == 0 && peft->head.data == NULL) {
+    if (peft->n == 0 && !psoup__tensor_is_there(&peft->head)) {
         status = psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: holds no lora_A and lora_B",
                              psoup__weights_path(peft->weights));
         goto fail;

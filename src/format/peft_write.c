@@ -87,6 +87,19 @@ static psoup_status declare(psoup_context *context, psoup__safetensors_writer *w
     return status;
 }
 
+static psoup_status write_factor(psoup__safetensors_writer *writer, const psoup__tensor *tensor,
+                                 psoup_error *error) {
+    enum { PIECE = 1 << 14 };
+    char piece[PIECE];
+    psoup_status status = PSOUP_OK;
+    for (size_t at = 0; at < tensor->bytes && status == PSOUP_OK; at += PIECE) {
+        size_t n = tensor->bytes - at < PIECE ? tensor->bytes - at : PIECE;
+        psoup__tensor_bytes(tensor, at, n, piece);
+        status = psoup__safetensors_write(writer, piece, n, error);
+    }
+    return status;
+}
+
 static psoup_status write_tensors(psoup_context *context, const char *directory,
                                   const psoup__peft_output *adapter, psoup_error *error) {
     psoup_status status;
@@ -112,9 +125,8 @@ static psoup_status write_tensors(psoup_context *context, const char *directory,
 
     PSOUP__TRY(psoup__safetensors_begin(writer, error));
     for (size_t i = 0; i < adapter->n; i++) {
-        const psoup__tensor *a = &adapter->pairs[i].a, *b = &adapter->pairs[i].b;
-        PSOUP__TRY(psoup__safetensors_write(writer, a->data, a->bytes, error));
-        PSOUP__TRY(psoup__safetensors_write(writer, b->data, b->bytes, error));
+        PSOUP__TRY(write_factor(writer, &adapter->pairs[i].a, error));
+        PSOUP__TRY(write_factor(writer, &adapter->pairs[i].b, error));
     }
     if (adapter->head != NULL)
         PSOUP__TRY(psoup__safetensors_write(writer, adapter->head,

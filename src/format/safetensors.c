@@ -16,7 +16,8 @@ typedef struct entry {
 
 struct psoup__safetensors {
     psoup_context *context;
-    psoup__file file; /* data NULL when the caller owns the memory */
+    psoup__file file; /* zeros when the caller holds the bytes in memory */
+    uint64_t data;    /* where in the file the tensors' bytes begin */
     psoup_json *header;
     const psoup_json *metadata;
     entry *entries; /* [count], in the order of their data */
@@ -113,9 +114,9 @@ static int by_offset(const void *a, const void *b) {
     return strcmp(x->name, y->name);
 }
 
-static psoup_status read_header(psoup__safetensors *file, const unsigned char *bytes,
-                                size_t length, const char *path, psoup_error *error) {
-    psoup_status status;
+/* The length of the header, of which the file's first bytes (9, or all) are given. */
+static psoup_status header_length(const unsigned char *bytes, size_t length, const char *path, size_t *out,
+                                  psoup_error *error) {
     uint64_t header = 0;
     if (length < 8)
         return psoup__fail(error, PSOUP_ERROR_FORMAT,
@@ -131,10 +132,17 @@ static psoup_status read_header(psoup__safetensors *file, const unsigned char *b
     if (header == 0 || bytes[8] != '{')
         return psoup__fail(error, PSOUP_ERROR_FORMAT,
                            "%s: the header does not begin with '{': no safetensors file", path);
-    const unsigned char *data = bytes + 8 + header;
-    size_t data_bytes = length - 8 - (size_t)header;
-    PSOUP__TRY(psoup_json_parse((const char *)bytes + 8, (size_t)header, path, &file->header,
-                                error));
+    *out = (size_t)header;
+    return PSOUP_OK;
+}
+
+/* json [header]; the file has `length` bytes. */
+static psoup_status read_header(psoup__safetensors *file, const char *json, size_t header, size_t length,
+                                const char *path, psoup_error *error) {
+    psoup_status status;
+    size_t data_bytes = length - 8 - header;
+    file->data = 8 + header;
+    PSOUP__TRY(psoup_json_parse(json, header, path, &file->header, error));
 
     file->entries = psoup__alloc(file->context, psoup_json_size(file->header), sizeof(entry),
                                  error);
@@ -157,7 +165,7 @@ static psoup_status read_header(psoup__safetensors *file, const unsigned char *b
         entry *e = &file->entries[file->count];
         e->name = key;
         PSOUP__TRY(read_entry(value, path, data_bytes, e, error));
-        e->tensor.data = data + e->begin;
+        e->tensor.at = file->data + e->begin;
         file->count++;
     }
 
@@ -183,16 +191,29 @@ fail:
     return status;
 }
 
+/* Gives the tensors their bytes: in memory, or (NULL) by the file. */
+static void place(psoup__safetensors *file, const unsigned char *bytes) {
+    const psoup__pull *pull = bytes == NULL ? psoup__file_pull(&file->file) : NULL;
+    for (size_t i = 0; i < file->count; i++) {
+        psoup__tensor *tensor = &file->entries[i].tensor;
+        tensor->data = bytes != NULL ? bytes + tensor->at : NULL;
+        tensor->pull = pull;
+    }
+}
+
 psoup_status psoup__safetensors_parse(psoup_context *context, const void *data, size_t length,
                                       const char *name, psoup__safetensors **out,
                                       psoup_error *error) {
     psoup_status status;
+    size_t header;
     *out = NULL;
     psoup__safetensors *file = psoup__alloc(context, 1, sizeof *file, error);
     if (file == NULL)
         return PSOUP_ERROR_MEMORY;
     file->context = context;
-    PSOUP__TRY(read_header(file, data, length, name, error));
+    PSOUP__TRY(header_length(data, length, name, &header, error));
+    PSOUP__TRY(read_header(file, (const char *)data + 8, header, length, name, error));
+    place(file, data);
     *out = file;
     return PSOUP_OK;
 fail:
@@ -203,14 +224,42 @@ fail:
 psoup_status psoup__safetensors_open(psoup_context *context, const char *path,
                                      psoup__safetensors **out, psoup_error *error) {
     psoup_status status;
-    psoup__file file = {0};
+    unsigned char first[9];
+    char *text = NULL;
+    size_t header;
     *out = NULL;
-    PSOUP__TRY(psoup__file_map(context, path, &file, error));
-    PSOUP__TRY(psoup__safetensors_parse(context, file.data, file.length, path, out, error));
-    (*out)->file = file;
+    psoup__safetensors *file = psoup__alloc(context, 1, sizeof *file, error);
+    if (file == NULL)
+        return PSOUP_ERROR_MEMORY;
+    file->context = context;
+    PSOUP__TRY(psoup__file_open(context, path, &file->file, error));
+    const size_t length = file->file.length;
+    bool whole = psoup__file_at(&file->file, 0, length < sizeof first ? length : sizeof first, first);
+    if (whole) {
+        PSOUP__TRY(header_length(first, length, path, &header, error));
+        if ((text = psoup__alloc(context, header, 1, error)) == NULL) {
+            status = PSOUP_ERROR_MEMORY;
+            goto fail;
+        }
+        whole = psoup__file_at(&file->file, 8, header, text);
+    }
+    if (!whole)
+        PSOUP__TRY(psoup__file_check(&file->file, "", error));
+    PSOUP__TRY(read_header(file, text, header, length, path, error));
+    place(file, NULL);
+    psoup__free(context, text);
+    *out = file;
     return PSOUP_OK;
 fail:
-    psoup__file_unmap(context, &file);
+    psoup__free(context, text);
+    psoup__safetensors_free(file);
+    return status;
+}
+
+psoup_status psoup__safetensors_map(psoup__safetensors *file, psoup_error *error) {
+    psoup_status status = psoup__file_map(&file->file, error);
+    if (status == PSOUP_OK)
+        place(file, file->file.data);
     return status;
 }
 
@@ -220,7 +269,7 @@ void psoup__safetensors_free(psoup__safetensors *file) {
     psoup_context *context = file->context;
     psoup__free(context, file->entries);
     psoup_json_free(file->header);
-    psoup__file_unmap(context, &file->file);
+    psoup__file_close(context, &file->file);
     psoup__free(context, file);
 }
 
@@ -240,6 +289,6 @@ const psoup_json *psoup__safetensors_metadata(const psoup__safetensors *file) {
     return file->metadata;
 }
 
-const char *psoup__safetensors_path(const psoup__safetensors *file) {
-    return file->file.path;
+psoup__file *psoup__safetensors_file(psoup__safetensors *file) {
+    return &file->file;
 }

@@ -87,7 +87,8 @@ psoup_status psoup__safetensors_patch(psoup_context *context, const char *path, 
     psoup__file file = {0};
     psoup__buffer escaped = {.context = context};
     size_t offset, spaces;
-    PSOUP__TRY(psoup__file_map(context, path, &file, error));
+    PSOUP__TRY(psoup__file_open(context, path, &file, error));
+    PSOUP__TRY(psoup__file_map(&file, error));
     PSOUP__TRY(find_value(context, &file, key, &offset, &spaces, error));
     if (spaces < psoup__json_string_bytes(text)) {
         status = psoup__fail(error, PSOUP_ERROR_STATE, "%s: no room for the metadata %s", path, key);
@@ -108,6 +109,6 @@ psoup_status psoup__safetensors_patch(psoup_context *context, const char *path, 
                          escaped.length, error));
 fail:
     psoup__buffer_free(&escaped);
-    psoup__file_unmap(context, &file);
+    psoup__file_close(context, &file);
     return status;
 }

@@ -1,12 +1,14 @@
 /* The tensors of a model: one file, or several that an index names. */
 #include "format/format.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 struct psoup__weights {
     psoup_context *context;
     char *path;
+    bool map;
     psoup__safetensors **files; /* [n_files] */
     size_t n_files, files_capacity;
     psoup__gguf *gguf; /* instead of files, with its tensors as PyTorch knows them: */
@@ -28,7 +30,9 @@ static psoup_status add_file(psoup__weights *weights, const char *path, psoup_er
     PSOUP__TRY(psoup__reserve(context, &weights->files, &weights->files_capacity,
                               weights->n_files + 1, sizeof *weights->files, error));
     PSOUP__TRY(psoup__safetensors_open(context, path, &weights->files[weights->n_files], error));
-    const psoup__safetensors *file = weights->files[weights->n_files++];
+    psoup__safetensors *file = weights->files[weights->n_files++];
+    if (weights->map)
+        PSOUP__TRY(psoup__safetensors_map(file, error));
     size_t n = psoup__safetensors_count(file);
     PSOUP__TRY(psoup__reserve(context, &weights->slots, &weights->slots_capacity,
                               weights->count + n, sizeof *weights->slots, error));
@@ -57,6 +61,8 @@ static psoup_status add_gguf(psoup__weights *weights, const char *path, const ch
     psoup_context *context = weights->context;
     psoup__gguf_layout layout;
     PSOUP__TRY(psoup__gguf_open(context, path, &weights->gguf, error));
+    if (weights->map)
+        PSOUP__TRY(psoup__gguf_map(weights->gguf, error));
     const psoup__gguf *file = weights->gguf;
     bool adapter = strcmp(stem, "model") != 0;
     const char *type = adapter ? "adapter" : "model";
@@ -208,14 +214,9 @@ bool psoup__is_gguf(const char *path) {
     return has_ending(path, ".gguf") && !psoup__is_directory(path);
 }
 
-psoup_status psoup__weights_open(psoup_context *context, const char *path, const char *stem,
-                                 psoup__weights **out, psoup_error *error) {
-    return psoup__weights_open_heads(context, path, stem, 0, 0, out, error);
-}
-
-psoup_status psoup__weights_open_heads(psoup_context *context, const char *path, const char *stem,
-                                       int32_t heads, int32_t kv_heads, psoup__weights **out,
-                                       psoup_error *error) {
+static psoup_status open_weights(psoup_context *context, const char *path, const char *stem, bool map,
+                                 int32_t heads, int32_t kv_heads, psoup__weights **out,
+                                 psoup_error *error) {
     psoup_status status = PSOUP_ERROR_MEMORY;
     char *name = NULL, *single = NULL, *index = NULL;
     *out = NULL;
@@ -223,6 +224,7 @@ psoup_status psoup__weights_open_heads(psoup_context *context, const char *path,
     if (weights == NULL)
         return PSOUP_ERROR_MEMORY;
     weights->context = context;
+    weights->map = map;
     if ((weights->path = psoup__strdup(context, path, error)) == NULL)
         goto fail;
     PSOUP__TRY(psoup__map_create(context, 256, &weights->by_name, error));
@@ -258,6 +260,32 @@ fail:
     psoup__free(context, single);
     psoup__free(context, index);
     psoup__weights_free(weights);
+    return status;
+}
+
+psoup_status psoup__weights_open(psoup_context *context, const char *path, const char *stem, int32_t heads,
+                                 int32_t kv_heads, psoup__weights **out, psoup_error *error) {
+    return open_weights(context, path, stem, false, heads, kv_heads, out, error);
+}
+
+psoup_status psoup__weights_map(psoup_context *context, const char *path, const char *stem,
+                                psoup__weights **out, psoup_error *error) {
+    return open_weights(context, path, stem, true, 0, 0, out, error);
+}
+
+psoup_status psoup__weights_check(const psoup__weights *weights, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t i = 0; i < psoup__weights_files(weights) && status == PSOUP_OK; i++) {
+        const psoup__file *file = psoup__weights_file(weights, i);
+        char part[256] = "";
+        const uint64_t lost = psoup__file_lost(file);
+        for (size_t j = 0; lost != UINT64_MAX && j < weights->count; j++) {
+            const psoup__tensor *tensor = weights->slots[j].tensor;
+            if (weights->slots[j].file == i && lost >= tensor->at && lost - tensor->at < tensor->bytes)
+                snprintf(part, sizeof part, "tensor %.200s: ", weights->slots[j].name);
+        }
+        status = psoup__file_check(file, part, error);
+    }
     return status;
 }
 
@@ -308,9 +336,9 @@ size_t psoup__weights_files(const psoup__weights *weights) {
     return weights->gguf != NULL ? 1 : weights->n_files;
 }
 
-const char *psoup__weights_file(const psoup__weights *weights, size_t index) {
-    return weights->gguf != NULL ? psoup__gguf_path(weights->gguf)
-                                 : psoup__safetensors_path(weights->files[index]);
+psoup__file *psoup__weights_file(const psoup__weights *weights, size_t index) {
+    return weights->gguf != NULL ? psoup__gguf_file(weights->gguf)
+                                 : psoup__safetensors_file(weights->files[index]);
 }
 
 bool psoup__weights_index(const psoup__weights *weights, const char *name, size_t *index) {

@@ -35,13 +35,13 @@ static psoup_json *source_json(const psoup__merge_source *source, const double *
     int failed = psoup_json_set(one, "path", psoup_json_new_string(source->path));
     if (weight != NULL)
         failed |= psoup_json_set(one, "weight", psoup_json_new_real(*weight));
-    for (size_t i = 0; i < source->n_stamps; i++) {
-        const psoup__stamp *stamp = &source->stamps[i];
+    for (size_t i = 0; i < source->n_files; i++) {
+        const psoup__source_file *from = &source->files[i];
         psoup_json *file = psoup_json_new_object();
-        failed |= psoup_json_set(file, "path", psoup_json_new_string(stamp->path));
-        failed |= psoup_json_set(file, "bytes", psoup_json_new_integer(stamp->bytes));
-        if (stamp->sha256[0] != '\0')
-            failed |= psoup_json_set(file, "sha256", psoup_json_new_string(stamp->sha256));
+        failed |= psoup_json_set(file, "path", psoup_json_new_string(from->file->path));
+        failed |= psoup_json_set(file, "bytes", psoup_json_new_integer((int64_t)from->file->length));
+        if (from->sha256[0] != '\0')
+            failed |= psoup_json_set(file, "sha256", psoup_json_new_string(from->sha256));
         failed |= psoup_json_append(files, file);
     }
     failed |= psoup_json_set(one, "files", files);

@@ -166,7 +166,8 @@ psoup_status psoup__hash_tensor(psoup_context *context, const psoup__tensor *ten
         return PSOUP_ERROR_MEMORY;
     size_t rows = tensor->heads > 0 ? (size_t)tensor->shape[0] : 1, bytes = tensor->bytes / rows;
     for (size_t i = 0; i < rows; i++)
-        psoup__hash_update(hash, (const char *)tensor->data + psoup__tensor_row(tensor, i) * bytes, bytes);
+        psoup__hash_bytes(hash, tensor, psoup__tensor_row(tensor, i) * bytes,
+                          (psoup__tensor_row(tensor, i) + 1) * bytes);
     psoup__hash_text(hash, out);
     psoup__free(context, hash);
     return PSOUP_OK;
@@ -238,7 +239,7 @@ static psoup_status check_metadata(psoup_context *context, const psoup__weights 
     if (said == NULL)
         return psoup__out_of_memory(error, 0);
     for (size_t i = 0; i < psoup__weights_files(weights) && status == PSOUP_OK; i++)
-        status = check_file(context, weights, psoup__weights_file(weights, i), said, error);
+        status = check_file(context, weights, psoup__weights_file(weights, i)->path, said, error);
     psoup_text_free(said);
     return status;
 }
@@ -292,7 +293,7 @@ static psoup_status open_result(psoup_context *context, const char *path, opened
     if (status != PSOUP_OK)
         return status;
     return adapter ? psoup__peft_open(context, path, &o->peft, error)
-                   : psoup__weights_open(context, path, "model", &o->weights, error);
+                   : psoup__weights_open(context, path, "model", 0, 0, &o->weights, error);
 }
 
 psoup_status psoup_merge_verify(psoup_context *context, const char *path, size_t *tensors,
@@ -300,6 +301,7 @@ psoup_status psoup_merge_verify(psoup_context *context, const char *path, size_t
     psoup_status status;
     psoup_json *root = NULL;
     opened o = {0};
+    const psoup__weights *weights = NULL;
     char *certificate = psoup__certificate_path(context, path, error);
     if (certificate == NULL)
         return PSOUP_ERROR_MEMORY;
@@ -310,7 +312,7 @@ psoup_status psoup_merge_verify(psoup_context *context, const char *path, size_t
         goto fail;
     }
     PSOUP__TRY(open_result(context, path, &o, error));
-    const psoup__weights *weights = o.peft != NULL ? o.peft->weights : o.weights;
+    weights = o.peft != NULL ? o.peft->weights : o.weights;
     if (psoup__weights_count(weights) != psoup_json_size(results)) {
         status = psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %zu tensors; the certificate has %zu", path,
                              psoup__weights_count(weights), psoup_json_size(results));
@@ -322,6 +324,8 @@ psoup_status psoup_merge_verify(psoup_context *context, const char *path, size_t
     if (tensors != NULL)
         *tensors = psoup_json_size(results);
 fail:
+    if (weights != NULL && psoup__weights_check(weights, error) != PSOUP_OK)
+        status = PSOUP_ERROR_IO; /* which is why other bytes were read */
     psoup__weights_free(o.weights);
     psoup__peft_free(o.peft);
     psoup_json_free(root);

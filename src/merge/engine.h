@@ -56,16 +56,14 @@ bool psoup__settings_find(const psoup__settings *settings, psoup__parameter para
 /* A tensor of a source that the caller holds, or gives piece by piece. */
 typedef struct psoup__held {
     char *name;
-    psoup__tensor tensor; /* data NULL: by `pull` */
-    psoup__merge_pull pull;
+    psoup__tensor tensor;
+    psoup__pull pull; /* the tensor's, where its data is NULL */
 } psoup__held;
 
-typedef struct psoup__stamp { /* of a file, so that a change shows */
-    char *path;
-    int64_t bytes, seconds, nanoseconds;
-    uint64_t device, inode;
-    char sha256[65]; /* "" until asked for */
-} psoup__stamp;
+typedef struct psoup__source_file {
+    psoup__file *file; /* borrowed from the source's model or adapter */
+    char sha256[PSOUP__SHA256_TEXT]; /* "" until asked for */
+} psoup__source_file;
 
 typedef struct psoup__merge_source {
     char *path;             /* as the caller said it, for messages and the certificate */
@@ -75,8 +73,8 @@ typedef struct psoup__merge_source {
     size_t n_held;
     psoup__map *held_names;
     int *pull_failed; /* what the caller gives piece by piece could not be given */
-    psoup__stamp *stamps;   /* [n_stamps] files that it is read from */
-    size_t n_stamps;
+    psoup__source_file *files; /* [n_files] that it is read from */
+    size_t n_files;
     char architecture[64];  /* config.json's model_type, or "" */
     psoup__settings settings;
 } psoup__merge_source;
@@ -99,12 +97,12 @@ const psoup__peft_pair *psoup__peft_find(const psoup__peft *peft, const char *mo
 size_t psoup__source_count(const psoup__merge_source *source);
 const char *psoup__source_name(const psoup__merge_source *source, size_t index);
 bool psoup__source_index(const psoup__merge_source *source, const char *name, size_t *index);
-/* *pull receives how it is read, NULL for what lies in memory. */
-const psoup__tensor *psoup__source_tensor(const psoup__merge_source *source, size_t index,
-                                          const psoup__merge_pull **pull);
-/* Refuses a source whose files are not what they were when they were opened. */
+const psoup__tensor *psoup__source_tensor(const psoup__merge_source *source, size_t index);
+/* Refuses a source that could not be read, or whose files are not what they were when they were opened. */
 psoup_status psoup__source_check(const psoup__merge_source *source, psoup_error *error);
-psoup_status psoup__source_sha256(psoup_context *context, psoup__merge_source *source, psoup_error *error);
+/* What could not be read once may be there now. */
+void psoup__source_retry(psoup__merge_source *source);
+psoup_status psoup__source_sha256(psoup__merge_source *source, psoup_error *error);
 
 /* ---- merger.c ------------------------------------------------------------------------------------------ */
 
@@ -168,14 +166,13 @@ typedef struct psoup__plan_input { /* tensor + Σ parts */
     size_t source; /* PSOUP__NONE: the base */
     const char *name; /* of the tensor in it */
     const psoup__tensor *tensor; /* NULL: zeros */
-    const psoup__merge_pull *pull;
     size_t part, parts; /* in the plan's parts */
     double values[PSOUP__SCALE + 1]; /* by psoup__parameter */
     size_t entry; /* of the tensor in the certificate; PSOUP__NONE where it is not read */
 } psoup__plan_input;
 
 typedef enum psoup__result_kind {
-    PSOUP__SUM,  /* Σ weight · input, all in memory as they are: the fast way */
+    PSOUP__SUM,  /* Σ weight · input, of bytes as they are: the fast way */
     PSOUP__MADE, /* by a method */
     PSOUP__KEPT, /* no floats: the same in all inputs */
     PSOUP__PAIR_A, /* merged factors: a, */
@@ -347,9 +344,9 @@ void psoup__staging_free(psoup__staging *staging); /* removes what is not commit
 
 typedef struct psoup__stream { /* what is hashed while a result is made: an input, or the result */
     psoup__hash *hash;
-    const psoup__tensor *tensor; /* NULL: the result */
-    const psoup__merge_pull *pull;
-    char *to; /* where its fingerprint goes */
+    size_t input; /* PSOUP__NONE: the result */
+    size_t at;    /* elements that are hashed */
+    char *to;     /* where its fingerprint goes */
 } psoup__stream;
 
 typedef struct psoup__work {
@@ -357,8 +354,9 @@ typedef struct psoup__work {
     const psoup__plan *plan;
     const psoup__result *result;
     size_t index;
+    const void **in; /* [workers, inputs]: where a worker has the bytes of its block; NULL: nowhere */
+    size_t staged;   /* bytes of scratch that an element of all inputs takes, of PSOUP__SUM and _KEPT */
     /* PSOUP__SUM */
-    const void **in;     /* [workers, inputs] */
     psoup_dtype *dtypes; /* [inputs] */
     double *values[PSOUP__SCALE + 1]; /* each [inputs] */
     /* PSOUP__MADE */
@@ -389,9 +387,9 @@ const psoup__plan_input *psoup__work_input(const psoup__work *work, size_t i); /
 size_t psoup__work_scratch(const psoup__work *work);
 /* out = elements at … at + n − 1 in the result's dtype; sets work->bad. From any worker. */
 void psoup__work_block(psoup__work *work, size_t at, size_t n, void *out, float *scratch, int worker);
-/* Bytes of the elements at … of the stream go into its hash, in order. */
-void psoup__stream_update(const psoup__work *work, psoup__stream *stream, size_t at, size_t n,
-                          const void *out);
+/* The bytes of the block that the worker has made go into the stream's hash, in order. */
+void psoup__stream_update(const psoup__work *work, psoup__stream *stream, size_t n, const void *out,
+                          int worker);
 /* Why a result is bad: a source that was not finite, or a dtype that is too small. */
 psoup_status psoup__work_blame(const psoup__work *work, psoup_error *error);
 

@@ -30,6 +30,20 @@ void psoup__hash_update(psoup__hash *hash, const void *data, size_t bytes) {
     hash->kernels->update(hash->state, data, bytes);
 }
 
+void psoup__hash_bytes(psoup__hash *hash, const psoup__tensor *tensor, size_t from, size_t to) {
+    enum { PIECE = 1 << 14 };
+    char buffer[PIECE];
+    if (tensor->data != NULL) {
+        psoup__hash_update(hash, (const char *)tensor->data + from, to - from);
+        return;
+    }
+    for (; from < to; from += PIECE) {
+        size_t n = to - from < PIECE ? to - from : PIECE;
+        psoup__tensor_bytes(tensor, from, n, buffer);
+        psoup__hash_update(hash, buffer, n);
+    }
+}
+
 void psoup__hash_text(const psoup__hash *hash, char out[PSOUP__HASH_TEXT]) {
     static const char digits[] = "0123456789abcdef";
     unsigned char bytes[16];

@@ -22,10 +22,11 @@ extern const psoup__hash_kernels psoup__hash_kernels_avx2, psoup__hash_kernels_a
 typedef struct psoup__hash psoup__hash;
 psoup__hash *psoup__hash_create(psoup_context *context, psoup_error *error);
 void psoup__hash_update(psoup__hash *hash, const void *data, size_t bytes);
+/* Bytes from … to − 1 of a tensor as they lie. */
+void psoup__hash_bytes(psoup__hash *hash, const psoup__tensor *tensor, size_t from, size_t to);
 void psoup__hash_text(const psoup__hash *hash, char out[PSOUP__HASH_TEXT]); /* as xxhsum -H2 prints it */
 
 /* SHA-256 of a file. sha256.c is the one file that knows libmd. */
-psoup_status psoup__sha256_file(psoup_context *context, const char *path, char out[PSOUP__SHA256_TEXT],
-                                psoup_error *error);
+psoup_status psoup__sha256_file(psoup__file *file, char out[PSOUP__SHA256_TEXT], psoup_error *error);
 
 #endif

@@ -62,7 +62,7 @@ static psoup_status read_module(const psoup__inspection *x, psoup__finding *f, p
                                (long long)pair->b.shape[0], owner->path, (long long)module->in,
                                (long long)module->out);
         }
-        /* The tensors are in mapped files, so these sums are far from overflowing. */
+        /* The tensors are in files, so these sums are far from overflowing. */
         need += (size_t)pair->rank * ((size_t)module->in + (size_t)module->out);
         factors[i].rank = pair->rank;
         factors[i].scale = pair->scale;
@@ -205,6 +205,8 @@ psoup_status psoup_merge_inspect(psoup_context *context, const char *const *adap
     PSOUP__TRY(list_modules(&x, error));
     locked = pthread_mutex_init(&x.lock, NULL) == 0;
     psoup__parallel(context, x.modules, study_task, &x);
+    for (size_t i = 0; i < n; i++)
+        PSOUP__TRY(psoup__weights_check(x.adapters[i]->weights, error));
     if (x.failed != SIZE_MAX) {
         status = psoup__fail(error, x.status, "%s", x.error.message);
         goto fail;

@@ -292,9 +292,9 @@ static psoup_status check_place(psoup_merger *merger, const char *place, psoup_e
     psoup_status status;
     for (size_t i = 0; i <= merger->n; i++) {
         const psoup__merge_source *source = i < merger->n ? &merger->sources[i] : &merger->base;
-        for (size_t j = 0; j < source->n_stamps; j++) {
+        for (size_t j = 0; j < source->n_files; j++) {
             bool taken;
-            PSOUP__TRY(check_file_place(merger->context, source->stamps[j].path, place, &taken, error));
+            PSOUP__TRY(check_file_place(merger->context, source->files[j].file->path, place, &taken, error));
             if (taken)
                 return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                    "%s: is a source's place; expected another for the result", place);
@@ -328,9 +328,9 @@ static void report_errors(psoup_merger *merger, const psoup__certificate *certif
 
 static psoup_status take_sha256(psoup_merger *merger, psoup_error *error) {
     psoup_status status;
-    PSOUP__TRY(psoup__source_sha256(merger->context, &merger->base, error));
+    PSOUP__TRY(psoup__source_sha256(&merger->base, error));
     for (size_t i = 0; i < merger->n; i++)
-        PSOUP__TRY(psoup__source_sha256(merger->context, &merger->sources[i], error));
+        PSOUP__TRY(psoup__source_sha256(&merger->sources[i], error));
 fail:
     return status;
 }
@@ -367,11 +367,8 @@ static psoup_status run(psoup_merger *merger, const char *directory, const psoup
     char *text = NULL;
     merger->ran = false;
     merger->report = (psoup_merge_report){.size = sizeof merger->report};
-    for (size_t i = 0; i <= merger->n; i++) { /* what failed once may be there now */
-        const psoup__merge_source *source = i < merger->n ? &merger->sources[i] : &merger->base;
-        if (source->pull_failed != NULL)
-            *source->pull_failed = 0;
-    }
+    for (size_t i = 0; i <= merger->n; i++)
+        psoup__source_retry(i < merger->n ? &merger->sources[i] : &merger->base);
     PSOUP__TRY(psoup__plan_make(merger, &plan, error));
     if (directory != NULL)
         PSOUP__TRY(check_place(merger, directory, error));

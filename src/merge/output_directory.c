@@ -155,11 +155,11 @@ static psoup_status write_adapter_config(const directory_output *o, psoup_error 
 /* ---- resuming -------------------------------------------------------------------------------------------- */
 
 static void stamp_files(psoup__hash *hash, const psoup__merge_source *source) {
-    for (size_t i = 0; i < source->n_stamps; i++) {
-        const psoup__stamp *s = &source->stamps[i];
-        const int64_t numbers[5] = {s->bytes, s->seconds, s->nanoseconds, (int64_t)s->device,
-                                    (int64_t)s->inode};
-        psoup__hash_update(hash, s->path, strlen(s->path) + 1);
+    for (size_t i = 0; i < source->n_files; i++) {
+        const psoup__file *f = source->files[i].file;
+        const int64_t numbers[5] = {(int64_t)f->length, f->seconds, f->nanoseconds, (int64_t)f->device,
+                                    (int64_t)f->inode};
+        psoup__hash_update(hash, f->path, strlen(f->path) + 1);
         psoup__hash_update(hash, numbers, sizeof numbers);
     }
     for (size_t i = 0; source->adapter != NULL && i < source->adapter->n; i++) { /* of adapter_config.json */

@@ -83,7 +83,7 @@ static psoup_status find_architecture(gguf_output *o, psoup_error *error) {
     if (model == NULL)
         model = psoup_json_string(psoup_json_get(first->config, "base_model_name_or_path"), "");
     if (merger->reference == NULL && *model == '\0')
-        model = psoup__weights_file(first->weights, 0);
+        model = psoup__weights_file(first->weights, 0)->path;
     if (merger->reference == NULL && !psoup__file_exists(model))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "%s: a GGUF adapter needs to know its model's heads, and \"%.200s\" is not here; "
@@ -117,10 +117,11 @@ static psoup_status write_adapter(gguf_output *o, psoup_error *error) {
     if (pairs == NULL)
         return PSOUP_ERROR_MEMORY;
     PSOUP__TRY(psoup__writer_commit(o->spool, error));
-    PSOUP__TRY(psoup__file_map(context_of(o), o->data, &file, error));
+    PSOUP__TRY(psoup__file_open(context_of(o), o->data, &file, error));
+    const psoup__pull *pull = psoup__file_pull(&file);
     for (size_t i = 0; i < plan->n; i++) {
         const psoup__result *r = &plan->results[i];
-        psoup__tensor tensor = {.dtype = r->dtype, .rank = r->rank, .bytes = r->bytes, .data = file.data + at};
+        psoup__tensor tensor = {.dtype = r->dtype, .rank = r->rank, .bytes = r->bytes, .pull = pull, .at = at};
         memcpy(tensor.shape, r->shape, sizeof tensor.shape);
         at += r->bytes;
         psoup__peft_pair *pair = &pairs[i / 2];
@@ -134,8 +135,9 @@ static psoup_status write_adapter(gguf_output *o, psoup_error *error) {
     adapter.n = plan->n / 2;
     PSOUP__TRY(psoup__gguf_adapter_write(context_of(o), o->partial, &adapter, o->architecture, o->heads,
                                          o->kv_heads, error));
+    PSOUP__TRY(psoup__file_check(&file, "", error));
 fail:
-    psoup__file_unmap(context_of(o), &file);
+    psoup__file_close(context_of(o), &file);
     psoup__free(context_of(o), pairs);
     return status;
 }
@@ -224,6 +226,7 @@ static psoup_status close_file(psoup__output *output, psoup_error *error) {
         PSOUP__TRY(psoup__hash_tensor(context_of(o), r->kind == PSOUP__PAIR_A ? &pair->a : &pair->b,
                                       output->made->made[i].text, error));
     }
+    PSOUP__TRY(psoup__weights_check(peft->weights, error));
 fail:
     psoup__peft_free(peft);
     return status;

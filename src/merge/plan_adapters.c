@@ -129,7 +129,7 @@ static psoup_status plan_head(psoup__plan *plan, const char *part, bool bias, ps
     for (size_t i = 0; i < merger->n; i++) {
         const psoup__peft *adapter = merger->sources[i].adapter;
         const psoup__tensor *tensor = bias ? &adapter->head_bias : &adapter->head;
-        if (tensor->data == NULL)
+        if (!psoup__tensor_is_there(tensor))
             continue;
         like = like != NULL ? like : tensor;
         PSOUP__TRY(psoup__plan_input_add(plan, &input, error));
@@ -153,14 +153,14 @@ static psoup_status plan_heads(psoup__plan *plan, psoup_error *error) {
     bool bias = false;
     for (size_t i = 0; i < merger->n; i++) {
         const psoup__tensor *head = &merger->sources[i].adapter->head;
-        if ((head->data == NULL) != (like->data == NULL) ||
-            (head->data != NULL && head->shape[1] != like->shape[1]))
+        if (psoup__tensor_is_there(head) != psoup__tensor_is_there(like) ||
+            (psoup__tensor_is_there(head) && head->shape[1] != like->shape[1]))
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "%s: score: expected a head as in %s, or none in both",
                                merger->sources[i].path, merger->sources[0].path);
-        bias |= merger->sources[i].adapter->head_bias.data != NULL;
+        bias |= psoup__tensor_is_there(&merger->sources[i].adapter->head_bias);
     }
-    if (like->data == NULL)
+    if (!psoup__tensor_is_there(like))
         return PSOUP_OK;
     if (like->shape[1] < 1 || like->shape[1] > INT32_MAX)
         return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: score: %lld features", merger->sources[0].path,

@@ -10,7 +10,7 @@ static psoup_status check_adapters_fit(const psoup__plan *plan, psoup_error *err
     for (size_t i = 0; i < merger->n; i++) {
         const psoup__merge_source *source = &merger->sources[i];
         const psoup__merge_source *on = source->model != NULL ? source : &merger->base;
-        if (source->adapter != NULL && source->adapter->head.data != NULL)
+        if (source->adapter != NULL && psoup__tensor_is_there(&source->adapter->head))
             return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
                                "%s: has a scalar head (score), which a full model has no place for; "
                                "merge such adapters without a base",

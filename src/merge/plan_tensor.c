@@ -53,7 +53,7 @@ static psoup_status set_tensor(psoup__plan *plan, psoup__plan_input *input, size
                            from->path, name, plan->like->path);
     input->source = source;
     input->name = psoup__source_name(from, index);
-    input->tensor = psoup__source_tensor(from, index, &input->pull);
+    input->tensor = psoup__source_tensor(from, index);
     return PSOUP_OK;
 }
 
@@ -191,11 +191,10 @@ static psoup_status check_input(psoup__plan *plan, const psoup__result *result,
 
 /* Whether psoup__sum may take the numbers as they lie. */
 static bool lies_plainly(const psoup__plan_input *input) {
-    return input->parts == 0 && input->pull == NULL && input->tensor->heads == 0 &&
-           input->tensor->dtype != PSOUP_Q8_0;
+    return input->parts == 0 && input->tensor->heads == 0 && input->tensor->dtype != PSOUP_Q8_0;
 }
 
-/* A weighted sum: kept where all numbers lie in memory, else the method linear. */
+/* A weighted sum: kept where all numbers lie plainly, else the method linear. */
 static psoup_status finish_sum(psoup__plan *plan, psoup__result *result, bool normalize,
                                psoup_error *error) {
     psoup_merger *merger = plan->merger;
@@ -297,11 +296,10 @@ static bool nothing_changes(const psoup__plan *plan, const psoup__result *result
 /* The dtype that a tensor has in the base, where there is one: whatever is mixed into it. */
 static psoup_dtype base_dtype(const psoup__plan *plan, const char *name, psoup_dtype otherwise) {
     const psoup__merge_source *base = &plan->merger->base;
-    const psoup__merge_pull *pull;
     size_t index;
     if (!plan->merger->has_base || !psoup__dtype_mergeable(otherwise) || !find_tied(base, name, &index))
         return otherwise;
-    psoup_dtype dtype = psoup__source_tensor(base, index, &pull)->dtype;
+    psoup_dtype dtype = psoup__source_tensor(base, index)->dtype;
     return psoup__dtype_mergeable(dtype) ? dtype : otherwise;
 }
 

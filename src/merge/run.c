@@ -1,12 +1,13 @@
-/* The executor. A window of blocks, of one tensor or of several, is made in parallel while the window before
- * it is hashed and written; so no tensor is ever whole in memory, and results come in order. */
+/* The executor. A window of blocks, of one tensor or of several, is made and hashed in parallel while the window
+ * before it is written; so no tensor is ever whole in memory, and results come in order. */
 #include "merge/engine.h"
 
+#include <pthread.h>
 #include <string.h>
 
 enum {
     WINDOW_BLOCKS = 64,
-    WINDOW_BYTES = 8 << 20 /* of results; what was read for them is then still in the last cache */
+    WINDOW_BYTES = 8 << 20 /* of results; they are then still in the last cache when they are written */
 };
 
 typedef struct block {
@@ -27,18 +28,15 @@ typedef struct run {
     psoup__certificate *certificate;
     psoup__output *output;
     window windows[2];
-    window *next, *last; /* being made; made, being hashed and written */
+    window *next, *last; /* being made; made, being written */
     psoup__work *current; /* the result that the next window begins with, or NULL */
     psoup__work *pair_a;  /* whose b is to come */
     psoup__work *open;    /* list of works */
     size_t opened;        /* results */
     float *scratch; /* [workers, scratch_size] */
     size_t scratch_size;
-    struct hashing {
-        psoup__work *work;
-        psoup__stream *stream;
-    } *hashing; /* [n_hashing] streams of the last window */
-    size_t n_hashing, hashing_capacity;
+    pthread_mutex_t lock; /* of all streams' `at` */
+    pthread_cond_t moved; /* one of them */
     psoup_status written; /* what writing the last window came to */
     psoup_error write_error;
 } run;
@@ -135,12 +133,21 @@ static void write_last(run *r) {
     }
 }
 
-static void hash_stream(run *r, size_t i) {
-    const struct hashing *h = &r->hashing[i];
-    for (size_t j = 0; j < r->last->n; j++) {
-        const block *b = &r->last->blocks[j];
-        if (b->work == h->work)
-            psoup__stream_update(h->work, h->stream, b->at, b->n, r->last->memory + b->place);
+/* What the worker has read and made goes into the hashes while it is in its cache. A stream takes blocks in
+ * their order; the one before this one was begun earlier. */
+static void hash_block(run *r, const block *b, int worker) {
+    psoup__work *work = b->work;
+    for (size_t i = 0; i < work->n_streams; i++) {
+        psoup__stream *stream = &work->streams[i];
+        pthread_mutex_lock(&r->lock);
+        while (stream->at != b->at)
+            pthread_cond_wait(&r->moved, &r->lock);
+        pthread_mutex_unlock(&r->lock);
+        psoup__stream_update(work, stream, b->n, r->next->memory + b->place, worker);
+        pthread_mutex_lock(&r->lock);
+        stream->at += b->n;
+        pthread_cond_broadcast(&r->moved);
+        pthread_mutex_unlock(&r->lock);
     }
 }
 
@@ -149,29 +156,12 @@ static void do_task(void *arg, size_t task, int worker) {
     size_t writes = r->output->kind->any_thread && r->last->n > 0;
     if (task < writes) {
         write_last(r);
-    } else if ((task -= writes) < r->n_hashing) {
-        hash_stream(r, task);
     } else {
-        const block *b = &r->next->blocks[task - r->n_hashing];
+        const block *b = &r->next->blocks[task - writes];
         psoup__work_block(b->work, b->at, b->n, r->next->memory + b->place,
                           r->scratch + (size_t)worker * r->scratch_size, worker);
+        hash_block(r, b, worker);
     }
-}
-
-static psoup_status list_streams(run *r, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    r->n_hashing = 0;
-    for (size_t i = 0; i < r->last->n; i++) {
-        psoup__work *work = r->last->blocks[i].work;
-        if (i > 0 && r->last->blocks[i - 1].work == work)
-            continue;
-        PSOUP__TRY(psoup__reserve(r->plan->merger->context, &r->hashing, &r->hashing_capacity,
-                                  r->n_hashing + work->n_streams, sizeof *r->hashing, error));
-        for (size_t j = 0; j < work->n_streams; j++)
-            r->hashing[r->n_hashing++] = (struct hashing){work, &work->streams[j]};
-    }
-fail:
-    return status;
 }
 
 static psoup_status check_sources(const psoup__plan *plan, psoup_error *error) {
@@ -180,9 +170,6 @@ static psoup_status check_sources(const psoup__plan *plan, psoup_error *error) {
     for (size_t i = 0; i <= merger->n && status == PSOUP_OK; i++) {
         const psoup__merge_source *source = i < merger->n ? &merger->sources[i] : &merger->base;
         status = psoup__source_check(source, error);
-        if (status == PSOUP_OK && source->pull_failed != NULL && *source->pull_failed)
-            status = psoup__fail(error, PSOUP_ERROR_IO, "%s: its read function could not give a tensor's "
-                                                        "bytes", source->path);
     }
     return status;
 }
@@ -223,9 +210,7 @@ static psoup_status close_last(run *r, psoup_error *error) {
 static psoup_status do_round(run *r, psoup_error *error) {
     psoup_status status;
     psoup_context *context = r->plan->merger->context;
-    PSOUP__TRY(check_sources(r->plan, error));
-    PSOUP__TRY(list_streams(r, error));
-    size_t tasks = r->n_hashing + r->next->n;
+    size_t tasks = r->next->n;
     if (r->output->kind->any_thread)
         tasks += r->last->n > 0;
     else
@@ -249,6 +234,8 @@ psoup_status psoup__run(const psoup__plan *plan, psoup__certificate *certificate
     run *r = psoup__alloc(context, 1, sizeof *r, error);
     if (r == NULL)
         return PSOUP_ERROR_MEMORY;
+    pthread_mutex_init(&r->lock, NULL);
+    pthread_cond_init(&r->moved, NULL);
     r->plan = plan;
     r->certificate = certificate;
     r->output = output;
@@ -261,14 +248,17 @@ psoup_status psoup__run(const psoup__plan *plan, psoup__certificate *certificate
         r->next = r->last;
         r->last = made;
     } while (r->last->n > 0);
-    PSOUP__TRY(check_sources(plan, error));
 fail:
+    /* a source that could not be read, or is no longer what it was, is why all else went wrong */
+    if (status != PSOUP_OK && status != PSOUP_ERROR_CANCELLED && check_sources(plan, error) != PSOUP_OK)
+        status = PSOUP_ERROR_IO;
     while (r->open != NULL)
         close_work(r, r->open);
     psoup__free(context, r->windows[0].memory);
     psoup__free(context, r->windows[1].memory);
     psoup__free(context, r->scratch);
-    psoup__free(context, r->hashing);
+    pthread_cond_destroy(&r->moved);
+    pthread_mutex_destroy(&r->lock);
     psoup__free(context, r);
     return status;
 }

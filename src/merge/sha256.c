@@ -3,19 +3,20 @@
 
 #include "merge/hash.h"
 
-psoup_status psoup__sha256_file(psoup_context *context, const char *path, char out[PSOUP__SHA256_TEXT],
-                                psoup_error *error) {
+psoup_status psoup__sha256_file(psoup__file *file, char out[PSOUP__SHA256_TEXT], psoup_error *error) {
+    enum { PIECE = 1 << 16 };
     static const char digits[] = "0123456789abcdef";
-    psoup__file file;
+    unsigned char buffer[PIECE];
     SHA2_CTX state;
     uint8_t digest[SHA256_DIGEST_LENGTH];
-    psoup_status status = psoup__file_map(context, path, &file, error);
-    if (status != PSOUP_OK)
-        return status;
     SHA256Init(&state);
-    SHA256Update(&state, file.data, file.length);
+    for (size_t at = 0; at < file->length; at += PIECE) {
+        size_t n = file->length - at < PIECE ? file->length - at : PIECE;
+        if (!psoup__file_at(file, at, n, buffer))
+            return psoup__file_check(file, "", error);
+        SHA256Update(&state, buffer, n);
+    }
     SHA256Final(digest, &state);
-    psoup__file_unmap(context, &file);
     for (int i = 0; i < SHA256_DIGEST_LENGTH; i++) {
         out[2 * i] = digits[digest[i] >> 4];
         out[2 * i + 1] = digits[digest[i] & 15];

@@ -63,13 +63,14 @@ static const char *place_of(const psoup__merge_source *source) {
 static psoup_status check_tokenizers(const psoup_merger *merger, const char *directory, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_context *context = merger->context;
-    psoup__file own = {0}, other = {0};
+    char *own = NULL, *other = NULL;
+    size_t own_length, other_length;
     char *path = psoup__path_join(context, directory, "tokenizer.json", error);
     if (path == NULL)
         return PSOUP_ERROR_MEMORY;
     if (!psoup__file_exists(path))
         goto fail;
-    PSOUP__TRY(psoup__file_map(context, path, &own, error));
+    PSOUP__TRY(psoup__file_read(context, path, SIZE_MAX, &own, &own_length, error));
     for (size_t i = 0; i <= merger->n; i++) {
         const psoup__merge_source *source = i < merger->n ? &merger->sources[i] : &merger->base;
         const char *place = place_of(source);
@@ -82,9 +83,9 @@ static psoup_status check_tokenizers(const psoup_merger *merger, const char *dir
         }
         if (!psoup__file_exists(path))
             continue;
-        PSOUP__TRY(psoup__file_map(context, path, &other, error));
-        bool same = own.length == other.length && memcmp(own.data, other.data, own.length) == 0;
-        psoup__file_unmap(context, &other);
+        PSOUP__TRY(psoup__file_read(context, path, SIZE_MAX, &other, &other_length, error));
+        bool same = own_length == other_length && memcmp(own, other, own_length) == 0;
+        psoup__free(context, other);
         if (!same) {
             status = psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
                                  "%s: is another tokenizer than that of %s; moving the embeddings' rows to one "
@@ -94,7 +95,7 @@ static psoup_status check_tokenizers(const psoup_merger *merger, const char *dir
         }
     }
 fail:
-    psoup__file_unmap(context, &own);
+    psoup__free(context, own);
     psoup__free(context, path);
     return status;
 }

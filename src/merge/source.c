@@ -3,66 +3,49 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 /* ---- files that must stay what they are --------------------------------------------------------- */
 
-static bool stamp_of(const char *path, psoup__stamp *stamp) {
-    struct stat info;
-    if (stat(path, &info) != 0)
-        return false;
-    stamp->bytes = (int64_t)info.st_size;
-    stamp->seconds = (int64_t)info.st_mtim.tv_sec;
-    stamp->nanoseconds = (int64_t)info.st_mtim.tv_nsec;
-    stamp->device = (uint64_t)info.st_dev;
-    stamp->inode = (uint64_t)info.st_ino;
-    return true;
-}
-
-static psoup_status add_stamps(psoup_context *context, psoup__merge_source *source,
-                               const psoup__weights *weights, psoup_error *error) {
-    size_t n = weights != NULL ? psoup__weights_files(weights) : 0;
-    psoup__stamp *stamps =
-        psoup__alloc(context, source->n_stamps + n, sizeof *stamps, error);
-    if (stamps == NULL)
+static psoup_status add_files(psoup_context *context, psoup__merge_source *source,
+                              const psoup__weights *weights, psoup_error *error) {
+    size_t n = psoup__weights_files(weights);
+    psoup__source_file *files = psoup__alloc(context, source->n_files + n, sizeof *files, error);
+    if (files == NULL)
         return PSOUP_ERROR_MEMORY;
-    if (source->n_stamps > 0)
-        memcpy(stamps, source->stamps, source->n_stamps * sizeof *stamps);
-    psoup__free(context, source->stamps);
-    source->stamps = stamps;
-    for (size_t i = 0; i < n; i++) {
-        psoup__stamp *stamp = &stamps[source->n_stamps];
-        const char *path = psoup__weights_file(weights, i);
-        if ((stamp->path = psoup__strdup(context, path, error)) == NULL)
-            return PSOUP_ERROR_MEMORY;
-        source->n_stamps++;
-        if (!stamp_of(path, stamp))
-            return psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot read: %m", path);
-    }
+    if (source->n_files > 0)
+        memcpy(files, source->files, source->n_files * sizeof *files);
+    psoup__free(context, source->files);
+    source->files = files;
+    for (size_t i = 0; i < n; i++)
+        files[source->n_files++].file = psoup__weights_file(weights, i);
     return PSOUP_OK;
 }
 
 psoup_status psoup__source_check(const psoup__merge_source *source, psoup_error *error) {
-    for (size_t i = 0; i < source->n_stamps; i++) {
-        const psoup__stamp *was = &source->stamps[i];
-        psoup__stamp is = *was;
-        if (!stamp_of(was->path, &is))
-            return psoup__fail(error, PSOUP_ERROR_IO, "%s: went away while it was merged: %m", was->path);
-        if (is.bytes != was->bytes || is.seconds != was->seconds ||
-            is.nanoseconds != was->nanoseconds || is.device != was->device || is.inode != was->inode)
-            return psoup__fail(error, PSOUP_ERROR_IO,
-                               "%s: was changed while it was merged (%lld bytes, now %lld)", was->path,
-                               (long long)was->bytes, (long long)is.bytes);
-    }
-    return PSOUP_OK;
+    psoup_status status = PSOUP_OK;
+    if (source->model != NULL)
+        PSOUP__TRY(psoup__weights_check(source->model, error));
+    if (source->adapter != NULL)
+        PSOUP__TRY(psoup__weights_check(source->adapter->weights, error));
+    if (source->pull_failed != NULL && *source->pull_failed)
+        status = psoup__fail(error, PSOUP_ERROR_IO, "%s: its read function could not give a tensor's bytes",
+                             source->path);
+fail:
+    return status;
 }
 
-psoup_status psoup__source_sha256(psoup_context *context, psoup__merge_source *source,
-                                  psoup_error *error) {
+void psoup__source_retry(psoup__merge_source *source) {
+    for (size_t i = 0; i < source->n_files; i++)
+        source->files[i].file->failed = 0;
+    if (source->pull_failed != NULL)
+        *source->pull_failed = 0;
+}
+
+psoup_status psoup__source_sha256(psoup__merge_source *source, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    for (size_t i = 0; i < source->n_stamps && status == PSOUP_OK; i++)
-        if (source->stamps[i].sha256[0] == '\0')
-            status = psoup__sha256_file(context, source->stamps[i].path, source->stamps[i].sha256, error);
+    for (size_t i = 0; i < source->n_files && status == PSOUP_OK; i++)
+        if (source->files[i].sha256[0] == '\0')
+            status = psoup__sha256_file(source->files[i].file, source->files[i].sha256, error);
     return status;
 }
 
@@ -127,7 +110,7 @@ static psoup_status open_adapter(psoup_context *context, const char *path, const
     } else {
         PSOUP__TRY(psoup__peft_open(context, path, &source->adapter, error));
     }
-    PSOUP__TRY(add_stamps(context, source, source->adapter->weights, error));
+    PSOUP__TRY(add_files(context, source, source->adapter->weights, error));
 fail:
     return status;
 }
@@ -135,8 +118,8 @@ fail:
 static psoup_status open_model(psoup_context *context, const char *path, psoup__merge_source *source,
                                psoup_error *error) {
     psoup_status status;
-    PSOUP__TRY(psoup__weights_open(context, path, "model", &source->model, error));
-    PSOUP__TRY(add_stamps(context, source, source->model, error));
+    PSOUP__TRY(psoup__weights_open(context, path, "model", 0, 0, &source->model, error));
+    PSOUP__TRY(add_files(context, source, source->model, error));
     for (size_t i = 0; i < psoup__weights_count(source->model); i++)
         if (strstr(psoup__weights_name(source->model, i), ".lora_A.") != NULL)
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
@@ -206,9 +189,7 @@ void psoup__source_free(psoup_context *context, psoup__merge_source *source) {
         psoup__free(context, source->held[i].name);
     psoup__free(context, source->held);
     psoup__map_free(source->held_names);
-    for (size_t i = 0; i < source->n_stamps; i++)
-        psoup__free(context, source->stamps[i].path);
-    psoup__free(context, source->stamps);
+    psoup__free(context, source->files);
     psoup__free(context, source->path);
     psoup__free(context, source->pull_failed);
     psoup__settings_free(context, &source->settings);
@@ -245,8 +226,10 @@ static psoup_status hold_one(psoup_context *context, const psoup_merge_tensors *
     if (t->data == NULL && elements > 0 && from->read == NULL)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: tensor %.200s: expected data or `read`",
                            out->path, t->name);
-    held->pull = (psoup__merge_pull){.read = from->read, .user = from->user, .index = index,
-                                     .failed = out->pull_failed};
+    held->pull = (psoup__pull){.read = from->read, .user = from->user, .index = index,
+                               .failed = out->pull_failed};
+    if (t->data == NULL)
+        held->tensor.pull = &held->pull;
     if ((held->name = psoup__strdup(context, t->name, error)) == NULL)
         return PSOUP_ERROR_MEMORY;
     out->n_held++;
@@ -303,15 +286,8 @@ bool psoup__source_index(const psoup__merge_source *source, const char *name, si
     return true;
 }
 
-const psoup__tensor *psoup__source_tensor(const psoup__merge_source *source, size_t index,
-                                          const psoup__merge_pull **pull) {
-    *pull = NULL;
-    if (source->model != NULL)
-        return psoup__weights_tensor(source->model, index);
-    const psoup__held *held = &source->held[index];
-    if (held->tensor.data == NULL)
-        *pull = &held->pull;
-    return &held->tensor;
+const psoup__tensor *psoup__source_tensor(const psoup__merge_source *source, size_t index) {
+    return source->model != NULL ? psoup__weights_tensor(source->model, index) : &source->held[index].tensor;
 }
 
 typedef struct module_key {

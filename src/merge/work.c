@@ -4,7 +4,8 @@
 #include <string.h>
 
 enum {
-    SUM_BLOCK = 1 << 17,     /* elements: two tasks' worth of psoup__sum */
+    SUM_BLOCK = 1 << 17,     /* elements: two tasks' worth of psoup__sum; fewer where many inputs are read: */
+    STAGE_BYTES = 1 << 20,   /* of a block's inputs that are read, so that they stay in the second cache */
     MADE_BLOCK = 1 << 18,    /* elements at most; fewer where a method needs much scratch: */
     SCRATCH_BYTES = 64 << 20 /* of all workers together, but for rows that are longer */
 };
@@ -26,7 +27,7 @@ static size_t elements(const psoup__tensor *tensor) {
 }
 
 static bool is_f32(const psoup__tensor *tensor) {
-    return tensor->dtype == PSOUP_F32 && tensor->heads == 0 &&
+    return tensor->data != NULL && tensor->dtype == PSOUP_F32 && tensor->heads == 0 &&
            (uintptr_t)tensor->data % sizeof(float) == 0;
 }
 
@@ -43,7 +44,7 @@ static void transpose(float *x, float *room, size_t rows, size_t columns) {
             x[j * rows + i] = room[i * columns + j];
 }
 
-/* Points at the numbers where they are f32 and lie as they are wanted, reads them into *at otherwise. */
+/* Points at the numbers where they are in memory as they are wanted, reads them into *at otherwise. */
 static psoup_status load_factor(const psoup__work *work, const psoup__plan_part *part, char which,
                                 float **at, const float **out, psoup_error *error) {
     const psoup__tensor *tensor = which == 'A' ? &part->pair->a : &part->pair->b;
@@ -146,14 +147,18 @@ static psoup_status open_values(psoup__work *work, psoup_error *error) {
     return PSOUP_OK;
 }
 
-static psoup_status open_sum(psoup__work *work, psoup_error *error) {
-    psoup_context *context = work->merger->context;
-    size_t n = work->result->inputs;
-    if ((work->dtypes = psoup__alloc(context, n, sizeof *work->dtypes, error)) == NULL)
+static psoup_status open_plain(psoup__work *work, psoup_error *error) {
+    const size_t n = psoup__work_inputs(work);
+    if ((work->dtypes = psoup__alloc(work->merger->context, n, sizeof *work->dtypes, error)) == NULL)
         return PSOUP_ERROR_MEMORY;
-    for (size_t i = 0; i < n; i++)
-        work->dtypes[i] = psoup__work_input(work, i)->tensor->dtype;
+    for (size_t i = 0; i < n; i++) {
+        const psoup__tensor *tensor = psoup__work_input(work, i)->tensor;
+        work->dtypes[i] = tensor->dtype;
+        work->staged += tensor->data == NULL ? psoup_dtype_size(tensor->dtype) : 0;
+    }
     work->block = SUM_BLOCK;
+    if (work->staged > STAGE_BYTES / SUM_BLOCK)
+        work->block = STAGE_BYTES / work->staged > 1024 ? STAGE_BYTES / work->staged / 1024 * 1024 : 1024;
     return PSOUP_OK;
 }
 
@@ -178,7 +183,7 @@ static psoup_status make_job(psoup__work *work, int64_t columns, int64_t rows, p
     for (size_t i = 0; i < n; i++) {
         const psoup__plan_input *input = psoup__work_input(work, i);
         work->inputs[i] = (psoup__merge_input){.tensor = input->tensor, .columns = columns,
-                                               .pull = input->pull, .n_factors = input->parts};
+                                               .n_factors = input->parts};
         if (input->parts > 0) {
             work->inputs[i].factors = as_one ? &work->merged : work->factors + (input->part - first);
             work->inputs[i].weights = as_one ? &one : work->weights + (input->part - first);
@@ -261,10 +266,9 @@ fail:
     return status;
 }
 
-static psoup_status add_stream(psoup__work *work, const psoup__tensor *tensor,
-                               const psoup__merge_pull *pull, char *to, psoup_error *error) {
+static psoup_status add_stream(psoup__work *work, size_t input, char *to, psoup_error *error) {
     psoup__stream *stream = &work->streams[work->n_streams];
-    *stream = (psoup__stream){.tensor = tensor, .pull = pull, .to = to};
+    *stream = (psoup__stream){.input = input, .to = to};
     if ((stream->hash = psoup__hash_create(work->merger->context, error)) == NULL)
         return PSOUP_ERROR_MEMORY;
     work->n_streams++;
@@ -282,13 +286,13 @@ static psoup_status open_streams(psoup__work *work, psoup__certificate *certific
     work->streams = psoup__alloc(context, n + 1, sizeof *work->streams, error);
     if (work->streams == NULL)
         return PSOUP_ERROR_MEMORY;
-    PSOUP__TRY(add_stream(work, NULL, NULL, certificate->made[work->index].text, error));
+    PSOUP__TRY(add_stream(work, PSOUP__NONE, certificate->made[work->index].text, error));
     for (size_t i = 0; i < psoup__work_inputs(work); i++) {
         const psoup__plan_input *input = psoup__work_input(work, i);
         psoup__entry *entry = input->entry != PSOUP__NONE ? &certificate->entries[input->entry] : NULL;
         if (n > 0 && entry != NULL && !entry->claimed) {
             entry->claimed = true;
-            PSOUP__TRY(add_stream(work, input->tensor, input->pull, entry->text, error));
+            PSOUP__TRY(add_stream(work, i, entry->text, error));
         }
         for (size_t j = 0; j < 2 * input->parts; j++) {
             const psoup__plan_part *part = &work->plan->parts[input->part + j / 2];
@@ -300,7 +304,7 @@ static psoup_status open_streams(psoup__work *work, psoup__certificate *certific
             psoup__hash *hash = psoup__hash_create(context, error);
             if (hash == NULL)
                 return PSOUP_ERROR_MEMORY;
-            psoup__hash_update(hash, tensor->data, tensor->bytes);
+            psoup__hash_bytes(hash, tensor, 0, tensor->bytes);
             psoup__hash_text(hash, entry->text);
             psoup__free(context, hash);
         }
@@ -322,7 +326,7 @@ psoup_status psoup__work_open(const psoup__plan *plan, size_t index, psoup__cert
     work->plan = plan;
     work->result = &plan->results[index];
     work->index = index;
-    work->in = psoup__alloc(context, work->result->inputs,
+    work->in = psoup__alloc(context, psoup__work_inputs(work),
                             sizeof *work->in * (size_t)psoup_context_threads(context), error);
     if (work->in == NULL) {
         status = PSOUP_ERROR_MEMORY;
@@ -330,9 +334,9 @@ psoup_status psoup__work_open(const psoup__plan *plan, size_t index, psoup__cert
     }
     PSOUP__TRY(open_values(work, error));
     switch (work->result->kind) {
-    case PSOUP__SUM: PSOUP__TRY(open_sum(work, error)); break;
+    case PSOUP__SUM:
+    case PSOUP__KEPT: PSOUP__TRY(open_plain(work, error)); break;
     case PSOUP__MADE: PSOUP__TRY(open_made(work, made, error)); break;
-    case PSOUP__KEPT: work->block = SUM_BLOCK; break;
     default: PSOUP__TRY(open_pair(work, pair, made, error)); break;
     }
     PSOUP__TRY(open_streams(work, certificate, error));

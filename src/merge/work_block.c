@@ -3,71 +3,82 @@
 
 #include <string.h>
 
+enum { LINE = 64 }; /* bytes */
+
 size_t psoup__work_scratch(const psoup__work *work) {
     size_t n = work->block < work->result->n ? work->block : work->result->n;
-    return work->result->kind == PSOUP__MADE ? n * (psoup__method_scratch(&work->job) + 1) : 0;
+    if (work->result->kind == PSOUP__MADE)
+        return n * (psoup__method_scratch(&work->job) + 1);
+    return (n * work->staged + psoup__work_inputs(work) * LINE) / sizeof(float);
 }
 
 static void spoil(psoup__work *work) {
     __atomic_store_n(&work->bad, 1, __ATOMIC_RELAXED);
 }
 
-/* The bytes of elements at …, from memory or into buffer. */
-static const void *raw_bytes(const psoup__work *work, const psoup__plan_input *input, size_t at, size_t bytes,
-                             void *buffer) {
-    if (input->pull == NULL)
-        return (const char *)input->tensor->data + at;
-    if (input->pull->read(input->pull->user, input->pull->index, at, bytes, buffer) != 0) {
-        __atomic_store_n(input->pull->failed, 1, __ATOMIC_RELAXED);
-        memset(buffer, 0, bytes);
-    }
-    (void)work;
-    return buffer;
+/* Where the elements at … of an input lie: in memory, or read into *room, which moves on. Each byte is read
+ * once, for all that is done with it. */
+static const void *stage(const psoup__tensor *tensor, size_t at, size_t n, char **room) {
+    const size_t size = psoup_dtype_size(tensor->dtype);
+    char *to = *room;
+    if (tensor->data != NULL)
+        return (const char *)tensor->data + at * size;
+    psoup__tensor_bytes(tensor, at * size, n * size, to);
+    *room += (n * size + LINE - 1) / LINE * LINE;
+    return to;
 }
 
 /* Tensors that are no floats must be the same everywhere, and are kept. */
-static void keep_block(psoup__work *work, size_t at, size_t n, char *out) {
-    enum { PIECE = 4096 };
-    char buffer[PIECE];
-    size_t size = psoup_dtype_size(work->result->dtype), bytes = n * size, first = at * size;
+static void keep_block(psoup__work *work, const void **in, size_t at, size_t n, char *out, char *room) {
+    const size_t bytes = n * psoup_dtype_size(work->result->dtype);
     for (size_t i = 0; i < psoup__work_inputs(work); i++) {
-        const psoup__plan_input *input = psoup__work_input(work, i);
-        if (input->tensor->dtype != work->result->dtype) {
+        const psoup__tensor *tensor = psoup__work_input(work, i)->tensor;
+        if (tensor->dtype != work->result->dtype) {
             spoil(work);
             continue;
         }
-        for (size_t done = 0; done < bytes; done += PIECE) {
-            size_t m = bytes - done < PIECE ? bytes - done : PIECE;
-            const void *raw = raw_bytes(work, input, first + done, m, buffer);
-            if (i == 0)
-                memcpy(out + done, raw, m);
-            else if (memcmp(out + done, raw, m) != 0)
-                spoil(work);
-        }
+        in[i] = stage(tensor, at, n, &room);
+        if (i == 0)
+            memcpy(out, in[i], bytes);
+        else if (memcmp(out, in[i], bytes) != 0)
+            spoil(work);
     }
+}
+
+/* Inputs of weight 0 are not read. */
+static void sum_block(psoup__work *work, const void **in, size_t at, size_t n, void *out, char *room) {
+    const psoup__result *r = work->result;
+    const double *weights = work->values[PSOUP__WEIGHT];
+    for (size_t i = 0; i < r->inputs; i++)
+        if (weights[i] != 0)
+            in[i] = stage(psoup__work_input(work, i)->tensor, at, n, &room);
+    const psoup__sum_args args = {.out = out, .out_dtype = r->dtype, .in = in, .dtypes = work->dtypes,
+                                  .weights = weights, .count = r->inputs, .n = n};
+    if (!psoup__sum(work->merger->context, &args))
+        spoil(work);
 }
 
 static bool is_plain(psoup_dtype dtype) {
     return dtype == PSOUP_F32 || dtype == PSOUP_F16 || dtype == PSOUP_BF16;
 }
 
-/* Adapters on a base that lies in memory, and nothing else: one product reads and rounds the base in its
+/* Adapters on a base of numbers as they lie, and nothing else: one product reads and rounds the base in its
  * tiles. Numbers that became infinite in rounding are found in what was written. */
-static bool fold_block(psoup__work *work, size_t at, size_t n, void *out) {
+static bool fold_block(psoup__work *work, const void **in, size_t at, size_t n, void *out, char *room) {
     enum { PIECE = 2048 };
     float piece[PIECE];
     const psoup__result *r = work->result;
     const psoup__merge_input *input = &work->inputs[0];
     const psoup__tensor *tensor = input->tensor;
     if (r->method->method != PSOUP_MERGE_PASSTHROUGH || !work->folds || work->values[PSOUP__SCALE][0] != 1 ||
-        tensor == NULL || input->pull != NULL || tensor->heads != 0 || !is_plain(tensor->dtype) ||
+        tensor == NULL || tensor->heads != 0 || !is_plain(tensor->dtype) ||
         !is_plain(r->dtype))
         return false;
     size_t columns = (size_t)input->columns, size = psoup_dtype_size(r->dtype);
+    in[0] = stage(tensor, at, n, &room);
     const psoup__fold_args args = {
         .out = out, .out_dtype = r->dtype, .out_stride = columns,
-        .base = (const char *)tensor->data + at * psoup_dtype_size(tensor->dtype),
-        .base_dtype = tensor->dtype, .base_stride = columns, .rows = (int64_t)(n / columns),
+        .base = in[0], .base_dtype = tensor->dtype, .base_stride = columns, .rows = (int64_t)(n / columns),
         .columns = input->columns, .first_row = (int64_t)(at / columns), .in = input->columns,
         .factors = input->factors, .weights = input->weights, .count = input->n_factors};
     psoup__fold(work->merger->context, &args);
@@ -83,18 +94,13 @@ static bool fold_block(psoup__work *work, size_t at, size_t n, void *out) {
 void psoup__work_block(psoup__work *work, size_t at, size_t n, void *out, float *scratch, int worker) {
     psoup_context *context = work->merger->context;
     const psoup__result *r = work->result;
+    const void **in = work->in + (size_t)worker * psoup__work_inputs(work);
+    char *room = (char *)scratch;
     if (r->kind == PSOUP__KEPT) {
-        keep_block(work, at, n, out);
+        keep_block(work, in, at, n, out, room);
     } else if (r->kind == PSOUP__SUM) {
-        const void **in = work->in + (size_t)worker * r->inputs;
-        for (size_t i = 0; i < r->inputs; i++)
-            in[i] = (const char *)psoup__work_input(work, i)->tensor->data +
-                    at * psoup_dtype_size(work->dtypes[i]);
-        const psoup__sum_args args = {.out = out, .out_dtype = r->dtype, .in = in, .dtypes = work->dtypes,
-                                      .weights = work->values[PSOUP__WEIGHT], .count = r->inputs, .n = n};
-        if (!psoup__sum(context, &args))
-            spoil(work);
-    } else if (r->kind != PSOUP__MADE || !fold_block(work, at, n, out)) {
+        sum_block(work, in, at, n, out, room);
+    } else if (r->kind != PSOUP__MADE || !fold_block(work, in, at, n, out, room)) {
         const float *from = scratch;
         if (r->kind == PSOUP__MADE)
             r->method->block(&work->job, work->state, at, n, scratch, scratch + n);
@@ -106,27 +112,22 @@ void psoup__work_block(psoup__work *work, size_t at, size_t n, void *out, float 
     }
 }
 
-void psoup__stream_update(const psoup__work *work, psoup__stream *stream, size_t at, size_t n,
-                          const void *out) {
-    enum { PIECE = 1 << 14 };
-    char buffer[PIECE];
+void psoup__stream_update(const psoup__work *work, psoup__stream *stream, size_t n, const void *out,
+                          int worker) {
+    const size_t inputs = psoup__work_inputs(work), at = stream->at;
+    const psoup__tensor *tensor =
+        stream->input != PSOUP__NONE ? psoup__work_input(work, stream->input)->tensor : NULL;
+    const void *bytes = tensor != NULL ? work->in[(size_t)worker * inputs + stream->input] : out;
+    const psoup_dtype dtype = tensor != NULL ? tensor->dtype : work->result->dtype;
     size_t from, to;
-    psoup_dtype dtype = stream->tensor != NULL ? stream->tensor->dtype : work->result->dtype;
     /* a block may end within a q8_0 block of an input: the next one hashes that */
     psoup__dtype_bytes(dtype, dtype == PSOUP_Q8_0 ? at / PSOUP__Q8_BLOCK * PSOUP__Q8_BLOCK : at, &from);
     psoup__dtype_bytes(dtype, dtype == PSOUP_Q8_0 ? (at + n) / PSOUP__Q8_BLOCK * PSOUP__Q8_BLOCK : at + n,
                        &to);
-    if (stream->tensor == NULL) {
-        psoup__hash_update(stream->hash, out, to - from);
-    } else if (stream->pull == NULL) {
-        psoup__hash_update(stream->hash, (const char *)stream->tensor->data + from, to - from);
-    } else {
-        const psoup__plan_input input = {.tensor = stream->tensor, .pull = stream->pull};
-        for (; from < to; from += PIECE) {
-            size_t m = to - from < PIECE ? to - from : PIECE;
-            psoup__hash_update(stream->hash, raw_bytes(work, &input, from, m, buffer), m);
-        }
-    }
+    if (bytes != NULL || tensor == NULL)
+        psoup__hash_update(stream->hash, bytes, to - from);
+    else
+        psoup__hash_bytes(stream->hash, tensor, from, to);
     if (at + n == work->result->n)
         psoup__hash_text(stream->hash, stream->to);
 }
@@ -149,7 +150,7 @@ psoup_status psoup__work_blame(const psoup__work *work, psoup_error *error) {
                            r->name, psoup_dtype_name(r->dtype));
     for (size_t i = 0; i < psoup__work_inputs(work); i++) {
         const psoup__plan_input *input = psoup__work_input(work, i);
-        const psoup__merge_input plain = {.tensor = input->tensor, .pull = input->pull};
+        const psoup__merge_input plain = {.tensor = input->tensor};
         if (i < r->inputs &&
             (r->kind == PSOUP__SUM || (r->method->parameters & PSOUP__USES_WEIGHT) != 0) &&
             input->values[PSOUP__WEIGHT] == 0)

@@ -234,7 +234,7 @@ static psoup_status check_head(const psoup_model *model, const psoup__peft *peft
     size_t weights = 0, biases = 1;
     bool right = psoup__tensor_elements(&peft->head, &weights) &&
                  weights == (size_t)model->config.hidden_size;
-    if (right && peft->head_bias.data)
+    if (right && psoup__tensor_is_there(&peft->head_bias))
         right = psoup__tensor_elements(&peft->head_bias, &biases) && biases == 1;
     if (!right)
         return psoup__fail(error, PSOUP_ERROR_FORMAT,
@@ -246,21 +246,23 @@ static psoup_status check_head(const psoup_model *model, const psoup__peft *peft
 static psoup_status fill_from_peft(psoup_model *model, psoup__adapter *adapter,
                                    const psoup__peft *peft, psoup_error *error) {
     psoup_status status = PSOUP_OK;
+    const bool head = psoup__tensor_is_there(&peft->head);
     for (size_t i = 0; i < peft->n; i++)
         PSOUP__TRY(take_pair(model, adapter, peft, &peft->pairs[i], error));
-    if (peft->head.data)
+    if (head)
         PSOUP__TRY(check_head(model, peft, error));
-    PSOUP__TRY(allocate_data(model, adapter, peft->head.data != NULL, error));
+    PSOUP__TRY(allocate_data(model, adapter, head, error));
     for (size_t i = 0; i < peft->n; i++) {
         const psoup__peft_pair *from = &peft->pairs[i];
         const psoup__lora *lora = &adapter->lora[find_pair(model, from->module)];
         PSOUP__TRY(copy_tensor(model, lora->a, &from->a, error));
         PSOUP__TRY(copy_tensor(model, lora->b, &from->b, error));
     }
-    if (peft->head.data)
+    if (head)
         PSOUP__TRY(copy_tensor(model, adapter->head, &peft->head, error));
-    if (peft->head.data && peft->head_bias.data)
+    if (head && psoup__tensor_is_there(&peft->head_bias))
         PSOUP__TRY(copy_tensor(model, adapter->head_bias, &peft->head_bias, error));
+    PSOUP__TRY(psoup__weights_check(peft->weights, error));
 fail:
     return status;
 }

@@ -147,8 +147,8 @@ static psoup_status copy_matrix(psoup_model *model, const psoup__parameter *p,
 }
 
 psoup_status psoup__model_read(psoup_model *model, const char *directory, psoup_error *error) {
-    psoup_status status = psoup__weights_open(model->context, directory, "model", &model->weights,
-                                              error);
+    psoup_status status = psoup__weights_map(model->context, directory, "model", &model->weights,
+                                             error);
     if (status != PSOUP_OK)
         return status;
     /* Matrices are read in place when they lie at multiples of their items, in order, where the ops can. */
