@@ -30,15 +30,18 @@ const float *psoup__method_view(const psoup__method_job *job, const psoup__merge
     return buffer;
 }
 
+/* Whether two tensors have the same elements because they are the same. */
+static bool are_one(const psoup__tensor *a, const psoup__tensor *b) {
+    if (a == b || a == NULL || b == NULL)
+        return a == b && a != NULL;
+    return a->dtype == b->dtype && a->heads == b->heads && a->pull == b->pull && a->at == b->at &&
+           (a->pull != NULL || a->data == b->data);
+}
+
 void psoup__method_delta(const psoup__method_job *job, size_t i, size_t at, size_t n,
                          const float *base, float *out) {
     psoup__merge_input input = job->inputs[i];
-    if (base != NULL && input.tensor != NULL && job->base->tensor != NULL &&
-        job->base->n_factors == 0 &&
-        (input.tensor == job->base->tensor ||
-         (input.tensor->data == job->base->tensor->data && input.tensor->pull == job->base->tensor->pull &&
-          input.tensor->at == job->base->tensor->at && input.tensor->dtype == job->base->tensor->dtype &&
-          input.tensor->heads == job->base->tensor->heads))) {
+    if (base != NULL && job->base->n_factors == 0 && are_one(input.tensor, job->base->tensor)) {
         input.tensor = NULL;
         base = NULL;
     }

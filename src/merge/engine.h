@@ -349,13 +349,19 @@ typedef struct psoup__stream { /* what is hashed while a result is made: an inpu
     char *to;     /* where its fingerprint goes */
 } psoup__stream;
 
+typedef struct psoup__desk { /* a worker's: the job, with the blocks that it reads in their tensors' places */
+    psoup__method_job job;
+    psoup__merge_input *inputs; /* [inputs], then the base */
+    psoup__tensor *tensors;     /* likewise, of those that are read */
+} psoup__desk;
+
 typedef struct psoup__work {
     psoup_merger *merger;
     const psoup__plan *plan;
     const psoup__result *result;
     size_t index;
     const void **in; /* [workers, inputs]: where a worker has the bytes of its block; NULL: nowhere */
-    size_t staged;   /* bytes of scratch that an element of all inputs takes, of PSOUP__SUM and _KEPT */
+    size_t staged;   /* bytes that an element of all inputs takes which are read into scratch */
     /* PSOUP__SUM */
     psoup_dtype *dtypes; /* [inputs] */
     double *values[PSOUP__SCALE + 1]; /* each [inputs] */
@@ -363,6 +369,7 @@ typedef struct psoup__work {
     psoup__method_job job;
     void *state;
     psoup__merge_input *inputs; /* [inputs], then the base */
+    psoup__desk *desks;         /* [workers]; NULL where nothing is read a block at a time */
     bool folds; /* an input has factors: blocks are whole rows */
     psoup_lora_factors *factors; /* [parts] */
     double *weights;             /* [parts] */
@@ -383,6 +390,8 @@ psoup_status psoup__work_open(const psoup__plan *plan, size_t index, psoup__cert
 void psoup__work_free(psoup__work *work);
 size_t psoup__work_inputs(const psoup__work *work); /* the base too */
 const psoup__plan_input *psoup__work_input(const psoup__work *work, size_t i); /* the base last */
+/* Whether a block of the input is read before a method works on it; others are read as it asks for them. */
+bool psoup__work_stages(const psoup__work *work, size_t input);
 /* Floats of scratch that a block needs. */
 size_t psoup__work_scratch(const psoup__work *work);
 /* out = elements at … at + n − 1 in the result's dtype; sets work->bad. From any worker. */

@@ -210,6 +210,35 @@ fail:
     return status;
 }
 
+/* Every worker's job, with tensors of its own. */
+static psoup_status open_desks(psoup__work *work, psoup_error *error) {
+    psoup_context *context = work->merger->context;
+    const size_t workers = (size_t)psoup_context_threads(context), n = psoup__work_inputs(work);
+    for (size_t i = 0; i < n; i++)
+        if (psoup__work_stages(work, i))
+            work->staged += psoup_dtype_size(psoup__work_input(work, i)->tensor->dtype);
+    if (work->staged == 0)
+        return PSOUP_OK;
+    if ((work->desks = psoup__alloc(context, workers, sizeof *work->desks, error)) == NULL)
+        return PSOUP_ERROR_MEMORY;
+    for (size_t w = 0; w < workers; w++) {
+        psoup__desk *desk = &work->desks[w];
+        if ((desk->inputs = psoup__alloc(context, n, sizeof *desk->inputs, error)) == NULL ||
+            (desk->tensors = psoup__alloc(context, n, sizeof *desk->tensors, error)) == NULL)
+            return PSOUP_ERROR_MEMORY;
+        memcpy(desk->inputs, work->inputs, n * sizeof *desk->inputs);
+        for (size_t i = 0; i < n; i++)
+            if (psoup__work_stages(work, i)) {
+                desk->tensors[i] = *work->inputs[i].tensor;
+                desk->inputs[i].tensor = &desk->tensors[i];
+            }
+        desk->job = work->job;
+        desk->job.inputs = desk->inputs;
+        desk->job.base = work->job.base != NULL ? &desk->inputs[work->result->inputs] : NULL;
+    }
+    return PSOUP_OK;
+}
+
 static psoup_status open_made(psoup__work *work, psoup__made *made, psoup_error *error) {
     psoup_status status;
     const psoup__result *r = work->result;
@@ -218,8 +247,9 @@ static psoup_status open_made(psoup__work *work, psoup__made *made, psoup_error 
     work->job.n = r->n;
     if (r->n > 0)
         PSOUP__TRY(r->method->prepare(&work->job, &work->state, error));
-    size_t floats = SCRATCH_BYTES / sizeof(float) / (size_t)psoup_context_threads(work->merger->context);
-    size_t most = floats / (psoup__method_scratch(&work->job) + 1);
+    PSOUP__TRY(open_desks(work, error));
+    size_t bytes = SCRATCH_BYTES / (size_t)psoup_context_threads(work->merger->context);
+    size_t most = bytes / (sizeof(float) * (psoup__method_scratch(&work->job) + 1) + work->staged);
     work->block = most < MADE_BLOCK ? most : MADE_BLOCK;
     work->block = work->block < 1024 ? 1024 : work->block / 1024 * 1024;
     if ((r->method->whole_rows || work->folds) && columns > 0)
@@ -358,6 +388,11 @@ void psoup__work_free(psoup__work *work) {
     psoup__free(context, work->streams);
     psoup__free(context, work->in);
     psoup__free(context, work->dtypes);
+    for (int w = 0; w < psoup_context_threads(context) && work->desks != NULL; w++) {
+        psoup__free(context, work->desks[w].inputs);
+        psoup__free(context, work->desks[w].tensors);
+    }
+    psoup__free(context, work->desks);
     psoup__free(context, work->state);
     psoup__free(context, work->inputs);
     psoup__free(context, work->factors);

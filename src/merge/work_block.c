@@ -5,11 +5,16 @@
 
 enum { LINE = 64 }; /* bytes */
 
+/* Floats of a block's scratch that its inputs' bytes are read into. */
+static size_t room_of(const psoup__work *work) {
+    size_t n = work->block < work->result->n ? work->block : work->result->n;
+    return (n * work->staged + (psoup__work_inputs(work) + 1) * LINE) / LINE * (LINE / sizeof(float));
+}
+
 size_t psoup__work_scratch(const psoup__work *work) {
     size_t n = work->block < work->result->n ? work->block : work->result->n;
-    if (work->result->kind == PSOUP__MADE)
-        return n * (psoup__method_scratch(&work->job) + 1);
-    return (n * work->staged + psoup__work_inputs(work) * LINE) / sizeof(float);
+    return room_of(work) +
+           (work->result->kind == PSOUP__MADE ? n * (psoup__method_scratch(&work->job) + 1) : 0);
 }
 
 static void spoil(psoup__work *work) {
@@ -26,6 +31,28 @@ static const void *stage(const psoup__tensor *tensor, size_t at, size_t n, char 
     psoup__tensor_bytes(tensor, at * size, n * size, to);
     *room += (n * size + LINE - 1) / LINE * LINE;
     return to;
+}
+
+bool psoup__work_stages(const psoup__work *work, size_t input) {
+    const psoup__plan_input *from = psoup__work_input(work, input);
+    return from->entry != PSOUP__NONE && from->tensor->data == NULL && from->tensor->heads == 0 &&
+           from->tensor->dtype != PSOUP_Q8_0;
+}
+
+/* The job for one block: tensors seem to be in memory whose elements at … are. */
+static const psoup__method_job *lay_out(psoup__work *work, const void **in, size_t at, size_t n, char *room,
+                                        int worker) {
+    psoup__desk *desk = &work->desks[worker];
+    if (work->desks == NULL)
+        return &work->job;
+    for (size_t i = 0; i < psoup__work_inputs(work); i++) {
+        const psoup__tensor *tensor = psoup__work_input(work, i)->tensor;
+        if (!psoup__work_stages(work, i))
+            continue;
+        in[i] = stage(tensor, at, n, &room);
+        desk->tensors[i].data = (const void *)((uintptr_t)in[i] - at * psoup_dtype_size(tensor->dtype));
+    }
+    return &desk->job;
 }
 
 /* Tensors that are no floats must be the same everywhere, and are kept. */
@@ -71,7 +98,7 @@ static bool fold_block(psoup__work *work, const void **in, size_t at, size_t n, 
     const psoup__merge_input *input = &work->inputs[0];
     const psoup__tensor *tensor = input->tensor;
     if (r->method->method != PSOUP_MERGE_PASSTHROUGH || !work->folds || work->values[PSOUP__SCALE][0] != 1 ||
-        tensor == NULL || tensor->heads != 0 || !is_plain(tensor->dtype) ||
+        tensor == NULL || (tensor->data == NULL && !psoup__work_stages(work, 0)) || tensor->heads != 0 || !is_plain(tensor->dtype) ||
         !is_plain(r->dtype))
         return false;
     size_t columns = (size_t)input->columns, size = psoup_dtype_size(r->dtype);
@@ -101,9 +128,10 @@ void psoup__work_block(psoup__work *work, size_t at, size_t n, void *out, float 
     } else if (r->kind == PSOUP__SUM) {
         sum_block(work, in, at, n, out, room);
     } else if (r->kind != PSOUP__MADE || !fold_block(work, in, at, n, out, room)) {
-        const float *from = scratch;
+        float *made = scratch + room_of(work);
+        const float *from = made;
         if (r->kind == PSOUP__MADE)
-            r->method->block(&work->job, work->state, at, n, scratch, scratch + n);
+            r->method->block(lay_out(work, in, at, n, room, worker), work->state, at, n, made, made + n);
         else
             from = (r->kind == PSOUP__PAIR_A ? work->merged.a : work->merged.b) + at;
         if (!psoup__merge_finite(context, from, n, r->dtype))
