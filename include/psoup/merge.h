@@ -105,8 +105,11 @@ void psoup_merger_free(psoup_merger *merger);
  * full model; without a base, one adapter. Methods of task vectors take the sources' differences from it. */
 psoup_status psoup_merger_set_base(psoup_merger *merger, const char *path, psoup_error *error);
 /* Adds a source and its weight: a PEFT directory or GGUF adapter, a model directory, .safetensors or .gguf
- * file. They stay mapped until the merger is freed. Adapters alone become one adapter, or with a base a
- * full model. Beside full models an adapter stands for the base with its change, and the base must be set.
+ * file. Its files stay open until the merger is freed (one descriptor each), and every run reads them anew;
+ * nothing is mapped. Where one was truncated, written to, replaced or removed since it was added, this run and
+ * those after it fail (PSOUP_ERROR_IO); where one cannot be read, this run. The error names the file, and the
+ * tensor whose bytes are missing.
+ * Adapters alone become one adapter, or with a base a full model. Beside full models an adapter stands for the base with its change, and the base must be set.
  * "MODEL+ADAPTER" names a full model that is MODEL with the adapter folded in. */
 psoup_status psoup_merger_add(psoup_merger *merger, const char *path, double weight,
                               psoup_error *error);
@@ -114,7 +117,8 @@ psoup_status psoup_merger_add(psoup_merger *merger, const char *path, double wei
  * are ordered. Not needed where a base is set, where the file says it itself, or where adapter_config.json
  * names a directory that is here. Before the adapters are added. */
 psoup_status psoup_merger_set_reference(psoup_merger *merger, const char *model, psoup_error *error);
-/* New weights for the sources in the order they were added; nothing is read or opened again. */
+/* New weights for the sources in the order they were added. Nothing is opened or parsed again; the next run reads
+ * the tensors that it needs, from the system's page cache where they are still there. */
 psoup_status psoup_merger_set_weights(psoup_merger *merger, const double *weights, size_t n,
                                       psoup_error *error);
 

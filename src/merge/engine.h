@@ -340,7 +340,7 @@ void psoup__staging_keep(const psoup__staging *staging, const char *const *names
 psoup_status psoup__staging_commit(psoup__staging *staging, const char *entry, psoup_error *error);
 void psoup__staging_free(psoup__staging *staging); /* removes what is not committed nor kept */
 
-/* ---- work.c, work_block.c: one result in the making ---------------------------------------------- */
+/* ---- work.c, work_factors.c, work_block.c: one result in the making ------------------------------ */
 
 typedef struct psoup__stream { /* what is hashed while a result is made: an input, or the result */
     psoup__hash *hash;
@@ -358,6 +358,7 @@ typedef struct psoup__desk { /* a worker's: the job, with the blocks that it rea
 typedef struct psoup__work {
     psoup_merger *merger;
     const psoup__plan *plan;
+    psoup__certificate *certificate;
     const psoup__result *result;
     size_t index;
     const void **in; /* [workers, inputs]: where a worker has the bytes of its block; NULL: nowhere */
@@ -388,6 +389,11 @@ typedef struct psoup__work {
 psoup_status psoup__work_open(const psoup__plan *plan, size_t index, psoup__certificate *certificate,
                               psoup__work *pair, psoup__work **out, psoup_error *error);
 void psoup__work_free(psoup__work *work);
+/* Reads and fingerprints the factors of so many parts into work->factors, with their weights. */
+psoup_status psoup__work_factors(psoup__work *work, const psoup__plan_part *parts, size_t n,
+                                 psoup_error *error);
+/* Whether the pair is for a weight that lies the other way round: (B A)ᵀ = Aᵀ Bᵀ. */
+bool psoup__work_is_across(const psoup__work *work, const psoup__peft_pair *pair);
 size_t psoup__work_inputs(const psoup__work *work); /* the base too */
 const psoup__plan_input *psoup__work_input(const psoup__work *work, size_t i); /* the base last */
 /* Whether a block of the input is read before a method works on it; others are read as it asks for them. */

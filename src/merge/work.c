@@ -12,94 +12,6 @@ enum {
 
 /* ---- factors ------------------------------------------------------------------------------------------ */
 
-static psoup_status check_factor(const psoup__work *work, const psoup__plan_part *part, char which,
-                                 const float *x, size_t n, psoup_error *error) {
-    if (psoup__merge_finite(work->merger->context, x, n, PSOUP_F32))
-        return PSOUP_OK;
-    return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: %.200s.lora_%c holds a NaN or infinity",
-                       psoup__merger_source(work->merger, part->source)->path, part->pair->module, which);
-}
-
-static size_t elements(const psoup__tensor *tensor) {
-    size_t n = 0;
-    psoup__tensor_elements(tensor, &n);
-    return n;
-}
-
-static bool is_f32(const psoup__tensor *tensor) {
-    return tensor->data != NULL && tensor->dtype == PSOUP_F32 && tensor->heads == 0 &&
-           (uintptr_t)tensor->data % sizeof(float) == 0;
-}
-
-/* Whether the factors are for a weight that lies the other way round: (B A)ᵀ = Aᵀ Bᵀ. */
-static bool is_across(const psoup__work *work, const psoup__peft_pair *pair) {
-    return pair->transposed && work->result->kind == PSOUP__MADE;
-}
-
-/* x [rows, columns] across, where it stands; room is as large. */
-static void transpose(float *x, float *room, size_t rows, size_t columns) {
-    memcpy(room, x, rows * columns * sizeof *x);
-    for (size_t i = 0; i < rows; i++)
-        for (size_t j = 0; j < columns; j++)
-            x[j * rows + i] = room[i * columns + j];
-}
-
-/* Points at the numbers where they are in memory as they are wanted, reads them into *at otherwise. */
-static psoup_status load_factor(const psoup__work *work, const psoup__plan_part *part, char which,
-                                float **at, const float **out, psoup_error *error) {
-    const psoup__tensor *tensor = which == 'A' ? &part->pair->a : &part->pair->b;
-    size_t n = elements(tensor);
-    if (is_f32(tensor) && !is_across(work, part->pair)) {
-        *out = tensor->data;
-    } else {
-        psoup__tensor_read(work->merger->context, tensor, 0, n, *at);
-        *out = *at;
-        if (is_across(work, part->pair))
-            transpose(*at, *at + n, (size_t)tensor->shape[0], (size_t)tensor->shape[1]);
-        *at += n;
-    }
-    return check_factor(work, part, which, *out, n, error);
-}
-
-/* Those of weight 0 keep their rank and are not read. */
-static psoup_status load_factors(psoup__work *work, const psoup__plan_part *parts, size_t n,
-                                 psoup_error *error) {
-    psoup_status status;
-    psoup_context *context = work->merger->context;
-    size_t need = 0, room = 0; /* room: to turn the largest that is turned */
-    for (size_t i = 0; i < n; i++) {
-        const psoup__tensor *two[2] = {&parts[i].pair->a, &parts[i].pair->b};
-        const bool across = is_across(work, parts[i].pair);
-        for (int j = 0; j < 2; j++) {
-            if (parts[i].weight != 0 && (across || !is_f32(two[j])) &&
-                !psoup__add(need, elements(two[j]), &need))
-                return psoup__out_of_memory(error, SIZE_MAX);
-            room = across && elements(two[j]) > room ? elements(two[j]) : room;
-        }
-    }
-    if (!psoup__add(need, room, &need))
-        return psoup__out_of_memory(error, SIZE_MAX);
-    status = PSOUP_ERROR_MEMORY;
-    if ((work->factors = psoup__alloc(context, n, sizeof *work->factors, error)) == NULL ||
-        (work->weights = psoup__alloc(context, n, sizeof *work->weights, error)) == NULL ||
-        (work->memory = psoup__alloc(context, need, sizeof *work->memory, error)) == NULL)
-        goto fail;
-    float *at = work->memory;
-    for (size_t i = 0; i < n; i++) {
-        psoup_lora_factors *f = &work->factors[i];
-        *f = (psoup_lora_factors){.rank = parts[i].pair->rank, .scale = parts[i].pair->scale};
-        work->weights[i] = parts[i].weight;
-        if (parts[i].weight == 0)
-            continue;
-        const bool across = is_across(work, parts[i].pair);
-        PSOUP__TRY(load_factor(work, &parts[i], 'A', &at, across ? &f->b : &f->a, error));
-        PSOUP__TRY(load_factor(work, &parts[i], 'B', &at, across ? &f->a : &f->b, error));
-    }
-    return PSOUP_OK;
-fail:
-    return status;
-}
-
 /* All factors into one pair of scale 1. */
 static psoup_status merge_factors(psoup__work *work, size_t n, double *lost, psoup_error *error) {
     psoup_status status;
@@ -107,7 +19,7 @@ static psoup_status merge_factors(psoup__work *work, size_t n, double *lost, pso
     psoup_merge_method method = (psoup_merge_method)merger->options.method;
     psoup_error inner = {0};
     const psoup__peft_pair *like = work->plan->parts[work->plan->inputs[work->result->input].part].pair;
-    const bool across = is_across(work, like);
+    const bool across = psoup__work_is_across(work, like);
     int64_t out = across ? like->a.shape[1] : like->b.shape[0];
     int64_t in = across ? like->b.shape[0] : like->a.shape[1];
     int32_t rank = psoup__merge_rank(method, merger->options.svd_rank, work->factors, n, &inner);
@@ -176,7 +88,7 @@ static psoup_status make_job(psoup__work *work, int64_t columns, int64_t rows, p
         parts += psoup__work_input(work, i)->parts;
     if ((work->inputs = psoup__alloc(context, n, sizeof *work->inputs, error)) == NULL)
         return PSOUP_ERROR_MEMORY;
-    PSOUP__TRY(load_factors(work, plan->parts + first, parts, error));
+    PSOUP__TRY(psoup__work_factors(work, plan->parts + first, parts, error));
     bool as_one = r->kind == PSOUP__MADE && r->module != NULL && parts > 0;
     if (as_one)
         PSOUP__TRY(merge_factors(work, parts, &made->error, error));
@@ -288,7 +200,7 @@ static psoup_status open_pair(psoup__work *work, psoup__work *pair, psoup__made 
     } else if (work->result->method != NULL) {
         PSOUP__TRY(cut_change(work, made, error));
     } else {
-        PSOUP__TRY(load_factors(work, work->plan->parts + input->part, input->parts, error));
+        PSOUP__TRY(psoup__work_factors(work, work->plan->parts + input->part, input->parts, error));
         PSOUP__TRY(merge_factors(work, input->parts, &made->error, error));
     }
     work->block = SUM_BLOCK;
@@ -305,11 +217,11 @@ static psoup_status add_stream(psoup__work *work, size_t input, char *to, psoup_
     return PSOUP_OK;
 }
 
-/* Factors are small and read whole: hashed at once. Tensors are hashed as their blocks are made, by the first
- * result that reads them. */
-static psoup_status open_streams(psoup__work *work, psoup__certificate *certificate, psoup_error *error) {
+/* Tensors are hashed as their blocks are made, by the first result that reads them. */
+static psoup_status open_streams(psoup__work *work, psoup_error *error) {
     psoup_status status;
     psoup_context *context = work->merger->context;
+    psoup__certificate *certificate = work->certificate;
     size_t n = work->result->kind == PSOUP__PAIR_A || work->result->kind == PSOUP__PAIR_B
                    ? 0
                    : psoup__work_inputs(work);
@@ -317,26 +229,12 @@ static psoup_status open_streams(psoup__work *work, psoup__certificate *certific
     if (work->streams == NULL)
         return PSOUP_ERROR_MEMORY;
     PSOUP__TRY(add_stream(work, PSOUP__NONE, certificate->made[work->index].text, error));
-    for (size_t i = 0; i < psoup__work_inputs(work); i++) {
+    for (size_t i = 0; i < n; i++) {
         const psoup__plan_input *input = psoup__work_input(work, i);
         psoup__entry *entry = input->entry != PSOUP__NONE ? &certificate->entries[input->entry] : NULL;
-        if (n > 0 && entry != NULL && !entry->claimed) {
+        if (entry != NULL && !entry->claimed) {
             entry->claimed = true;
             PSOUP__TRY(add_stream(work, i, entry->text, error));
-        }
-        for (size_t j = 0; j < 2 * input->parts; j++) {
-            const psoup__plan_part *part = &work->plan->parts[input->part + j / 2];
-            const psoup__tensor *tensor = j % 2 == 0 ? &part->pair->a : &part->pair->b;
-            if (part->entries[j % 2] == PSOUP__NONE || certificate->entries[part->entries[j % 2]].claimed)
-                continue;
-            entry = &certificate->entries[part->entries[j % 2]];
-            entry->claimed = true;
-            psoup__hash *hash = psoup__hash_create(context, error);
-            if (hash == NULL)
-                return PSOUP_ERROR_MEMORY;
-            psoup__hash_bytes(hash, tensor, 0, tensor->bytes);
-            psoup__hash_text(hash, entry->text);
-            psoup__free(context, hash);
         }
     }
 fail:
@@ -356,6 +254,7 @@ psoup_status psoup__work_open(const psoup__plan *plan, size_t index, psoup__cert
     work->plan = plan;
     work->result = &plan->results[index];
     work->index = index;
+    work->certificate = certificate;
     work->in = psoup__alloc(context, psoup__work_inputs(work),
                             sizeof *work->in * (size_t)psoup_context_threads(context), error);
     if (work->in == NULL) {
@@ -369,7 +268,7 @@ psoup_status psoup__work_open(const psoup__plan *plan, size_t index, psoup__cert
     case PSOUP__MADE: PSOUP__TRY(open_made(work, made, error)); break;
     default: PSOUP__TRY(open_pair(work, pair, made, error)); break;
     }
-    PSOUP__TRY(open_streams(work, certificate, error));
+    PSOUP__TRY(open_streams(work, error));
     *out = work;
     return PSOUP_OK;
 fail:

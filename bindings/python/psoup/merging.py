@@ -43,7 +43,7 @@ class Pulled(NamedTuple):
 
 
 class Merger(Handle):
-    """Sources, weights and a method. Sources stay mapped, so that another user's weights cost one
+    """Sources, weights and a method. Sources stay open, so that another user's weights cost one
     `set_weights` and one `write`.
 
         with psoup.Merger(base="llama", progress=True) as merger:
@@ -141,7 +141,7 @@ class Merger(Handle):
         return out
 
     def set_weights(self, weights: Sequence[float]) -> None:
-        """New weights for the sources in the order they were added; nothing is read again."""
+        """New weights for the sources in the order they were added; nothing is opened again."""
         row = doubles(weights)
         with self.lock:
             call(lib.psoup_merger_set_weights, self.handle, row.pointer, row.n)
