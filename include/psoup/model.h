@@ -114,9 +114,9 @@ typedef struct psoup_model_config {
 
 /* Loads a Hugging Face model directory: config.json with one model.safetensors, or several named by
  * model.safetensors.index.json; or a .gguf file (f32, f16, bf16, q8_0; its tokenizer is not read). Weights
- * keep their dtype, q8_0 becomes f32. NaN and infinite weights are refused with
- * the tensor's name. Frozen matrices are mapped and used where they lie in the file, which must not be
- * truncated or written to before the model is freed (the first would be a SIGBUS); replacing it is fine. */
+ * keep their dtype, q8_0 becomes f32. NaN and infinite weights are refused with the tensor's name. On the CPU
+ * frozen matrices are mapped and used where they lie in the file, which must not be truncated (a SIGBUS) or
+ * written to before the model is freed; another file may take its place. */
 psoup_status psoup_model_load(psoup_context *context, const char *directory, psoup_model **out,
                               psoup_error *error);
 /* A model with random weights: matrices normal(0, initializer_range), norms 1, biases 0. */
