@@ -134,12 +134,9 @@ __device__ __forceinline__ void leave_fragment(float *slot, int fragment, const 
     store_pack(slot + (fragment * THREADS + (int)threadIdx.x) * 4, v);
 }
 
-/* d = the sum of `blocks` slots, in order. */
-__device__ __forceinline__ void sum_fragments(float d[4], const float *slot, int slot_size, int fragment, int blocks) {
-#pragma unroll
-    for (int c = 0; c < 4; c++)
-        d[c] = 0;
-#pragma unroll 8
+/* d += `blocks` slots, one after another. */
+__device__ __forceinline__ void add_fragments(float d[4], const float *slot, int slot_size, int fragment, int blocks) {
+#pragma unroll 4
     for (int b = 0; b < blocks; b++) {
         const pack<float> v = load_pack(slot + (size_t)b * slot_size + (fragment * THREADS + (int)threadIdx.x) * 4);
 #pragma unroll
@@ -217,9 +214,12 @@ __device__ __forceinline__ void shrink(const psoup__mix_shrink_args &a) {
         if (!last_to_come(a.counters + blockIdx.x, (uint32_t)a.splits))
             return;
 #pragma unroll
-        for (int t = 0; t < RANKS / 8; t++)
-            if (t * 8 < ranks)
-                sum_fragments(d[t], slots, PSOUP__MIX_SLOT, t, a.splits);
+        for (int t = 0; t < RANKS / 8; t++) {
+            if (t * 8 >= ranks)
+                break;
+            d[t][0] = d[t][1] = d[t][2] = d[t][3] = 0;
+            add_fragments(d[t], slots, PSOUP__MIX_SLOT, t, a.splits);
+        }
     }
     const int m = warp * 16 + (int)threadIdx.x % 32 / 4, n = (int)threadIdx.x % 4 * 2;
 #pragma unroll

@@ -20,15 +20,15 @@ enum {
     PSOUP__MIX_CHUNK = 512,    /* uses of an adapter that one block of gradient adds up */
     PSOUP__MIX_SLOT = 4096,    /* floats that a block of shrink leaves for the last one, and */
     PSOUP__MIX_GRADIENT_SLOT = 8192,
-    PSOUP__DBIAS_COLUMNS = 32, /* of a block of dbias; as many lines of threads share the rows */
-    PSOUP__DBIAS_THREADS = 1024
+    PSOUP__MIX_DBIAS_COLUMNS = 32, /* of a block of dbias, whose warps share the rows */
+    PSOUP__MIX_DBIAS_THREADS = 1024
 };
 
 /* One adapter of a launch: those that nobody uses, or of rank 0, are left out. */
 typedef struct psoup__mix_adapter {
     const float *factor; /* A or B */
     float *u;            /* [uses, rank]: x Aᵀ, or dy B */
-    float *gradient;     /* dA or dB */
+    float *gradient;     /* dA or dB, added to; of dweight: du, read */
     const int32_t *rows; /* [uses], ascending */
     float scale;
     int32_t uses, rank;
@@ -46,11 +46,11 @@ typedef struct psoup__mix_cast_args {
  * RANKS ranks of one adapter, a split `slice` columns of x. */
 typedef struct psoup__mix_shrink_args {
     psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
-    int32_t tiles[PSOUP__MIX_GROUP + 1]; /* where each adapter's begin */
     const void *x;                       /* [rows, width] */
     float *slots;                        /* [tiles][splits][SLOT] */
     uint32_t *counters;                  /* [tiles], zeros before and after */
-    int32_t width, splits, slice;
+    int32_t tiles[PSOUP__MIX_GROUP + 1]; /* where each adapter's begin */
+    int32_t width, splits, slice;        /* no padding in what a step launches: src/gpu/record.c compares bytes */
 } psoup__mix_shrink_args;
 
 /* y = (y, or bias) + Σ weight · scale · u · factor, adapters in order. Blocks (tile of ROWS or FEW rows, `span`
@@ -61,7 +61,7 @@ typedef struct psoup__mix_expand_args {
     const float *bias;   /* [width] or NULL */
     const float *weight; /* [rows, weights] */
     int32_t n, rows, width, weights, span;
-    bool add;            /* to y */
+    int32_t add;         /* to y, or overwrite it */
 } psoup__mix_expand_args;
 
 /* gradient += Σ over uses (weight · scale · u)ᵀ z. Blocks (tile, chunk): a tile is GRADIENT_COLUMNS columns and RANKS
@@ -74,14 +74,15 @@ typedef struct psoup__mix_gradient_args {
     float *slots;        /* [tiles][chunks][GRADIENT_SLOT] */
     uint32_t *counters;  /* [tiles] */
     int32_t width, weights, chunk;
+    bool b_layout;       /* the gradient is one of B */
 } psoup__mix_gradient_args;
 
 /* dweight[row][column] += scale · <du, u>: a warp for each use. */
 typedef struct psoup__mix_dweight_args {
-    psoup__mix_adapter adapter[PSOUP__MIX_GROUP]; /* gradient: du */
-    int32_t uses[PSOUP__MIX_GROUP + 1];           /* where each adapter's begin */
-    float *dweight;                               /* [rows, weights] */
-    int32_t weights;
+    psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
+    int32_t uses[PSOUP__MIX_GROUP + 1]; /* where each adapter's begin */
+    float *dweight;                     /* [rows, weights] */
+    int32_t n, weights;
 } psoup__mix_dweight_args;
 
 typedef struct psoup__mix_dbias_args {
@@ -103,6 +104,21 @@ typedef struct psoup__mix_dbias_args {
     X(mix_expand_b_bf16, mix_expand) \
     X(mix_expand_few_f32, mix_expand) \
     X(mix_expand_few_f16, mix_expand) \
-    X(mix_expand_few_bf16, mix_expand)
+    X(mix_expand_few_bf16, mix_expand) \
+    X(mix_shrink_b_f32, mix_shrink) \
+    X(mix_shrink_b_f16, mix_shrink) \
+    X(mix_shrink_b_bf16, mix_shrink) \
+    X(mix_shrink_b_f16_wide, mix_shrink) \
+    X(mix_shrink_b_bf16_wide, mix_shrink) \
+    X(mix_expand_a_f32, mix_expand) \
+    X(mix_expand_a_f16, mix_expand) \
+    X(mix_expand_a_bf16, mix_expand) \
+    X(mix_gradient_f32, mix_gradient) \
+    X(mix_gradient_f16, mix_gradient) \
+    X(mix_gradient_bf16, mix_gradient) \
+    X(mix_gradient_f16_wide, mix_gradient) \
+    X(mix_gradient_bf16_wide, mix_gradient) \
+    X(mix_dweight, mix_dweight) \
+    X(mix_dbias, mix_dbias)
 
 #endif

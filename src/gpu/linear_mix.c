@@ -2,6 +2,8 @@
  *
  *     y = bias + Σ_i w·s_i·u_i B_iᵀ, where u_i = x A_iᵀ      cuda/linear_mix.cu, two launches
  *     y += x Wᵀ                                               cuBLASLt, which reads y while it multiplies
+ *     dx += dy W,  dw += dyᵀ x                                cuBLASLt
+ *     du_i = dy B_i, and the adapters' gradients from it      cuda/linear_mix_backward.cu
  *
  * Where the weights have 16 bits, so has the copy of x that is multiplied. Layers that share an x (q, k, v; gate,
  * up) follow one another and share the copy.
@@ -79,10 +81,23 @@ static bool next_group(const linear *l, group *g, bool b) {
     return g->n > 0;
 }
 
-/* ---- the two launches ------------------------------------------------------------------------------------ */
+/* ---- launches -------------------------------------------------------------------------------------------- */
 
-/* u = x Aᵀ. Enough blocks for the device are found along the rows, and where these are few, along x's columns. */
-static void shrink(const linear *l, const group *g, const void *x, bool wide, int32_t width) {
+static psoup__kernel by_dtype(psoup_dtype dtype, psoup__kernel f32, psoup__kernel f16, psoup__kernel bf16) {
+    return dtype == PSOUP_F32 ? f32 : dtype == PSOUP_F16 ? f16 : bf16;
+}
+#define BY_DTYPE(dtype, name) \
+    by_dtype(dtype, PSOUP__KERNEL_##name##_f32, PSOUP__KERNEL_##name##_f16, PSOUP__KERNEL_##name##_bf16)
+#define BY_DTYPE_WIDE(dtype, name) \
+    by_dtype(dtype, PSOUP__KERNEL_##name##_f32, PSOUP__KERNEL_##name##_f16_wide, PSOUP__KERNEL_##name##_bf16_wide)
+
+static psoup__grid blocks(int32_t x, int32_t y) {
+    return (psoup__grid){.x = (unsigned)x, .y = (unsigned)y, .z = 1, .threads = PSOUP__MIX_THREADS};
+}
+
+/* u = x Aᵀ, or with b du = dy B. `wide`: x is f32. Enough blocks for the device are found along the rows, and where
+ * these are few, along x's columns. */
+static void shrink(const linear *l, const group *g, bool b, const void *x, bool wide, int32_t width) {
     enum { STEP = 128, BLOCKS = 2 }; /* the least columns of a split; blocks for each multiprocessor */
     psoup__gpu *gpu = l->gpu;
     psoup__mix_shrink_args args = {.x = x, .width = width, .splits = 1,
@@ -101,21 +116,16 @@ static void shrink(const linear *l, const group *g, const void *x, bool wide, in
         args.splits = splits;
     args.slice = tiles(tiles(width, args.splits), STEP) * STEP;
     args.splits = tiles(width, args.slice);
-    psoup__kernel kernel = l->dtype == PSOUP_F32   ? PSOUP__KERNEL_mix_shrink_a_f32
-                           : l->dtype == PSOUP_F16 ? PSOUP__KERNEL_mix_shrink_a_f16
-                                                   : PSOUP__KERNEL_mix_shrink_a_bf16;
-    if (wide)
-        kernel = l->dtype == PSOUP_F16 ? PSOUP__KERNEL_mix_shrink_a_f16_wide : PSOUP__KERNEL_mix_shrink_a_bf16_wide;
-    launch(gpu, kernel,
-           (psoup__grid){.x = (unsigned)all, .y = (unsigned)args.splits, .z = 1, .threads = PSOUP__MIX_THREADS},
-           &args);
+    psoup__kernel kernel = b ? wide ? BY_DTYPE_WIDE(l->dtype, mix_shrink_b) : BY_DTYPE(l->dtype, mix_shrink_b)
+                             : wide ? BY_DTYPE_WIDE(l->dtype, mix_shrink_a) : BY_DTYPE(l->dtype, mix_shrink_a);
+    launch(gpu, kernel, blocks(all, args.splits), &args);
 }
 
-/* y = (y, or bias) + Σ w·s·u Bᵀ. */
-static void expand(const linear *l, const group *g, float *y, const float *bias, bool add, int32_t width) {
+/* y = (y, or bias) + Σ w·s·u Bᵀ; without b dx += Σ w·s·du A. */
+static void expand(const linear *l, const group *g, bool b, float *y, const float *bias, bool add, int32_t width) {
     enum { BLOCKS = 8 }; /* of a multiprocessor: a block takes more columns where there are more */
     psoup__gpu *gpu = l->gpu;
-    bool few = l->rows <= PSOUP__MIX_FEW;
+    bool few = b && l->rows <= PSOUP__MIX_FEW;
     psoup__mix_expand_args args = {.y = y, .bias = bias, .weight = l->mix->weight, .n = g->n, .rows = l->rows,
                                    .width = width, .weights = l->mix->n, .add = add};
     for (int32_t i = 0; i < g->n; i++)
@@ -123,18 +133,53 @@ static void expand(const linear *l, const group *g, float *y, const float *bias,
     int32_t down = few ? 1 : tiles(l->rows, PSOUP__MIX_ROWS), across = tiles(width, PSOUP__MIX_COLUMNS);
     int64_t span = (int64_t)down * across / (BLOCKS * gpu->processors);
     args.span = span < 1 ? 1 : span < across ? (int32_t)span : across;
-    psoup__kernel kernel = l->dtype == PSOUP_F32   ? PSOUP__KERNEL_mix_expand_b_f32
-                           : l->dtype == PSOUP_F16 ? PSOUP__KERNEL_mix_expand_b_f16
-                                                   : PSOUP__KERNEL_mix_expand_b_bf16;
-    if (few)
-        kernel = l->dtype == PSOUP_F32   ? PSOUP__KERNEL_mix_expand_few_f32
-                 : l->dtype == PSOUP_F16 ? PSOUP__KERNEL_mix_expand_few_f16
-                                         : PSOUP__KERNEL_mix_expand_few_bf16;
-    launch(gpu, kernel,
-           (psoup__grid){.x = (unsigned)down, .y = (unsigned)tiles(across, args.span), .z = 1,
-                         .threads = PSOUP__MIX_THREADS},
-           &args);
+    psoup__kernel kernel = few ? BY_DTYPE(l->dtype, mix_expand_few)
+                           : b ? BY_DTYPE(l->dtype, mix_expand_b) : BY_DTYPE(l->dtype, mix_expand_a);
+    launch(gpu, kernel, blocks(down, tiles(across, args.span)), &args);
 }
+
+/* dA += Σ (w·s·du)ᵀ x, or with b dB += Σ dyᵀ (w·s·u), for adapters that ask. Chunks of uses are summed apart, as many
+ * at a time as there are slots for, and added to what there is in order. */
+static void gradient(const linear *l, const group *g, bool b, const void *z, bool wide, int32_t width) {
+    psoup__gpu *gpu = l->gpu;
+    psoup__mix_gradient_args args = {.z = z, .weight = l->mix->weight, .weights = l->mix->n, .width = width,
+                                     .b_layout = b, .slots = (float *)(uintptr_t)gpu->blas.room,
+                                     .counters = (uint32_t *)(uintptr_t)gpu->counters};
+    int32_t n = 0, chunks = 0, slots = PSOUP__BLAS_ROOM / 4 / PSOUP__MIX_GRADIENT_SLOT;
+    for (int32_t i = 0; i < g->n; i++) {
+        const psoup__mix_adapter *adapter = &g->adapter[i];
+        const psoup__lora *lora = &l->lora[adapter->column];
+        if (!(b ? lora->db : lora->da))
+            continue;
+        int32_t needed = tiles(adapter->uses, PSOUP__MIX_CHUNK);
+        chunks = needed > chunks ? needed : chunks;
+        args.adapter[n] = *adapter;
+        args.adapter[n].gradient = b ? lora->db : lora->da;
+        args.tiles[n + 1] = args.tiles[n] + tiles(width, PSOUP__MIX_GRADIENT_COLUMNS) *
+                                                tiles(adapter->rank, PSOUP__MIX_RANKS);
+        n++;
+    }
+    int32_t all = args.tiles[n], at_once = all == 0 || all > PSOUP__GPU_COUNTERS ? 1 : slots / all;
+    psoup__kernel kernel = wide ? BY_DTYPE_WIDE(l->dtype, mix_gradient) : BY_DTYPE(l->dtype, mix_gradient);
+    at_once = at_once < 1 ? 1 : at_once;
+    for (; n > 0 && args.chunk < chunks; args.chunk += at_once) {
+        int32_t left = chunks - args.chunk;
+        launch(gpu, kernel, blocks(all, left < at_once ? left : at_once), &args);
+    }
+}
+
+/* dweight += s · <du, u>. */
+static void dweight(const linear *l, const group *u, const group *du) {
+    psoup__mix_dweight_args args = {.dweight = l->mix->dweight, .n = u->n, .weights = l->mix->n};
+    for (int32_t i = 0; i < u->n; i++) {
+        args.adapter[i] = u->adapter[i];
+        args.adapter[i].gradient = du->adapter[i].u;
+        args.uses[i + 1] = args.uses[i] + u->adapter[i].uses;
+    }
+    launch(l->gpu, PSOUP__KERNEL_mix_dweight, blocks(tiles(args.uses[u->n], PSOUP__MIX_THREADS / 32), 1), &args);
+}
+
+/* ---- the ops --------------------------------------------------------------------------------------------- */
 
 static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, const float *x_lora,
                        const psoup__weight *w, const float *bias, const psoup__lora *lora,
@@ -146,13 +191,13 @@ static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, c
     const void *operand = rounded(gpu, x, (size_t)rows * (size_t)w->in, w->dtype);
     if (!operand)
         return;
-    bool begun = false, wide = x_lora != x && w->dtype != PSOUP_F32;
+    bool begun = false, wide = x_lora != x;
     for (group a = {.u = u}, b = a; next_group(&l, &a, false) && next_group(&l, &b, true); begun = true) {
-        shrink(&l, &a, x_lora == x ? operand : x_lora, wide, w->in);
-        expand(&l, &b, y, bias, begun, w->out);
+        shrink(&l, &a, false, x_lora == x ? operand : x_lora, wide, w->in);
+        expand(&l, &b, true, y, bias, begun, w->out);
     }
     if (bias && !begun)
-        expand(&l, &(group){.n = 0}, y, bias, false, w->out);
+        expand(&l, &(group){.n = 0}, true, y, bias, false, w->out);
     psoup__blas_run(gpu,
                     &(psoup__product){.m = rows, .n = w->out, .k = w->in, .dtype = w->dtype, .transpose_b = true,
                                       .lda = w->in, .ldb = w->in, .ldc = w->out, .alpha = 1,
@@ -161,6 +206,67 @@ static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, c
     overwritten(gpu, y, (size_t)rows * (size_t)w->out);
 }
 
+/* The gradients of the base's own weights. */
+static void base_gradients(const linear *l, float *dw, float *dbias, const float *dy, const float *x,
+                           const psoup__weight *w) {
+    if (dw)
+        psoup__blas_run(l->gpu,
+                        &(psoup__product){.m = w->out, .n = w->in, .k = l->rows, .dtype = PSOUP_F32,
+                                          .transpose_a = true, .lda = w->out, .ldb = w->in, .ldc = w->in,
+                                          .alpha = 1, .beta = 1},
+                        dw, dy, x);
+    if (dbias) {
+        psoup__grid grid = blocks(tiles(w->out, PSOUP__MIX_DBIAS_COLUMNS), 1);
+        grid.threads = PSOUP__MIX_DBIAS_THREADS;
+        launch(l->gpu, PSOUP__KERNEL_mix_dbias, grid, &(psoup__mix_dbias_args){dbias, dy, l->rows, w->out});
+    }
+}
+
+/* Whether an adapter of the group asks for what du is needed for, dA, and for dB. */
+static void asked(const linear *l, const group *g, bool *da, bool *db) {
+    *da = *db = false;
+    for (int32_t i = 0; i < g->n; i++) {
+        *da = *da || l->lora[g->adapter[i].column].da;
+        *db = *db || l->lora[g->adapter[i].column].db;
+    }
+}
+
+static void linear_mix_backward(psoup__backend *be, float *dx, float *dx_lora, float *dw, float *dbias, float *du,
+                                const float *dy, const float *x, const float *x_lora, const float *u,
+                                const psoup__weight *w, const psoup__lora *lora, const psoup__mix *mix,
+                                int32_t rows) {
+    psoup__gpu *gpu = psoup__gpu_of(be);
+    linear l = {gpu, w->dtype, lora, mix, rows};
+    if (rows == 0)
+        return;
+    const void *operand = dx ? rounded(gpu, dy, (size_t)rows * (size_t)w->out, w->dtype) : dy;
+    if (!operand)
+        return;
+    if (dx)
+        psoup__blas_run(gpu,
+                        &(psoup__product){.m = rows, .n = w->in, .k = w->out, .dtype = w->dtype, .lda = w->out,
+                                          .ldb = w->in, .ldc = w->in, .alpha = 1, .beta = 1},
+                        dx, operand, w->data);
+    base_gradients(&l, dw, dbias, dy, x, w);
+    group a = {.u = du}, b = a, saved = {.u = (float *)(uintptr_t)u};
+    while (next_group(&l, &a, false) && next_group(&l, &b, true) && next_group(&l, &saved, true)) {
+        bool da, db;
+        asked(&l, &a, &da, &db);
+        if (da || dx_lora || mix->dweight)
+            shrink(&l, &b, true, operand, operand == dy, w->out);
+        if (mix->dweight)
+            dweight(&l, &saved, &b);
+        if (db)
+            gradient(&l, &saved, true, operand, operand == dy, w->out);
+        if (da)
+            gradient(&l, &a, false, x_lora, true, w->in);
+        if (dx_lora)
+            expand(&l, &a, false, dx_lora, NULL, true, w->in);
+    }
+    gpu->cast.of = NULL; /* what comes next shares nothing with dy, and dx may lie anywhere */
+}
+
 void psoup__gpu_fill_linear_mix(psoup__ops *ops) {
+    ops->linear_mix_backward = linear_mix_backward;
     ops->linear_mix = linear_mix;
 }

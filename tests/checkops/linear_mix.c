@@ -158,6 +158,115 @@ static void check_forward(checker *c, const shape *s, psoup_dtype dtype, bool dr
     free(l.row), free(y_want), free(u_want);
 }
 
+/* ---- backward ------------------------------------------------------------------------------------------- */
+
+/* What is asked for, and where each sum begins. */
+typedef struct pulls {
+    buffer *dy, *dx, *dx_lora, *dw, *dbias, *da, *db, *dweight;
+    double *dx_want, *dx_lora_want, *dw_want, *dbias_want, *da_want, *db_want, *dweight_want;
+} pulls;
+
+static double *begin_at(const buffer *b) {
+    return b ? doubles_of(b->host, b->n) : NULL;
+}
+
+/* Every second case asks for all, the others for what training adapters asks for. */
+static void open_pulls(checker *c, pulls *p, layer *l, bool all, bool dropped) {
+    const shape *s = &l->s;
+    const size_t n_x = (size_t)s->rows * (size_t)s->in;
+    *p = (pulls){.dy = input(c, (size_t)s->rows * (size_t)s->out)};
+    p->dx = all || dropped ? input(c, n_x) : NULL;
+    p->dx_lora = !p->dx ? NULL : dropped ? input(c, n_x) : p->dx;
+    p->dw = all ? input(c, (size_t)s->out * (size_t)s->in) : NULL;
+    p->dbias = all ? input(c, (size_t)s->out) : NULL;
+    p->da = input(c, l->a_at[s->n]);
+    p->db = input(c, l->b_at[s->n]);
+    p->dweight = all && s->sharing != SPARSE ? input(c, (size_t)s->rows * (size_t)s->n) : NULL;
+    l->mix.dweight = p->dweight ? p->dweight->device : NULL;
+    for (int32_t i = 0; i < s->n; i++) { /* some adapters are frozen */
+        l->lora[i].da = i % 5 == 3 ? NULL : p->da->device + l->a_at[i];
+        l->lora[i].db = i % 5 == 4 ? NULL : p->db->device + l->b_at[i];
+    }
+    p->dx_want = begin_at(p->dx);
+    p->dx_lora_want = p->dx_lora == p->dx ? p->dx_want : begin_at(p->dx_lora);
+    p->dw_want = begin_at(p->dw);
+    p->dbias_want = begin_at(p->dbias);
+    p->da_want = begin_at(p->da);
+    p->db_want = begin_at(p->db);
+    p->dweight_want = begin_at(p->dweight);
+}
+
+/* The gradients of the base, by the same formulas. */
+static void base_reference(const layer *l, pulls *p) {
+    const int32_t in = l->s.in, out = l->s.out, rows = l->s.rows;
+    const float *dy = p->dy->host;
+    for (int32_t r = 0; p->dx && r < rows; r++)
+        for (int32_t k = 0; k < in; k++)
+            p->dx_want[r * in + k] += dot(dy + (size_t)r * out, 1, l->matrix->host + k, in, out);
+    for (int32_t o = 0; p->dw && o < out; o++)
+        for (int32_t k = 0; k < in; k++)
+            p->dw_want[o * in + k] += dot(dy + o, out, l->x->host + k, in, rows);
+    for (int32_t o = 0; p->dbias && o < out; o++)
+        for (int32_t r = 0; r < rows; r++)
+            p->dbias_want[o] += dy[r * out + o];
+}
+
+/* And those of use k of adapter i. */
+static void use_reference(const layer *l, pulls *p, int32_t i, int32_t k) {
+    const int32_t in = l->s.in, out = l->s.out, r = l->row[k], rank = l->lora[i].rank;
+    const float *dy = p->dy->host + (size_t)r * out, *x = l->x_lora->host + (size_t)r * in;
+    for (int32_t j = 0; j < rank; j++) {
+        const float *a = l->a->host + l->a_at[i] + (size_t)j * in, *b = l->b->host + l->b_at[i] + j;
+        const double du = dot(dy, 1, b, rank, out), u = dot(x, 1, a, 1, in);
+        if (p->dweight)
+            p->dweight_want[r * l->s.n + i] += l->lora[i].scale * du * u;
+        if (share(l, i, k) == 0)
+            continue;
+        for (int32_t q = 0; q < in; q++) {
+            if (l->lora[i].da)
+                p->da_want[l->a_at[i] + (size_t)(j * in + q)] += share(l, i, k) * du * x[q];
+            if (p->dx_lora)
+                p->dx_lora_want[r * in + q] += share(l, i, k) * du * a[q];
+        }
+        for (int32_t o = 0; l->lora[i].db && o < out; o++)
+            p->db_want[l->b_at[i] + (size_t)(o * rank + j)] += share(l, i, k) * u * dy[o];
+    }
+}
+
+static void expect_pull(checker *c, const char *what, buffer *got, double *want, double tolerance) {
+    if (got)
+        expect(c, what, got, want, tolerance);
+    free(want);
+}
+
+static void check_backward(checker *c, const shape *s, psoup_dtype dtype, bool dropped, bool all) {
+    layer l;
+    pulls p;
+    say(c, "linear_mix_backward", s, dtype, dropped, all);
+    open_layer(c, &l, s, dtype, dropped, all);
+    open_pulls(c, &p, &l, all, dropped);
+    buffer *y = output(c, p.dy->n), *u = output(c, l.u_at[s->n]), *du = output(c, l.u_at[s->n]);
+    forward(c, &l, y, u);
+    c->ops->linear_mix_backward(c->be, p.dx ? p.dx->device : NULL, p.dx_lora ? p.dx_lora->device : NULL,
+                                p.dw ? p.dw->device : NULL, p.dbias ? p.dbias->device : NULL, du->device,
+                                p.dy->device, l.x->device, l.x_lora->device, u->device, &l.w, l.lora, &l.mix,
+                                s->rows);
+    base_reference(&l, &p);
+    for (int32_t i = 0; i < s->n; i++)
+        for (int32_t k = l.first[i]; k < l.first[i + 1]; k++)
+            use_reference(&l, &p, i, k);
+    const double tolerance = tolerance_of(dtype);
+    if (p.dx_lora != p.dx)
+        expect_pull(c, "dx_lora", p.dx_lora, p.dx_lora_want, tolerance);
+    expect_pull(c, "dx", p.dx, p.dx_want, tolerance);
+    expect_pull(c, "dw", p.dw, p.dw_want, 1e-5);
+    expect_pull(c, "dbias", p.dbias, p.dbias_want, 1e-5);
+    expect_pull(c, "da", p.da, p.da_want, tolerance);
+    expect_pull(c, "db", p.db, p.db_want, tolerance);
+    expect_pull(c, "dweight", p.dweight, p.dweight_want, 2 * tolerance); /* two rounded factors */
+    free(l.row);
+}
+
 /* ---- the copy of x that layers share ------------------------------------------------------------------- */
 
 /* Writes into x between two layers that read it, in each way there is. The second must see what was written. */
@@ -211,5 +320,8 @@ void check_linear_mix(checker *c) {
     for (int i = 0; i < SHAPES; i++)
         for (int d = 0; d < 3; d++)
             check_forward(c, &shapes[i], dtypes[d], (i + d) % 2, (i + d) % 3 == 0);
+    for (int i = 0; i < SHAPES; i++)
+        for (int d = 0; d < 3; d++)
+            check_backward(c, &shapes[i], dtypes[d], (i + d) % 2, (i + d) % 3 != 1);
     check_rewritten(c);
 }
