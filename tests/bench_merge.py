@@ -98,7 +98,8 @@ def fold(layers):
     exact = fastest({"stacked addmm in f32": in_f32, "stacked product, then base": product}, 3)
     rounded = fastest({"addmm of bf16 factors": in_bf16}, 3)
     # What each makes of weights and a change of usual sizes, as bench_merge's check_fold has them.
-    base, b, a = (0.02 * torch.randn(1024, 2048)).bfloat16(), 0.0092 * torch.randn(1024, 48), 0.02 * torch.randn(48, 2048)
+    base = (0.02 * torch.randn(1024, 2048)).bfloat16()
+    b, a = 0.0092 * torch.randn(1024, 48), 0.02 * torch.randn(48, 2048)
     b *= torch.tensor([2 * w for w in W for _ in range(16)])
     want = base.double() + b.double() @ a.double()
     return "; ".join(answer + ": " + mistakes(out, want) for answer, out in (
