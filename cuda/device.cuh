@@ -100,6 +100,42 @@ __device__ __forceinline__ void store4(float *row, int j, int width, bool whole,
             row[j + c] = v.x[c];
 }
 
+/* A row of at most N · THREADS · 4 elements, spread over a block; all loads are on their way before the first
+ * is waited for. Beyond the row's end lie zeros. */
+template <int THREADS, bool WHOLE, int N>
+__device__ __forceinline__ void load_row(pack<float> (&v)[N], const float *row, int width) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int j = (i * THREADS + (int)threadIdx.x) * 4;
+        v[i] = pack<float>{};
+        if (j < width)
+            v[i] = load4(row, j, width, WHOLE);
+    }
+}
+
+template <int THREADS, bool WHOLE, int N>
+__device__ __forceinline__ void store_row(float *row, int width, const pack<float> (&v)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const int j = (i * THREADS + (int)threadIdx.x) * 4;
+        if (j < width)
+            store4(row, j, width, WHOLE, v[i]);
+    }
+}
+
+/* A block's sums over rows: written to its row of sums, or added there by a block that is alone. */
+template <int THREADS, bool WHOLE, int N>
+__device__ __forceinline__ void put_sums(float *row, int width, pack<float> (&sums)[N]) {
+    if (gridDim.x == 1) {
+        pack<float> before[N];
+        load_row<THREADS, WHOLE>(before, row, width);
+#pragma unroll
+        for (int i = 0; i < N * 4; i++)
+            sums[i / 4].x[i % 4] += before[i / 4].x[i % 4];
+    }
+    store_row<THREADS, WHOLE>(row, width, sums);
+}
+
 /* ---- sums ----------------------------------------------------------------------------------------------- */
 
 __device__ __forceinline__ float warp_sum(float x) {

@@ -13,6 +13,7 @@
 #include "linear_mix.h"
 #include "loss.h"
 #include "sample.h"
+#include "advance.h"
 #include "adamw.h"
 #include "interpolate.h"
 
@@ -24,6 +25,7 @@
     PSOUP__LINEAR_MIX_KERNELS(X) \
     PSOUP__LOSS_KERNELS(X) \
     PSOUP__SAMPLE_KERNELS(X) \
+    PSOUP__ADVANCE_KERNELS(X) \
     PSOUP__ADAMW_KERNELS(X) \
     PSOUP__INTERPOLATE_KERNELS(X)
 

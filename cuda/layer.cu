@@ -11,29 +11,17 @@ PSOUP__KERNEL(rmsnorm, PSOUP__NORM_THREADS) {
     float sum = 0;
     if (a.width % 4 == 0 && a.width <= PSOUP__NORM_THREADS * 4 * KEPT && aligned16(x) && aligned16(out) &&
         aligned16(a.weight)) {
-        pack<float> kept[KEPT];
+        pack<float> kept[KEPT], weight[KEPT];
+        load_row<PSOUP__NORM_THREADS, true>(kept, x, a.width);
 #pragma unroll
-        for (int i = 0; i < KEPT; i++) {
-            const int j = (i * PSOUP__NORM_THREADS + threadIdx.x) * 4;
-            if (j >= a.width)
-                break;
-            kept[i] = load_pack(x + j);
-#pragma unroll
-            for (int c = 0; c < 4; c++)
-                sum += kept[i].x[c] * kept[i].x[c];
-        }
+        for (int i = 0; i < KEPT * 4; i++)
+            sum += kept[i / 4].x[i % 4] * kept[i / 4].x[i % 4];
         const float rstd = rsqrtf(block_sum<PSOUP__NORM_THREADS>(sum) / a.width + a.epsilon);
+        load_row<PSOUP__NORM_THREADS, true>(weight, a.weight, a.width);
 #pragma unroll
-        for (int i = 0; i < KEPT; i++) {
-            const int j = (i * PSOUP__NORM_THREADS + threadIdx.x) * 4;
-            if (j >= a.width)
-                break;
-            const pack<float> weight = load_pack(a.weight + j);
-#pragma unroll
-            for (int c = 0; c < 4; c++)
-                kept[i].x[c] *= rstd * weight.x[c];
-            store_pack(out + j, kept[i]);
-        }
+        for (int i = 0; i < KEPT * 4; i++)
+            kept[i / 4].x[i % 4] *= rstd * weight[i / 4].x[i % 4];
+        store_row<PSOUP__NORM_THREADS, true>(out, a.width, kept);
         if (threadIdx.x == 0)
             a.rstd[blockIdx.x] = rstd;
         return;
@@ -50,75 +38,56 @@ PSOUP__KERNEL(rmsnorm, PSOUP__NORM_THREADS) {
 /* With x̂ = x · rstd and g = dout · weight: dx += rstd · (g − x̂ · mean(g · x̂)), and dweight += dout · x̂
  * over the block's rows, in their order. A row's elements are read once and stay in registers, as do the
  * sums. */
-template <int THREADS, bool SUMS>
-__device__ __forceinline__ void rmsnorm_backward_rows(const psoup__rmsnorm_backward_args &a) {
+template <int THREADS, bool SUMS, bool WHOLE>
+__device__ __forceinline__ void norm_backward_rows(const psoup__rmsnorm_backward_args &a) {
     enum { KEPT = PSOUP__NORM_KEPT };
-    const int width = a.width, thread = threadIdx.x;
-    const bool whole = width % 4 == 0 && aligned16(a.dx) && aligned16(a.x) && aligned16(a.dout) &&
-                       aligned16(a.weight) && (!SUMS || aligned16(a.sums));
     const int first = blockIdx.x * a.rows_each, end = min(a.rows - first, a.rows_each) + first;
     pack<float> sums[KEPT] = {};
     for (int row = first; row < end; row++) {
-        const size_t at = (size_t)row * width;
+        const size_t at = (size_t)row * a.width;
         const float rstd = a.rstd[row];
-        pack<float> dout[KEPT], x[KEPT], dx[KEPT];
+        pack<float> dout[KEPT], x[KEPT], dx[KEPT], weight[KEPT];
+        load_row<THREADS, WHOLE>(dout, a.dout + at, a.width);
+        load_row<THREADS, WHOLE>(x, a.x + at, a.width);
+        load_row<THREADS, WHOLE>(dx, a.dx + at, a.width);
+        load_row<THREADS, WHOLE>(weight, a.weight, a.width);
         float sum = 0;
 #pragma unroll
-        for (int i = 0; i < KEPT; i++) {
-            const int j = (i * THREADS + thread) * 4;
-            if (j >= width)
-                break;
-            dout[i] = load4(a.dout + at, j, width, whole);
-            x[i] = load4(a.x + at, j, width, whole);
-            dx[i] = load4(a.dx + at, j, width, whole);
-            const pack<float> weight = load4(a.weight, j, width, whole);
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                if (SUMS)
-                    sums[i].x[c] += dout[i].x[c] * (x[i].x[c] * rstd);
-                dout[i].x[c] *= weight.x[c];
-                sum += dout[i].x[c] * x[i].x[c];
-            }
+        for (int i = 0; i < KEPT * 4; i++) {
+            float &d = dout[i / 4].x[i % 4];
+            if (SUMS)
+                sums[i / 4].x[i % 4] += d * (x[i / 4].x[i % 4] * rstd);
+            d *= weight[i / 4].x[i % 4];
+            sum += d * x[i / 4].x[i % 4];
         }
-        const float mean = block_sum<THREADS>(sum) * rstd * rstd / width;
+        const float mean = block_sum<THREADS>(sum) * rstd * rstd / a.width;
 #pragma unroll
-        for (int i = 0; i < KEPT; i++) {
-            const int j = (i * THREADS + thread) * 4;
-            if (j >= width)
-                break;
-#pragma unroll
-            for (int c = 0; c < 4; c++)
-                dx[i].x[c] += rstd * (dout[i].x[c] - x[i].x[c] * mean);
-            store4(a.dx + at, j, width, whole, dx[i]);
-        }
+        for (int i = 0; i < KEPT * 4; i++)
+            dx[i / 4].x[i % 4] += rstd * (dout[i / 4].x[i % 4] - x[i / 4].x[i % 4] * mean);
+        store_row<THREADS, WHOLE>(a.dx + at, a.width, dx);
     }
-    if (!SUMS)
-        return;
-    float *out = a.sums + (size_t)blockIdx.x * width;
-#pragma unroll
-    for (int i = 0; i < KEPT; i++) {
-        const int j = (i * THREADS + thread) * 4;
-        if (j >= width)
-            break;
-        if (gridDim.x == 1) {
-            const pack<float> before = load4(out, j, width, whole);
-#pragma unroll
-            for (int c = 0; c < 4; c++)
-                sums[i].x[c] += before.x[c];
-        }
-        store4(out, j, width, whole, sums[i]);
-    }
+    if (SUMS)
+        put_sums<THREADS, WHOLE>(a.sums + (size_t)blockIdx.x * a.width, a.width, sums);
 }
 
-PSOUP__KERNEL(rmsnorm_backward, PSOUP__NORM_THREADS) { rmsnorm_backward_rows<PSOUP__NORM_THREADS, false>(a); }
+template <int THREADS, bool SUMS>
+__device__ __forceinline__ void norm_backward(const psoup__rmsnorm_backward_args &a) {
+    if (a.width % 4 == 0 && aligned16(a.dx) && aligned16(a.x) && aligned16(a.dout) && aligned16(a.weight) &&
+        aligned16(a.sums))
+        norm_backward_rows<THREADS, SUMS, true>(a);
+    else
+        norm_backward_rows<THREADS, SUMS, false>(a);
+}
+
+PSOUP__KERNEL(rmsnorm_backward, PSOUP__NORM_THREADS) { norm_backward<PSOUP__NORM_THREADS, false>(a); }
 PSOUP__KERNEL_AS(rmsnorm_backward_512, rmsnorm_backward, PSOUP__NORM_WIDE) {
-    rmsnorm_backward_rows<PSOUP__NORM_WIDE, false>(a);
+    norm_backward<PSOUP__NORM_WIDE, false>(a);
 }
 PSOUP__KERNEL_AS(rmsnorm_backward_sums, rmsnorm_backward, PSOUP__NORM_THREADS) {
-    rmsnorm_backward_rows<PSOUP__NORM_THREADS, true>(a);
+    norm_backward<PSOUP__NORM_THREADS, true>(a);
 }
 PSOUP__KERNEL_AS(rmsnorm_backward_sums_512, rmsnorm_backward, PSOUP__NORM_WIDE) {
-    rmsnorm_backward_rows<PSOUP__NORM_WIDE, true>(a);
+    norm_backward<PSOUP__NORM_WIDE, true>(a);
 }
 
 /* Any width: a row is read twice and the sums stay in memory, each element with one thread. */

@@ -72,69 +72,69 @@ PSOUP__KERNEL(scatter_add_rows, PSOUP__FLAT_THREADS) {
 
 /* ---- the backward of embedding ----------------------------------------------------------------------- */
 
+/* The rows among THREADS from `start` on that hold `token`, listed in their order; how many. */
+__device__ __forceinline__ int list_rows(int *list /* [THREADS] */, const psoup__embed_backward_args &a,
+                                         int start, int token) {
+    SHARED unsigned matches[PSOUP__ROWS_THREADS / 32];
+    const int i = start + threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const unsigned same = __ballot_sync(0xffffffffu, i < a.rows && a.token[i] == token);
+    __syncthreads(); /* whoever still reads the last list */
+    if (lane == 0)
+        matches[warp] = same;
+    __syncthreads();
+    int before = __popc(same & ((1u << lane) - 1)), count = 0;
+    for (int w = 0; w < PSOUP__ROWS_THREADS / 32; w++) {
+        before += w < warp ? __popc(matches[w]) : 0;
+        count += __popc(matches[w]);
+    }
+    if (same >> lane & 1)
+        list[before] = i;
+    __syncthreads();
+    return count;
+}
+
+template <bool WHOLE>
+__device__ __forceinline__ void embed_backward_token(const psoup__embed_backward_args &a, int token) {
+    enum { THREADS = PSOUP__ROWS_THREADS };
+    SHARED int list[THREADS];
+    const size_t column = (size_t)blockIdx.y * PSOUP__ROWS_COLUMNS;
+    const int width = min(a.width - (int)column, (int)PSOUP__ROWS_COLUMNS);
+    float *dtable = a.dtable + (size_t)token * a.width + column;
+    pack<float> sum[PSOUP__ROWS_KEPT], d[PSOUP__ROWS_KEPT];
+    load_row<THREADS, WHOLE>(sum, dtable, width);
+    for (int start = blockIdx.x; start < a.rows; start += THREADS) {
+        const int count = list_rows(list, a, start, token);
+        for (int i = 0; i < count; i++) {
+            load_row<THREADS, WHOLE>(d, a.dout + (size_t)list[i] * a.width + column, width);
+#pragma unroll
+            for (int k = 0; k < PSOUP__ROWS_KEPT * 4; k++)
+                sum[k / 4].x[k % 4] += d[k / 4].x[k % 4];
+        }
+    }
+    store_row<THREADS, WHOLE>(dtable, width, sum);
+}
+
 /* The first row of a token takes all its rows, found by looking at every token: no table of the vocabulary,
  * no sorting, and each token's rows are summed in ascending order. That is rows² comparisons at most, from
- * the second-level cache. The rows found among THREADS tokens are listed in shared memory in their order. */
+ * the second-level cache. */
 PSOUP__KERNEL(embed_backward, PSOUP__ROWS_THREADS) {
-    enum { THREADS = PSOUP__ROWS_THREADS, KEPT = PSOUP__ROWS_KEPT };
-    SHARED int found[THREADS];
-    SHARED unsigned matches[THREADS / 32];
     SHARED int earlier;
-    const int thread = threadIdx.x, row = blockIdx.x, token = a.token[row];
-    if (thread == 0)
+    const int row = blockIdx.x, token = a.token[row];
+    if (threadIdx.x == 0)
         earlier = 0;
     __syncthreads();
     bool seen = false;
-    for (int i = thread; i < row; i += THREADS)
+    for (int i = threadIdx.x; i < row; i += PSOUP__ROWS_THREADS)
         seen |= a.token[i] == token;
     if (seen)
         earlier = 1;
     __syncthreads();
     if (earlier)
         return;
-
-    const size_t column = (size_t)blockIdx.y * PSOUP__ROWS_COLUMNS;
-    const int width = min(a.width - (int)column, (int)PSOUP__ROWS_COLUMNS);
-    const float *dout = a.dout + column;
-    float *dtable = a.dtable + (size_t)token * a.width + column;
-    const bool whole = a.width % 4 == 0 && aligned16(dout) && aligned16(dtable);
-    pack<float> sum[KEPT] = {};
-#pragma unroll
-    for (int k = 0; k < KEPT; k++)
-        if ((k * THREADS + thread) * 4 < width)
-            sum[k] = load4(dtable, (k * THREADS + thread) * 4, width, whole);
-    for (int start = row; start < a.rows; start += THREADS) {
-        const int i = start + thread;
-        const unsigned same = __ballot_sync(0xffffffffu, i < a.rows && a.token[i] == token);
-        __syncthreads(); /* whoever still reads the last list */
-        if (thread % 32 == 0)
-            matches[thread / 32] = same;
-        __syncthreads();
-        int before = __popc(same & ((1u << thread % 32) - 1)), count = 0;
-        for (int w = 0; w < THREADS / 32; w++) {
-            before += w < thread / 32 ? __popc(matches[w]) : 0;
-            count += __popc(matches[w]);
-        }
-        if (same >> thread % 32 & 1)
-            found[before] = i;
-        __syncthreads();
-#pragma unroll 4
-        for (int f = 0; f < count; f++)
-#pragma unroll
-            for (int k = 0; k < KEPT; k++) {
-                const int j = (k * THREADS + thread) * 4;
-                if (j >= width)
-                    break;
-                const pack<float> d = load4(dout + (size_t)found[f] * a.width, j, width, whole);
-#pragma unroll
-                for (int c = 0; c < 4; c++)
-                    sum[k].x[c] += d.x[c];
-            }
-    }
-#pragma unroll
-    for (int k = 0; k < KEPT; k++)
-        if ((k * THREADS + thread) * 4 < width)
-            store4(dtable, (k * THREADS + thread) * 4, width, whole, sum[k]);
+    if (a.width % 4 == 0 && aligned16(a.dout) && aligned16(a.dtable))
+        embed_backward_token<true>(a, token);
+    else
+        embed_backward_token<false>(a, token);
 }
 
 /* ---- the scalar head --------------------------------------------------------------------------------- */
@@ -155,58 +155,43 @@ PSOUP__KERNEL(head, PSOUP__ROWS_THREADS) {
 }
 
 /* w and the sums for dw stay in registers. */
-PSOUP__KERNEL(head_backward, PSOUP__ROWS_THREADS) {
+template <bool WHOLE> __device__ __forceinline__ void head_backward_rows(const psoup__head_backward_args &a) {
     enum { THREADS = PSOUP__ROWS_THREADS, KEPT = PSOUP__ROWS_KEPT };
     const size_t column = (size_t)blockIdx.y * PSOUP__ROWS_COLUMNS;
-    const int thread = threadIdx.x, width = min(a.width - (int)column, (int)PSOUP__ROWS_COLUMNS);
+    const int width = min(a.width - (int)column, (int)PSOUP__ROWS_COLUMNS);
     const int first = blockIdx.x * a.rows_each, end = min(a.n - first, a.rows_each) + first;
-    float *out = a.sums + (size_t)blockIdx.x * a.width + column;
-    const bool whole = a.width % 4 == 0 && aligned16(a.sums) && aligned16(a.dhidden) && aligned16(a.hidden) &&
-                       aligned16(a.w);
-    pack<float> sums[KEPT] = {}, w[KEPT] = {};
-#pragma unroll
-    for (int k = 0; k < KEPT; k++) {
-        const int j = (k * THREADS + thread) * 4;
-        if (j >= width)
-            break;
-        w[k] = load4(a.w + column, j, width, whole);
-        if (gridDim.x == 1)
-            sums[k] = load4(out, j, width, whole);
-    }
+    pack<float> sums[KEPT] = {}, w[KEPT];
+    load_row<THREADS, WHOLE>(w, a.w + column, width);
     for (int i = first; i < end; i++) {
         const size_t at = (size_t)a.row[i] * a.width + column;
         const float d = a.dout[i];
+        pack<float> x[KEPT], y[KEPT];
+        load_row<THREADS, WHOLE>(x, a.hidden + at, width);
+        if (a.dhidden) {
+            load_row<THREADS, WHOLE>(y, a.dhidden + at, width);
 #pragma unroll
-        for (int k = 0; k < KEPT; k++) {
-            const int j = (k * THREADS + thread) * 4;
-            if (j >= width)
-                break;
-            const pack<float> x = load4(a.hidden + at, j, width, whole);
-#pragma unroll
-            for (int c = 0; c < 4; c++)
-                sums[k].x[c] += d * x.x[c];
-            if (!a.dhidden)
-                continue;
-            pack<float> y = load4(a.dhidden + at, j, width, whole);
-#pragma unroll
-            for (int c = 0; c < 4; c++)
-                y.x[c] += d * w[k].x[c];
-            store4(a.dhidden + at, j, width, whole, y);
+            for (int k = 0; k < KEPT * 4; k++)
+                y[k / 4].x[k % 4] += d * w[k / 4].x[k % 4];
+            store_row<THREADS, WHOLE>(a.dhidden + at, width, y);
         }
-    }
 #pragma unroll
-    for (int k = 0; k < KEPT; k++) {
-        const int j = (k * THREADS + thread) * 4;
-        if (j >= width)
-            break;
-        store4(out, j, width, whole, sums[k]);
+        for (int k = 0; k < KEPT * 4; k++)
+            sums[k / 4].x[k % 4] += d * x[k / 4].x[k % 4];
     }
+    put_sums<THREADS, WHOLE>(a.sums + (size_t)blockIdx.x * a.width + column, width, sums);
+}
+
+PSOUP__KERNEL(head_backward, PSOUP__ROWS_THREADS) {
+    if (a.width % 4 == 0 && aligned16(a.sums) && aligned16(a.dhidden) && aligned16(a.hidden) && aligned16(a.w))
+        head_backward_rows<true>(a);
+    else
+        head_backward_rows<false>(a);
     if (!a.dbias || blockIdx.x > 0 || blockIdx.y > 0)
         return;
     float sum = 0;
-    for (int i = thread; i < a.n; i += THREADS)
+    for (int i = threadIdx.x; i < a.n; i += PSOUP__ROWS_THREADS)
         sum += a.dout[i];
-    sum = block_sum<THREADS>(sum);
-    if (thread == 0)
+    sum = block_sum<PSOUP__ROWS_THREADS>(sum);
+    if (threadIdx.x == 0)
         a.dbias[0] += sum;
 }

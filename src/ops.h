@@ -89,6 +89,30 @@ typedef struct psoup__draw {
     int32_t n_banned;
 } psoup__draw;
 
+/* A sequence that decodes step after step on the device, by the rules that the session has on the host. */
+typedef struct psoup__decoding {
+    int32_t *history;       /* [most]: prompt and output so far */
+    int32_t length, most;   /* tokens in it; where it ends */
+    int32_t least;          /* stop tokens are banned while the length is less */
+    int32_t ngram;          /* no n tokens in a row come twice; 0: they may */
+    const int32_t *stop;    /* [n_stop] */
+    int32_t n_stop;
+    int32_t ignore_stop;    /* do not end there */
+    int32_t *banned;        /* [n_stop + most], where the row's draw finds what is banned */
+    int32_t *token;         /* what it drew, [steps] */
+    float *logprob;
+    int32_t drawn;          /* how many there are */
+    int32_t ended;
+} psoup__decoding;
+
+/* The arrays a decoding batch is run with, row by row; `advance` moves them on. */
+typedef struct psoup__decode_state {
+    psoup__decoding *decoding;
+    psoup__draw *draw;
+    int32_t *token, *position, *place;
+    psoup__span *span;
+} psoup__decode_state;
+
 typedef struct psoup__adamw_args {
     float lr, beta1, beta2, epsilon, weight_decay; /* decoupled decay, Loshchilov & Hutter 2019 */
     float correction1, correction2; /* 1 − beta^step */
@@ -121,6 +145,12 @@ typedef struct psoup__ops {
                          psoup_error *error);
     void (*copy)(psoup__backend *be, void *out, const void *in, size_t bytes);
     void (*zero)(psoup__backend *be, void *out, size_t bytes);
+
+    /* Steps that repeat, where launching them costs. After `record` ops are noted and not done; `replay` does
+     * what was noted, so many times. Between the two nothing is written, read or allocated: a step that needs
+     * it is refused with PSOUP_ERROR_UNSUPPORTED, and nothing of it is done. NULL on the CPU. */
+    void (*record)(psoup__backend *be);
+    psoup_status (*replay)(psoup__backend *be, int32_t times, psoup_error *error);
 
     /* Packs a frozen weight once for `forward` (x·Wᵀ) and, when asked, `backward` (dy·W). Not an op
      * in the sense above: it allocates. unpack frees both. */
@@ -232,6 +262,11 @@ typedef struct psoup__ops {
     void (*sample)(psoup__backend *be, int32_t *token /* [rows] */, float *logprob /* [rows] */,
                    const float *logits, const psoup__draw *draw /* [rows] */, int32_t rows,
                    int32_t vocab);
+
+    /* Row i has drawn token[i]: notes it and, unless it ended with it, makes the row's state that of the next
+     * step. A row that has ended stays as it is. Where `record` is, else NULL. */
+    void (*advance)(psoup__backend *be, const psoup__decode_state *state, const int32_t *token,
+                    const float *logprob, const psoup__keys *cache, int32_t rows);
 
     /* One optimiser step over a flat buffer of n parameters. */
     void (*adamw)(psoup__backend *be, float *p, float *m, float *v, const float *g, size_t n,

@@ -263,6 +263,9 @@ typedef struct psoup_session_options {
     int64_t cache_tokens;  /* since 0.3: tokens that the cache holds of all sequences together, as keys and values;
                             * one waits until there is room for its prompt and longest answer. 0: max_sequences ·
                             * max_tokens. At least one sequence of max_tokens always fits */
+    int32_t steps;         /* since 0.3: tokens that a GPU decodes of every sequence before the host looks again,
+                            * 1 to 1024; 0: 8. Callbacks come that late, results are the same. The CPU takes one */
+    int32_t reserved2;     /* 0 */
 } psoup_session_options;
 #define PSOUP_SESSION_OPTIONS_INIT {.size = sizeof(psoup_session_options)}
 
@@ -277,7 +280,8 @@ psoup_status psoup_session_create(psoup_model *model, const psoup_session_option
 /* Queues a prompt (tokens, mix and sampling are copied) under the caller's id. */
 psoup_status psoup_session_submit(psoup_session *session, int64_t id, const psoup_prompt *prompt,
                                   psoup_error *error);
-/* One step: admits waiting prompts to free places, then one new token for every running sequence.
+/* One step: admits waiting prompts to free places, then one new token for every running sequence; on a GPU
+ * up to options.steps of them, where no prompt is under way.
  * *running receives how many are running or waiting afterwards. */
 psoup_status psoup_session_step(psoup_session *session, psoup_token_fn on_token, void *user,
                                 size_t *running, psoup_error *error);

@@ -169,6 +169,8 @@ void psoup__blas_run(psoup__gpu *gpu, const psoup__product *product, float *c, c
     psoup__blas *blas = &gpu->blas;
     if (gpu->failed.status != PSOUP_OK || product->m == 0 || product->n == 0)
         return;
+    if (psoup__record_product(gpu, product, c, a, b))
+        return;
     uint32_t alignment = alignment_of(c, a, b);
     psoup__blas_plan *plan = &blas->plans[slot_of(product, alignment)];
     int result = 0;

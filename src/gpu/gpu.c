@@ -80,6 +80,8 @@ psoup_status psoup__gpu_finish(psoup__gpu *gpu, psoup_error *error) {
 static psoup_status gpu_read(psoup__backend *be, void *host, const void *in, size_t bytes,
                              psoup_error *error) {
     psoup__gpu *gpu = psoup__gpu_of(be);
+    if (psoup__record_refuse(gpu))
+        return PSOUP_OK; /* replay tells */
     if (enter(gpu) && bytes > 0)
         psoup__gpu_failed(gpu, gpu->driver.to_host(host, psoup__gpu_address(in), bytes, gpu->stream),
                           "a copy to the host");
@@ -88,7 +90,7 @@ static psoup_status gpu_read(psoup__backend *be, void *host, const void *in, siz
 
 static void gpu_copy(psoup__backend *be, void *out, const void *in, size_t bytes) {
     psoup__gpu *gpu = psoup__gpu_of(be);
-    if (enter(gpu) && bytes > 0)
+    if (bytes > 0 && !psoup__record_copy(gpu, psoup__gpu_address(out), psoup__gpu_address(in), bytes) && enter(gpu))
         psoup__gpu_failed(gpu, gpu->driver.copy(psoup__gpu_address(out), psoup__gpu_address(in), bytes,
                                                 gpu->stream),
                           "a copy");
@@ -96,7 +98,7 @@ static void gpu_copy(psoup__backend *be, void *out, const void *in, size_t bytes
 
 static void gpu_zero(psoup__backend *be, void *out, size_t bytes) {
     psoup__gpu *gpu = psoup__gpu_of(be);
-    if (enter(gpu) && bytes > 0)
+    if (bytes > 0 && !psoup__record_copy(gpu, psoup__gpu_address(out), 0, bytes) && enter(gpu))
         psoup__gpu_failed(gpu, gpu->driver.set(psoup__gpu_address(out), 0, bytes, gpu->stream), "zeroing");
 }
 
@@ -174,6 +176,7 @@ static void close_gpu(psoup__gpu *gpu) {
         d->context_set(gpu->context);
         if (gpu->stream)
             d->stream_wait(gpu->stream);
+        psoup__record_free(gpu);
         psoup__blas_close(gpu);
         psoup__upload_free(gpu);
         if (gpu->room)
@@ -251,6 +254,8 @@ static void fill(psoup__ops *ops) {
     ops->read = gpu_read;
     ops->copy = gpu_copy;
     ops->zero = gpu_zero;
+    ops->record = psoup__gpu_record;
+    ops->replay = psoup__gpu_replay;
     ops->reserve = gpu_reserve;
     ops->cache = gpu_cache;
     ops->weight_pack = gpu_weight_pack;
@@ -261,6 +266,7 @@ static void fill(psoup__ops *ops) {
     psoup__gpu_fill_linear_mix(ops);
     psoup__gpu_fill_loss(ops);
     psoup__gpu_fill_sample(ops);
+    psoup__gpu_fill_advance(ops);
     psoup__gpu_fill_adamw(ops);
 }
 

@@ -5,6 +5,7 @@
 #include "../../cuda/kernels.h"
 #include "gpu/blas.h"
 #include "gpu/driver.h"
+#include "gpu/record.h"
 #include "ops.h"
 
 enum { PSOUP__GPU_IMAGES = 32 };
@@ -49,6 +50,7 @@ typedef struct psoup__gpu {
     unsigned dynamic_shared[PSOUP__KERNEL_COUNT]; /* most asked for so far */
     psoup__blas blas;
     psoup__upload upload;
+    psoup__record record;
     psoup__cu_pointer room; /* what ops take beside their arguments: see ops->reserve */
     size_t room_bytes;
     psoup__cast cast;
@@ -80,11 +82,6 @@ psoup_status psoup__gpu_make_room(psoup__gpu *gpu, size_t bytes, psoup_error *er
 
 /* ---- launch.c ------------------------------------------------------------------------------------------- */
 
-typedef struct psoup__grid {
-    unsigned x, y, z;    /* blocks */
-    unsigned threads;    /* of a block */
-    unsigned shared;     /* bytes of dynamic shared memory */
-} psoup__grid;
 /* Puts a kernel into the stream. Nothing happens where a dimension of the grid is 0. */
 void psoup__gpu_launch(psoup__gpu *gpu, psoup__kernel kernel, psoup__grid grid, const void *args);
 #define PSOUP__LAUNCH(gpu, name, grid, ...)                                                                \
@@ -129,6 +126,7 @@ void psoup__gpu_fill_attention(psoup__ops *ops);
 void psoup__gpu_fill_linear_mix(psoup__ops *ops);
 void psoup__gpu_fill_loss(psoup__ops *ops);
 void psoup__gpu_fill_sample(psoup__ops *ops);
+void psoup__gpu_fill_advance(psoup__ops *ops);
 void psoup__gpu_fill_adamw(psoup__ops *ops);
 
 /* image.S: the kernels, each file's as a fatbin, 0 at the end. Where nvcc was missing there is one, "none". */

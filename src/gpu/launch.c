@@ -9,6 +9,12 @@ static const char *const names[PSOUP__KERNEL_COUNT] = {
 #undef NAME
 };
 
+static const size_t sizes[PSOUP__KERNEL_COUNT] = {
+#define SIZE(name, args) sizeof(psoup__##args##_args),
+    PSOUP__KERNELS(SIZE)
+#undef SIZE
+};
+
 static psoup__cu_function find(psoup__gpu *gpu, psoup__kernel kernel) {
     psoup__cu_function *function = &gpu->functions[kernel];
     psoup__cu_result result = 0;
@@ -27,6 +33,8 @@ void psoup__gpu_launch(psoup__gpu *gpu, psoup__kernel kernel, psoup__grid grid, 
     if (gpu->failed.status != PSOUP_OK || grid.x == 0 || grid.y == 0 || grid.z == 0)
         return;
     gpu->cast.of = NULL;
+    if (psoup__record_kernel(gpu, kernel, grid, args, sizes[kernel]))
+        return;
     psoup__cu_function function = find(gpu, kernel);
     if (!function)
         return;

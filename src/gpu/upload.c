@@ -51,7 +51,7 @@ static size_t take(psoup__gpu *gpu, size_t bytes) {
 
 const void *psoup__gpu_stage(psoup__gpu *gpu, const void *host, size_t bytes) {
     psoup__upload *s = &gpu->upload;
-    if (gpu->failed.status != PSOUP_OK || bytes > HALF)
+    if (gpu->failed.status != PSOUP_OK || bytes > HALF || psoup__record_refuse(gpu))
         return NULL;
     size_t at = take(gpu, bytes > 0 ? bytes : 1);
     if (at == SIZE_MAX)
@@ -66,6 +66,8 @@ const void *psoup__gpu_stage(psoup__gpu *gpu, const void *host, size_t bytes) {
 
 void psoup__gpu_write(psoup__gpu *gpu, psoup__cu_pointer out, const void *host, size_t bytes) {
     const char *from = host;
+    if (psoup__record_refuse(gpu))
+        return;
     while (bytes > 0 && gpu->failed.status == PSOUP_OK) {
         size_t n = bytes < HALF ? bytes : HALF, at = take(gpu, n);
         if (at == SIZE_MAX)

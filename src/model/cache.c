@@ -25,20 +25,24 @@ psoup_status psoup__cache_create(psoup_model *model, int32_t sequences, int32_t 
     int64_t each = ((int64_t)max_tokens + cache->page - 1) / cache->page, pages = sequences * each;
     if (tokens > 0 && tokens / cache->page < pages)
         pages = tokens / cache->page > each ? tokens / cache->page : each; /* one sequence at least */
+    cache->most = (int32_t)each;
+    bool spare = be->ops->replay != NULL;
+    cache->spare = spare ? (int32_t)pages : -1;
     size_t item = psoup_dtype_size(cache->dtype), cells = 0;
     psoup_status status = PSOUP_ERROR_MEMORY;
-    if (!psoup__multiply((size_t)pages, (size_t)cache->page, &cells) || cells > INT32_MAX ||
+    if (!psoup__multiply((size_t)pages + spare, (size_t)cache->page, &cells) || cells > INT32_MAX ||
         !psoup__multiply(cells, (size_t)model->kv_width, &cells) ||
         !psoup__multiply(cells, (size_t)model->config.num_hidden_layers, &cells)) {
         status = psoup__out_of_memory(error, SIZE_MAX);
         goto fail;
     }
-    cache->pages = cache->n_unused = (int32_t)pages;
+    cache->n_unused = (int32_t)pages;
+    cache->pages = (int32_t)pages + spare;
     if (!(cache->k = be->ops->alloc(be, cells, item, error)) || !(cache->v = be->ops->alloc(be, cells, item, error)) ||
         !(cache->unused = psoup__alloc(model->context, (size_t)pages, sizeof *cache->unused, error)))
         goto fail;
-    for (int32_t i = 0; i < cache->pages; i++) /* taken from the end: page 0 first */
-        cache->unused[i] = cache->pages - 1 - i;
+    for (int32_t i = 0; i < cache->n_unused; i++) /* taken from the end: page 0 first */
+        cache->unused[i] = cache->n_unused - 1 - i;
     *out = cache;
     return PSOUP_OK;
 fail:

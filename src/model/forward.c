@@ -22,30 +22,31 @@ psoup__attention_shape psoup__model_attention(const psoup_model *model) {
                                     .dtype = model->embed.dtype};
 }
 
+psoup__keys psoup__cached_keys(const psoup__tape *t, const psoup__cached *cached, int32_t layer) {
+    const psoup__cache *cache = cached->cache;
+    psoup__keys keys = {.dtype = cache->dtype, .stride = t->model->kv_width};
+    size_t rows = (size_t)layer * (size_t)cache->pages * (size_t)cache->page;
+    size_t bytes = rows * (size_t)keys.stride * psoup_dtype_size(cache->dtype);
+    keys.k = cache->k + bytes;
+    keys.v = cache->v + bytes;
+    keys.pages = t->model->be->ops->page ? t->pages : NULL;
+    return keys;
+}
+
 /* The keys that a layer's queries attend to: those just made or, with a cache, the layer's part of it,
  * where the new ones are put first. */
 static psoup__keys keys_of(psoup__tape *t, const psoup__layer_tape *a, const psoup__cached *cached,
                            int32_t layer) {
     psoup__backend *be = t->model->be;
-    psoup__keys keys = {.dtype = PSOUP_F32, .stride = t->model->kv_width, .k = a->k, .v = a->v};
     if (!cached)
-        return keys;
-    const psoup__cache *cache = cached->cache;
-    size_t rows = (size_t)layer * (size_t)cache->pages * (size_t)cache->page;
-    size_t bytes = rows * (size_t)keys.stride * psoup_dtype_size(cache->dtype);
-    keys.dtype = cache->dtype;
-    keys.k = cache->k + bytes;
-    keys.v = cache->v + bytes;
-    keys.pages = be->ops->page ? t->pages : NULL;
+        return (psoup__keys){.dtype = PSOUP_F32, .stride = t->model->kv_width, .k = a->k, .v = a->v};
+    psoup__keys keys = psoup__cached_keys(t, cached, layer);
     be->ops->cache_append(be, &keys, t->place, a->k, a->v, t->rows, t->model->kv_width);
     return keys;
 }
 
-psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *t, const psoup__batch *batch,
-                                   bool save, const psoup__cached *cached, psoup_error *error) {
-    psoup_status status = psoup__tape_prepare(t, batch, save, cached, error);
-    if (status != PSOUP_OK)
-        return status;
+void psoup__forward_run(psoup__tape *t, const psoup__cached *cached) {
+    psoup_model *model = t->model;
     psoup__backend *be = model->be;
     const psoup__ops *ops = be->ops;
     const psoup_model_config *c = &model->config;
@@ -80,7 +81,14 @@ psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *t, const pso
     }
     ops->rmsnorm(be, t->hidden, t->rstd, t->layers[c->num_hidden_layers].x, model->norm,
                  c->rms_norm_eps, rows, dim);
-    return PSOUP_OK;
+}
+
+psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *t, const psoup__batch *batch,
+                                   bool save, const psoup__cached *cached, psoup_error *error) {
+    psoup_status status = psoup__tape_prepare(t, batch, save, cached, error);
+    if (status == PSOUP_OK)
+        psoup__forward_run(t, cached);
+    return status;
 }
 
 psoup_status psoup__forward(psoup_model *model, psoup__tape *tape, const psoup__batch *batch,

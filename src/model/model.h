@@ -158,6 +158,8 @@ typedef struct psoup__batch {
     const int32_t *tokens; /* [rows] */
     const int32_t *start;  /* [n + 1]; start[n] == rows */
     const float *mix;      /* [n, n_adapters], NULL: the base */
+    int32_t ahead;         /* 0; else each sequence has one row, and goes on by itself for so many tokens: its pages
+                            * are all listed, every adapter lists every row, and no size says how long it is yet */
     float dropout;         /* on the adapters' input; 0: none */
     const uint64_t *dropout_seed;   /* [n], with dropout > 0: a pattern per (seed, stream) pair, */
     const uint64_t *dropout_stream; /* [n], layer, linear, position and element */

@@ -6,57 +6,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "model/tape.h"
-
-/* One sequence, waiting or running. */
-typedef struct sequence {
-    struct sequence *next; /* in the queue */
-    int64_t id;
-    uint64_t stream;
-    psoup_sampling sampling; /* stop_tokens is ours */
-    int32_t *stop, n_stop;
-    int32_t *tokens; /* [prompt + room]: prompt, then output */
-    int32_t prompt, length, room;
-    int32_t past; /* tokens whose keys and values the cache holds */
-    int32_t *pages, n_pages; /* of the cache; it has them while it runs */
-    float *mix; /* [n_adapters] */
-    uint64_t edition; /* of the model's adapters */
-    int32_t *banned; /* [n_stop + prompt + room] */
-} sequence;
-
-/* What a sequence does in this step. */
-typedef struct part {
-    sequence *s;
-    int32_t take;    /* rows */
-    int32_t sampled; /* its place among the rows that give a token, or −1 */
-} part;
-
-struct psoup_session {
-    psoup_model *model;
-    psoup__tape *tape;
-    int32_t places, max_tokens, prefill_rows;
-    psoup__cache *cache;
-    sequence **running; /* [places], in order of admission */
-    int32_t n_running;
-    sequence *first_waiting, *last_waiting;
-    size_t n_waiting;
-    /* The step's batch: host arrays, sized once. */
-    part *parts;                      /* [places] */
-    int32_t *tokens;                  /* [prefill_rows + places] */
-    int32_t *start, *past;            /* [places + 1], [places] */
-    int32_t **pages;                  /* [places] */
-    float *mix;                       /* [places, n_adapters] */
-    size_t mix_capacity;
-    int32_t *sample_row;              /* [places] */
-    psoup__draw *draws;               /* [places] */
-    psoup__draw *device_draws;        /* device [chunk_rows] */
-    int32_t *device_banned;           /* device [banned_capacity]: of all of a chunk's rows in turn */
-    size_t banned_capacity;
-    int32_t *drawn;                   /* [places] */
-    float *logprobs;                  /* [places] */
-    int32_t *device_token;            /* device [chunk_rows] */
-    float *device_logprob;            /* device [chunk_rows] */
-};
+#include "model/session.h"
 
 /* ---- create and free -------------------------------------------------------------------------- */
 
@@ -85,6 +35,7 @@ void psoup_session_free(psoup_session *session) {
     }
     psoup__tape_free(session->tape);
     psoup__cache_free(session->cache);
+    psoup__window_free(session);
     void *device[] = {session->device_token, session->device_logprob, session->device_draws,
                       session->device_banned};
     for (size_t i = 0; i < sizeof device / sizeof *device; i++)
@@ -129,12 +80,13 @@ psoup_status psoup_session_create(psoup_model *model, const psoup_session_option
     psoup_status status;
     PSOUP__TRY(psoup__options(&full, sizeof full, options, "psoup_session_options", error));
     if (full.max_sequences < 0 || full.max_tokens < 0 || full.prefill_rows < 0 || full.reserved ||
-        full.cache_tokens < 0)
+        full.cache_tokens < 0 || full.steps < 0 || full.steps > 1024 || full.reserved2)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_session_options: max_sequences %d, max_tokens %d, prefill_rows "
-                           "%d, reserved %d, cache_tokens %lld: expected no negative number, and reserved 0",
+                           "psoup_session_options: max_sequences %d, max_tokens %d, prefill_rows %d, "
+                           "reserved %d, cache_tokens %lld, steps %d, reserved2 %d: expected no negative number, "
+                           "at most 1024 steps, and reserved ones 0",
                            (int)full.max_sequences, (int)full.max_tokens, (int)full.prefill_rows,
-                           (int)full.reserved, (long long)full.cache_tokens);
+                           (int)full.reserved, (long long)full.cache_tokens, (int)full.steps, (int)full.reserved2);
     session = psoup__alloc(model->context, 1, sizeof *session, error);
     if (!session)
         return PSOUP_ERROR_MEMORY;
@@ -153,6 +105,7 @@ psoup_status psoup_session_create(psoup_model *model, const psoup_session_option
     PSOUP__TRY(psoup__cache_create(model, session->places, session->max_tokens, full.cache_tokens,
                                    &session->cache, error));
     PSOUP__TRY(allocate(session, error));
+    session->steps = model->be->ops->replay ? (full.steps ? full.steps : 8) : 1;
     *out = session;
     return PSOUP_OK;
 fail:
@@ -435,20 +388,25 @@ static void retire(psoup_session *session, sequence *s) {
     free_sequence(session->model->context, s);
 }
 
-static psoup_status deliver(psoup_session *session, int32_t parts, psoup_token_fn on_token,
-                            void *user, psoup_error *error) {
-    for (int32_t i = 0; i < parts; i++) {
-        const part *p = &session->parts[i];
-        sequence *s = p->s;
-        s->past += p->take;
-        if (p->sampled < 0)
+psoup_status psoup__session_deliver(psoup_session *session, int32_t *parts, psoup_token_fn on_token, void *user,
+                                    psoup_error *error) {
+    int32_t n = *parts;
+    *parts = 0;
+    for (int32_t i = 0; i < n; i++) {
+        const part p = session->parts[i];
+        sequence *s = p.s;
+        s->past += p.take;
+        if (p.sampled < 0)
             continue;
-        int32_t token = session->drawn[p->sampled];
+        int32_t token = session->drawn[p.sampled];
+        float logprob = session->logprobs[p.sampled];
         int64_t id = s->id;
         psoup_finish finish = take_token(s, token);
         if (finish != PSOUP_FINISH_NONE)
             retire(session, s);
-        if (on_token && on_token(user, id, token, session->logprobs[p->sampled], finish))
+        else
+            session->parts[(*parts)++] = p;
+        if (on_token && on_token(user, id, token, logprob, finish))
             return psoup__fail(error, PSOUP_ERROR_CANCELLED, "stopped by the token callback");
     }
     return PSOUP_OK;
@@ -464,10 +422,17 @@ psoup_status psoup_session_step(psoup_session *session, psoup_token_fn on_token,
     admit(session);
     if (session->n_running > 0) {
         PSOUP__TRY(gather(session, &batch, &samples, error));
-        psoup__cached cached = {session->cache, session->pages, session->past};
+        if (psoup__window_fits(session, &batch, samples)) {
+            status = psoup__window_run(session, &batch, on_token, user, error);
+            if (status != PSOUP_ERROR_UNSUPPORTED)
+                goto fail;
+            session->steps = 1; /* nothing was done */
+        }
+        psoup__cached cached = {.cache = session->cache, .pages = session->pages, .past = session->past};
         PSOUP__TRY(psoup__forward_cached(session->model, session->tape, &batch, false, &cached, error));
         PSOUP__TRY(draw(session, samples, error));
-        PSOUP__TRY(deliver(session, batch.n, on_token, user, error));
+        int32_t parts = batch.n;
+        PSOUP__TRY(psoup__session_deliver(session, &parts, on_token, user, error));
     }
 fail:
     if (running)

@@ -275,6 +275,9 @@ static void expand_mix(psoup__tape *t, const psoup__batch *batch) {
         }
         if (used == before)
             continue;
+        if (t->ahead) /* all rows, whose weights say who is meant: the list stays the same */
+            for (used = before; used < before + t->rows; used++)
+                t->used_by[used] = used - before;
         for (int32_t s = 0; s < batch->n; s++)
             for (int32_t r = batch->start[s]; r < batch->start[s + 1]; r++)
                 t->weight_host[(size_t)r * active + (size_t)slot] =
@@ -301,11 +304,14 @@ static int32_t cached_row(const psoup__cached *cached, int32_t s, int32_t token)
 static int32_t expand_pages(psoup__tape *t, const psoup__cached *cached, int32_t s, int32_t keys, size_t *listed) {
     if (t->model->be->ops->page == 0)
         return cached_row(cached, s, 0);
-    int32_t first = (int32_t)*listed, n = psoup__cache_pages(cached->cache, keys);
+    int32_t first = (int32_t)*listed;
+    int32_t n = t->ahead ? cached->n_pages[s] : psoup__cache_pages(cached->cache, keys);
     memcpy(t->pages_host + *listed, cached->pages[s], (size_t)n * sizeof *t->pages_host);
-    *listed += (size_t)n;
+    *listed += (size_t)(t->ahead ? cached->cache->most : n);
     return first;
 }
+
+enum { AHEAD_KEYS = 256 };
 
 /* Where each sequence's queries find their keys: in the batch itself, or in a layer of the cache. */
 static void expand_sequences(psoup__tape *t, const psoup__batch *batch, const psoup__cached *cached) {
@@ -330,6 +336,8 @@ static void expand_sequences(psoup__tape *t, const psoup__batch *batch, const ps
             }
         }
     }
+    if (t->ahead) /* in steps, so that it seldom changes */
+        t->spans.most_keys = (t->spans.most_keys + t->ahead + AHEAD_KEYS - 1) / AHEAD_KEYS * AHEAD_KEYS;
 }
 
 psoup_status psoup__tape_prepare(psoup__tape *t, const psoup__batch *batch, bool save,
@@ -340,18 +348,24 @@ psoup_status psoup__tape_prepare(psoup__tape *t, const psoup__batch *batch, bool
     int32_t positions = 0;
     t->rows = t->pulls = 0; /* until all is well there is no batch to ask about */
     PSOUP__TRY(check_batch(model, batch, cached, &positions, error));
+    positions = positions < model->config.max_position_embeddings - batch->ahead
+                    ? positions + batch->ahead
+                    : model->config.max_position_embeddings;
     PSOUP__TRY(psoup__model_positions(model, positions, error));
     t->rows = batch->rows;
     t->n = batch->n;
     t->saved = save;
+    t->ahead = batch->ahead;
     t->dropout = batch->dropout;
     t->active = count_active(model, batch);
     t->n_adapters = model->n_adapters;
     t->edition = model->edition;
     t->n_pages = 0;
     for (int32_t s = 0; cached && ops->page && s < batch->n; s++)
-        t->n_pages += (size_t)psoup__cache_pages(cached->cache,
-                                                 cached->past[s] + batch->start[s + 1] - batch->start[s]);
+        t->n_pages += (size_t)(t->ahead ? cached->cache->most
+                                        : psoup__cache_pages(cached->cache, cached->past[s] +
+                                                                                batch->start[s + 1] -
+                                                                                batch->start[s]));
 
     psoup__slab_measure(&t->host);
     lay_out_host(t, cached != NULL);

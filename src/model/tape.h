@@ -25,6 +25,8 @@ typedef struct psoup__cache {
     psoup_dtype dtype;
     char *k, *v;         /* device */
     int32_t page, pages; /* rows in a page, and how many pages: their product is an int32 */
+    int32_t most;        /* pages of one sequence at most */
+    int32_t spare;       /* a page that is never handed out, for rows that fill a batch up; or −1 */
     int32_t *unused, n_unused;
 } psoup__cache;
 /* Room for so many sequences of max_tokens; with tokens > 0, for so many tokens of all together. */
@@ -39,6 +41,7 @@ void psoup__cache_give(psoup__cache *cache, const int32_t *pages, int32_t n);
 typedef struct psoup__cached {
     psoup__cache *cache;
     int32_t *const *pages; /* host [batch n], each its own, for past and new tokens */
+    const int32_t *n_pages; /* host [batch n], with batch->ahead: how many each has */
     const int32_t *past;   /* host [batch n]: tokens it already holds */
 } psoup__cached;
 
@@ -64,6 +67,7 @@ struct psoup__tape {
     /* The batch. */
     int32_t n, rows;
     bool saved;       /* holds what a backward needs */
+    int32_t ahead;    /* see psoup__batch */
     float dropout;
     int32_t active;   /* adapters with a non-zero weight somewhere */
     int32_t n_adapters;
@@ -129,6 +133,10 @@ psoup_status psoup__check_rows(const psoup__tape *tape, const int32_t *row, cons
                                int32_t n, psoup_error *error);
 
 psoup__attention_shape psoup__model_attention(const psoup_model *model);
+/* psoup__forward's passes over a batch that was prepared. */
+void psoup__forward_run(psoup__tape *tape, const psoup__cached *cached);
+/* A layer of the cache, as `advance` and attention take it. */
+psoup__keys psoup__cached_keys(const psoup__tape *tape, const psoup__cached *cached, int32_t layer);
 /* psoup__forward over a cache: positions go on from what each sequence has there. */
 psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *tape,
                                    const psoup__batch *batch, bool save,

@@ -68,7 +68,7 @@ int number_of(const char *name, int otherwise) {
     return text && *text ? std::atoi(text) : otherwise;
 }
 
-size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+[[maybe_unused]] size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
 void open_memory(bool open) {
 #ifndef ADDRESS_SANITIZER

@@ -502,6 +502,8 @@ psoup_session_options._fields_ = [
     ("prefill_rows", c_int32),
     ("reserved", c_int32),
     ("cache_tokens", c_int64),
+    ("steps", c_int32),
+    ("reserved2", c_int32),
 ]
 psoup_token_fn = CFUNCTYPE(c_int, c_void_p, c_int64, c_int32, c_float, c_int)
 psoup_completion._fields_ = [

@@ -123,6 +123,9 @@ class SessionOptions(TypedDict, total=False):
     # waits until there is room for its prompt and longest answer. 0: max_sequences · max_tokens. At
     # least one sequence of max_tokens always fits; default 0
     cache_tokens: int
+    # since 0.3: tokens that a GPU decodes of every sequence before the host looks again, 1 to 1024;
+    # 0: 8. Callbacks come that late, results are the same. The CPU takes one; default 0
+    steps: int
 
 
 class FeedbackOptions(TypedDict, total=False):
