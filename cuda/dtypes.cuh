@@ -50,7 +50,8 @@ __device__ __forceinline__ float read_element(q8_0, const char *row, uint64_t co
 struct q8_scale {
     float inverse; /* 0: all are written as 0 */
     f16 d;
-    __device__ __forceinline__ explicit q8_scale(uint32_t most) { /* the magnitude's bits: a NaN is above all */
+    /* Of the magnitude's bits: a NaN's are above all. */
+    __device__ __forceinline__ explicit q8_scale(uint32_t most) {
         const float scale = psoup__float_of(most) / 127.0f;
         const bool finite = most < 0x7f800000u;
         inverse = finite && scale >= 0x1p-126f ? 1.0f / scale : 0.0f; /* that of less overflows */

@@ -2,10 +2,9 @@
  *
  * A block makes a tile of 64 rows × 128 columns, a thread 4 rows × (4 + 4) columns of it; half-warps read
  * and write 4 · 16 elements side by side. Sums start from the base and take the depths of all adapters in
- * ascending order, one fused multiply-add each, B first multiplied by w s: what the CPU does where it has fused
- * operations. Depths come through shared memory in steps of 16, A as [16][128], B turned as [16][64]; the next
- * step is on its way while one is used. Everything is f32: no unit for matrices has that many bits, and at the
- * depths of adapters the product costs about what the memory does. */
+ * ascending order, one fused multiply-add each, B first multiplied by w s: what the CPU does where it has
+ * fused operations. Depths come through shared memory in steps of 16, A as [16][128], B turned as [16][64];
+ * the next step is on its way while one is used. Everything is f32, whose bits no unit for matrices keeps. */
 #include "dtypes.cuh"
 
 enum {
@@ -20,7 +19,8 @@ static_assert(THREADS == ACROSS * ROWS / 4, "4 × 8 elements to a thread");
 
 /* Four elements from `column` on; those outside are 0. */
 template <typename T>
-__device__ __forceinline__ void read_four(T of, float *x, const char *row, int column, int columns, bool wide) {
+__device__ __forceinline__ void read_four(T of, float *x, const char *row, int column, int columns,
+                                          bool wide) {
     if constexpr (sizeof(T) <= 4) {
         if (wide && column + 4 <= columns) {
             struct alignas(4 * sizeof(T)) four { T x[4]; };
@@ -55,8 +55,8 @@ __device__ __forceinline__ void write_four(T, const float *x, char *row, bool in
             reinterpret_cast<T *>(row)[column + c] = from_float<T>(x[c]);
 }
 /* A block of q8_0 is eight neighbours'. Every lane comes here. */
-__device__ __forceinline__ void write_four(q8_0, const float *x, char *row, bool inside, int column, int columns,
-                                           bool) {
+__device__ __forceinline__ void write_four(q8_0, const float *x, char *row, bool inside, int column,
+                                           int columns, bool) {
     uint32_t most = 0;
 #pragma unroll
     for (int c = 0; c < 4; c++)
@@ -76,8 +76,8 @@ __device__ __forceinline__ void write_four(q8_0, const float *x, char *row, bool
 struct step {
     float a[DEPTH * COLUMNS / THREADS], b[DEPTH * ROWS / THREADS];
 
-    __device__ __forceinline__ void fetch(const psoup__fold_tiles_args &args, const psoup__fold_factor &f, int k,
-                                          int row, int column) {
+    __device__ __forceinline__ void fetch(const psoup__fold_tiles_args &args, const psoup__fold_factor &f,
+                                          int k, int row, int column) {
         const int t = threadIdx.x;
 #pragma unroll
         for (int i = 0; i < DEPTH * COLUMNS / THREADS; i++) {
@@ -87,7 +87,8 @@ struct step {
 #pragma unroll
         for (int i = 0; i < DEPTH * ROWS / THREADS; i++) {
             const int depth = k + t % DEPTH, r = row + (i * THREADS + t) / DEPTH;
-            b[i] = depth < f.rank && r < args.rows ? __fmul_rn(f.b[(int64_t)r * f.rank + depth], f.weight) : 0;
+            const bool inside = depth < f.rank && r < args.rows;
+            b[i] = inside ? __fmul_rn(f.b[(int64_t)r * f.rank + depth], f.weight) : 0;
         }
     }
     __device__ __forceinline__ void put(float *a_tile, float *b_tile) const {

@@ -1,8 +1,8 @@
 /* Weighted sums and copies of rows: bound by memory, every input read once and the result written once.
  *
  * The sums' bits are the CPU's: each product and each sum is rounded, in the order of the inputs, the first
- * product as it is; a fused multiply-add would give others. An element is read and written by one thread, so the
- * result may be one of the inputs. */
+ * product as it is; a fused multiply-add would give others. An element is read and written by one thread, so
+ * the result may be one of the inputs. */
 #include "dtypes.cuh"
 
 template <typename T> __device__ __forceinline__ pack<T> pack_of(uint4 bits) {
@@ -58,7 +58,8 @@ template <typename T, int N> __device__ __forceinline__ void sum_few(const psoup
             float sum = 0;
 #pragma unroll
             for (int i = 0; i < N; i++) {
-                const float product = __fmul_rn(a.weight[i], read_element(T(), a.in[i] + row * a.stride[i], column));
+                const float x_i = read_element(T(), a.in[i] + row * a.stride[i], column);
+                const float product = __fmul_rn(a.weight[i], x_i);
                 sum = i == 0 ? product : __fadd_rn(sum, product);
             }
             reinterpret_cast<T *>(out)[column] = from_float<T>(sum);
@@ -88,7 +89,8 @@ __device__ __forceinline__ void write_any(T, char *row, uint64_t column, uint64_
         if (column + v * 32 < columns)
             reinterpret_cast<T *>(row)[column + v * 32] = from_float<T>(sum[v]);
 }
-__device__ __forceinline__ void write_any(q8_0, char *row, uint64_t column, uint64_t columns, const float *sum) {
+__device__ __forceinline__ void write_any(q8_0, char *row, uint64_t column, uint64_t columns,
+                                          const float *sum) {
 #pragma unroll
     for (int v = 0; v < ANY; v++)
         if (column + v * 32 < columns) { /* whole blocks: the same for the whole warp */
@@ -129,7 +131,7 @@ PSOUP__KERNEL(sum_any, PSOUP__SUM_THREADS) {
     }
 }
 
-/* ---- copies --------------------------------------------------------------------------------------------- */
+/* ---- copies ------------------------------------------------------------------------------------------- */
 
 template <typename T> __device__ __forceinline__ void copy_units(const psoup__copy_rows_args &a) {
     const uint64_t step = (uint64_t)gridDim.x * PSOUP__SUM_THREADS;

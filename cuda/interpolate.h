@@ -1,5 +1,5 @@
-/* cuda/interpolate.h: weighted sums of tensors, adapters folded into weights, rows copied. See kernels.h; what
- * they compute is said in psoup/merge.h. Strides are in bytes. */
+/* cuda/interpolate.h: weighted sums of tensors, adapters folded into weights, rows copied. See kernels.h;
+ * what they compute is said in psoup/merge.h. Strides are in bytes. */
 #ifndef PSOUP__INTERPOLATE_H
 #define PSOUP__INTERPOLATE_H
 
@@ -19,8 +19,8 @@ enum {
 /* 16-byte packs that a thread sums at a time, so that it waits for about eight loads whatever n is. */
 #define PSOUP__SUM_PACKS(n) ((n) <= 2 ? 4 : (n) <= 4 ? 2 : 1)
 
-/* Of one dtype of 16 or 32 bits, n inputs to a kernel of that n: everything lies at multiples of 16 bytes. A tile
- * is SUM_THREADS · SUM_PACKS packs of a row, the last of a row what is left of it. */
+/* Of one dtype of 16 or 32 bits, n inputs to a kernel of that n: everything lies at multiples of 16 bytes. A
+ * tile is SUM_THREADS · SUM_PACKS packs of a row, the last of a row what is left of it. */
 typedef struct psoup__sum_few_args {
     char *out;
     const char *in[PSOUP__SUM_MOST];

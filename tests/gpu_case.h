@@ -1,5 +1,5 @@
-/* What the tests of merging on a GPU share: the driver's calls as an engine has them, device memory, tensors of
- * any dtype. Public headers only. */
+/* What the tests of merging on a GPU share: the driver's calls as an engine has them, device memory, tensors
+ * of any dtype. Public headers only. */
 #ifndef GPU_CASE_H
 #define GPU_CASE_H
 
@@ -153,7 +153,8 @@ static inline char *fetched(const void *memory, size_t bytes) {
 }
 
 /* n elements of the same bits, or NaN in both. */
-static inline void check_same(const char *what, psoup_dtype dtype, const char *got, const char *expected, size_t n) {
+static inline void check_same(const char *what, psoup_dtype dtype, const char *got, const char *expected,
+                              size_t n) {
     if (memcmp(got, expected, bytes_of(dtype, n)) == 0)
         return;
     float *a = malloc(n * sizeof *a), *b = malloc(n * sizeof *b);
@@ -161,9 +162,108 @@ static inline void check_same(const char *what, psoup_dtype dtype, const char *g
     convert(b, PSOUP_F32, expected, dtype, n);
     for (size_t i = 0; i < n; i++) {
         const size_t each = dtype == PSOUP_Q8_0 ? Q8 : 1, at = bytes_of(dtype, i / each * each);
-        ck_assert_msg((isnan(a[i]) && isnan(b[i])) || memcmp(got + at, expected + at, bytes_of(dtype, each)) == 0,
-                      "%s, %s: element %zu is %.9g; expected %.9g", what, psoup_dtype_name(dtype), i, (double)a[i],
-                      (double)b[i]);
+        const bool same = memcmp(got + at, expected + at, bytes_of(dtype, each)) == 0;
+        ck_assert_msg(same || (isnan(a[i]) && isnan(b[i])), "%s, %s: element %zu is %.9g; expected %.9g", what,
+                      psoup_dtype_name(dtype), i, (double)a[i], (double)b[i]);
+    }
+    free(a);
+    free(b);
+}
+
+/* ---- a call in both places -------------------------------------------------------------------------- */
+
+enum { MOST = 40 };
+
+/* A sum's views in both places: tensors [rows, stride] of which columns from `first` on are meant. */
+typedef struct sum {
+    psoup_merge_view out, in[MOST], out_there, in_there[MOST];
+    char *here[MOST + 1], *there[MOST + 1];
+    size_t bytes[MOST + 1], n;
+    double weights[MOST];
+} sum;
+
+static inline psoup_merge_view add_tensor(sum *s, size_t i, psoup_dtype dtype, int64_t rows, int64_t columns,
+                                   int64_t stride, int64_t first, psoup_merge_view *there) {
+    const size_t n = (size_t)(rows * stride), skip = bytes_of(dtype, (size_t)first);
+    s->here[i] = tensor(dtype, n);
+    s->bytes[i] = bytes_of(dtype, n);
+    s->there[i] = on_device(s->here[i], s->bytes[i], 0);
+    psoup_merge_view view = {.data = s->here[i] + skip, .dtype = (int32_t)dtype, .rows = rows,
+                             .columns = columns, .row_stride = stride};
+    *there = view;
+    there->data = s->there[i] + skip;
+    there->place = PSOUP_MERGE_DEVICE;
+    return view;
+}
+
+static inline void add_input(sum *s, psoup_dtype dtype, int64_t columns, int64_t stride, int64_t first) {
+    const size_t i = s->n++;
+    s->weights[i] = (double)(i % 5) * 0.375 - 0.9;
+    s->in[i] = add_tensor(s, i, dtype, s->out.rows, columns, stride, first, &s->in_there[i]);
+}
+
+static inline void add_output(sum *s, psoup_dtype dtype, int64_t rows, int64_t columns, int64_t stride,
+                              int64_t first) {
+    s->out = add_tensor(s, MOST, dtype, rows, columns, stride, first, &s->out_there);
+}
+
+static inline void drop(sum *s) {
+    for (size_t i = 0; i <= MOST; i++) {
+        free(s->here[i]);
+        if (s->there[i] != NULL)
+            release(s->there[i], 0);
+    }
+}
+
+typedef struct adapters {
+    psoup_lora_factors here[MOST], there[MOST];
+    double weights[MOST];
+    size_t n;
+} adapters;
+
+static inline float *plain(size_t n) {
+    float *x = malloc((n + 1) * sizeof *x);
+    for (size_t i = 0; i < n; i++)
+        do
+            x[i] = noise();
+        while (!(fabsf(x[i]) < 3));
+    return x;
+}
+
+static inline void add_adapter(adapters *a, int32_t rank, int64_t out, int64_t in) {
+    const size_t na = (size_t)(rank * in), nb = (size_t)(rank * out);
+    psoup_lora_factors f = {.a = plain(na), .b = plain(nb), .rank = rank, .scale = 0.5f + (float)a->n};
+    a->weights[a->n] = (double)(a->n % 3) * 0.4 - 0.3;
+    a->here[a->n] = f;
+    f.a = (const float *)(const void *)on_device(f.a, na * 4, 0);
+    f.b = (const float *)(const void *)on_device(f.b, nb * 4, 0);
+    a->there[a->n++] = f;
+}
+
+static inline void drop_adapters(adapters *a) {
+    for (size_t i = 0; i < a->n; i++) {
+        free((void *)(uintptr_t)a->here[i].a);
+        free((void *)(uintptr_t)a->here[i].b);
+        release((void *)(uintptr_t)a->there[i].a, 0);
+        release((void *)(uintptr_t)a->there[i].b, 0);
+    }
+}
+
+/* The bits of a host that has fused multiply-adds. */
+static inline void check_fold(const char *what, psoup_dtype dtype, const char *got, const char *expected,
+                              size_t n) {
+    if (strcmp(psoup_context_isa(host), "generic") != 0) {
+        check_same(what, dtype, got, expected, n);
+        return;
+    }
+    float *a = malloc(n * sizeof *a), *b = malloc(n * sizeof *b);
+    convert(a, PSOUP_F32, got, dtype, n);
+    convert(b, PSOUP_F32, expected, dtype, n);
+    for (size_t i = 0; i < n; i++) {
+        const float place = dtype == PSOUP_F32 || dtype == PSOUP_F64 ? 1e-5f : 0.3f;
+        const bool near = a[i] == b[i] || fabsf(a[i] - b[i]) <= place * (1 + fabsf(b[i]));
+        ck_assert_msg(near || (isnan(a[i]) && isnan(b[i])), "%s, %s: element %zu is %.9g; expected %.9g", what,
+                      psoup_dtype_name(dtype), i, (double)a[i], (double)b[i]);
     }
     free(a);
     free(b);

@@ -1,5 +1,5 @@
-/* src/base/f8.h: the 8-bit floats to bits of f32 and back, rounded to nearest even, with torch's NaNs: one text
- * for the CPU and for the GPU. */
+/* src/base/f8.h: the 8-bit floats to bits of f32 and back, rounded to nearest even, with torch's NaNs: one
+ * text for the CPU and for the GPU. */
 #ifndef PSOUP__F8_H
 #define PSOUP__F8_H
 

@@ -21,8 +21,8 @@ static uint64_t stride_bytes(const psoup_merge_view *view) {
 }
 
 /* The GPU reads whole elements only; of q8_0 the scales are f16. */
-static psoup_status check_address(const char *who, const char *what, size_t i, const void *data, int32_t dtype,
-                                  psoup_error *error) {
+static psoup_status check_address(const char *who, const char *what, size_t i, const void *data,
+                                  int32_t dtype, psoup_error *error) {
     size_t size = psoup_dtype_size((psoup_dtype)dtype);
     size = size > 0 ? size : 2;
     if ((uintptr_t)data % size == 0)
@@ -37,16 +37,16 @@ static unsigned blocks(const psoup__gpu *gpu, uint64_t work) {
     return (unsigned)(work < most ? work : most);
 }
 
-/* ---- terms ------------------------------------------------------------------------------------------------ */
+/* ---- terms ------------------------------------------------------------------------------------------- */
 
-/* Where `count` of them are to be written: `here` if they travel with the kernel, else in the room, from where
- * stage_terms brings them to the device. */
+/* Where `count` of them are to be written: `here` if they travel with the kernel, else in the room, from
+ * where stage_terms brings them to the device. */
 static psoup_status term_room(psoup__gpu *gpu, psoup__terms *room, void *here, size_t count, size_t size,
                               void *out /* T ** */, psoup_error *error) {
     void *terms = here;
     if (count > PSOUP__UPLOAD_BYTES / 2 / size)
-        return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "%zu weights; expected at most %zu on a GPU", count,
-                           PSOUP__UPLOAD_BYTES / 2 / size);
+        return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "%zu weights; expected at most %zu on a GPU",
+                           count, PSOUP__UPLOAD_BYTES / 2 / size);
     if (count > PSOUP__TERMS && room->bytes < count * size) {
         psoup__free(gpu->base.context, room->memory);
         room->bytes = 0;
@@ -61,7 +61,8 @@ static psoup_status term_room(psoup__gpu *gpu, psoup__terms *room, void *here, s
     return PSOUP_OK;
 }
 
-static const void *stage_terms(psoup__gpu *gpu, const void *terms, const void *here, size_t count, size_t size) {
+static const void *stage_terms(psoup__gpu *gpu, const void *terms, const void *here, size_t count,
+                               size_t size) {
     return terms == here ? NULL : psoup__gpu_stage(gpu, terms, count * size);
 }
 
@@ -72,7 +73,7 @@ static size_t used(const double *weights, size_t count) {
     return n;
 }
 
-/* ---- sums ------------------------------------------------------------------------------------------------- */
+/* ---- sums -------------------------------------------------------------------------------------------- */
 
 /* The kernel of one input of a dtype; those of more follow it. */
 static psoup__kernel first_of(int32_t dtype) {
@@ -129,7 +130,8 @@ fail:
 }
 
 psoup_status psoup__gpu_sum(psoup__gpu *gpu, psoup__terms *room, const psoup_merge_view *out,
-                            const psoup_merge_view *in, const double *weights, size_t count, psoup_error *error) {
+                            const psoup_merge_view *in, const double *weights, size_t count,
+                            psoup_error *error) {
     psoup_status status;
     const size_t n = used(weights, count);
     uint64_t rows = (uint64_t)out->rows;
@@ -162,7 +164,7 @@ fail:
     return status;
 }
 
-/* ---- folds ------------------------------------------------------------------------------------------------ */
+/* ---- folds ------------------------------------------------------------------------------------------- */
 
 static psoup__kernel fold_kernel(int32_t out, int32_t base) {
     if (out == base && out == PSOUP_F32)
@@ -221,7 +223,7 @@ fail:
     return status;
 }
 
-/* ---- copies ----------------------------------------------------------------------------------------------- */
+/* ---- copies ------------------------------------------------------------------------------------------ */
 
 /* On the device: in the largest units that all addresses, lengths and strides are multiples of. */
 static void copy_here(psoup__gpu *gpu, psoup__copy_rows_args args, uint64_t bytes) {

@@ -13,7 +13,8 @@ typedef struct psoup__terms {
 
 /* Views and weights are those that the functions of psoup/merge.h have checked. */
 psoup_status psoup__gpu_sum(psoup__gpu *gpu, psoup__terms *room, const psoup_merge_view *out,
-                            const psoup_merge_view *in, const double *weights, size_t count, psoup_error *error);
+                            const psoup_merge_view *in, const double *weights, size_t count,
+                            psoup_error *error);
 psoup_status psoup__gpu_fold(psoup__gpu *gpu, psoup__terms *room, const psoup_merge_view *out,
                              const psoup_merge_view *base, int64_t first_row, int64_t first_column,
                              int64_t in_features, const psoup_lora_factors *factors, const double *weights,

@@ -12,8 +12,8 @@ struct psoup_gpu_merge {
     psoup__terms room;
 };
 
-/* The device's context instead of the thread's own, which `leave` gives back. What the caller does on streams that
- * we do not know is not to be overtaken. */
+/* The device's context instead of the thread's own, which `leave` gives back. What the caller does on streams
+ * that we do not know is not to be overtaken. */
 static psoup__cu_context enter(psoup_gpu_merge *merge) {
     psoup__gpu *gpu = merge->gpu;
     psoup__cu_context before = NULL;
@@ -43,7 +43,8 @@ static psoup_status sum(void *user, const psoup_merge_view *out, const psoup_mer
                         const double *weights, size_t count, psoup_error *error) {
     psoup_gpu_merge *merge = user;
     psoup__cu_context before = enter(merge);
-    return leave(merge, before, psoup__gpu_sum(merge->gpu, &merge->room, out, in, weights, count, error), error);
+    psoup_status status = psoup__gpu_sum(merge->gpu, &merge->room, out, in, weights, count, error);
+    return leave(merge, before, status, error);
 }
 
 static psoup_status fold(void *user, const psoup_merge_view *out, const psoup_merge_view *base,
@@ -78,7 +79,8 @@ psoup_status psoup_gpu_merge_create(psoup_context *context, psoup_gpu_merge **ou
     pthread_mutex_init(&merge->lock, NULL);
     PSOUP__TRY(psoup__gpu_open(context, false, &merge->gpu, error));
     merge->gpu->driver.context_set(merge->gpu->before);
-    const psoup_merge_device table = {.size = sizeof table, .user = merge, .sum = sum, .fold = fold, .copy = copy};
+    const psoup_merge_device table = {.size = sizeof table, .user = merge, .sum = sum, .fold = fold,
+                                      .copy = copy};
     PSOUP__TRY(psoup_merge_set_device(context, &table, error));
     *out = merge;
     return PSOUP_OK;
