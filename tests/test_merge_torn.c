@@ -324,9 +324,14 @@ static uint32_t draw(uint32_t below) { /* of the process that it is called in */
     return (uint32_t)(((uint64_t)state * below) >> 32);
 }
 
-/* Truncates and puts back, with no hole on the way: what can be read is right. */
+/* Truncates and puts back, with no hole on the way: what can be read is right. Now and then it rests, ever longer,
+ * so that the slowest merge succeeds at last. */
 static void harm_for_ever(void) {
-    for (state = 7;; usleep(draw(3) == 0 ? 50000 : draw(3000))) {
+    useconds_t rest = 20000;
+    for (int i = 0;; i++) {
+        usleep(i % 10 == 9 ? rest : draw(3000));
+        if (i % 10 == 9 && rest < 5000000)
+            rest *= 2;
         size_t cut = draw((uint32_t)whole_bytes);
         if (truncate(victim, (off_t)cut) != 0)
             _exit(1);
