@@ -124,11 +124,9 @@ template <int DIM, typename T> __device__ __forceinline__ void clean(T *tile, in
 
 template <int DIM, int M>
 __device__ __forceinline__ void begin_rows(running<DIM, M> &r) {
+    zero_sums(r.out);
 #pragma unroll
     for (int m = 0; m < M; m++) {
-#pragma unroll
-        for (int n = 0; n < DIM / 8; n++)
-            r.out[m][n][0] = r.out[m][n][1] = r.out[m][n][2] = r.out[m][n][3] = 0;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             r.max[m][h] = -INFINITY;

@@ -65,13 +65,7 @@ __device__ __forceinline__ void copy_rows(T *tile, const T *from, int64_t stride
     }
 }
 
-/* s = A Bᵀ: 16 · M rows of tile a from `row` on, N · 8 rows of tile b from `column` on. */
-template <typename T, int DIM, int M, int N>
-__device__ __forceinline__ void multiply_rows(float (&s)[M][N][4], const T *a, int row, const T *b,
-                                              int column) {
-    const int lane = threadIdx.x % 32;
-    const int left = chunk_at<DIM>(row + lane % 16, lane / 16);
-    const int right = chunk_at<DIM>(column + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+template <int M, int N> __device__ __forceinline__ void zero_sums(float (&s)[M][N][4]) {
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -79,6 +73,16 @@ __device__ __forceinline__ void multiply_rows(float (&s)[M][N][4], const T *a, i
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 s[m][n][i] = 0;
+}
+
+/* s = A Bᵀ: 16 · M rows of tile a from `row` on, N · 8 rows of tile b from `column` on. */
+template <typename T, int DIM, int M, int N>
+__device__ __forceinline__ void multiply_rows(float (&s)[M][N][4], const T *a, int row, const T *b,
+                                              int column) {
+    const int lane = threadIdx.x % 32;
+    const int left = chunk_at<DIM>(row + lane % 16, lane / 16);
+    const int right = chunk_at<DIM>(column + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    zero_sums(s);
 #pragma unroll
     for (int k = 0; k < DIM / 16; k++) {
         uint32_t x[M][4];
@@ -165,6 +169,7 @@ __device__ __forceinline__ void plain_products(float (&s)[4], const float *a, co
     const int pitch = PSOUP__PLAIN_ATTENTION_PITCH(dim);
     const float *x = a + threadIdx.x / 8 * pitch, *y = b + threadIdx.x % 8 * pitch;
     s[0] = s[1] = s[2] = s[3] = 0;
+#pragma unroll 1
     for (int d = 0; d < dim; d += 4) {
         const pack<float> p = load_pack(x + d);
 #pragma unroll

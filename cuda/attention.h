@@ -16,7 +16,8 @@
 enum {
     PSOUP__ATTENTION_WARPS = 4, /* of a block on tensor cores */
     PSOUP__ATTENTION_THREADS = PSOUP__ATTENTION_WARPS * 32,
-    PSOUP__ATTENTION_KEYS = 32, /* in a tile */
+    PSOUP__ATTENTION_KEYS = 32,      /* in a tile that rows go over */
+    PSOUP__ATTENTION_DKDV_KEYS = 64, /* in a tile that goes over rows: 16 to a warp */
     PSOUP__PLAIN_ATTENTION_TILE = 32, /* rows, and keys, in a tile of the plain kernels */
     PSOUP__PLAIN_ATTENTION_THREADS = 256,
     PSOUP__PLAIN_ATTENTION_DIM = 256,
@@ -24,6 +25,9 @@ enum {
 };
 /* Rows in a tile: 32 to a warp, 16 where the sums would not fit its registers. */
 #define PSOUP__ATTENTION_ROWS(dim) (PSOUP__ATTENTION_WARPS * ((dim) <= 128 ? 32 : 16))
+/* Rows in a tile that keys go over; into how many parts the columns of dk and dv are cut. */
+#define PSOUP__ATTENTION_DKDV_ROWS(dim) ((dim) <= 64 ? 64 : 32)
+#define PSOUP__ATTENTION_DKDV_PARTS(dim) ((dim) <= 128 ? 1 : (dim) / 128)
 /* Floats from row to row of a plain tile: of 16 bytes an odd number, so that rows begin in different
  * banks. */
 #define PSOUP__PLAIN_ATTENTION_PITCH(dim) ((((dim) + 3) / 4 | 1) * 4)
@@ -56,6 +60,34 @@ typedef struct psoup__attention_round_args {
     int32_t width, blocks;
 } psoup__attention_round_args;
 
+/* What both kernels of the gradient take beside their inputs: for each query and head lse · log2 e and
+ * <dout, out>, two floats in `stats`, and for tensor cores q and dout rounded. A warp to a query and
+ * head; blocks count `blocks` to a span. */
+typedef struct psoup__attention_prepare_args {
+    float *stats;     /* row r's begin at r · stats_pitch */
+    void *q16, *dout16; /* row r begins at r · pitch */
+    const float *dout, *q, *out, *lse;
+    const psoup__attention_span *spans;
+    int64_t pitch, stats_pitch;
+    int32_t heads, head_dim, blocks;
+} psoup__attention_prepare_args;
+
+/* attention_dkdv: a block has a tile of DKDV_KEYS keys, and with head_dim 256 a half of their gradients'
+ * columns. attention_dq: a block has a tile of rows, as in the forward. The plain kernels read f32, the
+ * others what is rounded. */
+typedef struct psoup__attention_backward_args {
+    float *dq;        /* [rows, heads · head_dim] */
+    float *dk, *dv;   /* laid out as k and v; added to */
+    const float *dout, *q, *k, *v;
+    const void *dout16, *q16, *k16, *v16; /* row r begins at r · pitch */
+    const float *stats;
+    const psoup__attention_span *spans;
+    int64_t stride, pitch, stats_pitch;
+    int32_t tiles; /* of the longest span, times the parts of a tile */
+    int32_t heads, kv_heads, head_dim;
+    float scale;
+} psoup__attention_backward_args;
+
 #define PSOUP__ATTENTION_KERNELS(X) \
     X(attention_bf16_64, attention) \
     X(attention_bf16_128, attention) \
@@ -67,6 +99,16 @@ typedef struct psoup__attention_round_args {
     X(attention_plain_bf16, attention) \
     X(attention_plain_f16, attention) \
     X(attention_round_bf16, attention_round) \
-    X(attention_round_f16, attention_round)
+    X(attention_round_f16, attention_round) \
+    X(attention_prepare_bf16, attention_prepare) \
+    X(attention_prepare_plain, attention_prepare) \
+    X(attention_dkdv_64, attention_backward) \
+    X(attention_dkdv_128, attention_backward) \
+    X(attention_dkdv_256, attention_backward) \
+    X(attention_dkdv_plain, attention_backward) \
+    X(attention_dq_64, attention_backward) \
+    X(attention_dq_128, attention_backward) \
+    X(attention_dq_256, attention_backward) \
+    X(attention_dq_plain, attention_backward)
 
 #endif

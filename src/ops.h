@@ -75,7 +75,8 @@ typedef struct psoup__spans {
 typedef struct psoup__attention_shape {
     int32_t heads, kv_heads, head_dim; /* heads is a multiple of kv_heads */
     float scale;                       /* usually 1 / sqrt(head_dim) */
-    psoup_dtype dtype;                 /* of the model's weights. A device multiplies in it, the CPU in f32 */
+    psoup_dtype dtype;                 /* of the model's weights. A device multiplies in it (gradients of f16:
+                                        * in bf16), the CPU in f32 */
 } psoup__attention_shape;
 
 /* How the next token of one row is drawn. */

@@ -91,6 +91,33 @@ static void attend(const problem *p, int span, int32_t last, size_t row, size_t 
             x->out[at + d] += w[j] * x->v[row_of(p, span, j) * kv_width + kv + d];
 }
 
+/* The gradients of Σ dout · out: formulas in src/cpu/attention.c. */
+typedef struct gradients {
+    const float *q, *k, *v, *dout;
+    double *dq, *dk, *dv;
+} gradients;
+
+static void gradient(const problem *p, int span, int32_t last, size_t row, size_t head, void *arg) {
+    gradients *x = arg;
+    const size_t dim = (size_t)p->dim, kv_width = (size_t)p->kv_heads * dim, heads = (size_t)p->heads;
+    const size_t at = (row * heads + head) * dim, kv = head / (heads / (size_t)p->kv_heads) * dim;
+    double w[256], dw[256], mean = 0;
+    weights(p, w, span, last, x->q + at, kv, x->k);
+    for (int32_t j = 0; j <= last; j++) {
+        dw[j] = dot(x->dout + at, x->v + row_of(p, span, j) * kv_width + kv, p->dim);
+        mean += w[j] * dw[j];
+    }
+    for (int32_t j = 0; j <= last; j++) {
+        const size_t key = row_of(p, span, j) * kv_width + kv;
+        const double ds = w[j] * (dw[j] - mean) / sqrt(p->dim);
+        for (size_t d = 0; d < dim; d++) {
+            x->dq[at + d] += ds * x->k[key + d];
+            x->dk[key + d] += ds * x->q[at + d];
+            x->dv[key + d] += w[j] * x->dout[at + d];
+        }
+    }
+}
+
 /* Rows of no span stay NaN: they are put in order for the comparison. */
 static void expect_rows(checker *c, const problem *p, const char *what, buffer *b, double *want, size_t width,
                         double tolerance) {
@@ -179,6 +206,36 @@ static void check_nan(checker *c, int32_t dim, psoup_dtype dtype, bool value) {
     expect_true(c, "NaN from that query on", right);
 }
 
+static void check_backward(checker *c, problem *p) {
+    begin(c, "attention_backward", "%s, head_dim %d, heads %d of %d", psoup_dtype_name(p->dtype), (int)p->dim,
+          (int)p->heads, (int)p->kv_heads);
+    lay_out(p);
+    const size_t rows = (size_t)p->queries, heads = (size_t)p->heads, n = rows * heads * (size_t)p->dim;
+    const size_t cells = (size_t)p->rows * (size_t)p->kv_heads * (size_t)p->dim;
+    buffer *q = input(c, n), *k = input(c, cells), *v = input(c, cells), *dout = input(c, n);
+    buffer *out = output(c, n), *lse = output(c, rows * heads), *dq = output(c, n);
+    buffer *dk = input(c, cells), *dv = input(c, cells);
+    gradients x = {q->host, k->host, v->host, dout->host, doubles(n), doubles_of(dk->host, cells),
+                   doubles_of(dv->host, cells)};
+    poison(p, k, v);
+    put(c, k);
+    put(c, v);
+    for_each(p, gradient, &x);
+    const psoup__keys keys = {.dtype = PSOUP_F32, .stride = (int64_t)p->kv_heads * p->dim, .k = k->device,
+                              .v = v->device, .dk = dk->device, .dv = dv->device};
+    const psoup__spans spans = {block(c, p->span, sizeof p->span), SPANS, 100, 130};
+    const psoup__attention_shape shape = {p->heads, p->kv_heads, p->dim, (float)(1 / sqrt(p->dim)), p->dtype};
+    c->ops->reserve(c->be, p->rows, p->heads * p->dim, NULL);
+    c->ops->attention(c->be, out->device, lse->device, q->device, &keys, &spans, &shape);
+    c->ops->attention_backward(c->be, dq->device, dout->device, q->device, out->device, lse->device, &keys,
+                               &spans, &shape);
+    const double tolerance = accuracy(c, p->dtype == PSOUP_F32 ? PSOUP_F32 : PSOUP_BF16);
+    expect_rows(c, p, "dq", dq, x.dq, heads * (size_t)p->dim, tolerance);
+    expect(c, "dk", dk, x.dk, tolerance);
+    expect(c, "dv", dv, x.dv, tolerance);
+    free(x.dq), free(x.dk), free(x.dv);
+}
+
 void check_attention(checker *c) {
     static const int32_t dims[] = {16, 37, 64, 128, 256};
     static const int32_t heads[][2] = {{1, 1}, {4, 2}, {4, 1}, {2, 1}, {2, 2}};
@@ -190,6 +247,7 @@ void check_attention(checker *c) {
             if (c->cuda)
                 check_forward(c, &(problem){h[0], h[1], dims[i], dtypes[t], dtypes[t], i % 2 == t % 2,
                                             .rows = 0});
+            check_backward(c, &(problem){h[0], h[1], dims[i], dtypes[t], PSOUP_F32, false, .rows = 0});
             check_nan(c, dims[i], dtypes[t], false);
             check_nan(c, dims[i], dtypes[t], true);
         }
