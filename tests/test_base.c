@@ -156,7 +156,9 @@ START_TEST(contexts) {
     ck_assert_int_eq(psoup_context_create(&o, &context, &error), code);                            \
     ck_assert_ptr_null(context);                                                                   \
     CONTAINS(error, text)
-    REFUSED(o.device = "cuda:0", PSOUP_ERROR_UNSUPPORTED, "no GPU");
+    REFUSED(o.device = "gpu", PSOUP_ERROR_ARGUMENT, "device is \"gpu\"; expected \"cpu\", \"cuda\" or \"cuda:N\"");
+    REFUSED(o.device = "cuda:x", PSOUP_ERROR_ARGUMENT, "device is \"cuda:x\"");
+    REFUSED(o.stream = &context, PSOUP_ERROR_ARGUMENT, "a stream is given, but the device is the CPU");
     REFUSED(o.threads = -1, PSOUP_ERROR_ARGUMENT, "threads is -1");
     REFUSED(o.threads = 1 << 20, PSOUP_ERROR_ARGUMENT, "threads is 1048576");
     REFUSED(o.reserved = 1, PSOUP_ERROR_ARGUMENT, "reserved");

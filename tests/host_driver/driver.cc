@@ -5,7 +5,7 @@
  * while no work runs, so that a stray access ends the process (not under ASan, where it is heap memory).
  *
  *   PSOUP_HOST_ORDER=0|1|2     how the threads of a block take turns (fibers.h)
- *   PSOUP_HOST_FAIL_ALLOC=N    the Nth allocation of device memory fails
+ *   PSOUP_HOST_FAIL_ALLOC=+N   the Nth allocation of device memory after this was set fails
  */
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <set>
+#include <string>
 #include <vector>
 
 #include <sys/mman.h>
@@ -57,9 +58,10 @@ namespace {
 CUstream_st default_stream;
 std::map<char *, size_t> device, pinned; /* base to bytes */
 std::map<const host::entry *, std::unique_ptr<CUfunc_st>> functions;
-long allocations;
 thread_local void *current; /* context */
 std::set<CUstream_st *> streams{&default_stream};
+std::string failing; /* what PSOUP_HOST_FAIL_ALLOC was */
+int until_failure;
 
 CUstream_st *of(CUstream_st *stream) { return stream ? stream : &default_stream; }
 
@@ -69,6 +71,18 @@ int number_of(const char *name, int otherwise) {
 }
 
 [[maybe_unused]] size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+bool fails_now() {
+    const char *text = std::getenv("PSOUP_HOST_FAIL_ALLOC");
+    if (!text)
+        text = "";
+    if (failing != text) {
+        failing = text;
+        until_failure = *text ? std::atoi(text) : 0;
+    }
+    return until_failure > 0 && --until_failure == 0;
+}
+
+size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
 void open_memory(bool open) {
 #ifndef ADDRESS_SANITIZER
@@ -181,7 +195,7 @@ int cuMemGetInfo_v2(size_t *unused, size_t *total) {
 int cuMemAlloc_v2(unsigned long long *out, size_t bytes) {
     if (bytes == 0)
         return INVALID_VALUE;
-    if (++allocations == number_of("PSOUP_HOST_FAIL_ALLOC", 0) || bytes > (size_t)1 << 36)
+    if (fails_now() || bytes > (size_t)1 << 36)
         return OUT_OF_MEMORY;
     const size_t room = (bytes + 255) / 256 * 256;
 #ifdef ADDRESS_SANITIZER

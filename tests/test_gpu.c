@@ -1,0 +1,352 @@
+/* The model on a GPU against the model on the CPU, through the public interface: scores, gradients, generation.
+ * Where there is no GPU the host driver stands for one (tests/host_driver). */
+#include "generate_case.h"
+
+#include "gpu/internal.h"
+
+static psoup_context *on(const char *device) {
+    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    psoup_context *context = NULL;
+    options.device = device;
+    OK(psoup_context_create(&options, &context, &error));
+    return context;
+}
+
+/* The same random model on two devices, in a dtype, with two adapters that are not zero. */
+typedef struct pair {
+    psoup_context *context[2];
+    psoup_model *model[2];
+} pair;
+
+static psoup_model *random_model(psoup_context *context, int32_t dtype, int32_t head_dim, int tied) {
+    psoup_model_config config = PSOUP_MODEL_CONFIG_INIT;
+    psoup_model *model = NULL;
+    config.vocab_size = VOCAB;
+    config.hidden_size = 48;
+    config.intermediate_size = 72;
+    config.num_hidden_layers = 2;
+    config.num_attention_heads = 4;
+    config.num_key_value_heads = 2;
+    config.head_dim = head_dim;
+    config.max_position_embeddings = 128;
+    config.torch_dtype = dtype;
+    config.tie_word_embeddings = tied;
+    config.initializer_range = 0.1f;
+    OK(psoup_model_create(context, &config, 11, &model, &error));
+    for (int a = 0; a < 2; a++) {
+        psoup_adapter_options options = PSOUP_ADAPTER_OPTIONS_INIT;
+        const char *name = a ? "b" : "a";
+        options.rank = a ? 4 : 5;
+        options.targets = a ? PSOUP_ALL_LINEAR : PSOUP_Q_PROJ | PSOUP_V_PROJ;
+        options.seed = (uint64_t)a;
+        OK(psoup_model_add_adapter(model, name, &options, &error));
+        psoup__adapter *adapter = psoup__model_adapter(model, name);
+        float *values = malloc(adapter->count * sizeof *values);
+        psoup__random random = {.seed = 5, .sequence = (uint64_t)a};
+        for (size_t i = 0; i < adapter->count; i++)
+            values[i] = 0.1f * psoup__random_normal(&random);
+        model->be->ops->write(model->be, adapter->data, values, adapter->count * sizeof *values);
+        free(values);
+    }
+    return model;
+}
+
+static pair make_pair(int32_t dtype, int32_t head_dim, int tied) {
+    pair p = {.context = {on("cpu"), on("cuda:0")}};
+    for (int i = 0; i < 2; i++)
+        p.model[i] = random_model(p.context[i], dtype, head_dim, tied);
+    return p;
+}
+
+static void free_pair(pair *p) {
+    for (int i = 0; i < 2; i++) {
+        psoup_model_free(p->model[i]);
+        psoup_context_free(p->context[i]);
+    }
+}
+
+static const struct {
+    int32_t dtype, head_dim;
+    int tied;
+    double tolerance; /* of log-probs */
+} kinds[] = {{PSOUP_F32, 12, 0, 1e-4}, {PSOUP_F32, 64, 1, 1e-4}, {PSOUP_BF16, 64, 0, 0.12}, {PSOUP_F16, 128, 1, 2e-2}};
+enum { KINDS = sizeof kinds / sizeof *kinds };
+
+START_TEST(scores_are_the_cpus) {
+    pair p = make_pair(kinds[_i].dtype, kinds[_i].head_dim, kinds[_i].tied);
+    sample_rows rows;
+    mixed_rows(&rows, 31);
+    float out[2][128];
+    for (int i = 0; i < 2; i++)
+        OK(psoup_model_logprobs(p.model[i], rows.row, 6, out[i], &error));
+    double worst = distance(out[0], out[1], rows.total - 6);
+    ck_assert_msg(worst <= kinds[_i].tolerance, "log-probs differ by %g", worst);
+    ck_assert(worst > 0); /* they are two computations */
+    free_pair(&p);
+}
+END_TEST
+
+/* The committed golden model and adapters, from files. */
+START_TEST(files_are_loaded) {
+    psoup_context *cpu = on("cpu"), *gpu = on("cuda");
+    psoup_model *a = load_plain(cpu, true), *b = load_plain(gpu, true);
+    sample_rows rows;
+    mixed_rows(&rows, 32);
+    float out[2][128];
+    OK(psoup_model_logprobs(a, rows.row, 6, out[0], &error));
+    OK(psoup_model_logprobs(b, rows.row, 6, out[1], &error));
+    double off = distance(out[0], out[1], rows.total - 6);
+    ck_assert_msg(off <= 0.1, "log-probs differ by %g", off); /* its weights are bf16 */
+    const char *directory = temporary_directory();
+    OK(psoup_model_save(b, directory, NULL, &error)); /* what was uploaded comes back, to the bit */
+    psoup_model *again = NULL;
+    OK(psoup_model_load(cpu, directory, &again, &error));
+    OK(psoup_model_load_adapter(again, "all", GOLDEN "adapter_all", &error));
+    OK(psoup_model_load_adapter(again, "qv", GOLDEN "adapter_qv", &error));
+    OK(psoup_model_logprobs(again, rows.row, 6, out[1], &error));
+    ck_assert(memcmp(out[0], out[1], (rows.total - 6) * sizeof(float)) == 0);
+    remove_directory(directory);
+    psoup_model_free(a);
+    psoup_model_free(b);
+    psoup_model_free(again);
+    psoup_context_free(cpu);
+    psoup_context_free(gpu);
+}
+END_TEST
+
+START_TEST(gradients_are_the_cpus) {
+    static const char *const of[] = {
+        "a/model.layers.0.self_attn.q_proj.lora_A", "b/model.layers.1.mlp.down_proj.lora_B",
+        "b/model.layers.0.self_attn.k_proj.lora_B", "mix", "model.embed_tokens.weight", "model.norm.weight",
+        "model.layers.0.self_attn.v_proj.weight", "model.layers.1.mlp.gate_proj.weight"};
+    const bool base = kinds[_i].dtype == PSOUP_F32;
+    pair p = make_pair(kinds[_i].dtype, kinds[_i].head_dim, kinds[_i].tied);
+    sample_rows rows;
+    mixed_rows(&rows, 33);
+    psoup_gradients *g[2];
+    for (int i = 0; i < 2; i++)
+        OK(psoup_model_gradients(p.model[i], rows.row, 6, NULL,
+                                 PSOUP_GRADIENT_ADAPTERS | PSOUP_GRADIENT_MIX |
+                                     (base ? (uint32_t)PSOUP_GRADIENT_BASE : 0),
+                                 &g[i], &error));
+    for (size_t k = 0; k < (base ? 8 : 4); k++) {
+        size_t n = 0, m = 0;
+        const float *want = psoup_gradients_get(g[0], of[k], &n), *got = psoup_gradients_get(g[1], of[k], &m);
+        ck_assert_msg(want && got && n == m, "%s", of[k]);
+        double off = relative(got, want, n);
+        ck_assert_msg(off <= 2 * kinds[_i].tolerance, "%s: the relative difference is %g", of[k], off);
+    }
+    psoup_gradients_free(g[0]);
+    psoup_gradients_free(g[1]);
+    free_pair(&p);
+}
+END_TEST
+
+/* ---- generation --------------------------------------------------------------------------------------------- */
+
+static psoup_generation *generate_in(psoup_model *model, const sample_rows *rows, const psoup_sampling *sampling,
+                                     int32_t places, int32_t steps, int64_t cache_tokens) {
+    psoup_prompt prompts[6];
+    psoup_generation *g = NULL;
+    psoup_session_options options = PSOUP_SESSION_OPTIONS_INIT;
+    options.max_sequences = places;
+    options.prefill_rows = 16;
+    options.steps = steps;
+    options.cache_tokens = cache_tokens;
+    for (size_t i = 0; i < 6; i++)
+        prompts[i] = prompt_of(&rows->row[i], i);
+    OK(psoup_generate(model, prompts, 6, sampling, &options, NULL, NULL, &g, &error));
+    return g;
+}
+
+static void same_text(const psoup_generation *a, const psoup_generation *b, double tolerance, const char *what) {
+    for (size_t i = 0; i < 6; i++) {
+        const psoup_completion *x = psoup_generation_get(a, i), *y = psoup_generation_get(b, i);
+        ck_assert_msg(x->n == y->n && x->finish == y->finish &&
+                          memcmp(x->tokens, y->tokens, x->n * sizeof *x->tokens) == 0,
+                      "%s: sequence %zu differs (%zu and %zu tokens)", what, i, x->n, y->n);
+        ck_assert_msg(distance(x->logprobs, y->logprobs, x->n) <= tolerance, "%s: log-probs of sequence %zu", what,
+                      i);
+    }
+}
+
+/* In f32 the GPU writes the CPU's texts, with few places and many, token by token or in windows, in a small cache. */
+START_TEST(texts_are_the_cpus) {
+    pair p = make_pair(PSOUP_F32, 64, 0);
+    sample_rows rows;
+    mixed_rows(&rows, 34);
+    psoup_sampling sampling = sampled(_i == 2 ? 20 : 13);
+    int32_t stops[] = {7, 8, 9, 10, 11, 12};
+    sampling.temperature = _i == 0 ? 0 : 0.9f;
+    if (_i == 1) { /* ended by tokens, no pair twice, none before the fifth */
+        sampling.stop_tokens = stops;
+        sampling.n_stop_tokens = 6;
+        sampling.min_new_tokens = 5;
+        sampling.no_repeat_ngram_size = 2;
+        sampling.top_k = 30;
+        sampling.top_p = 0.95f;
+    }
+    psoup_generation *cpu = generate_in(p.model[0], &rows, &sampling, 6, 0, 0);
+    psoup_generation *one = generate_in(p.model[1], &rows, &sampling, 6, 1, 0);
+    psoup_generation *window = generate_in(p.model[1], &rows, &sampling, 6, 0, 0);
+    psoup_generation *few = generate_in(p.model[1], &rows, &sampling, 3, 3, 192);
+    same_text(cpu, one, 1e-4, "one at a time");
+    same_text(cpu, window, 1e-4, "windows");
+    same_text(cpu, few, 1e-4, "three places, a small cache");
+    psoup_generation_free(cpu);
+    psoup_generation_free(one);
+    psoup_generation_free(window);
+    psoup_generation_free(few);
+    free_pair(&p);
+}
+END_TEST
+
+/* Windows of one batch run one graph: were the launches' arguments to differ, each would be captured anew. */
+START_TEST(a_graph_is_used_again) {
+    psoup_context *context = on("cuda:0");
+    psoup_model *model = random_model(context, PSOUP_BF16, 64, 0);
+    psoup_session *session = NULL;
+    psoup_session_options options = PSOUP_SESSION_OPTIONS_INIT;
+    options.max_tokens = 100;
+    options.max_sequences = 2;
+    options.steps = 4;
+    OK(psoup_session_create(model, &options, &session, &error));
+    sample_rows rows;
+    mixed_rows(&rows, 35);
+    psoup_sampling sampling = sampled(33);
+    sampling.ignore_stop = 1;
+    for (size_t i = 0; i < 2; i++) {
+        psoup_prompt prompt = prompt_of(&rows.row[0], i);
+        prompt.sampling = &sampling;
+        OK(psoup_session_submit(session, (int64_t)i, &prompt, &error));
+    }
+    size_t running = 1;
+    int steps = 0;
+    for (; running > 0; steps++)
+        OK(psoup_session_step(session, NULL, NULL, &running, &error));
+    const psoup__record *record = &psoup__gpu_of(model->be)->record;
+    int graphs = 0;
+    for (int i = 0; i < PSOUP__GRAPHS; i++)
+        graphs += record->graphs[i].exec != NULL;
+    ck_assert_int_eq(steps, 9); /* the prompt with its token, eight windows of four */
+    ck_assert_uint_eq(record->clock, 8);
+    ck_assert_int_eq(graphs, 1);
+    psoup_session_free(session);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
+typedef struct stopped {
+    size_t n, stop_at;
+    int32_t tokens[6][64];
+    size_t length[6];
+} stopped;
+
+static int stop(void *user, int64_t id, int32_t token, float logprob, psoup_finish finish) {
+    stopped *s = user;
+    s->tokens[id][s->length[id]++] = token;
+    return ++s->n == s->stop_at;
+}
+
+/* A callback that stops in the middle of a window loses nothing, and nothing comes twice. */
+START_TEST(a_window_can_be_stopped) {
+    psoup_context *context = on("cuda:0");
+    psoup_model *model = random_model(context, PSOUP_F32, 64, 0);
+    sample_rows rows;
+    mixed_rows(&rows, 36);
+    psoup_sampling sampling = sampled(11);
+    sampling.ignore_stop = 1;
+    psoup_generation *whole = generate_in(model, &rows, &sampling, 6, 0, 0);
+    psoup_session *session = NULL;
+    OK(psoup_session_create(model, NULL, &session, &error));
+    for (size_t i = 0; i < 6; i++) {
+        psoup_prompt prompt = prompt_of(&rows.row[i], i);
+        prompt.sampling = &sampling;
+        OK(psoup_session_submit(session, (int64_t)i, &prompt, &error));
+    }
+    stopped s = {.stop_at = 20};
+    size_t running = 1;
+    int cancelled = 0;
+    while (running > 0) {
+        psoup_status status = psoup_session_step(session, stop, &s, &running, &error);
+        ck_assert(status == PSOUP_OK || status == PSOUP_ERROR_CANCELLED);
+        cancelled += status == PSOUP_ERROR_CANCELLED;
+    }
+    ck_assert_int_eq(cancelled, 1);
+    for (size_t i = 0; i < 6; i++) {
+        const psoup_completion *c = psoup_generation_get(whole, i);
+        ck_assert_uint_eq(s.length[i], c->n);
+        ck_assert(memcmp(s.tokens[i], c->tokens, c->n * sizeof *c->tokens) == 0);
+    }
+    psoup_generation_free(whole);
+    psoup_session_free(session);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
+/* ---- trouble ------------------------------------------------------------------------------------------------ */
+
+START_TEST(a_wrong_device_is_told) {
+    psoup_context *context = on("cuda:7");
+    psoup_model *model = NULL;
+    ck_assert_int_eq(psoup_model_load(context, GOLDEN "plain", &model, &error), PSOUP_ERROR_ARGUMENT);
+    ck_assert_ptr_null(model);
+    ck_assert_ptr_nonnull(strstr(error.message, "no GPU: device cuda:7 is asked for, there "));
+    psoup_context_free(context);
+}
+END_TEST
+
+/* Every allocation of device memory fails in turn, of a load and a generation: each ends in a clean status. */
+START_TEST(device_memory_runs_out) {
+    int failures = 0;
+    for (int n = 1;; n++) {
+        char text[16];
+        snprintf(text, sizeof text, "+%d", n); /* the nth from now on */
+        setenv("PSOUP_HOST_FAIL_ALLOC", text, 1);
+        psoup_context *context = on("cuda:0");
+        psoup_model *model = NULL;
+        psoup_generation *g = NULL;
+        psoup_status status = psoup_model_load(context, GOLDEN "plain", &model, &error);
+        if (status == PSOUP_OK)
+            status = psoup_model_load_adapter(model, "qv", GOLDEN "adapter_qv", &error);
+        sample_rows rows;
+        fill_rows(&rows, 1, 37);
+        psoup_prompt prompt = prompt_of(&rows.row[0], 0);
+        psoup_sampling sampling = sampled(4);
+        if (status == PSOUP_OK)
+            status = psoup_generate(model, &prompt, 1, &sampling, NULL, NULL, NULL, &g, &error);
+        unsetenv("PSOUP_HOST_FAIL_ALLOC");
+        psoup_generation_free(g);
+        psoup_model_free(model);
+        psoup_context_free(context);
+        if (status == PSOUP_OK)
+            break;
+        ck_assert_msg(status == PSOUP_ERROR_MEMORY, "%d: %s", n, error.message);
+        failures++;
+        ck_assert_int_lt(failures, 200);
+    }
+    ck_assert_int_gt(failures, 10);
+}
+END_TEST
+
+int main(void) {
+    Suite *suite = suite_create("gpu");
+    TCase *tests = tcase_create("model");
+    tcase_set_timeout(tests, 600);
+    tcase_add_loop_test(tests, scores_are_the_cpus, 0, KINDS);
+    tcase_add_test(tests, files_are_loaded);
+    tcase_add_loop_test(tests, gradients_are_the_cpus, 0, KINDS);
+    tcase_add_loop_test(tests, texts_are_the_cpus, 0, 3);
+    tcase_add_test(tests, a_graph_is_used_again);
+    tcase_add_test(tests, a_window_can_be_stopped);
+    tcase_add_test(tests, a_wrong_device_is_told);
+    tcase_add_test(tests, device_memory_runs_out);
+    suite_add_tcase(suite, tests);
+    SRunner *runner = srunner_create(suite);
+    srunner_run_all(runner, CK_ENV);
+    const int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed != 0;
+}
