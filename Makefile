@@ -82,7 +82,7 @@ FUZZERS  = $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 SONAME   = libpsoup.so.0
 VERSION  = 0.2.0
 
-.PHONY: all lib demo check check-all bench install clean deps deps-test deps-bench \
+.PHONY: all lib demo check check-all bench install clean deps deps-test deps-bench host_driver gpu-images \
         run-tests check-names check-abi check-install check-python wheel fuzz run-fuzzers coverage abi-baseline
 .PRECIOUS: $B/%.o
 .DELETE_ON_ERROR:
@@ -114,6 +114,8 @@ $(GPU_B)/%.fatbin: cuda/%.cu $(wildcard cuda/*.cuh cuda/*.h) include/psoup/commo
 	$(Q)$(NVCC) $(NVCCFLAGS) $(GPU_CODE) -fatbin $< -o $@ > $(@:.fatbin=.log) 2>&1 || { cat $(@:.fatbin=.log); exit 1; }
 	@! grep -q ' [1-9][0-9]* bytes spill' $(@:.fatbin=.log) || grep -q 'spills allowed' $< || \
 	    { grep -B2 ' [1-9][0-9]* bytes spill' $(@:.fatbin=.log); rm $@; exit 1; }
+
+gpu-images: $(GPU_IMAGES)
 
 build/cuda-none/none:
 	@mkdir -p $(@D)
@@ -259,13 +261,17 @@ run-tests: $(TESTS:%=$B/tests/%) $B/tests/checkops/checkops $B/tests/philox host
 check: deps-test
 	@$(MAKE) --no-print-directory all run-tests check-names check-abi check-install check-python
 
-# The same under ASan and UBSan with the long cases, a build by clang, a short run of each fuzzer.
+# The same under ASan and UBSan with the long cases, a build by clang, the GPU's kernels for every architecture and with
+# their threads in other orders, a short run of each fuzzer.
 check-all: deps-test
 	@$(MAKE) --no-print-directory CC=clang WARN="$(WARN) -Werror" B=build/clang-check \
 	    $(addprefix build/clang-check/,libpsoup.a libpsoup.so libpsoup-merge.a psoup psoup-demo personalized_soup)
 	@$(MAKE) --no-print-directory bin/personalized_soup $B/tests/test_alloc
 	@PSOUP_LONG=1 $B/tests/test_alloc
 	bin/personalized_soup
+	@$(MAKE) --no-print-directory GPU_ARCHS="$(GPU_ALL)" gpu-images
+	@set -e; for order in 1 2; do for t in checkops/checkops test_gpu test_gpu_train; do \
+	    echo "== $$t, the threads of a block in order $$order"; PSOUP_HOST_ORDER=$$order $B/tests/$$t; done; done
 	@PSOUP_LONG=1 $(MAKE) --no-print-directory config=sanitize run-tests
 	@$(MAKE) --no-print-directory fuzz
 

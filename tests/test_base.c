@@ -107,9 +107,9 @@ START_TEST(option_structs_end_without_padding) {
         const char *name;
         size_t size, end;
     } structs[] = {
-        ENDS(psoup_context_options, log_user),   ENDS(psoup_model_config, more_eos_token_ids),
+        ENDS(psoup_context_options, stream),     ENDS(psoup_model_config, more_eos_token_ids),
         ENDS(psoup_adapter_options, seed),       ENDS(psoup_sampling, n_stop_tokens),
-        ENDS(psoup_session_options, reserved),   ENDS(psoup_step, values),
+        ENDS(psoup_session_options, reserved2),  ENDS(psoup_step, values),
         ENDS(psoup_sft_options, user),           ENDS(psoup_reward_options, user),
         ENDS(psoup_ppo_options, tokenizer),      ENDS(psoup_ppo_trace, kl_coefficient),
         ENDS(psoup_merger_options, resume),      ENDS(psoup_merge_report, mean_error),

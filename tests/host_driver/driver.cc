@@ -82,7 +82,6 @@ bool fails_now() {
     return until_failure > 0 && --until_failure == 0;
 }
 
-size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
 void open_memory(bool open) {
 #ifndef ADDRESS_SANITIZER
