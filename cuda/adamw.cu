@@ -28,8 +28,8 @@ PSOUP__KERNEL(adamw_step, PSOUP__ADAMW_THREADS) {
         step_one(a, a.p[i], a.m[i], a.v[i], a.g[i]);
 }
 
-/* Thread t of all takes elements 4(t + k·threads) … + 3, whatever the device and the alignment, and four sums of
- * them; the block's are then added in pairs. */
+/* Thread t of all takes elements 4(t + k·threads) … + 3, whatever the device and the alignment, and four sums
+ * of them; the block's are then added in pairs. */
 PSOUP__KERNEL(sum_squares, PSOUP__ADAMW_THREADS) {
     enum { ALL = PSOUP__SQUARES_PARTS * PSOUP__ADAMW_THREADS, WARPS = PSOUP__ADAMW_THREADS / 32 };
     const bool aligned = aligned16(a.x);

@@ -13,7 +13,7 @@ PSOUP__KERNEL(logprob, PSOUP__LOSS_THREADS) {
     }
 }
 
-/* dlogits = d · (onehot(target) − exp(logits − lse)); a thread writes what it has read, and no one else does. */
+/* dlogits = d · (onehot(target) − exp(logits − lse)); a thread writes where it alone has read. */
 PSOUP__KERNEL(logprob_backward, PSOUP__LOSS_THREADS) {
     const size_t at = (size_t)blockIdx.x * a.vocab;
     float *out = a.dlogits + at;

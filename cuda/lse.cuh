@@ -1,5 +1,5 @@
-/* log Σ exp of a row by one block, in one pass: every thread keeps the largest element it has seen and the sum
- * of exponentials relative to it (Milakov & Gimelshein 2018), and they are put together at the end. */
+/* log Σ exp of a row by one block, in one pass: every thread keeps the largest element it has seen and the
+ * sum of exponentials relative to it (Milakov & Gimelshein 2018), and they are put together at the end. */
 #ifndef PSOUP__LSE_CUH
 #define PSOUP__LSE_CUH
 
@@ -44,13 +44,17 @@ template <int THREADS> __device__ __forceinline__ online_sum online_row(online_s
     return {max, block_sum<THREADS>(s.sum * online_exp(s.max - max))};
 }
 
-/* Calls each(first index, pack of 4) for the row's packs and each(index, pack of 1) for the elements before and
- * after them: a row may begin anywhere. UNROLL packs of a thread are in flight together. */
+/* Calls each(first index, pack of 4) for the row's packs and each(index, pack of 1) for the elements before
+ * and after them: a row may begin anywhere. A thread's elements come in ascending order, UNROLL packs of them
+ * in flight together. */
 template <int THREADS, int UNROLL, typename EACH>
 __device__ __forceinline__ void walk_row(const float *row, int n, EACH each) {
     const int head = min(n, (int)((16 - (reinterpret_cast<uintptr_t>(row) & 15)) % 16 / 4));
-    const int packs = (n - head) / 4, tail = head + packs * 4;
-    const int thread = threadIdx.x;
+    const int packs = (n - head) / 4, thread = threadIdx.x, tail = head + packs * 4 + thread;
+    if (thread < head) {
+        const float one[1] = {row[thread]};
+        each(thread, one);
+    }
     int i = thread;
     for (; i + (UNROLL - 1) * THREADS < packs; i += UNROLL * THREADS) {
         pack<float> x[UNROLL];
@@ -63,10 +67,9 @@ __device__ __forceinline__ void walk_row(const float *row, int n, EACH each) {
     }
     for (; i < packs; i += THREADS)
         each(head + i * 4, load_pack(row + head + i * 4).x);
-    const int rest = thread < head ? thread : tail + thread - head;
-    if (rest < n) {
-        const float one[1] = {row[rest]};
-        each(rest, one);
+    if (tail < n) {
+        const float one[1] = {row[tail]};
+        each(tail, one);
     }
 }
 

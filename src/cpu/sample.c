@@ -1,6 +1,7 @@
 /* Drawing tokens. Nothing is sorted and nothing allocated: where the cumulative probability crosses a
  * target in descending order of the logits is found by histograms, the first over the distance from the
- * maximum, the next ones over the bits of the few logits in the bin that was hit. */
+ * maximum, the next ones over the bits of the few logits in the bin that was hit. A token's mass is a whole
+ * number, so that its sums are exact in any order: cuda/sample.cu draws the same token from the same logits. */
 #include "cpu/variant.h"
 #include "cpu/vector.h"
 
@@ -10,7 +11,8 @@ typedef struct sample_row {
     const float *logits; /* [vocab] */
     size_t vocab;
     const psoup__draw *draw;
-    float max;      /* of the logits not banned */
+    float max;      /* of the logits not banned; its token has the mass `unit` */
+    float unit;     /* a power of two; vocab times it is at most 2⁶² */
     uint32_t floor; /* keys below it were filtered out */
 } sample_row;
 
@@ -24,8 +26,20 @@ static inline float key_float(uint32_t key) {
     return bits_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
 }
 
-static inline float mass_of(const sample_row *row, float logit) {
-    return exp_float((logit - row->max) / row->draw->temperature);
+/* exp((logit − max) / temperature) of a unit. */
+static inline float share_of(const sample_row *row, float logit) {
+    return exp_float((logit - row->max) / row->draw->temperature) * row->unit;
+}
+
+static inline int64_t mass_of(const sample_row *row, float logit) {
+    return (int64_t)share_of(row, logit);
+}
+
+static float unit_of(size_t vocab) {
+    int bits = 0;
+    while ((size_t)1 << bits < vocab)
+        bits++;
+    return (float)((int64_t)1 << (62 - bits));
 }
 
 /* A bin of the first histogram: 1/64 of the logarithm of a mass, the last all that is below 2⁻⁴⁶. It never
@@ -80,20 +94,20 @@ static int32_t argmax(sample_row *row) {
 
 /* Sets hist[bin] to the mass, or the count, of every token that was not filtered out. Neighbours seldom
  * fall into the same bin, so that one sum need not wait for the other. */
-static void first_histogram(const sample_row *row, bool count, double hist[BINS]) {
+static void first_histogram(const sample_row *row, bool count, int64_t hist[BINS]) {
     memset(hist, 0, BINS * sizeof *hist);
     for (size_t start = 0; start < row->vocab; start += CHUNK) {
-        float room[CHUNK], mass[CHUNK];
+        float room[CHUNK], share[CHUNK];
         uint32_t bin[CHUNK];
         size_t n;
         const float *logits = chunk_of(row, start, room, &n);
         for (size_t i = 0; i < n; i++) {
             bin[i] = bin_of(row, logits[i]);
-            mass[i] = count ? 1 : mass_of(row, logits[i]);
-            mass[i] = key_of(logits[i]) >= row->floor ? mass[i] : 0;
+            share[i] = count ? 1 : share_of(row, logits[i]);
+            share[i] = key_of(logits[i]) >= row->floor ? share[i] : 0;
         }
         for (size_t i = 0; i < n; i++)
-            hist[bin[i]] += mass[i];
+            hist[bin[i]] += (int64_t)share[i];
     }
 }
 
@@ -123,7 +137,7 @@ static key_range range_of(const sample_row *row, uint32_t bin) {
 /* Sets hist[(high − key) >> shift] to the mass, or the count, of the keys of the range. They are few: eight
  * flags at a time are looked at, and so branches mispredicted seldom. */
 static void range_histogram(const sample_row *row, bool count, key_range range, int shift,
-                            double hist[BINS]) {
+                            int64_t hist[BINS]) {
     memset(hist, 0, BINS * sizeof *hist);
     for (size_t start = 0; start < row->vocab; start += CHUNK) {
         float room[CHUNK];
@@ -144,32 +158,25 @@ static void range_histogram(const sample_row *row, bool count, key_range range, 
 }
 
 typedef struct sample_cut {
-    uint32_t key; /* the largest whose mass, with that of all larger keys, exceeds the target */
-    double above; /* the mass of the larger keys */
-    double here;  /* the mass of the key, all its tokens together */
+    uint32_t key;  /* the largest whose mass, with that of all larger keys, exceeds the target */
+    int64_t above; /* the mass of the larger keys */
 } sample_cut;
 
-/* The first bin with which the mass exceeds the target, or the last with any, when rounding keeps the sum
- * from it. */
-static uint32_t cross(sample_cut *cut, const double hist[BINS], double target) {
-    uint32_t bin = 0, chosen = 0;
-    double sum = cut->above;
-    for (; bin < BINS && sum <= target; bin++) {
-        chosen = hist[bin] > 0 ? bin : chosen;
-        cut->above = hist[bin] > 0 ? sum : cut->above;
-        sum += hist[bin];
-    }
-    cut->here = hist[chosen];
-    return chosen;
+/* The first bin with which the mass exceeds the target. */
+static uint32_t cross(sample_cut *cut, const int64_t hist[BINS], int64_t target) {
+    uint32_t bin = 0;
+    for (; cut->above + hist[bin] <= target; bin++)
+        cut->above += hist[bin];
+    return bin;
 }
 
-/* `first` is the first histogram. */
-static sample_cut find_cut(const sample_row *row, bool count, const double first[BINS],
-                           double target) {
+/* `first` is the first histogram; its sum exceeds the target. */
+static sample_cut find_cut(const sample_row *row, bool count, const int64_t first[BINS],
+                           int64_t target) {
     sample_cut cut = {0};
     key_range range = range_of(row, cross(&cut, first, target));
     while (range.low < range.high) {
-        double hist[BINS];
+        int64_t hist[BINS];
         const int bits = 32 - __builtin_clz(range.high - range.low);
         const int shift = bits > BIN_BITS ? bits - BIN_BITS : 0;
         range_histogram(row, count, range, shift, hist);
@@ -181,29 +188,34 @@ static sample_cut find_cut(const sample_row *row, bool count, const double first
     return cut;
 }
 
-/* The first token in descending probability, ties by ascending id, whose cumulative mass exceeds
- * `target`, but none after the first `ties` of key `last`. */
-static int32_t find_token(const sample_row *row, const double first[BINS], double target,
-                          uint32_t last, double ties) {
+/* The first token in descending probability, ties by ascending id, whose cumulative mass exceeds `target`. */
+static int32_t find_token(const sample_row *row, const int64_t first[BINS], int64_t target) {
     const sample_cut cut = find_cut(row, false, first, target);
-    const double mass = mass_of(row, key_float(cut.key));
-    double sum = cut.above, seen = 0;
-    int32_t token = -1;
+    int64_t before = (target - cut.above) / mass_of(row, key_float(cut.key)); /* tokens of the same key */
     for (size_t start = 0; start < row->vocab; start += CHUNK) {
         float room[CHUNK];
         size_t n;
         const float *logits = chunk_of(row, start, room, &n);
-        for (size_t i = 0; i < n; i++) {
-            if (key_of(logits[i]) != cut.key)
-                continue;
-            token = (int32_t)(start + i);
-            sum += mass;
-            seen += 1;
-            if (sum > target || (cut.key == last && seen >= ties))
-                return token;
-        }
+        for (size_t i = 0; i < n; i++)
+            if (key_of(logits[i]) == cut.key && before-- == 0)
+                return (int32_t)(start + i);
     }
-    return token;
+    return -1;
+}
+
+/* What top-p leaves of the total: whole tokens, each while the mass before it is below p of it. */
+static int64_t keep_top_p(const sample_row *row, const int64_t first[BINS], int64_t total) {
+    const int64_t part = (int64_t)__builtin_ceil((double)row->draw->top_p * (double)total);
+    const int64_t target = part > 1 ? part - 1 : 0;
+    const sample_cut cut = find_cut(row, false, first, target);
+    const int64_t mass = mass_of(row, key_float(cut.key));
+    return cut.above + ((target - cut.above) / mass + 1) * mass;
+}
+
+/* u · total, rounded down, of the 24 bits u is made of. */
+static int64_t part_of(int64_t total, uint32_t word) {
+    const int64_t u = word >> 8;
+    return u * (total >> 32) * 256 + (u * (total & 0xffffffff) >> 24);
 }
 
 /* transformers' order and rules (generation/logits_process.py): TopKLogitsWarper keeps what is not
@@ -213,30 +225,18 @@ static int32_t draw_token(sample_row *row) {
     const int32_t best = argmax(row);
     if (best < 0 || draw->temperature == 0)
         return best;
-    double first[BINS], part[8] = {0}, total = 0, ties = (double)row->vocab;
+    int64_t first[BINS], total = 0;
     if (draw->top_k > 0 && (size_t)draw->top_k < row->vocab) {
         first_histogram(row, true, first);
         row->floor = find_cut(row, true, first, draw->top_k - 1).key;
     }
     first_histogram(row, false, first);
-    for (int bin = 0; bin < BINS; bin += 8)
-        for (int l = 0; l < 8; l++)
-            part[l] += first[bin + l];
-    for (int l = 0; l < 8; l++)
-        total += part[l];
-    uint32_t last = 0;
-    if (draw->top_p < 1) {
-        const double target = draw->top_p * total;
-        const sample_cut cut = find_cut(row, false, first, target);
-        const double mass = mass_of(row, key_float(cut.key));
-        ties = cut.above < target ? __builtin_ceil((target - cut.above) / mass) : 0;
-        if (ties < 1 && cut.above == 0)
-            ties = 1;
-        last = cut.key;
-        total = cut.above + (ties * mass < cut.here ? ties * mass : cut.here);
-    }
-    const float u = psoup__uniform(psoup__philox_word(draw->seed, draw->sequence, draw->position));
-    return find_token(row, first, u * total, last, ties);
+    for (int bin = 0; bin < BINS; bin++)
+        total += first[bin];
+    if (draw->top_p < 1)
+        total = keep_top_p(row, first, total);
+    return find_token(row, first,
+                      part_of(total, psoup__philox_word(draw->seed, draw->sequence, draw->position)));
 }
 
 typedef struct sample_job {
@@ -249,7 +249,9 @@ typedef struct sample_job {
 
 static void sample_task(void *arg, size_t i, int worker) {
     const sample_job *job = arg;
-    sample_row row = {job->logits + i * (size_t)job->vocab, (size_t)job->vocab, &job->draw[i], 0, 0};
+    const size_t vocab = (size_t)job->vocab;
+    sample_row row = {.logits = job->logits + i * vocab, .vocab = vocab, .draw = &job->draw[i],
+                      .unit = unit_of(vocab)};
     const int32_t token = draw_token(&row);
     job->token[i] = token;
     job->logprob[i] =

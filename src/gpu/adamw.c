@@ -23,7 +23,8 @@ static void adamw(psoup__backend *be, float *p, float *m, float *v, const float 
 }
 
 /* A part for each block that has elements, at most SQUARES_PARTS: the host adds them up. */
-static psoup_status sum_squares(psoup__backend *be, double *out, const float *x, size_t n, psoup_error *error) {
+static psoup_status sum_squares(psoup__backend *be, double *out, const float *x, size_t n,
+                                psoup_error *error) {
     psoup__gpu *gpu = psoup__gpu_of(be);
     psoup_status status;
     double part[PSOUP__SQUARES_PARTS], sum = 0;

@@ -44,7 +44,8 @@ static void check_sum_squares(checker *c, size_t n) {
         want += (double)x->host[i] * x->host[i];
     expect_true(c, "it succeeds", c->ops->sum_squares(c->be, &got, x->device, n, &error) == PSOUP_OK);
     expect_true(c, "Σ x² in float64", fabs(got - want) <= 1e-12 * want);
-    expect_true(c, "it succeeds", c->ops->sum_squares(c->be, &again, shifted->device + 1, n, &error) == PSOUP_OK);
+    expect_true(c, "it succeeds",
+                c->ops->sum_squares(c->be, &again, shifted->device + 1, n, &error) == PSOUP_OK);
     expect_true(c, "the same bits at any address", got == again);
 }
 

@@ -49,8 +49,8 @@ static void check_logprob(checker *c, int32_t rows, int32_t vocab) {
 
 /* The gradient's own formula, in float64; `logprob` checks what it is the gradient of. */
 static void check_backward(checker *c, int32_t rows, int32_t vocab, bool scaled, bool in_place) {
-    begin(c, "logprob_backward", "rows %d, vocab %d%s%s", (int)rows, (int)vocab, scaled ? "" : ", dlogprob NULL",
-          in_place ? ", in place" : "");
+    begin(c, "logprob_backward", "rows %d, vocab %d%s%s", (int)rows, (int)vocab,
+          scaled ? "" : ", dlogprob NULL", in_place ? ", in place" : "");
     int32_t *target = targets(rows, vocab);
     buffer *logits = spread_logits(c, rows, vocab, target), *lse = output(c, (size_t)rows);
     buffer *dlogprob = scaled ? input(c, (size_t)rows) : NULL;

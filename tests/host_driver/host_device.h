@@ -173,6 +173,11 @@ template <typename T> T atomicAdd(T *p, T x) {
     *p = old + x;
     return old;
 }
+inline unsigned atomicOr(unsigned *p, unsigned x) {
+    const unsigned old = *p;
+    *p = old | x;
+    return old;
+}
 template <typename T> T atomicMax(T *p, T x) {
     const T old = *p;
     *p = old > x ? old : x;
