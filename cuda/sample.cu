@@ -240,7 +240,7 @@ __device__ __forceinline__ void set_banned(unsigned *bits, const int *list, int 
     __syncthreads();
 }
 
-__device__ __forceinline__ unsigned word_of(const psoup__sample_draw &draw) {
+__device__ __forceinline__ unsigned word_of(const psoup__device_draw &draw) {
     const uint4 words = philox_block(draw.seed, draw.sequence, draw.position / 4);
     const int i = draw.position % 4;
     return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
@@ -248,7 +248,7 @@ __device__ __forceinline__ unsigned word_of(const psoup__sample_draw &draw) {
 
 /* transformers' order and rules: see src/cpu/sample.c. Each stage looks for where the cumulative count or
  * mass crosses its target: at the k-th token, at the last that top-p keeps, at the one that is drawn. */
-__device__ __forceinline__ void draw_token(row_state &row, const psoup__sample_draw &draw, histogram &first,
+__device__ __forceinline__ void draw_token(row_state &row, const psoup__device_draw &draw, histogram &first,
                                            histogram &rest, int *token) {
     enum { TOP_K, TOP_P, DRAW };
     mass total = 0, target;
@@ -286,7 +286,7 @@ PSOUP__KERNEL(sample, PSOUP__SAMPLE_THREADS) {
     DYNAMIC_SHARED(histogram, histograms);
     SHARED int token;
     SHARED online_sum all;
-    const psoup__sample_draw &draw = a.draw[blockIdx.x];
+    const psoup__device_draw &draw = a.draw[blockIdx.x];
     unsigned *bits = draw.n_banned > 0 ? reinterpret_cast<unsigned *>(histograms + 2) : nullptr;
     row_state row = {a.logits + (size_t)blockIdx.x * a.vocab, bits, a.vocab, 0, draw.temperature, a.unit, 0};
     if (bits)

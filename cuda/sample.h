@@ -2,27 +2,17 @@
 #ifndef PSOUP__SAMPLE_H
 #define PSOUP__SAMPLE_H
 
-#include <stdint.h>
+#include "advance.h"
 
 /* A block to a row. Its dynamic shared memory: two histograms, then a bit for each token, set where banned. */
 enum { PSOUP__SAMPLE_THREADS = 512, PSOUP__SAMPLE_BINS = 2048,
        PSOUP__SAMPLE_SHARED = 2 * 2 * PSOUP__SAMPLE_BINS * 4 };
 
-/* psoup__draw, which see, as it lies in memory. */
-typedef struct psoup__sample_draw {
-    float temperature;
-    int32_t top_k;
-    float top_p;
-    uint64_t seed, sequence, position;
-    const int32_t *banned; /* [n_banned] */
-    int32_t n_banned;
-} psoup__sample_draw;
-
 typedef struct psoup__sample_args {
     int32_t *token;                 /* [rows] */
     float *logprob;                 /* [rows] */
     const float *logits;            /* [rows, vocab] */
-    const psoup__sample_draw *draw; /* [rows] */
+    const psoup__device_draw *draw; /* [rows] */
     float unit;                     /* the likeliest token's mass: a power of two; vocab times it is at most 2⁶² */
     int32_t vocab;
 } psoup__sample_args;

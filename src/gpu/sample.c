@@ -1,14 +1,6 @@
 /* Drawing the next token. */
 #include "gpu/internal.h"
 
-#include <stddef.h>
-
-#define SAME(field) offsetof(psoup__draw, field) == offsetof(psoup__sample_draw, field)
-_Static_assert(sizeof(psoup__draw) == sizeof(psoup__sample_draw) && SAME(temperature) && SAME(top_k) &&
-                   SAME(top_p) && SAME(seed) && SAME(sequence) && SAME(position) && SAME(banned) &&
-                   SAME(n_banned),
-               "the kernel reads the caller's draws");
-
 /* The largest power of two that vocab times is at most 2⁶². */
 static float unit_of(int32_t vocab) {
     int bits = 0;
@@ -31,7 +23,7 @@ static void sample(psoup__backend *be, int32_t *token, float *logprob, const flo
     }
     PSOUP__LAUNCH(gpu, sample,
                   ((psoup__grid){(unsigned)rows, 1, 1, PSOUP__SAMPLE_THREADS, (unsigned)shared}),
-                  {token, logprob, logits, (const psoup__sample_draw *)draw, unit_of(vocab), vocab});
+                  {token, logprob, logits, (const psoup__device_draw *)draw, unit_of(vocab), vocab});
 }
 
 void psoup__gpu_fill_sample(psoup__ops *ops) {

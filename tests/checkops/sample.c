@@ -2,6 +2,7 @@
 #include "checkops.h"
 
 #include "cpu/cpu.h"
+#include "gpu/gpu.h"
 
 /* Rows of logits, their draws and what came of them. */
 typedef struct batch {
@@ -218,9 +219,27 @@ static void check_corners(checker *c) {
     free_batch(&b);
 }
 
+/* What a block's memory cannot hold is refused, and the next that waits says why. */
+static void check_too_large(checker *c) {
+    psoup_error error;
+    psoup__backend *be;
+    int32_t token;
+    begin(c, "sample", "too large a vocabulary");
+    expect_true(c, "another GPU backend", psoup__gpu_create(c->context, &be, &error) == PSOUP_OK);
+    void *memory = be->ops->alloc(be, 1, 64, &error);
+    be->ops->sample(be, memory, memory, memory, memory, 1, INT32_MAX);
+    expect_true(c, "refused",
+                be->ops->read(be, &token, memory, sizeof token, &error) == PSOUP_ERROR_UNSUPPORTED);
+    expect_true(c, "with its reason", strstr(error.message, "a vocabulary of 2147483647") != NULL);
+    be->ops->release(be, memory);
+    be->ops->free(be);
+}
+
 void check_sample(checker *c) {
     static const int32_t cases[][2] = {{20, 1}, {700, 7}, {700, 128}, {700, 1000}, {21, 32000}, {4, 131077}};
     check_corners(c);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         check_rows_of(c, cases[i][0], cases[i][1]);
+    if (c->cuda)
+        check_too_large(c);
 }
