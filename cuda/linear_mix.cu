@@ -1,5 +1,5 @@
-/* The forward of the adapters' part: y = bias + Σ weight · scale · (x Aᵀ) Bᵀ, to which the base's product is added.
- * Two launches for up to 32 adapters: u = x Aᵀ, then all of y. */
+/* The forward of the adapters' part: y = bias + Σ weight · scale · (x Aᵀ) Bᵀ, to which the base's product is
+ * added. Two launches for up to 32 adapters: u = x Aᵀ, then all of y. */
 #include "linear_mix.cuh"
 
 template <typename T> __device__ __forceinline__ void cast(const psoup__mix_cast_args &a) {
@@ -23,6 +23,41 @@ template <typename T> __device__ __forceinline__ void cast(const psoup__mix_cast
 }
 PSOUP__KERNEL_AS(mix_cast_f16, mix_cast, PSOUP__FLAT_THREADS) { cast<f16>(a); }
 PSOUP__KERNEL_AS(mix_cast_bf16, mix_cast, PSOUP__FLAT_THREADS) { cast<bf16>(a); }
+
+/* For a row or some, each block takes one row of A and meets every use with it, all in f32. */
+PSOUP__KERNEL_AS(mix_shrink_few, mix_shrink, THREADS) {
+    constexpr int USES = PSOUP__MIX_FEW_USES, AT_ONCE = 4;
+    const int i = adapter_of(a.tiles, (int)blockIdx.x), j = (int)blockIdx.x - a.tiles[i];
+    const psoup__mix_adapter &adapter = a.adapter[i];
+    const float *factor = adapter.factor + (size_t)j * a.width, *x[USES];
+    const bool whole = a.width % 4 == 0 && aligned16(factor) && aligned16(a.x);
+    for (int k = 0; k < USES; k++)
+        x[k] = static_cast<const float *>(a.x) + (size_t)adapter.rows[min(k, adapter.uses - 1)] * a.width;
+    float sum[USES] = {};
+    for (int at = (int)threadIdx.x * 4; at < a.width; at += THREADS * 4 * AT_ONCE) {
+        pack<float> f[AT_ONCE], v[AT_ONCE][USES];
+#pragma unroll
+        for (int q = 0; q < AT_ONCE; q++) {
+            f[q] = fetch(factor, at + q * THREADS * 4, a.width, whole);
+#pragma unroll
+            for (int k = 0; k < USES; k++)
+                v[q][k] = fetch(x[k], at + q * THREADS * 4, k < adapter.uses ? a.width : 0, whole);
+        }
+#pragma unroll
+        for (int q = 0; q < AT_ONCE; q++)
+#pragma unroll
+            for (int k = 0; k < USES; k++)
+#pragma unroll
+                for (int c = 0; c < 4; c++)
+                    sum[k] += f[q].x[c] * v[q][k].x[c];
+    }
+#pragma unroll
+    for (int k = 0; k < USES; k++) {
+        const float all = block_sum<THREADS>(sum[k]);
+        if (threadIdx.x == 0 && k < adapter.uses)
+            adapter.u[(size_t)k * adapter.rank + j] = all;
+    }
+}
 
 PSOUP__KERNEL_AS(mix_shrink_a_f32, mix_shrink, THREADS) { shrink<float, float, false>(a); }
 PSOUP__KERNEL_AS(mix_shrink_a_f16, mix_shrink, THREADS) { shrink<f16, f16, false>(a); }

@@ -1,9 +1,9 @@
 /* cuda/linear_mix.cuh: what the kernels of linear_mix and its backward are made of.
  *
- * Every product goes through tiles in shared memory, of T (the dtype of the weights; products of f16 and bf16 are
- * taken by tensor cores, of f32 by FMA with the same fragments). A tile's rows are padded by 16 bytes, so that the
- * eight rows of an ldmatrix lie in different banks. Tiles are fetched into registers a step ahead, which rounds,
- * gathers rows and fills what is not there with zeros on the way.
+ * Every product goes through tiles in shared memory, of T (the dtype of the weights; products of f16 and bf16
+ * are taken by tensor cores, of f32 by FMA with the same fragments). A tile's rows are padded by 16 bytes, so
+ * that the eight rows of an ldmatrix lie in different banks. Tiles are fetched into registers a step ahead;
+ * on the way rows are gathered, numbers rounded, and what is not there filled with zeros.
  */
 #ifndef PSOUP__LINEAR_MIX_CUH
 #define PSOUP__LINEAR_MIX_CUH
@@ -41,7 +41,7 @@ __device__ __forceinline__ void multiply(float (*d)[4], const T *a, int lda, con
         }
     } else {
         const int g = lane / 4, c = lane % 4 * 2;
-#pragma unroll 4
+#pragma unroll 2
         for (int k = 0; k < 16; k++) {
             const float x0 = a[A_ALONG_K ? g * lda + k : k * lda + g];
             const float x1 = a[A_ALONG_K ? (g + 8) * lda + k : k * lda + g + 8];
@@ -60,7 +60,7 @@ __device__ __forceinline__ void multiply(float (*d)[4], const T *a, int lda, con
     }
 }
 
-/* ---- global to shared memory ---------------------------------------------------------------------------- */
+/* ---- global to shared memory ------------------------------------------------------------------------- */
 
 /* p[at …] of a row that ends at `end`, zeros beyond. `whole`: packs are aligned. */
 template <typename X> __device__ __forceinline__ pack<X> fetch(const X *p, int at, int end, bool whole) {
@@ -83,8 +83,8 @@ template <typename T> __device__ __forceinline__ void put_half(T *p, const pack<
 __device__ __forceinline__ void put(bf16 *p, const pack<float> &v) { put_half(p, v); }
 __device__ __forceinline__ void put(f16 *p, const pack<float> &v) { put_half(p, v); }
 
-/* A tile of `rows` rows and COLUMNS columns, N packs of it to a thread. row(r) is where the tile's row r begins in
- * global memory; it has columns below `end`, none where r is not below `count`. */
+/* A tile of COLUMNS columns, N packs of it to a thread. row(r) is where the tile's row r begins in global
+ * memory, or NULL; it has columns below `end`, none where r is not below `count`. */
 template <int COLUMNS, typename X, int N, typename Row>
 __device__ __forceinline__ void fetch_tile(pack<X> (&kept)[N], Row row, int count, int end, bool whole) {
     constexpr int ACROSS = COLUMNS / in_pack<X>;
@@ -108,7 +108,7 @@ __device__ __forceinline__ void put_tile(T *tile, const pack<X> (&kept)[N], int 
     }
 }
 
-/* ---- sums of several blocks ----------------------------------------------------------------------------- */
+/* ---- sums of several blocks -------------------------------------------------------------------------- */
 
 /* Whether this block is the last of so many to come here; it then sees what all of them wrote before. */
 __device__ __forceinline__ bool last_to_come(uint32_t *counter, uint32_t blocks) {
@@ -134,14 +134,23 @@ __device__ __forceinline__ void leave_fragment(float *slot, int fragment, const 
     store_pack(slot + (fragment * THREADS + (int)threadIdx.x) * 4, v);
 }
 
-/* d += `blocks` slots, one after another. */
-__device__ __forceinline__ void add_fragments(float d[4], const float *slot, int slot_size, int fragment, int blocks) {
-#pragma unroll 4
-    for (int b = 0; b < blocks; b++) {
-        const pack<float> v = load_pack(slot + (size_t)b * slot_size + (fragment * THREADS + (int)threadIdx.x) * 4);
+/* d += `blocks` slots, one after another; AT_ONCE are on their way together. */
+template <int AT_ONCE>
+__device__ __forceinline__ void add_fragments(float d[4], const float *slot, int slot_size, int fragment,
+                                              int blocks) {
+    slot += (fragment * THREADS + (int)threadIdx.x) * 4;
+    for (int b = 0; b < blocks; b += AT_ONCE) {
+        pack<float> v[AT_ONCE];
 #pragma unroll
-        for (int c = 0; c < 4; c++)
-            d[c] += v.x[c];
+        for (int i = 0; i < AT_ONCE; i++) {
+            const bool there = b + i < blocks;
+            v[i] = fetch(slot + (size_t)(there ? b + i : 0) * slot_size, 0, there ? 4 : 0, true);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+                d[c] += v[i].x[c];
     }
 }
 
@@ -152,10 +161,10 @@ __device__ __forceinline__ int adapter_of(const int32_t *first, int at) {
     return i;
 }
 
-/* ---- shrink: u = x · factorᵀ (A, [rank, width]), or x · factor (B, [width, rank]) -------------------------- */
+/* ---- shrink: u = x · factorᵀ (A, [rank, width]), or x · factor (B, [width, rank]) -------------------- */
 
-/* A warp has 16 of the tile's rows and all its ranks. Columns go by in steps of 128 bytes of T, through two tiles of
- * x and of the factor in turn. */
+/* A warp has 16 of the tile's rows and all its ranks. Columns go by in steps of 128 bytes of T, through two
+ * tiles of x and of the factor in turn. */
 template <typename T, typename X, bool B_LAYOUT>
 __device__ __forceinline__ void shrink(const psoup__mix_shrink_args &a) {
     constexpr int ROWS = PSOUP__MIX_ROWS, RANKS = PSOUP__MIX_RANKS, STEP = 128 / (int)sizeof(T);
@@ -180,19 +189,20 @@ __device__ __forceinline__ void shrink(const psoup__mix_shrink_args &a) {
     pack<X> x_kept[ROWS * STEP / in_pack<X> / THREADS];
     pack<float> factor_kept[RANKS * STEP / 4 / THREADS];
     const auto ahead = [&](int k) {
-        fetch_tile<STEP>(x_kept, [&](int r) { return x + (size_t)row[r] * a.width + k; }, rows, end - k, x_whole);
+        const auto x_row = [&](int r) { return x + (size_t)row[r] * a.width + k; };
+        const auto a_row = [&](int r) { return adapter.factor + (size_t)(rank0 + r) * a.width + k; };
+        const auto b_row = [&](int r) { return adapter.factor + (size_t)(k + r) * rank + rank0; };
+        fetch_tile<STEP>(x_kept, x_row, rows, end - k, x_whole);
         if constexpr (B_LAYOUT)
-            fetch_tile<RANKS>(factor_kept, [&](int r) { return adapter.factor + (size_t)(k + r) * rank + rank0; },
-                              end - k, ranks, factor_whole);
+            fetch_tile<RANKS>(factor_kept, b_row, end - k, ranks, factor_whole);
         else
-            fetch_tile<STEP>(factor_kept,
-                             [&](int r) { return adapter.factor + (size_t)(rank0 + r) * a.width + k; }, ranks,
-                             end - k, factor_whole);
+            fetch_tile<STEP>(factor_kept, a_row, ranks, end - k, factor_whole);
     };
     float d[RANKS / 8][4] = {};
     ahead(begin);
     for (int k = begin, side = 0; k < end; k += STEP, side ^= 1) {
-        T *const xs = reinterpret_cast<T *>(x_tiles[side]), *const fs = reinterpret_cast<T *>(factor_tiles[side]);
+        T *const xs = reinterpret_cast<T *>(x_tiles[side]);
+        T *const fs = reinterpret_cast<T *>(factor_tiles[side]);
         put_tile<STEP>(xs, x_kept, ROWS);
         put_tile<FACTOR_COLUMNS>(fs, factor_kept, B_LAYOUT ? FACTOR_ROWS : tile_of_16(ranks));
         __syncthreads();
@@ -201,24 +211,24 @@ __device__ __forceinline__ void shrink(const psoup__mix_shrink_args &a) {
         if (warp * 16 < rows)
 #pragma unroll
             for (int j = 0; j < STEP; j += 16)
-                multiply<T, true, !B_LAYOUT, RANKS / 8>(d, xs + warp * 16 * LD + j, LD,
-                                                        fs + (B_LAYOUT ? j * FACTOR_LD : j), FACTOR_LD, ranks);
+                multiply<T, true, !B_LAYOUT, RANKS / 8>(
+                    d, xs + warp * 16 * LD + j, LD, fs + (B_LAYOUT ? j * FACTOR_LD : j), FACTOR_LD, ranks);
     }
 
     if (a.splits > 1) {
         float *slots = a.slots + (size_t)blockIdx.x * a.splits * PSOUP__MIX_SLOT;
 #pragma unroll
         for (int t = 0; t < RANKS / 8; t++)
-            if (t * 8 < ranks)
+            if (t * 8 < ranks && warp * 16 < rows)
                 leave_fragment(slots + (size_t)blockIdx.y * PSOUP__MIX_SLOT, t, d[t]);
         if (!last_to_come(a.counters + blockIdx.x, (uint32_t)a.splits))
             return;
 #pragma unroll
         for (int t = 0; t < RANKS / 8; t++) {
-            if (t * 8 >= ranks)
+            if (t * 8 >= ranks || warp * 16 >= rows)
                 break;
             d[t][0] = d[t][1] = d[t][2] = d[t][3] = 0;
-            add_fragments(d[t], slots, PSOUP__MIX_SLOT, t, a.splits);
+            add_fragments<16>(d[t], slots, PSOUP__MIX_SLOT, t, a.splits);
         }
     }
     const int m = warp * 16 + (int)threadIdx.x % 32 / 4, n = (int)threadIdx.x % 4 * 2;
@@ -232,7 +242,7 @@ __device__ __forceinline__ void shrink(const psoup__mix_shrink_args &a) {
         }
 }
 
-/* ---- expand: y += weight · scale · u · factorᵀ (B), or · factor (A) ----------------------------------------- */
+/* ---- expand: y += weight · scale · u · factorᵀ (B), or · factor (A) ---------------------------------- */
 
 /* The first of list[low … high−1], ascending, that is not below `value`. */
 __device__ __forceinline__ int lower_bound(const int32_t *list, int low, int high, int value) {
@@ -281,8 +291,9 @@ __device__ __forceinline__ void look_up(mix_tile<ROWS> &t, const psoup__mix_expa
     __syncthreads();
     for (int i = (int)threadIdx.x / 32; i < a.n; i += THREADS / 32)
         for (int p = t.low[i] + (int)threadIdx.x % 32; p < t.high[i]; p += 32) {
-            const int row = a.adapter[i].rows[p];
-            t.share[i][row - row0] = a.weight[(size_t)row * a.weights + a.adapter[i].column] * a.adapter[i].scale;
+            const psoup__mix_adapter &adapter = a.adapter[i];
+            const int row = adapter.rows[p];
+            t.share[i][row - row0] = a.weight[(size_t)row * a.weights + adapter.column] * adapter.scale;
             t.place[i][row - row0] = (uint8_t)(p - t.low[i]);
         }
     __syncthreads();
@@ -294,53 +305,76 @@ struct mix_slice {
     bool last; /* of the adapter */
 };
 
-/* The u of some slices, [ROWS][DEPTH + pad]. */
+/* Items of a tile, four numbers each, AT_ONCE of a thread on their way together: get(q) fetches item q, to(q)
+ * is where it is put. */
+template <int AT_ONCE, typename T, typename Get, typename To>
+__device__ __forceinline__ void bring(int items, Get get, To to) {
+    for (int q0 = (int)threadIdx.x; q0 < items; q0 += AT_ONCE * THREADS) {
+        pack<float> kept[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (q0 + i * THREADS < items)
+                kept[i] = get(q0 + i * THREADS);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (q0 + i * THREADS < items)
+                put(to(q0 + i * THREADS), kept[i]);
+    }
+}
+
+/* The u of n slices, [ROWS][DEPTH + pad]. */
 template <typename T, int ROWS, int DEPTH>
 __device__ __forceinline__ void bring_u(T *us, const mix_tile<ROWS> &t, const psoup__mix_expand_args &a,
                                         const mix_slice *slices, int n) {
-#pragma unroll 4
-    for (int q = (int)threadIdx.x; q < n * ROWS * 4; q += THREADS) {
-        const int quad = q % 4 * 4, r = q / 4 % ROWS, s = q / 4 / ROWS, i = slices[s].adapter;
-        const psoup__mix_adapter &adapter = a.adapter[i];
-        const bool used = t.share[i][r] != 0;
-        const float *u = adapter.u + (size_t)(t.low[i] + (used ? t.place[i][r] : 0)) * adapter.rank + slices[s].rank0;
-        put(us + r * (DEPTH + in_pack<T>) + s * 16 + quad,
-            fetch(u, quad, used ? adapter.rank - slices[s].rank0 : 0,
-                  adapter.rank % 4 == 0 && aligned16(adapter.u)));
-    }
+    bring<sizeof(T) == 2 ? 8 : 4, T>(
+        n * ROWS * 4,
+        [&](int q) {
+            const int r = q / 4 % ROWS, s = q / 4 / ROWS, i = slices[s].adapter;
+            const psoup__mix_adapter &adapter = a.adapter[i];
+            const bool used = t.share[i][r] != 0;
+            const int use = t.low[i] + (used ? t.place[i][r] : 0);
+            return fetch(adapter.u + (size_t)use * adapter.rank + slices[s].rank0, q % 4 * 4,
+                         used ? adapter.rank - slices[s].rank0 : 0, adapter.rank % 4 == 0 && aligned16(adapter.u));
+        },
+        [&](int q) { return us + q / 4 % ROWS * (DEPTH + in_pack<T>) + q / 4 / ROWS * 16 + q % 4 * 4; });
 }
 
-/* The factors of some slices at COLUMNS columns from column0 on: as B lies, [COLUMNS][DEPTH + pad], or as A does,
- * [DEPTH][COLUMNS + pad]. */
+/* The factors of n slices at COLUMNS columns from column0 on: as B lies, [COLUMNS][DEPTH + pad], or as A
+ * does, [DEPTH][COLUMNS + pad]. */
 template <typename T, int COLUMNS, int DEPTH, bool B_LAYOUT>
 __device__ __forceinline__ void bring_factors(T *fs, const psoup__mix_expand_args &a, const mix_slice *slices,
                                               int n, int column0) {
-#pragma unroll 4
-    for (int q = (int)threadIdx.x; q < n * COLUMNS * 4; q += THREADS) {
-        const int s = q / 4 / COLUMNS, rank0 = slices[s].rank0;
-        const psoup__mix_adapter &adapter = a.adapter[slices[s].adapter];
-        const int rank = adapter.rank, columns = a.width - column0;
-        if constexpr (B_LAYOUT) {
-            const int quad = q % 4 * 4, c = q / 4 % COLUMNS;
-            put(fs + c * (DEPTH + in_pack<T>) + s * 16 + quad,
-                fetch(adapter.factor + (size_t)(column0 + (c < columns ? c : 0)) * rank + rank0, quad,
-                      c < columns ? rank - rank0 : 0, rank % 4 == 0 && aligned16(adapter.factor)));
-        } else {
-            const int quad = q % (COLUMNS / 4) * 4, k = q / (COLUMNS / 4) % 16;
-            put(fs + (s * 16 + k) * (COLUMNS + in_pack<T>) + quad,
-                fetch(adapter.factor + (size_t)(rank0 + (rank0 + k < rank ? k : 0)) * a.width + column0, quad,
-                      rank0 + k < rank ? columns : 0, a.width % 4 == 0 && aligned16(adapter.factor)));
-        }
-    }
+    const int columns = a.width - column0;
+    bring<sizeof(T) == 2 ? 8 : 4, T>(
+        n * COLUMNS * 4,
+        [&](int q) {
+            const mix_slice &slice = slices[q / 4 / COLUMNS];
+            const psoup__mix_adapter &adapter = a.adapter[slice.adapter];
+            const int rank = adapter.rank, c = q / 4 % COLUMNS, k = slice.rank0 + q / (COLUMNS / 4) % 16;
+            if constexpr (B_LAYOUT)
+                return fetch(adapter.factor + (size_t)(column0 + (c < columns ? c : 0)) * rank + slice.rank0,
+                             q % 4 * 4, c < columns ? rank - slice.rank0 : 0,
+                             rank % 4 == 0 && aligned16(adapter.factor));
+            else
+                return fetch(adapter.factor + (size_t)(k < rank ? k : 0) * a.width + column0,
+                             q % (COLUMNS / 4) * 4, k < rank ? columns : 0,
+                             a.width % 4 == 0 && aligned16(adapter.factor));
+        },
+        [&](int q) {
+            if constexpr (B_LAYOUT)
+                return fs + q / 4 % COLUMNS * (DEPTH + in_pack<T>) + q / 4 / COLUMNS * 16 + q % 4 * 4;
+            else
+                return fs + q / (COLUMNS / 4) * (COLUMNS + in_pack<T>) + q % (COLUMNS / 4) * 4;
+        });
 }
 
-/* DOWN warps have 16 rows each, all of them a part of the columns: 4 × 1 for tiles of ROWS rows, 1 × 4 for FEW. The
- * slices of all adapters lie one after another along k, as many as fit at a time; where an adapter ends, its sum is
- * weighed and added. That a share of 0 is skipped there, and not multiplied, keeps NaN away from other rows. */
+/* Four warps share a tile of ROWS rows by rows (DOWN 4), one of FEW by columns (DOWN 1). The slices of all
+ * adapters lie one after another along k, as many as fit at a time; where an adapter ends, its sum is weighed
+ * and added. That a share of 0 is skipped there, and not multiplied, keeps NaN away from other rows. */
 template <typename T, int DOWN, bool B_LAYOUT>
 __device__ __forceinline__ void expand(const psoup__mix_expand_args &a) {
-    constexpr int ROWS = 16 * DOWN, COLUMNS = PSOUP__MIX_COLUMNS, DEPTH = 256 / (int)sizeof(T), SLICES = DEPTH / 16;
-    constexpr int NT = COLUMNS / 8 * DOWN / 4, LD = DEPTH + in_pack<T>;
+    constexpr int ROWS = 16 * DOWN, COLUMNS = PSOUP__MIX_COLUMNS, NT = COLUMNS / 8 * DOWN / 4;
+    constexpr int DEPTH = 256 / (int)sizeof(T), SLICES = DEPTH / 16, LD = DEPTH + in_pack<T>;
     constexpr int FACTOR_ROWS = B_LAYOUT ? COLUMNS : DEPTH, FACTOR_LD = B_LAYOUT ? LD : COLUMNS + in_pack<T>;
     SHARED pack<T> u_tile[ROWS * LD / in_pack<T>], factor_tile[FACTOR_ROWS * FACTOR_LD / in_pack<T>];
     SHARED mix_tile<ROWS> mix;
@@ -359,9 +393,12 @@ __device__ __forceinline__ void expand(const psoup__mix_expand_args &a) {
         for (int t = 0; t < NT; t++)
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                const int row = row0 + m + lane / 4 + c / 2 * 8, column = column0 + n + t * 8 + lane % 4 * 2 + c % 2;
-                const bool inside = row < a.rows && column < a.width;
-                d[t][c] = !inside ? 0 : a.add ? a.y[(size_t)row * a.width + column] : a.bias ? a.bias[column] : 0;
+                const int row = row0 + m + lane / 4 + c / 2 * 8;
+                const int column = column0 + n + t * 8 + lane % 4 * 2 + c % 2;
+                d[t][c] = row >= a.rows || column >= a.width ? 0
+                          : a.add  ? a.y[(size_t)row * a.width + column]
+                          : a.bias ? a.bias[column]
+                                   : 0;
             }
         for (int first = 0; first < all; first += SLICES) {
             const int some = min(SLICES, all - first);
@@ -377,9 +414,8 @@ __device__ __forceinline__ void expand(const psoup__mix_expand_args &a) {
             bring_factors<T, COLUMNS, DEPTH, B_LAYOUT>(fs, a, slices, some, column0);
             __syncthreads();
             for (int s = 0; s < some && row0 + m < a.rows; s++) {
-                multiply<T, true, B_LAYOUT, NT>(y, us + m * LD + s * 16, LD,
-                                                B_LAYOUT ? fs + n * FACTOR_LD + s * 16 : fs + s * 16 * FACTOR_LD + n,
-                                                FACTOR_LD, NT * 8);
+                const T *f = B_LAYOUT ? fs + n * FACTOR_LD + s * 16 : fs + s * 16 * FACTOR_LD + n;
+                multiply<T, true, B_LAYOUT, NT>(y, us + m * LD + s * 16, LD, f, FACTOR_LD, NT * 8);
                 if (!slices[s].last)
                     continue;
                 const float *share = mix.share[slices[s].adapter] + m + lane / 4;

@@ -1,7 +1,7 @@
-/* cuda/linear_mix.h: the adapters' part of a linear layer. See kernels.h, and linear_mix.cuh for what is common.
+/* cuda/linear_mix.h: the adapters' part of a linear layer. See kernels.h and linear_mix.cuh.
  *
- * Kernels end in the dtype that products are taken in; `_wide` ones read x (or dy) as f32 and round it, the others
- * find it rounded. "a": the factor is laid out as A, [rank, width]; "b": as B, [width, rank].
+ * Kernels end in the dtype that products are taken in; `_wide` ones read x (or dy) as f32 and round it, the
+ * others find it rounded. "a": the factor is laid out as A, [rank, width]; "b": as B, [width, rank].
  */
 #ifndef PSOUP__LINEAR_MIX_H
 #define PSOUP__LINEAR_MIX_H
@@ -13,7 +13,8 @@ enum {
     PSOUP__MIX_THREADS = 128,
     PSOUP__MIX_GROUP = 32,     /* adapters of one launch */
     PSOUP__MIX_ROWS = 64,      /* of a tile of shrink and expand, */
-    PSOUP__MIX_FEW = 16,       /* or of expand_few */
+    PSOUP__MIX_FEW = 16,       /* or of expand_few; */
+    PSOUP__MIX_FEW_USES = 4,   /* most that an adapter of shrink_few has */
     PSOUP__MIX_RANKS = 64,     /* of a tile of shrink and gradient: more ranks are more tiles */
     PSOUP__MIX_COLUMNS = 64,   /* of a tile of expand */
     PSOUP__MIX_GRADIENT_COLUMNS = 128,
@@ -42,19 +43,20 @@ typedef struct psoup__mix_cast_args {
     uint64_t n;
 } psoup__mix_cast_args;
 
-/* u = x · factor, or its transpose, for the rows of each adapter. Blocks (tile, split): a tile is ROWS uses and
- * RANKS ranks of one adapter, a split `slice` columns of x. */
+/* u = x · factor, or its transpose, for the rows of each adapter. Blocks (tile, split): a tile is ROWS uses
+ * and RANKS ranks of one adapter, a split `slice` columns of x. shrink_few: a tile is one rank, x is f32 and
+ * not split. No padding in what a step launches: src/gpu/record.c compares bytes. */
 typedef struct psoup__mix_shrink_args {
     psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
     const void *x;                       /* [rows, width] */
     float *slots;                        /* [tiles][splits][SLOT] */
     uint32_t *counters;                  /* [tiles], zeros before and after */
     int32_t tiles[PSOUP__MIX_GROUP + 1]; /* where each adapter's begin */
-    int32_t width, splits, slice;        /* no padding in what a step launches: src/gpu/record.c compares bytes */
+    int32_t width, splits, slice;
 } psoup__mix_shrink_args;
 
-/* y = (y, or bias) + Σ weight · scale · u · factor, adapters in order. Blocks (tile of ROWS or FEW rows, `span`
- * tiles of COLUMNS columns). */
+/* y = (y, or bias) + Σ weight · scale · u · factor, adapters in order. Blocks (tile of ROWS or FEW rows,
+ * `span` tiles of COLUMNS columns). */
 typedef struct psoup__mix_expand_args {
     psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
     float *y;            /* [rows, width] */
@@ -64,8 +66,8 @@ typedef struct psoup__mix_expand_args {
     int32_t add;         /* to y, or overwrite it */
 } psoup__mix_expand_args;
 
-/* gradient += Σ over uses (weight · scale · u)ᵀ z. Blocks (tile, chunk): a tile is GRADIENT_COLUMNS columns and RANKS
- * ranks of one adapter, a chunk CHUNK uses, beginning with chunk `chunk`. */
+/* gradient += Σ over uses (weight · scale · u)ᵀ z. Blocks (tile, chunk): a tile is GRADIENT_COLUMNS columns
+ * and RANKS ranks of one adapter, a chunk CHUNK uses, beginning with chunk `chunk`. */
 typedef struct psoup__mix_gradient_args {
     psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
     int32_t tiles[PSOUP__MIX_GROUP + 1];
@@ -94,6 +96,7 @@ typedef struct psoup__mix_dbias_args {
 #define PSOUP__LINEAR_MIX_KERNELS(X) \
     X(mix_cast_f16, mix_cast) \
     X(mix_cast_bf16, mix_cast) \
+    X(mix_shrink_few, mix_shrink) \
     X(mix_shrink_a_f32, mix_shrink) \
     X(mix_shrink_a_f16, mix_shrink) \
     X(mix_shrink_a_bf16, mix_shrink) \

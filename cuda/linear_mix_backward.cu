@@ -6,19 +6,24 @@
  */
 #include "linear_mix.cuh"
 
-/* Columns × ranks of Σ zᵀ (share · u) over the uses of one adapter: a warp has 32 columns and all the tile's ranks.
- * Uses go by in steps of 64 bytes of T, through two tiles of z and of u in turn; those of share 0 as zeros. */
-template <typename T, typename X> __device__ __forceinline__ void gradient(const psoup__mix_gradient_args &a) {
+/* Columns × ranks of Σ zᵀ (share · u) over the uses of one adapter: a warp has 32 columns and all the tile's
+ * ranks. Uses go by in steps of 64 bytes of T, through two tiles of z and of u in turn; those of share 0 as
+ * zeros. */
+template <typename T, typename X>
+__device__ __forceinline__ void gradient(const psoup__mix_gradient_args &a) {
     constexpr int COLUMNS = PSOUP__MIX_GRADIENT_COLUMNS, RANKS = PSOUP__MIX_RANKS, CHUNK = PSOUP__MIX_CHUNK;
-    constexpr int STEP = 64 / (int)sizeof(T), LD = COLUMNS + in_pack<T>, U_LD = RANKS + in_pack<T>, NT = RANKS / 8;
+    constexpr int STEP = 64 / (int)sizeof(T), NT = RANKS / 8;
+    constexpr int LD = COLUMNS + in_pack<T>, U_LD = RANKS + in_pack<T>;
     SHARED pack<T> z_tiles[2][STEP * LD / in_pack<T>], u_tiles[2][STEP * U_LD / in_pack<T>];
     SHARED int32_t row[CHUNK];
     SHARED float share[CHUNK];
 
-    const int i = adapter_of(a.tiles, (int)blockIdx.x), warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    const int i = adapter_of(a.tiles, (int)blockIdx.x);
     const psoup__mix_adapter &adapter = a.adapter[i];
     const int rank = adapter.rank, across = (rank + RANKS - 1) / RANKS, tile = (int)blockIdx.x - a.tiles[i];
-    const int column0 = tile / across * COLUMNS, rank0 = tile % across * RANKS, ranks = min(RANKS, rank - rank0);
+    const int column0 = tile / across * COLUMNS;
+    const int rank0 = tile % across * RANKS, ranks = min(RANKS, rank - rank0);
     const int start = (a.chunk + (int)blockIdx.y) * CHUNK, uses = min(CHUNK, adapter.uses - start);
     const int chunks = min((int)gridDim.y, (adapter.uses + CHUNK - 1) / CHUNK - a.chunk);
     if (uses <= 0)
@@ -36,12 +41,12 @@ template <typename T, typename X> __device__ __forceinline__ void gradient(const
     pack<X> z_kept[STEP * COLUMNS / in_pack<X> / THREADS];
     pack<float> u_kept[STEP * RANKS / 4 / THREADS];
     const auto ahead = [&](int k) {
-        fetch_tile<COLUMNS>(
-            z_kept, [&](int r) { return row[k + r] >= 0 ? z + (size_t)row[k + r] * a.width : nullptr; }, uses - k,
-            a.width - column0, z_whole);
-        fetch_tile<RANKS>(
-            u_kept,
-            [&](int r) { return row[k + r] >= 0 ? u + (size_t)(k + r) * rank : nullptr; }, uses - k, ranks, u_whole);
+        const auto z_row = [&](int r) {
+            return row[k + r] >= 0 ? z + (size_t)row[k + r] * a.width : nullptr;
+        };
+        const auto u_row = [&](int r) { return row[k + r] >= 0 ? u + (size_t)(k + r) * rank : nullptr; };
+        fetch_tile<COLUMNS>(z_kept, z_row, uses - k, a.width - column0, z_whole);
+        fetch_tile<RANKS>(u_kept, u_row, uses - k, ranks, u_whole);
     };
     float d[2][NT][4] = {};
     ahead(0);
@@ -64,8 +69,8 @@ template <typename T, typename X> __device__ __forceinline__ void gradient(const
         for (int j = 0; j < STEP; j += 16)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                multiply<T, false, false, NT>(d[half], zs + j * LD + warp * 32 + half * 16, LD, us + j * U_LD, U_LD,
-                                              ranks);
+                multiply<T, false, false, NT>(d[half], zs + j * LD + warp * 32 + half * 16, LD, us + j * U_LD,
+                                              U_LD, ranks);
     }
 
     float *slots = a.slots + (size_t)blockIdx.x * gridDim.y * PSOUP__MIX_GRADIENT_SLOT;
@@ -92,7 +97,7 @@ template <typename T, typename X> __device__ __forceinline__ void gradient(const
                 sum[c] += adapter.gradient[(size_t)column * column_step + (size_t)j * rank_step];
         }
         if (chunks > 1)
-            add_fragments(sum, slots, PSOUP__MIX_GRADIENT_SLOT, f, chunks);
+            add_fragments<8>(sum, slots, PSOUP__MIX_GRADIENT_SLOT, f, chunks);
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             const int column = column1 + f % 2 * 16 + c / 2 * 8, j = j1 + f / 2 * 8 + c % 2;

@@ -5,8 +5,8 @@
  *     dx += dy W,  dw += dyᵀ x                                cuBLASLt
  *     du_i = dy B_i, and the adapters' gradients from it      cuda/linear_mix_backward.cu
  *
- * Where the weights have 16 bits, so has the copy of x that is multiplied. Layers that share an x (q, k, v; gate,
- * up) follow one another and share the copy.
+ * Where the weights have 16 bits, so has the copy of x that is multiplied. Layers that share an x (q, k, v;
+ * gate, up) follow one another and share the copy.
  */
 #include "gpu/internal.h"
 
@@ -34,8 +34,8 @@ static const void *rounded(psoup__gpu *gpu, const float *x, size_t n, psoup_dtyp
     if (cast->of == x && cast->n == n && cast->dtype == dtype)
         return room;
     if (n > gpu->room_bytes / 2) {
-        psoup__fail(&gpu->failed, PSOUP_ERROR_STATE, "GPU: linear_mix rounds %zu numbers, room is reserved for %zu",
-                    n, gpu->room_bytes / 2);
+        psoup__fail(&gpu->failed, PSOUP_ERROR_STATE,
+                    "GPU: linear_mix rounds %zu numbers, room is reserved for %zu", n, gpu->room_bytes / 2);
         return NULL;
     }
     launch(gpu, dtype == PSOUP_F16 ? PSOUP__KERNEL_mix_cast_f16 : PSOUP__KERNEL_mix_cast_bf16,
@@ -46,8 +46,8 @@ static const void *rounded(psoup__gpu *gpu, const float *x, size_t n, psoup_dtyp
 
 /* Forgets the copy of what these numbers overwrite. */
 static void overwritten(psoup__gpu *gpu, const float *y, size_t n) {
-    const psoup__cast *cast = &gpu->cast;
-    if (cast->of && (uintptr_t)y < (uintptr_t)(cast->of + cast->n) && (uintptr_t)cast->of < (uintptr_t)(y + n))
+    uintptr_t of = (uintptr_t)gpu->cast.of, out = (uintptr_t)y;
+    if (out < of + gpu->cast.n * sizeof(float) && of < out + n * sizeof(float))
         gpu->cast.of = NULL;
 }
 
@@ -55,7 +55,7 @@ static int32_t tiles(int32_t n, int32_t size) {
     return n / size + (n % size != 0);
 }
 
-/* ---- groups of adapters --------------------------------------------------------------------------------- */
+/* ---- groups of adapters ------------------------------------------------------------------------------ */
 
 /* Up to PSOUP__MIX_GROUP adapters that somebody uses, and where the next begin. */
 typedef struct group {
@@ -73,30 +73,31 @@ static bool next_group(const linear *l, group *g, bool b) {
         int32_t uses = mix->first[g->next + 1] - mix->first[g->next];
         if (uses == 0 || lora->rank == 0)
             continue;
-        g->adapter[g->n++] = (psoup__mix_adapter){.factor = b ? lora->b : lora->a, .u = g->u,
-                                                  .rows = mix->rows + mix->first[g->next], .scale = lora->scale,
-                                                  .uses = uses, .rank = lora->rank, .column = g->next};
+        g->adapter[g->n++] = (psoup__mix_adapter){
+            .factor = b ? lora->b : lora->a, .u = g->u, .rows = mix->rows + mix->first[g->next],
+            .scale = lora->scale, .uses = uses, .rank = lora->rank, .column = g->next};
         g->u += (size_t)uses * (size_t)lora->rank;
     }
     return g->n > 0;
 }
 
-/* ---- launches -------------------------------------------------------------------------------------------- */
+/* ---- launches ---------------------------------------------------------------------------------------- */
 
 static psoup__kernel by_dtype(psoup_dtype dtype, psoup__kernel f32, psoup__kernel f16, psoup__kernel bf16) {
     return dtype == PSOUP_F32 ? f32 : dtype == PSOUP_F16 ? f16 : bf16;
 }
-#define BY_DTYPE(dtype, name) \
+#define BY_DTYPE(dtype, name)                                                                              \
     by_dtype(dtype, PSOUP__KERNEL_##name##_f32, PSOUP__KERNEL_##name##_f16, PSOUP__KERNEL_##name##_bf16)
-#define BY_DTYPE_WIDE(dtype, name) \
-    by_dtype(dtype, PSOUP__KERNEL_##name##_f32, PSOUP__KERNEL_##name##_f16_wide, PSOUP__KERNEL_##name##_bf16_wide)
+#define BY_DTYPE_WIDE(dtype, name)                                                                         \
+    by_dtype(dtype, PSOUP__KERNEL_##name##_f32, PSOUP__KERNEL_##name##_f16_wide,                           \
+             PSOUP__KERNEL_##name##_bf16_wide)
 
 static psoup__grid blocks(int32_t x, int32_t y) {
     return (psoup__grid){.x = (unsigned)x, .y = (unsigned)y, .z = 1, .threads = PSOUP__MIX_THREADS};
 }
 
-/* u = x Aᵀ, or with b du = dy B. `wide`: x is f32. Enough blocks for the device are found along the rows, and where
- * these are few, along x's columns. */
+/* u = x Aᵀ, or with b du = dy B. `wide`: x is f32. Enough blocks for the device are found along the rows, and
+ * where these are few, along x's columns. */
 static void shrink(const linear *l, const group *g, bool b, const void *x, bool wide, int32_t width) {
     enum { STEP = 128, BLOCKS = 2 }; /* the least columns of a split; blocks for each multiprocessor */
     psoup__gpu *gpu = l->gpu;
@@ -116,13 +117,29 @@ static void shrink(const linear *l, const group *g, bool b, const void *x, bool 
         args.splits = splits;
     args.slice = tiles(tiles(width, args.splits), STEP) * STEP;
     args.splits = tiles(width, args.slice);
-    psoup__kernel kernel = b ? wide ? BY_DTYPE_WIDE(l->dtype, mix_shrink_b) : BY_DTYPE(l->dtype, mix_shrink_b)
-                             : wide ? BY_DTYPE_WIDE(l->dtype, mix_shrink_a) : BY_DTYPE(l->dtype, mix_shrink_a);
+    psoup__kernel kernel = b && wide ? BY_DTYPE_WIDE(l->dtype, mix_shrink_b)
+                           : b       ? BY_DTYPE(l->dtype, mix_shrink_b)
+                           : wide    ? BY_DTYPE_WIDE(l->dtype, mix_shrink_a)
+                                     : BY_DTYPE(l->dtype, mix_shrink_a);
     launch(gpu, kernel, blocks(all, args.splits), &args);
 }
 
+/* u = x Aᵀ where no adapter has many uses: a block for each row of A. */
+static bool shrink_few(const linear *l, const group *g, const float *x, int32_t width) {
+    psoup__mix_shrink_args args = {.x = x, .width = width, .splits = 1, .slice = width};
+    for (int32_t i = 0; i < g->n; i++) {
+        if (g->adapter[i].uses > PSOUP__MIX_FEW_USES)
+            return false;
+        args.adapter[i] = g->adapter[i];
+        args.tiles[i + 1] = args.tiles[i] + g->adapter[i].rank;
+    }
+    launch(l->gpu, PSOUP__KERNEL_mix_shrink_few, blocks(args.tiles[g->n], 1), &args);
+    return true;
+}
+
 /* y = (y, or bias) + Σ w·s·u Bᵀ; without b dx += Σ w·s·du A. */
-static void expand(const linear *l, const group *g, bool b, float *y, const float *bias, bool add, int32_t width) {
+static void expand(const linear *l, const group *g, bool b, float *y, const float *bias, bool add,
+                   int32_t width) {
     enum { BLOCKS = 8 }; /* of a multiprocessor: a block takes more columns where there are more */
     psoup__gpu *gpu = l->gpu;
     bool few = b && l->rows <= PSOUP__MIX_FEW;
@@ -134,12 +151,13 @@ static void expand(const linear *l, const group *g, bool b, float *y, const floa
     int64_t span = (int64_t)down * across / (BLOCKS * gpu->processors);
     args.span = span < 1 ? 1 : span < across ? (int32_t)span : across;
     psoup__kernel kernel = few ? BY_DTYPE(l->dtype, mix_expand_few)
-                           : b ? BY_DTYPE(l->dtype, mix_expand_b) : BY_DTYPE(l->dtype, mix_expand_a);
+                           : b ? BY_DTYPE(l->dtype, mix_expand_b)
+                               : BY_DTYPE(l->dtype, mix_expand_a);
     launch(gpu, kernel, blocks(down, tiles(across, args.span)), &args);
 }
 
-/* dA += Σ (w·s·du)ᵀ x, or with b dB += Σ dyᵀ (w·s·u), for adapters that ask. Chunks of uses are summed apart, as many
- * at a time as there are slots for, and added to what there is in order. */
+/* dA += Σ (w·s·du)ᵀ x, or with b dB += Σ dyᵀ (w·s·u), for adapters that ask. Chunks of uses are summed apart,
+ * as many at a time as there are slots for, and added to what there is in order. */
 static void gradient(const linear *l, const group *g, bool b, const void *z, bool wide, int32_t width) {
     psoup__gpu *gpu = l->gpu;
     psoup__mix_gradient_args args = {.z = z, .weight = l->mix->weight, .weights = l->mix->n, .width = width,
@@ -176,10 +194,11 @@ static void dweight(const linear *l, const group *u, const group *du) {
         args.adapter[i].gradient = du->adapter[i].u;
         args.uses[i + 1] = args.uses[i] + u->adapter[i].uses;
     }
-    launch(l->gpu, PSOUP__KERNEL_mix_dweight, blocks(tiles(args.uses[u->n], PSOUP__MIX_THREADS / 32), 1), &args);
+    int32_t warps = PSOUP__MIX_THREADS / 32;
+    launch(l->gpu, PSOUP__KERNEL_mix_dweight, blocks(tiles(args.uses[u->n], warps), 1), &args);
 }
 
-/* ---- the ops --------------------------------------------------------------------------------------------- */
+/* ---- the ops ----------------------------------------------------------------------------------------- */
 
 static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, const float *x_lora,
                        const psoup__weight *w, const float *bias, const psoup__lora *lora,
@@ -193,15 +212,16 @@ static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, c
         return;
     bool begun = false, wide = x_lora != x;
     for (group a = {.u = u}, b = a; next_group(&l, &a, false) && next_group(&l, &b, true); begun = true) {
-        shrink(&l, &a, false, x_lora == x ? operand : x_lora, wide, w->in);
+        if (!shrink_few(&l, &a, x_lora, w->in))
+            shrink(&l, &a, false, x_lora == x ? operand : x_lora, wide, w->in);
         expand(&l, &b, true, y, bias, begun, w->out);
     }
     if (bias && !begun)
         expand(&l, &(group){.n = 0}, true, y, bias, false, w->out);
     psoup__blas_run(gpu,
-                    &(psoup__product){.m = rows, .n = w->out, .k = w->in, .dtype = w->dtype, .transpose_b = true,
-                                      .lda = w->in, .ldb = w->in, .ldc = w->out, .alpha = 1,
-                                      .beta = bias || begun ? 1 : 0},
+                    &(psoup__product){.m = rows, .n = w->out, .k = w->in, .dtype = w->dtype,
+                                      .transpose_b = true, .lda = w->in, .ldb = w->in, .ldc = w->out,
+                                      .alpha = 1, .beta = bias || begun ? 1 : 0},
                     y, operand, w->data);
     overwritten(gpu, y, (size_t)rows * (size_t)w->out);
 }
@@ -231,10 +251,10 @@ static void asked(const linear *l, const group *g, bool *da, bool *db) {
     }
 }
 
-static void linear_mix_backward(psoup__backend *be, float *dx, float *dx_lora, float *dw, float *dbias, float *du,
-                                const float *dy, const float *x, const float *x_lora, const float *u,
-                                const psoup__weight *w, const psoup__lora *lora, const psoup__mix *mix,
-                                int32_t rows) {
+static void linear_mix_backward(psoup__backend *be, float *dx, float *dx_lora, float *dw,
+                                float *dbias, float *du, const float *dy, const float *x,
+                                const float *x_lora, const float *u, const psoup__weight *w,
+                                const psoup__lora *lora, const psoup__mix *mix, int32_t rows) {
     psoup__gpu *gpu = psoup__gpu_of(be);
     linear l = {gpu, w->dtype, lora, mix, rows};
     if (rows == 0)
@@ -244,8 +264,8 @@ static void linear_mix_backward(psoup__backend *be, float *dx, float *dx_lora, f
         return;
     if (dx)
         psoup__blas_run(gpu,
-                        &(psoup__product){.m = rows, .n = w->in, .k = w->out, .dtype = w->dtype, .lda = w->out,
-                                          .ldb = w->in, .ldc = w->in, .alpha = 1, .beta = 1},
+                        &(psoup__product){.m = rows, .n = w->in, .k = w->out, .dtype = w->dtype,
+                                          .lda = w->out, .ldb = w->in, .ldc = w->in, .alpha = 1, .beta = 1},
                         dx, operand, w->data);
     base_gradients(&l, dw, dbias, dy, x, w);
     group a = {.u = du}, b = a, saved = {.u = (float *)(uintptr_t)u};

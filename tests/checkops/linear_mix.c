@@ -6,8 +6,8 @@ enum { MOST_ADAPTERS = 33 };
 typedef enum sharing {
     ONE_HOT, /* row k uses one adapter, rows of one adapter lie together */
     FULL,    /* every row uses all */
-    SPARSE   /* some use some, some none; all that is used is listed, and more, with weight 0; adapter 0 is NaN and
-              * every row lists it so */
+    SPARSE   /* some use some, some none; all that is used is listed, and more, with weight 0; adapter 0 is
+              * NaN and every row lists it so */
 } sharing;
 
 typedef struct shape {
@@ -129,7 +129,8 @@ static void reference(const layer *l, double *y, double *u) {
         for (int32_t k = l->first[i]; k < l->first[i + 1]; k++) {
             const int32_t r = l->row[k], rank = l->lora[i].rank;
             for (int32_t j = 0; j < rank; j++, u++) {
-                *u = dot(l->x_lora->host + (size_t)r * in, 1, l->a->host + l->a_at[i] + (size_t)j * in, 1, in);
+                const float *a = l->a->host + l->a_at[i] + (size_t)j * in;
+                *u = dot(l->x_lora->host + (size_t)r * in, 1, a, 1, in);
                 for (int32_t o = 0; o < out && share(l, i, k) != 0; o++)
                     y[r * out + o] += share(l, i, k) * *u * l->b->host[l->b_at[i] + (size_t)(o * rank + j)];
             }
@@ -158,7 +159,7 @@ static void check_forward(checker *c, const shape *s, psoup_dtype dtype, bool dr
     free(l.row), free(y_want), free(u_want);
 }
 
-/* ---- backward ------------------------------------------------------------------------------------------- */
+/* ---- backward ---------------------------------------------------------------------------------------- */
 
 /* What is asked for, and where each sum begins. */
 typedef struct pulls {
@@ -267,9 +268,10 @@ static void check_backward(checker *c, const shape *s, psoup_dtype dtype, bool d
     free(l.row);
 }
 
-/* ---- the copy of x that layers share ------------------------------------------------------------------- */
+/* ---- the copy of x that layers share ----------------------------------------------------------------- */
 
-/* Writes into x between two layers that read it, in each way there is. The second must see what was written. */
+/* Writes into x between two layers that read it, in each way there is. The second must see what was
+ * written. */
 static void check_rewritten(checker *c) {
     static const char *const ways[] = {"write", "copy", "zero", "an op", "a layer"};
     const shape s = {5, 32, 32, 1, FULL, false};
@@ -308,10 +310,10 @@ static void check_rewritten(checker *c) {
 }
 
 static const shape shapes[] = {
-    {1, 1, 1, 1, FULL, true},        {1, 640, 129, 8, FULL, false},  {2, 37, 127, 0, FULL, false},
-    {17, 129, 37, 8, SPARSE, true},  {64, 640, 64, 3, FULL, false},  {127, 64, 128, 8, ONE_HOT, false},
-    {129, 127, 2, 3, ONE_HOT, true}, {37, 64, 80, 33, FULL, true},   {66, 72, 65, 33, SPARSE, false},
-    {600, 40, 640, 1, ONE_HOT, false}, {1100, 33, 24, 2, FULL, false},
+    {1, 1, 1, 1, FULL, true},          {1, 640, 129, 8, FULL, false},    {2, 37, 127, 0, FULL, false},
+    {5, 1000, 33, 1, FULL, true},      {17, 129, 37, 8, SPARSE, true},   {64, 640, 64, 3, FULL, false},
+    {127, 64, 128, 8, ONE_HOT, false}, {129, 127, 2, 3, ONE_HOT, true},  {37, 64, 80, 33, FULL, true},
+    {66, 72, 65, 33, SPARSE, false},   {600, 40, 640, 1, ONE_HOT, false}, {1100, 33, 24, 2, FULL, false},
 };
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 
