@@ -78,7 +78,7 @@ check "no command: 2" test $? -eq 2
 ok --version
 check "version" has '^psoup [0-9]'
 ok --help
-commands="info tokenize generate score feedback sft reward ppo merge inspect winrate"
+commands="info tokenize generate score feedback sft reward dpo ppo merge inspect winrate"
 for c in $commands; do check "help lists $c" has "^  $c "; done
 for c in $commands; do
     ok $c --help
@@ -355,7 +355,7 @@ no 1 'left/none' inspect left/none
 no 1 'cannot create' inspect P1A --plot left/none/m.svg
 
 # ---- configurations -----------------------------------------------------------------------------
-for c in feedback sft reward ppo; do
+for c in feedback sft reward dpo ppo; do
     ok $c --print-config
     mv out $c.config
     ok $c --print-config --config $c.config
@@ -483,6 +483,23 @@ reward '"data": "empty.jsonl"'; no 1 'empty.jsonl: no rows' reward --config bad.
 reward '"data": "comparisons.jsonl", "batch_size": 0'; no 1 'batch_size' reward --config bad.json
 put odd.jsonl '{"user_input": "a", "completion_a": "b", "completion_b": "c", "preference": "../x"}\n'
 reward '"data": "odd.jsonl"'; no 1 '"../x" cannot name' reward --config bad.json
+
+# ---- dpo ----------------------------------------------------------------------------------------
+put dpo.json '{"model": "base", "data": "comparisons.jsonl", "output": "direct", "learning_rate": 0.01,
+    "rank": 2, "validation_fraction": 0.25, "max_tokens": 0, "label_smoothing": 0.1}'
+trains dpo --config dpo.json
+check "one for each preference" test "$(ls direct | tr '\n' ' ')" = "P1A P1B P2A P2B P3A P3B "
+check "a policy" grep -q CAUSAL_LM direct/P1A/adapter_config.json
+ok merge --base base --out m-direct direct/P1A=0.5 direct/P2A=0.5
+put dpo.json '{"model": "base", "data": "comparisons.jsonl", "validation": "soup.jsonl.zst", "output": "direct",
+    "per_preference": false, "name": "all", "rank": 2, "max_tokens": 0}'
+trains dpo --config dpo.json --json
+check "one for all" test -f direct/all/adapter_model.safetensors
+dpo() { put bad.json "{\"model\": \"base\", \"output\": \"left/d\", $1}"; }
+dpo '"data": "none.jsonl"'; no 1 'none.jsonl' dpo --config bad.json
+dpo '"data": "comparisons.jsonl", "validation_fraction": 1.5'; no 1 'validation_fraction' dpo --config bad.json
+dpo '"data": "comparisons.jsonl", "beta": 0'; no 1 'beta is 0' dpo --config bad.json
+dpo '"data": "odd.jsonl"'; no 1 '"../x" cannot name' dpo --config bad.json
 
 # ---- ppo ----------------------------------------------------------------------------------------
 small='"model": "base", "prompts": "instructions.jsonl", "rank": 2, "steps": 2, "batch_size": 4, "ppo_epochs": 2,

@@ -277,6 +277,17 @@ static psoup_status reward_train(uint64_t *sum) {
     return status == PSOUP_OK ? digest_adapter("R", sum) : status;
 }
 
+static psoup_status dpo(uint64_t *sum) {
+    static const psoup_dpo_pair pairs[2] = {{words[0], 3, words[1], 5, words[2], 4, 0, {0}},
+                                            {words[1], 2, words[3], 6, words[0], 6, 0, {0}}};
+    static const char *const policies[1] = {"P1A"};
+    psoup_dpo_options options = PSOUP_DPO_OPTIONS_INIT;
+    options.metrics = at("out/metrics.jsonl");
+    psoup_status status =
+        psoup_dpo(model, policies, 1, pairs, 2, pairs, 1, &options, &error);
+    return status == PSOUP_OK ? digest_adapter("P1A", sum) : status;
+}
+
 static psoup_status ppo(uint64_t *sum) {
     psoup_ppo_prompt prompts[2] = {{.tokens = words[0], .n = 4}, {.tokens = words[1], .n = 3}};
     psoup_ppo_policy policy = {.adapter = "P1A", .rewards = &reward, .n_rewards = 1,
@@ -408,6 +419,7 @@ static const path paths[] = {
     {"fine-tune an adapter", load, sft, release, true},
     {"fine-tune the base", load, sft_base, release, true},
     {"train a reward model", load_reward, reward_train, release, true},
+    {"DPO", load, dpo, release, true},
     {"PPO", load_reward, ppo, release, true},
     {"feedback and win rates", load, feedback, release, false},
     {"a judge's program", bare, judge_command, release, false},

@@ -272,6 +272,8 @@ START_TEST(field_tables_cover_the_options) {
           offsetof(psoup_sft_options, seed) - offsetof(psoup_sft_options, keep_best) - 4);
     cover(psoup_reward_fields(), sizeof(psoup_reward_options), always,
           offsetof(psoup_reward_options, seed) - offsetof(psoup_reward_options, keep_best) - 4);
+    cover(psoup_dpo_fields(), sizeof(psoup_dpo_options), always,
+          offsetof(psoup_dpo_options, seed) - offsetof(psoup_dpo_options, keep_best) - 4);
     cover(psoup_ppo_fields(), sizeof(psoup_ppo_options), always + sizeof(psoup_tokenizer *),
           offsetof(psoup_ppo_options, metrics) - offsetof(psoup_ppo_options, keep_best) - 4);
 }
@@ -330,6 +332,11 @@ START_TEST(options_out_of_range_are_refused) {
     r.batch_size = 0;
     ck_assert_int_eq(psoup__reward_check(&r, &error), PSOUP_ERROR_ARGUMENT);
     ck_assert_ptr_nonnull(strstr(error.message, "batch_size"));
+    psoup_dpo_options d = PSOUP_DPO_OPTIONS_INIT;
+    OK(psoup__dpo_check(&d, &error));
+    d.beta = 0.0f;
+    ck_assert_int_eq(psoup__dpo_check(&d, &error), PSOUP_ERROR_ARGUMENT);
+    ck_assert_ptr_nonnull(strstr(error.message, "beta is 0"));
 }
 END_TEST
 

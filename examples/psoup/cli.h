@@ -22,6 +22,7 @@ int cmd_score(int argc, char **argv);
 int cmd_feedback(int argc, char **argv);
 int cmd_sft(int argc, char **argv);
 int cmd_reward(int argc, char **argv);
+int cmd_dpo(int argc, char **argv);
 int cmd_ppo(int argc, char **argv);
 int cmd_merge(int argc, char **argv);
 int cmd_inspect(int argc, char **argv);

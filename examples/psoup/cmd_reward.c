@@ -1,7 +1,6 @@
 /* psoup reward: reward models from comparisons. */
 #include "config.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -83,36 +82,6 @@ static psoup_status read_comparisons(const reward_run *run, const cli_model *m, 
     return status;
 }
 
-/* Moves the comparisons of a fraction of the prompts to the end; *stay receives how many others
- * there are. Rows of one prompt stand together and have one "id", or where they have none, one
- * "user_input". */
-static psoup_status hold_out(const psoup_json *rows, float fraction, psoup_comparison *all,
-                             size_t *stay, psoup_error *error) {
-    size_t n = psoup_json_size(rows), kept = 0, held = 0;
-    psoup_comparison *out = malloc((n + 1) * sizeof *out);
-    int64_t group = -1;
-    char *last = NULL;
-    if (!out)
-        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    for (size_t i = 0; i < n; i++) {
-        const psoup_json *row = psoup_json_at(rows, i), *id = psoup_json_get(row, "id");
-        char *key = psoup_json_text(id ? id : psoup_json_get(row, "user_input"), 0);
-        group += !last || !key || strcmp(last, key) != 0;
-        psoup_text_free(last);
-        last = key;
-        bool hold = floor((double)(group + 1) * fraction) > floor((double)group * fraction);
-        if (hold)
-            out[held++] = all[i];
-        else
-            all[kept++] = all[i];
-    }
-    memcpy(all + kept, out, held * sizeof *out);
-    psoup_text_free(last);
-    free(out);
-    *stay = kept;
-    return PSOUP_OK;
-}
-
 /* How the trained models do on what was held out. */
 typedef struct reward_result {
     size_t held_out;
@@ -155,7 +124,7 @@ static psoup_status reward(reward_run *run, const char *config_path, reward_resu
     if (status == PSOUP_OK)
         status = read_comparisons(run, &m, run->validation, held, &set, &pool, all + n, error);
     if (status == PSOUP_OK && !run->validation) {
-        status = hold_out(rows, run->validation_fraction, all, &n, error);
+        status = hold_out(rows, run->validation_fraction, all, sizeof *all, &n, error);
         n_held = psoup_json_size(rows) - n;
     }
     if (status == PSOUP_OK)

@@ -1,5 +1,6 @@
 #include "config.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -239,6 +240,30 @@ psoup_status row_text(const psoup_json *row, const char *key, const char *path, 
         return PSOUP_OK;
     return cli_error(error, PSOUP_ERROR_FORMAT, "%s: row %zu: \"%s\" is missing or no text", path,
                      index + 1, key);
+}
+
+psoup_status hold_out(const psoup_json *rows, float fraction, void *items, size_t size, size_t *stay,
+                      psoup_error *error) {
+    size_t n = psoup_json_size(rows), kept = 0, held = 0;
+    unsigned char *all = items, *out = malloc((n + 1) * size);
+    int64_t group = -1;
+    char *last = NULL;
+    if (!out)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    for (size_t i = 0; i < n; i++) {
+        const psoup_json *row = psoup_json_at(rows, i), *id = psoup_json_get(row, "id");
+        char *key = psoup_json_text(id ? id : psoup_json_get(row, "user_input"), 0);
+        group += !last || !key || strcmp(last, key) != 0;
+        psoup_text_free(last);
+        last = key;
+        bool hold = floor((double)(group + 1) * fraction) > floor((double)group * fraction);
+        memmove(hold ? out + held++ * size : all + kept++ * size, all + i * size, size);
+    }
+    memcpy(all + kept * size, out, held * size);
+    psoup_text_free(last);
+    free(out);
+    *stay = kept;
+    return PSOUP_OK;
 }
 
 char *join(const char *directory, const char *name) {

@@ -51,6 +51,11 @@ psoup_status read_rows(psoup_context *context, const char *path, psoup_json **ou
 /* A member that must be a text; `path` and the row's number for the message. */
 psoup_status row_text(const psoup_json *row, const char *key, const char *path, size_t index,
                       const char **out, psoup_error *error);
+/* Of an array with an item for each row, moves those of a fraction of the prompts to the end; *stay
+ * receives how many others there are. Rows of one prompt stand together and have one "id", or where they
+ * have none, one "user_input". */
+psoup_status hold_out(const psoup_json *rows, float fraction, void *items, size_t size, size_t *stay,
+                      psoup_error *error);
 /* "DIRECTORY/NAME"; free with free(). NULL when out of memory. */
 char *join(const char *directory, const char *name);
 

@@ -11,6 +11,7 @@ static const command commands[] = {
     {"feedback", cmd_feedback, "sample candidates, ask a judge, write comparisons"},
     {"sft", cmd_sft, "supervised fine-tuning of an adapter or of the base"},
     {"reward", cmd_reward, "reward models from comparisons, one per preference or one for all"},
+    {"dpo", cmd_dpo, "policies from comparisons without a reward model, one per preference"},
     {"ppo", cmd_ppo, "one policy per preference, side by side on one base; or P-MORL; or RLHF"},
     {"merge", cmd_merge, "adapters or models into one, by weights"},
     {"inspect", cmd_inspect, "norms, angles and interference of adapters, and what a cheaper soup loses"},

@@ -1,4 +1,4 @@
-/* psoup/train.h: supervised fine-tuning, reward models and PPO, on the adapters of one model.
+/* psoup/train.h: supervised fine-tuning, reward models, DPO and PPO, on the adapters of one model.
  *
  * Everything trains in place: the named adapters of the psoup_model change, the base stays (but for
  * psoup_sft without an adapter). Several reward models and several policies train side by side in one
@@ -21,7 +21,7 @@ typedef struct psoup_step {
     size_t size;
     const char *phase;   /* "train" or "validation" */
     const char *subject; /* the adapter trained; "base" for a base */
-    int64_t step, total; /* from 1; optimiser steps (sft, reward) or PPO steps */
+    int64_t step, total; /* from 1; optimiser steps (sft, reward, dpo) or PPO steps */
     size_t n;
     const char *const *names; /* [n] "loss", "reward", "kl", … */
     const double *values;     /* [n] */
@@ -146,6 +146,58 @@ psoup_status psoup_reward_train(psoup_reward *const *rewards, size_t n_rewards,
 psoup_status psoup_reward_accuracy(psoup_reward *const *rewards, size_t n_rewards,
                                    const psoup_comparison *comparisons, size_t n, double *accuracy,
                                    double *loss, psoup_error *error);
+
+/* ---- DPO ------------------------------------------------------------------------------------------ */
+
+/* Two responses to one prompt. */
+typedef struct psoup_dpo_pair {
+    const int32_t *prompt;
+    size_t n_prompt;
+    const int32_t *chosen; /* the response alone, with the end token if wanted */
+    size_t n_chosen;
+    const int32_t *rejected;
+    size_t n_rejected;
+    int32_t policy; /* which of the policies it trains */
+    int32_t reserved[3]; /* 0 */
+} psoup_dpo_pair;
+
+typedef struct psoup_dpo_options {
+    size_t size;
+    int32_t epochs;
+    int32_t max_steps;
+    int32_t batch_size;   /* pairs of one micro-batch, per policy */
+    int32_t accumulation;
+    float learning_rate, beta1, beta2, epsilon, weight_decay;
+    float max_grad_norm;
+    int32_t schedule, warmup_steps;
+    float lora_dropout;
+    float beta;            /* how dearly the policy pays for leaving the reference */
+    float label_smoothing; /* the share of pairs taken to be the wrong way round; 0 to 0.5 */
+    int32_t max_tokens; /* longer rows keep their first tokens; 0: max_position_embeddings */
+    int32_t validate_every;
+    int32_t keep_best; /* by validation accuracy, then loss */
+    uint64_t seed;
+    const char *metrics;
+    psoup_step_fn on_step;
+    void *user;
+} psoup_dpo_options;
+#define PSOUP_DPO_OPTIONS_INIT                                                                     \
+    {.size = sizeof(psoup_dpo_options), .epochs = 1, .batch_size = 8, .accumulation = 1,           \
+     .learning_rate = 1e-5f, .beta1 = 0.9f, .beta2 = 0.999f, .epsilon = 1e-8f,                     \
+     .max_grad_norm = 1.0f, .schedule = PSOUP_SCHEDULE_LINEAR, .beta = 0.1f, .max_tokens = 1024,   \
+     .keep_best = 1}
+const psoup_field *psoup_dpo_fields(void);
+
+/* Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, equation 7) of n_policies
+ * adapters of one model, side by side. With r = beta · (log π − log π_ref) of a whole response, the
+ * reference being the base, the loss is −(1 − s) log σ(r_chosen − r_rejected)
+ * − s log σ(r_rejected − r_chosen), s = label_smoothing (conservative DPO), averaged over a step's
+ * pairs. Reports "loss", "accuracy" (how often r_chosen > r_rejected), "margin" (their mean difference),
+ * "reward_chosen" and "reward_rejected". Steps of a policy with fewer pairs end earlier. */
+psoup_status psoup_dpo(psoup_model *model, const char *const *policies, size_t n_policies,
+                       const psoup_dpo_pair *train, size_t n_train,
+                       const psoup_dpo_pair *validation, size_t n_validation,
+                       const psoup_dpo_options *options, psoup_error *error);
 
 /* ---- PPO ------------------------------------------------------------------------------------------ */
 

@@ -130,3 +130,13 @@ double psoup__bradley_terry(double w, double l, double margin, double centering,
     *dl = -slope + pull;
     return loss + centering * (w + l) * (w + l);
 }
+
+/* L = −(1 − s) log σ(d) − s log σ(−d) with d = β (w − l): Rafailov et al. 2023 (arXiv 2305.18290)
+ * equation 7; with smoothing s, Mitchell 2023 (A note on DPO with noisy preferences) equation 3. */
+double psoup__dpo_loss(double w, double l, double beta, double smoothing, double *dw) {
+    double right, wrong, other;
+    double loss = psoup__bradley_terry(beta * w, beta * l, 0.0, 0.0, &right, &other);
+    double swapped = psoup__bradley_terry(beta * l, beta * w, 0.0, 0.0, &other, &wrong);
+    *dw = beta * ((1.0 - smoothing) * right + smoothing * wrong);
+    return (1.0 - smoothing) * loss + smoothing * swapped;
+}

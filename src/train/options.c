@@ -68,6 +68,28 @@ static const psoup_field reward_fields[] = {
 };
 #undef OPTIONS
 
+#define OPTIONS psoup_dpo_options
+static const psoup_field dpo_fields[] = {
+    INT(epochs, "Passes over the pairs."),
+    INT(max_steps, "Optimiser steps, whatever the epochs; 0 lets the epochs decide."),
+    INT(batch_size, "Pairs of one micro-batch, per policy."),
+    INT(accumulation, "Micro-batches of one optimiser step."),
+    ADAM,
+    SCHEDULE,
+    INT(warmup_steps, "Optimiser steps over which the learning rate rises from 0."),
+    FLOAT(lora_dropout, "Probability of dropping an element of an adapter's input."),
+    FLOAT(beta, "Weight of the KL penalty that the implied reward stands against: smaller leaves the "
+                "base further behind."),
+    FLOAT(label_smoothing, "Share of the pairs taken to be the wrong way round, 0 to 0.5."),
+    INT(max_tokens, "Longer rows keep their first tokens; 0 allows what the model can hold."),
+    INT(validate_every, "Optimiser steps between validations; 0 validates at the end only."),
+    BOOL(keep_best, "Whether to end with the weights of the best validation accuracy."),
+    RUN,
+    METRICS,
+    {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
+};
+#undef OPTIONS
+
 #define OPTIONS psoup_ppo_options
 static const psoup_field ppo_fields[] = {
     INT(steps, "PPO steps; 0 makes one epoch over the prompts."),
@@ -123,6 +145,7 @@ static const psoup_field ppo_fields[] = {
 
 const psoup_field *psoup_sft_fields(void) { return sft_fields; }
 const psoup_field *psoup_reward_fields(void) { return reward_fields; }
+const psoup_field *psoup_dpo_fields(void) { return dpo_fields; }
 const psoup_field *psoup_ppo_fields(void) { return ppo_fields; }
 
 /* The paper's released code: README flags of joeljang/RLPHF and the trainer it ran on. Whitening was
@@ -221,6 +244,19 @@ psoup_status psoup__reward_check(const psoup_reward_options *o, psoup_error *err
         RANGE(keep_best, 0, 1),
     };
     return check("psoup_reward_options", ranges, LENGTH(ranges), error);
+}
+
+psoup_status psoup__dpo_check(const psoup_dpo_options *o, psoup_error *error) {
+    const range ranges[] = {
+        RANGE(epochs, 1, COUNTS),       RANGE(max_steps, 0, COUNTS),
+        RANGE(batch_size, 1, COUNTS),   RANGE(accumulation, 1, COUNTS),
+        ADAM_RANGES,                    RANGE(schedule, 0, 2),
+        RANGE(warmup_steps, 0, COUNTS), RANGE(lora_dropout, 0, BELOW_ONE),
+        RANGE(beta, 1e-30, REALS),      RANGE(label_smoothing, 0, 0.5),
+        RANGE(max_tokens, 0, COUNTS),   RANGE(validate_every, 0, COUNTS),
+        RANGE(keep_best, 0, 1),
+    };
+    return check("psoup_dpo_options", ranges, LENGTH(ranges), error);
 }
 
 psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {

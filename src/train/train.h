@@ -1,4 +1,4 @@
-/* src/train: optimiser, supervised fine-tuning, reward models, PPO. Stands on src/model and calls ops
+/* src/train: optimiser, supervised fine-tuning, reward models, DPO, PPO. Stands on src/model and calls ops
  * only for the optimiser.
  *
  * Side by side. Reward models and policies train in shared passes, and yet each must carry the bits it
@@ -96,6 +96,7 @@ void psoup__reporter_close(psoup__reporter *reporter);
 
 psoup_status psoup__sft_check(const psoup_sft_options *options, psoup_error *error);
 psoup_status psoup__reward_check(const psoup_reward_options *options, psoup_error *error);
+psoup_status psoup__dpo_check(const psoup_dpo_options *options, psoup_error *error);
 psoup_status psoup__ppo_check(const psoup_ppo_options *options, psoup_error *error);
 
 /* ---- objectives.c: pure functions on host arrays --------------------------------------------- */
@@ -137,6 +138,10 @@ double psoup__moments_deviation(const psoup__moments *moments); /* unbiased; 1 b
 /* −log σ(w − l − margin) + centering (w + l)², and its derivatives by w and l. */
 double psoup__bradley_terry(double w, double l, double margin, double centering, double *dw,
                             double *dl);
+
+/* DPO's loss of a pair; w and l are log π − log π_ref of the chosen and the rejected response. *dw is its
+ * derivative by w, and −*dw that by l. */
+double psoup__dpo_loss(double w, double l, double beta, double smoothing, double *dw);
 
 /* ---- pack.c: what runs in one pass -------------------------------------------------------------- */
 

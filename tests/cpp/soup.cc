@@ -319,6 +319,24 @@ static void test_rewards_and_ppo(psoup::model &model) {
     NEED(reward.save("cpp-reward"));
     CHECK(NEED(NEED(psoup::reward::load(model, "R2", "cpp-reward")).score(rows)) == scores);
 
+    const ids yes{9}, no{5};
+    psoup_dpo_pair pair{};
+    pair.prompt = asked.data();
+    pair.n_prompt = asked.size();
+    pair.chosen = yes.data();
+    pair.rejected = no.data();
+    pair.n_chosen = pair.n_rejected = 1;
+    auto dpo_options = psoup::defaults<psoup_dpo_options>();
+    double before = 0, after = 0;
+    dpo_options.max_steps = 5;
+    dpo_options.learning_rate = 0.01f;
+    NEED(psoup::dpo(model, {"A"}, {&pair, 1}, dpo_options, [&](const psoup_step &s) {
+        after = s.values[0];
+        before = s.step == 1 ? after : before;
+        return true;
+    }));
+    CHECK(after < before && !psoup::dpo(model, {"nobody"}, {&pair, 1}, dpo_options));
+
     psoup_ppo_prompt prompt{};
     prompt.tokens = asked.data();
     prompt.n = asked.size();
@@ -454,7 +472,8 @@ static void test_data(const psoup::context &context) {
     auto given = NEED(psoup::json::parse("{\"epochs\": 3, \"schedule\": \"cosine\"}"));
     NEED(psoup::read_fields(psoup::sft_fields(), given.view(), "given", options));
     CHECK(options.epochs == 3 && options.schedule == PSOUP_SCHEDULE_COSINE);
-    const psoup_field *tables[]{psoup::sft_fields(), psoup::reward_fields(), psoup::ppo_fields()};
+    const psoup_field *tables[]{psoup::sft_fields(), psoup::reward_fields(), psoup::dpo_fields(),
+                                psoup::ppo_fields()};
     NEED(psoup::check_fields(tables, given.view(), "given"));
     CHECK(!psoup::check_fields(tables, again.view(), "again"));
     CHECK(psoup::fields_json(psoup::sft_fields(), options)["epochs"].integer() == 3);

@@ -1,4 +1,4 @@
-/* psoup/train.hpp: supervised fine-tuning, reward models, PPO. See psoup.hpp. */
+/* psoup/train.hpp: supervised fine-tuning, reward models, DPO, PPO. See psoup.hpp. */
 #ifndef PSOUP_TRAIN_HPP
 #define PSOUP_TRAIN_HPP
 
@@ -10,6 +10,7 @@ namespace psoup {
 PSOUP_CPP_QUIET_BEGIN
 PSOUP_CPP_DEFAULTS(psoup_sft_options, PSOUP_SFT_OPTIONS_INIT)
 PSOUP_CPP_DEFAULTS(psoup_reward_options, PSOUP_REWARD_OPTIONS_INIT)
+PSOUP_CPP_DEFAULTS(psoup_dpo_options, PSOUP_DPO_OPTIONS_INIT)
 PSOUP_CPP_DEFAULTS(psoup_ppo_options, PSOUP_PPO_OPTIONS_INIT)
 PSOUP_CPP_QUIET_END
 
@@ -26,6 +27,7 @@ inline int run_step(void *user, const psoup_step *step) {
 
 inline const psoup_field *sft_fields() { return psoup_sft_fields(); }
 inline const psoup_field *reward_fields() { return psoup_reward_fields(); }
+inline const psoup_field *dpo_fields() { return psoup_dpo_fields(); }
 inline const psoup_field *ppo_fields() { return psoup_ppo_fields(); }
 
 /* An empty adapter name trains the base itself. */
@@ -104,6 +106,25 @@ inline result<accuracy> reward_accuracy(span<reward *const> rewards, span<const 
                              &out.rate, &out.loss);
     if (!done) return done.error();
     return out;
+}
+
+/* ---- DPO ------------------------------------------------------------------------------------------------ */
+
+/* The policies are adapters of the model; a pair names its own by its place among them. */
+inline result<void> dpo(model &m, const std::vector<std::string> &policies, span<const psoup_dpo_pair> train,
+                        psoup_dpo_options options = defaults<psoup_dpo_options>(), on_step each = {},
+                        span<const psoup_dpo_pair> validation = {}) {
+    detail::step_callback c(std::move(each));
+    if (c.function) {
+        options.on_step = detail::run_step;
+        options.user = &c;
+    }
+    std::vector<const char *> names;
+    for (const std::string &name : policies) names.push_back(name.c_str());
+    auto done = detail::call(psoup_dpo, m.get(), names.data(), names.size(), train.data(), train.size(),
+                             validation.data(), validation.size(), &options);
+    c.rethrow();
+    return done;
 }
 
 /* ---- PPO ------------------------------------------------------------------------------------------------ */

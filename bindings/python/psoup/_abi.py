@@ -362,6 +362,14 @@ class psoup_reward_options(Structure):
     pass
 
 
+class psoup_dpo_pair(Structure):
+    pass
+
+
+class psoup_dpo_options(Structure):
+    pass
+
+
 class psoup_reward_input(Structure):
     pass
 
@@ -717,6 +725,41 @@ psoup_reward_options._fields_ = [
     ("on_step", psoup_step_fn),
     ("user", c_void_p),
 ]
+psoup_dpo_pair._fields_ = [
+    ("prompt", POINTER(c_int32)),
+    ("n_prompt", c_size_t),
+    ("chosen", POINTER(c_int32)),
+    ("n_chosen", c_size_t),
+    ("rejected", POINTER(c_int32)),
+    ("n_rejected", c_size_t),
+    ("policy", c_int32),
+    ("reserved", c_int32 * 3),
+]
+psoup_dpo_options._fields_ = [
+    ("size", c_size_t),
+    ("epochs", c_int32),
+    ("max_steps", c_int32),
+    ("batch_size", c_int32),
+    ("accumulation", c_int32),
+    ("learning_rate", c_float),
+    ("beta1", c_float),
+    ("beta2", c_float),
+    ("epsilon", c_float),
+    ("weight_decay", c_float),
+    ("max_grad_norm", c_float),
+    ("schedule", c_int32),
+    ("warmup_steps", c_int32),
+    ("lora_dropout", c_float),
+    ("beta", c_float),
+    ("label_smoothing", c_float),
+    ("max_tokens", c_int32),
+    ("validate_every", c_int32),
+    ("keep_best", c_int32),
+    ("seed", c_uint64),
+    ("metrics", c_char_p),
+    ("on_step", psoup_step_fn),
+    ("user", c_void_p),
+]
 psoup_reward_input._fields_ = [
     ("reward", c_int32),
     ("weight", c_float),
@@ -855,6 +898,8 @@ STRUCTS = (
     psoup_sft_options,
     psoup_comparison,
     psoup_reward_options,
+    psoup_dpo_pair,
+    psoup_dpo_options,
     psoup_reward_input,
     psoup_ppo_prompt,
     psoup_rollout,
@@ -951,6 +996,20 @@ DEFAULTS: Dict[Any, Dict[str, Any]] = {
         "max_tokens": 512,
         "keep_best": 1,
     },
+    psoup_dpo_options: {
+        "epochs": 1,
+        "batch_size": 8,
+        "accumulation": 1,
+        "learning_rate": 1e-05,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "epsilon": 1e-08,
+        "max_grad_norm": 1.0,
+        "schedule": 1,
+        "beta": 0.1,
+        "max_tokens": 1024,
+        "keep_best": 1,
+    },
     psoup_ppo_options: {
         "batch_size": 64,
         "ppo_epochs": 8,
@@ -995,6 +1054,7 @@ ENUM_FIELDS: Dict[Any, Dict[str, Any]] = {
     psoup_merge_view: {"dtype": Dtype, "place": MergePlace},
     psoup_sft_options: {"schedule": Schedule},
     psoup_reward_options: {"schedule": Schedule},
+    psoup_dpo_options: {"schedule": Schedule},
     psoup_rollout: {"finish": Finish},
     psoup_ppo_options: {"early_stop": EarlyStop},
 }
@@ -1145,6 +1205,8 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_reward_fields": (POINTER(psoup_field), []),
     "psoup_reward_train": (c_int, [POINTER(POINTER(psoup_reward)), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_reward_options), POINTER(psoup_error)]),
     "psoup_reward_accuracy": (c_int, [POINTER(POINTER(psoup_reward)), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(c_double), POINTER(c_double), POINTER(psoup_error)]),
+    "psoup_dpo_fields": (POINTER(psoup_field), []),
+    "psoup_dpo": (c_int, [POINTER(psoup_model), POINTER(c_char_p), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_options), POINTER(psoup_error)]),
     "psoup_ppo_fields": (POINTER(psoup_field), []),
     "psoup_ppo_preset": (c_int, [c_char_p, POINTER(psoup_ppo_options), POINTER(psoup_error)]),
     "psoup_ppo_create": (c_int, [POINTER(psoup_model), POINTER(psoup_ppo_policy), c_size_t, POINTER(psoup_ppo_options), POINTER(POINTER(psoup_ppo)), POINTER(psoup_error)]),

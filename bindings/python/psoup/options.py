@@ -262,6 +262,49 @@ class RewardOptions(TypedDict, total=False):
     metrics: str
 
 
+class DpoOptions(TypedDict, total=False):
+    # default 1
+    epochs: int
+    # default 0
+    max_steps: int
+    # pairs of one micro-batch, per policy; default 8
+    batch_size: int
+    # default 1
+    accumulation: int
+    # default 1e-05
+    learning_rate: float
+    # default 0.9
+    beta1: float
+    # default 0.999
+    beta2: float
+    # default 1e-08
+    epsilon: float
+    # default 0
+    weight_decay: float
+    # default 1.0
+    max_grad_norm: float
+    # default 1
+    schedule: Union[int, str]
+    # default 0
+    warmup_steps: int
+    # default 0
+    lora_dropout: float
+    # how dearly the policy pays for leaving the reference; default 0.1
+    beta: float
+    # the share of pairs taken to be the wrong way round; 0 to 0.5; default 0
+    label_smoothing: float
+    # longer rows keep their first tokens; 0: max_position_embeddings; default 1024
+    max_tokens: int
+    # default 0
+    validate_every: int
+    # by validation accuracy, then loss; default 1
+    keep_best: int
+    # default 0
+    seed: int
+    # default None
+    metrics: str
+
+
 class PpoOptions(TypedDict, total=False):
     # 0: one epoch over the prompts; default 0
     steps: int

@@ -1,4 +1,4 @@
-"""Training on the adapters of one model: supervised fine-tuning, reward models, PPO."""
+"""Training on the adapters of one model: supervised fine-tuning, reward models, DPO, PPO."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .tokenizer import Tokenizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .options import AdapterOptions, PpoOptions, RewardOptions, SftOptions
+    from .options import AdapterOptions, DpoOptions, PpoOptions, RewardOptions, SftOptions
 
-__all__ = ["Step", "Example", "sft", "Reward", "Comparison", "train_rewards", "reward_accuracy", "Policy",
-           "PpoPrompt", "RewardInput", "Rollout", "Trace", "Ppo", "sft_options", "reward_options",
-           "ppo_options"]
+__all__ = ["Step", "Example", "sft", "Reward", "Comparison", "train_rewards", "reward_accuracy", "DpoPair",
+           "dpo", "Policy", "PpoPrompt", "RewardInput", "Rollout", "Trace", "Ppo", "sft_options",
+           "reward_options", "dpo_options", "ppo_options"]
 
 Path = Union[str, "PathLike[str]"]
 
@@ -198,6 +198,49 @@ def reward_accuracy(rewards: Sequence[Reward], comparisons: Sequence[Comparison]
         call(lib.psoup_reward_accuracy, handles, len(rewards), _comparisons(comparisons, keep), len(comparisons),
              byref(accuracy), byref(loss))
     return accuracy.value, loss.value
+
+
+# ---- DPO --------------------------------------------------------------------------------------------------
+
+
+class DpoPair(NamedTuple):
+    """Two responses to one prompt, each without the prompt's tokens."""
+
+    prompt: Tokens
+    chosen: Tokens
+    rejected: Tokens
+    policy: int = 0
+    """Which of the policies it trains."""
+
+
+def _pairs(pairs: Sequence[DpoPair], keep: List[Any]) -> Any:
+    structs = (_abi.psoup_dpo_pair * len(pairs))()
+    for struct, (prompt, chosen, rejected, policy) in zip(structs, pairs):
+        asked, better, worse = ids(prompt), ids(chosen), ids(rejected)
+        struct.prompt, struct.n_prompt = asked.pointer, asked.n
+        struct.chosen, struct.n_chosen = better.pointer, better.n
+        struct.rejected, struct.n_rejected = worse.pointer, worse.n
+        struct.policy = policy
+        keep += [asked, better, worse]
+    return structs
+
+
+def dpo(model: Model, policies: Sequence[str], train: Sequence[DpoPair], validation: Sequence[DpoPair] = (),
+        on_step: Optional[OnStep] = None, **options: Unpack[DpoOptions]) -> None:
+    """Direct preference optimisation of several adapters of one model, side by side; the reference is the
+    base. Options and their defaults: `dpo_options()`."""
+    keep: List[Any] = []
+    struct = new(_abi.psoup_dpo_options, dict(options), keep)
+    struct.on_step = _step_callback(on_step)
+    names = (ctypes.c_char_p * len(policies))(*[encoded(name) for name in policies])
+    with model.lock:
+        call_long(lib.psoup_dpo, model.handle, names, len(policies), _pairs(train, keep), len(train),
+                  _pairs(validation, keep), len(validation), struct)
+
+
+def dpo_options(**options: Unpack[DpoOptions]) -> Dict[str, Any]:
+    """Every option of `dpo` with its value."""
+    return data.fields(lib.psoup_dpo_fields(), new(_abi.psoup_dpo_options, dict(options)))
 
 
 # ---- PPO --------------------------------------------------------------------------------------------------

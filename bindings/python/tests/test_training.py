@@ -1,4 +1,4 @@
-"""SFT, reward models and PPO, rewarded from Python."""
+"""SFT, reward models, DPO and PPO, rewarded from Python."""
 
 import json
 import unittest
@@ -73,6 +73,25 @@ class Rewards(Case):
         with self.assertRaises(psoup.ArgumentError):
             psoup.reward_accuracy([psoup.Reward(tiny(()), "R"), psoup.Reward(tiny(()), "R")],
                                   [psoup.Comparison([2], [3])])
+
+
+class Dpo(Case):
+    def test_two_policies_learn_opposite_tastes_side_by_side(self):
+        model = tiny(("A", "B"))
+        steps = []
+        train = [psoup.DpoPair([2, 3], [9, 9], [5, 5], 0), psoup.DpoPair([2, 3], [5, 5], [9, 9], 1)] * 4
+        psoup.dpo(model, ["A", "B"], train, train[:2], steps.append, epochs=20, learning_rate=0.01)
+        last = {s.subject: s.metrics for s in steps if s.phase == "validation"}
+        self.assertEqual(set(last), {"A", "B"})
+        for metrics in last.values():
+            self.assertEqual(metrics["accuracy"], 1.0)
+            self.assertLess(metrics["loss"], 0.69)
+            self.assertGreater(metrics["reward_chosen"], metrics["reward_rejected"])
+        self.assertEqual(psoup.dpo_options(beta=0.5)["beta"], 0.5)
+        with self.assertRaisesRegex(psoup.ArgumentError, "label_smoothing is 0.75: expected 0 to 0.5"):
+            psoup.dpo(model, ["A"], train[:1], label_smoothing=0.75)
+        with self.assertRaisesRegex(psoup.ArgumentError, "names policy 1 of 1"):
+            psoup.dpo(model, ["A"], train)
 
 
 class Ppo(Case):
