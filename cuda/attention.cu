@@ -182,7 +182,7 @@ template <typename T, int DIM> __device__ __forceinline__ void attend(const psou
     DYNAMIC_SHARED(T, q);
     T *const stages = q + ROWS * DIM; /* each a tile of keys and one of values */
     SHARED int least;
-    const place p(a, blockIdx.x);
+    const place p(a, blockIdx.x, a.least);
     const int tile = (a.tiles - 1 - p.tile) * ROWS; /* those with most keys first */
     if (tile >= p.rows)
         return;

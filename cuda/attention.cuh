@@ -23,13 +23,13 @@ struct place {
     int past; /* keys before the first query */
     int64_t width; /* of q */
 
-    template <typename A> __device__ __forceinline__ place(const A &a, unsigned block) {
+    template <typename A> __device__ __forceinline__ place(const A &a, unsigned block, int least = 1) {
         const unsigned head = block / a.tiles;
         span = a.spans[head / a.kv_heads];
         kv_head = head % a.kv_heads;
         tile = block % a.tiles;
         group = a.heads / a.kv_heads;
-        rows = span.queries * group;
+        rows = span.queries < least ? 0 : span.queries * group;
         past = span.keys - span.queries;
         width = (int64_t)a.heads * a.head_dim;
     }

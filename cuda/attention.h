@@ -47,6 +47,7 @@ typedef struct psoup__attention_args {
     int32_t tiles;  /* of the longest span */
     int32_t heads, kv_heads, head_dim;
     int32_t page; /* a multiple of KEYS, but for the plain kernels */
+    int32_t least; /* spans of fewer queries are left out, but by the plain kernels: attention_decode had them */
     float scale;
 } psoup__attention_args;
 

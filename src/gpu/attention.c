@@ -113,13 +113,17 @@ static bool too_wide(psoup__gpu *gpu, const psoup__attention_shape *shape) {
 static void attention(psoup__backend *be, float *out, float *lse, const float *q, const psoup__keys *keys,
                       const psoup__spans *spans, const psoup__attention_shape *shape) {
     psoup__gpu *gpu = psoup__gpu_of(be);
-    if (too_wide(gpu, shape) ||
-        (spans->most_queries == 1 && !lse && psoup__gpu_attention_decode(gpu, out, q, keys, spans, shape)))
+    if (too_wide(gpu, shape))
+        return;
+    /* sequences that decode, in the same batch as others' prompts */
+    const bool decoded = !lse && psoup__gpu_attention_decode(gpu, out, q, keys, spans, shape);
+    if (decoded && spans->most_queries == 1)
         return;
     psoup__attention_args args = {
         .out = out, .lse = lse, .q = q, .k = keys->k, .v = keys->v, .pages = keys->pages,
         .spans = spans_of(spans), .stride = keys->stride, .heads = shape->heads, .kv_heads = shape->kv_heads,
-        .head_dim = shape->head_dim, .page = gpu->ops.page, .scale = shape->scale};
+        .head_dim = shape->head_dim, .page = gpu->ops.page, .least = decoded ? 2 : 1,
+        .scale = shape->scale};
     if (!attention_fast(gpu, &args, keys, spans, shape))
         attention_plain(gpu, &args, keys->dtype, spans, shape);
 }

@@ -219,13 +219,14 @@ psoup_status psoup__gpu_make_room(psoup__gpu *gpu, size_t bytes, psoup_error *er
 }
 
 /* The largest need of any op, attention_backward's: a row's queries, keys, values and gradient of the
- * output in 16 bits, and two numbers for each head. */
+ * output in 16 bits, and two numbers for each head. And at least what few rows' attention to many keys takes,
+ * in parts for as many blocks as fill a device. */
 static psoup_status gpu_reserve(psoup__backend *be, int32_t rows, int32_t width, psoup_error *error) {
-    const size_t most = 9; /* bytes for each number of a row */
+    const size_t most = 9, least = 8 << 20; /* bytes for each number of a row; bytes */
     size_t bytes = 0;
     if (!psoup__multiply((size_t)rows, (size_t)width, &bytes) || !psoup__multiply(bytes, most, &bytes))
         return psoup__out_of_memory(error, SIZE_MAX);
-    return psoup__gpu_make_room(psoup__gpu_of(be), bytes, error);
+    return psoup__gpu_make_room(psoup__gpu_of(be), bytes > least ? bytes : least, error);
 }
 
 /* Half of the bytes for models that have half of the bits. */
