@@ -525,6 +525,64 @@ check "P-MORL and RLHF" test -f morl/morl/adapter_config.json -a -f morl/rlhf/ad
 ppo rlphf '{"name": "P1B", "reward": "rewards/P1B", "preference": "P1B"}' ', "draw_new_tokens_from": 2, "mini_batch_size": 2'
 trains ppo --preset rlphf --config ppo.json
 check "preset rlphf" test -f rlphf/P1B/adapter_config.json
+
+# ---- killed, stopped and resumed ------------------------------------------------------------------
+# keeps NAME: a run of two policies into NAME, its metrics beside; with a second argument kept there.
+keeps() {
+    ppo "$1" '{"name": "P1A", "reward": "rewards/P1A", "preference": "P1A"},
+        {"name": "P2A", "reward": "rewards/P2A", "preference": "P2A"}' \
+        ", \"validation\": \"instructions.jsonl\", \"validate_every\": 3, \"metrics\": \"$1.jsonl\"${2:+,
+        \"checkpoint_dir\": \"$2\", \"checkpoint_every\": 2}"
+    sed 's/"steps": 2/"steps": 12/' ppo.json >keeps.json
+}
+# ends_alike WHAT: the run in kept/ left the bytes of the one in whole/.
+ends_alike() {
+    check "$1: P1A" cmp -s whole/P1A/adapter_model.safetensors kept/P1A/adapter_model.safetensors
+    check "$1: P2A" cmp -s whole/P2A/adapter_model.safetensors kept/P2A/adapter_model.safetensors
+    check "$1: metrics" cmp -s whole.jsonl kept.jsonl
+    check "$1: three are kept" test "$(ls checkpoints | wc -l)" -eq 3
+    rm -rf kept kept.jsonl checkpoints
+}
+goes_on() {
+    "$psoup" ppo --config keeps.json --resume >out 2>err
+    check "a killed run goes on" test $? -eq 0
+    check "it says from where" grep -q '^psoup: checkpoints/checkpoint-0000000[01][0-9].safetensors.zst: the run goes on' err
+}
+keeps whole
+from=$(date +%s%N)
+trains ppo --config keeps.json
+took=$((($(date +%s%N) - from) / 1000000))
+keeps kept checkpoints
+killed=0 most=5 seed=$(date +%s)
+test -n "$PSOUP_LONG" && most=30
+while test $killed -lt $most; do
+    seed=$(((seed * 1103515245 + 12345) % 2147483648))
+    "$psoup" ppo --config keeps.json --resume >out 2>err &
+    sleep "$(echo "$seed $took" | awk '{printf "%.3f", $1 / 2147483648 * $2 / 1000}')"
+    kill -KILL $! 2>/dev/null
+    if wait $! 2>/dev/null; then
+        ends_alike "killed $killed times"
+    else
+        killed=$((killed + 1))
+    fi
+done
+goes_on
+ends_alike "killed $killed times"
+"$psoup" ppo --config keeps.json >out 2>err &
+until test -s kept.jsonl; do sleep 0.01; done
+kill -TERM $!
+check "a run that was asked to stop is no failure" wait $!
+check "it says how to go on" grep -q "was stopped at step .* of 12; the same command with --resume goes on$" err
+check "it prints no result" test ! -s out -a ! -e kept
+cp kept.jsonl before.jsonl
+no 1 'checkpoints: has checkpoints of an earlier run' ppo --config keeps.json
+sed 's/"learning_rate": 0.001/"learning_rate": 0.002/' keeps.json >other.json
+no 1 'is of another run: its learning_rate was 0.001, is 0.002' ppo --config other.json --resume
+check "refused runs write no metrics" cmp -s kept.jsonl before.jsonl
+goes_on
+ends_alike "stopped"
+no 2 'unexpected "--resume"' feedback --config ppo.json --resume
+
 ppo left/p ''; no 1 'ppo.json: policies: expected a list' ppo --config ppo.json
 ppo left/p '{"name": "a"}'; no 1 'policies\[0\]: expected a "name"' ppo --config ppo.json
 ppo left/p '{"name": "../a", "reward": "rewards/P1A"}'; no 1 'expected a "name"' ppo --config ppo.json

@@ -254,6 +254,29 @@ static psoup_status sft(uint64_t *sum) {
     return status == PSOUP_OK ? digest_adapter("P1A", sum) : status;
 }
 
+static int stop(void *user, const psoup_step *step) { return 1; }
+
+/* Stopped after its first step, and continued. */
+static psoup_status sft_resumed(uint64_t *sum) {
+    static const psoup_example examples[2] = {{words[0], 6, 2}, {words[1], 5, 1}};
+    psoup_sft_options options = PSOUP_SFT_OPTIONS_INIT;
+    unlink(at("kept/checkpoint-000000000.safetensors.zst"));
+    unlink(at("kept/checkpoint-000000001.safetensors.zst"));
+    unlink(at("kept/checkpoint-000000002.safetensors.zst"));
+    options.epochs = 2;
+    options.validate_every = 1;
+    options.metrics = at("out/metrics.jsonl");
+    options.checkpoint_dir = at("kept");
+    options.on_step = stop;
+    psoup_status status = psoup_sft(model, "P1A", examples, 2, examples, 1, &options, &error);
+    if (status != PSOUP_ERROR_CANCELLED)
+        return status;
+    options.resume = 1;
+    options.on_step = NULL;
+    status = psoup_sft(model, "P1A", examples, 2, examples, 1, &options, &error);
+    return status == PSOUP_OK ? digest_adapter("P1A", sum) : status;
+}
+
 static psoup_status sft_base(uint64_t *sum) {
     static const psoup_example examples[2] = {{words[0], 6, 2}, {words[1], 5, 1}};
     float out[5] = {0};
@@ -417,6 +440,7 @@ static const path paths[] = {
     {"merge models", bare, merge_models, release, false},
     {"train a tokenizer", bare, train_tokenizer, release, false},
     {"fine-tune an adapter", load, sft, release, true},
+    {"fine-tune an adapter, stopped and resumed", load, sft_resumed, release, true},
     {"fine-tune the base", load, sft_base, release, true},
     {"train a reward model", load_reward, reward_train, release, true},
     {"DPO", load, dpo, release, true},

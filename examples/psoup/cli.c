@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -195,12 +196,36 @@ int cli_progress(void *user, const char *label, int64_t done, int64_t total) {
     return 0;
 }
 
+static volatile sig_atomic_t asked_to_stop;
+
+static void ask_to_stop(int number) {
+    (void)number;
+    asked_to_stop = 1;
+}
+
+void cli_training_begin(const char *checkpoint_dir) {
+    struct sigaction action = {.sa_handler = ask_to_stop, .sa_flags = SA_RESTART | (int)SA_RESETHAND};
+    if (!checkpoint_dir)
+        return;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGINT, &action, NULL);
+}
+
+int cli_training_fail(const psoup_error *error) {
+    if (!asked_to_stop || error->status != PSOUP_ERROR_CANCELLED)
+        return cli_fail(error);
+    cli_progress_end();
+    fprintf(stderr, "%s; the same command with --resume goes on\n", error->message);
+    return 0;
+}
+
 int cli_training_step(void *user, const psoup_step *step) {
     const cli_training *training = user;
     char note[256];
     size_t used = 0;
     if (training->quiet)
-        return 0;
+        return asked_to_stop;
     note[0] = 0;
     for (size_t i = 0; i < step->n && i < 4 && used + 48 < sizeof note; i++)
         used += (size_t)snprintf(note + used, sizeof note - used, "%s%s %.4g", i ? "  " : "",
@@ -211,5 +236,5 @@ int cli_training_step(void *user, const psoup_step *step) {
                 (long long)step->step, (long long)step->total, note);
     } else if (isatty(STDERR_FILENO))
         draw_bar(step->subject, note, step->step, step->total);
-    return 0;
+    return asked_to_stop;
 }

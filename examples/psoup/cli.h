@@ -69,11 +69,15 @@ void cli_log(void *user, psoup_log_level level, const char *line); /* for psoup_
 /* A progress bar on standard error, only where that is a terminal. */
 int cli_progress(void *user, const char *label, int64_t done, int64_t total);
 /* A psoup_step_fn that draws training as a progress bar with its main metrics, or, off a terminal,
- * prints a line for each validation. `user` is a cli_training. */
+ * prints a line for each validation, and stops it when it was asked to. `user` is a cli_training. */
 typedef struct cli_training {
     bool quiet; /* nothing at all */
 } cli_training;
 int cli_training_step(void *user, const psoup_step *step);
+/* Where a run has a directory for checkpoints: SIGTERM and SIGINT ask it to stop; a second one kills it. */
+void cli_training_begin(const char *checkpoint_dir);
+/* cli_fail; or for a run that was asked to stop, and kept itself, how it goes on: status 0. */
+int cli_training_fail(const psoup_error *error);
 void cli_progress_end(void);
 
 /* Prints one line of JSON on standard output and frees it; returns an exit status. */

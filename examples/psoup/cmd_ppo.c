@@ -221,7 +221,7 @@ static psoup_status train(ppo_state *s, psoup_error *error) {
     cli_progress_end();
     /* A policy that diverged does not cost the others: they are done, and saved. */
     bool finished = status == PSOUP_OK;
-    for (size_t i = 0; status == PSOUP_ERROR_STATE && i < s->n; i++)
+    for (size_t i = 0; ppo && status == PSOUP_ERROR_STATE && i < s->n; i++)
         finished = finished || psoup_ppo_diverged(ppo, i);
     for (size_t i = 0; saved == PSOUP_OK && finished && i < s->n; i++) {
         psoup_error trouble;
@@ -325,8 +325,9 @@ int cmd_ppo(int argc, char **argv) {
     s->config_path = c.path;
     run.options.on_step = cli_training_step;
     run.options.user = &training;
+    cli_training_begin(run.options.checkpoint_dir);
     status = ppo(s, &error) == PSOUP_OK ? run_print_output(run.output, c.json)
-                                                : cli_fail(&error);
+                                                : cli_training_fail(&error);
     ppo_close(s);
     free(s);
     config_free(&c);

@@ -192,10 +192,11 @@ int cmd_reward(int argc, char **argv) {
     psoup_error error = {0};
     run.options.on_step = cli_training_step;
     run.options.user = &training;
+    cli_training_begin(run.options.checkpoint_dir);
     reward_result result = {0};
     status = reward(&run, c.path, &result, &error) == PSOUP_OK
                  ? print_result(run.output, &result, c.json)
-                 : cli_fail(&error);
+                 : cli_training_fail(&error);
     config_free(&c);
     return status;
 }

@@ -19,13 +19,26 @@ static psoup_json *defaults_json(const config_section *sections, size_t n) {
     return all;
 }
 
+/* The member that --resume sets, of the commands that have it. */
+static int32_t *resume_of(const config_section *sections, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        for (const psoup_field *f = sections[i].fields; f->name; f++)
+            if (!strcmp(f->name, "resume"))
+                return (int32_t *)((char *)sections[i].to + f->offset);
+    return NULL;
+}
+
 static void print_config_help(const char *about, const config_section *sections, size_t n) {
     puts(about);
     puts("Options:\n"
          "  --config FILE     the configuration, a JSON object\n"
          "  --print-config    print a configuration with every default, and stop\n"
-         "  --json            print the result as one line of JSON, and no progress\n"
-         "  --help            this text");
+         "  --json            print the result as one line of JSON, and no progress");
+    if (resume_of(sections, n))
+        puts("  --resume          go on from the newest checkpoint in \"checkpoint_dir\", if there is one.\n"
+             "                    With a \"checkpoint_dir\" SIGTERM and SIGINT end the run after its step,\n"
+             "                    with a checkpoint and status 0");
+    puts("  --help            this text");
     for (size_t i = 0; i < n; i++) {
         printf("\n%s:\n", sections[i].title);
         psoup_json *values = psoup_fields_json(sections[i].fields, sections[i].to);
@@ -43,7 +56,8 @@ bool config_read(int argc, char **argv, const char *about, const config_section 
                  config *out, int *status) {
     const psoup_field *tables[8];
     psoup_error error = {0};
-    bool print = false;
+    bool print = false, resumes = false;
+    int32_t *resume = resume_of(sections, n);
     *out = (config){0};
     *status = 2;
     for (int i = 1; i < argc; i++) {
@@ -55,6 +69,8 @@ bool config_read(int argc, char **argv, const char *about, const config_section 
             print = true;
         else if (!strcmp(argv[i], "--json"))
             out->json = true;
+        else if (!strcmp(argv[i], "--resume") && resume)
+            resumes = true;
         else if (!strcmp(argv[i], "--config") && i + 1 == argc) {
             cli_complain("--config needs a value: FILE");
             return false;
@@ -91,6 +107,8 @@ bool config_read(int argc, char **argv, const char *about, const config_section 
         config_free(out);
         return false;
     }
+    if (resumes)
+        *resume = 1;
     if (print) {
         psoup_json *all = defaults_json(sections, n);
         char *text = psoup_json_text(all, 2);

@@ -26,7 +26,8 @@ typedef struct psoup_step {
     const char *const *names; /* [n] "loss", "reward", "kl", … */
     const double *values;     /* [n] */
 } psoup_step;
-/* Return non-zero to stop: the trainer returns PSOUP_ERROR_CANCELLED with its weights as they are. */
+/* Return non-zero to stop: the trainer returns PSOUP_ERROR_CANCELLED with its weights as they are. With
+ * a checkpoint_dir it first keeps them, so that the run can go on. */
 typedef int (*psoup_step_fn)(void *user, const psoup_step *step);
 
 typedef enum psoup_schedule {
@@ -34,6 +35,23 @@ typedef enum psoup_schedule {
     PSOUP_SCHEDULE_LINEAR = 1, /* would be 0 one step after the last */
     PSOUP_SCHEDULE_COSINE = 2
 } psoup_schedule;
+
+/* ---- going on ------------------------------------------------------------------------------------
+ *
+ * With checkpoint_dir a trainer keeps its whole run there, in files checkpoint-STEP.safetensors.zst:
+ * weights, moments, schedules, counters of the random words, its place in the data, the best weights so
+ * far, and how long the metrics file was. They are written beside, synced and renamed: one before the
+ * first step, one every checkpoint_every steps, one after the last, and one when on_step stops the run.
+ * Kill the program at any moment; the same call with resume = 1, on the same model as it was before
+ * training, goes on from the newest and ends with the same bytes of weights and metrics on the CPU (same
+ * build, same instruction set). What was done since is done again, from the same random words: rollouts
+ * of a PPO step that was not finished are sampled again.
+ *
+ * A checkpoint of another version, base, adapter, reward model, option or data is refused with
+ * PSOUP_ERROR_STATE, naming the difference; a damaged one with PSOUP_ERROR_FORMAT; so is a directory with
+ * checkpoints when resume is 0. Where the metrics file lies, and the four options themselves, may differ.
+ * Only one run at a time may use a directory. A checkpoint that cannot be written ends the run with that
+ * error; the ones before stay as they are. */
 
 /* ---- supervised fine-tuning ------------------------------------------------------------------- */
 
@@ -62,11 +80,15 @@ typedef struct psoup_sft_options {
     const char *metrics; /* JSON Lines file that every report is appended to; NULL: none */
     psoup_step_fn on_step;
     void *user;
+    const char *checkpoint_dir; /* where the run is kept, so that it can go on; NULL: nowhere */
+    int32_t checkpoint_every;   /* optimiser steps between checkpoints; 0: when it is stopped only */
+    int32_t checkpoint_keep;    /* so many stay */
+    int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
 } psoup_sft_options;
 #define PSOUP_SFT_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_sft_options), .epochs = 1, .batch_tokens = 1024, .accumulation = 1,      \
      .learning_rate = 1e-5f, .beta1 = 0.9f, .beta2 = 0.999f, .epsilon = 1e-8f,                     \
-     .max_grad_norm = 1.0f, .keep_best = 1}
+     .max_grad_norm = 1.0f, .keep_best = 1, .checkpoint_every = 100, .checkpoint_keep = 3}
 /* The options above as data, for configuration files; callbacks and size are not in it. Static. */
 const psoup_field *psoup_sft_fields(void);
 
@@ -127,13 +149,17 @@ typedef struct psoup_reward_options {
     const char *metrics;
     psoup_step_fn on_step;
     void *user;
+    const char *checkpoint_dir; /* where the run is kept, so that it can go on; NULL: nowhere */
+    int32_t checkpoint_every;   /* optimiser steps between checkpoints; 0: when it is stopped only */
+    int32_t checkpoint_keep;    /* so many stay */
+    int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
 } psoup_reward_options;
 /* The paper's: AdamW 2e-5, decay 0.001, linear to 0, no warm-up, one epoch, 512 tokens. */
 #define PSOUP_REWARD_OPTIONS_INIT                                                                  \
     {.size = sizeof(psoup_reward_options), .epochs = 1, .batch_size = 8, .accumulation = 1,        \
      .learning_rate = 2e-5f, .beta1 = 0.9f, .beta2 = 0.999f, .epsilon = 1e-8f,                     \
      .weight_decay = 0.001f, .schedule = PSOUP_SCHEDULE_LINEAR, .max_tokens = 512,                 \
-     .keep_best = 1}
+     .keep_best = 1, .checkpoint_every = 100, .checkpoint_keep = 3}
 const psoup_field *psoup_reward_fields(void);
 
 /* Bradley–Terry training, −log σ(r_chosen − r_rejected) averaged, of n_rewards models of one base,
@@ -291,6 +317,10 @@ typedef struct psoup_ppo_options {
     psoup_step_fn on_step;
     void *user;
     const psoup_tokenizer *tokenizer;
+    const char *checkpoint_dir; /* where the run is kept, so that it can go on; NULL: nowhere */
+    int32_t checkpoint_every;   /* PPO steps between checkpoints; 0: when it is stopped only */
+    int32_t checkpoint_keep;    /* so many stay */
+    int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
 } psoup_ppo_options;
 #define PSOUP_PPO_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_ppo_options), .batch_size = 64, .ppo_epochs = 8,                         \
@@ -301,7 +331,7 @@ typedef struct psoup_ppo_options {
      .adaptive_kl = 1, .kl_target = 6.0f, .kl_horizon = 10000.0f, .ratio_threshold = 10.0f,        \
      .normalize_reward = 1, .whiten_advantages = 1, .whiten_groups = 1, .max_new_tokens = 511,     \
      .draw_group = 4, .temperature = 1.0f, .top_p = 1.0f, .reward_max_tokens = 512,                \
-     .keep_best = 1}
+     .keep_best = 1, .checkpoint_every = 10, .checkpoint_keep = 3}
 const psoup_field *psoup_ppo_fields(void);
 /* Sets the fields in which a named preset differs from the defaults: "default", or "rlphf", the
  * settings of the paper's released code. */

@@ -149,7 +149,7 @@ void psoup__to_f32(psoup_context *context, float *out, const void *in, psoup_dty
 void psoup__from_f32(psoup_context *context, void *out, psoup_dtype dtype, const float *in,
                      size_t n);
 
-/* ---- file.c, zstd.c ------------------------------------------------------------------------- */
+/* ---- file.c, writer.c, jsonl.c ------------------------------------------------------------------------- */
 
 /* A regular file that is open for reading. What others do to it meanwhile is found out: where it was cut short
  * a read fails, and psoup__file_check tells. */
@@ -183,6 +183,14 @@ void psoup__file_close(psoup_context *context, psoup__file *file);
  * ".zst"; refuses more than `limit` bytes. Free *out with psoup__free. */
 psoup_status psoup__file_read(psoup_context *context, const char *path, size_t limit, char **out,
                               size_t *length, psoup_error *error);
+/* A file read in order, decompressed where its name ends in ".zst". */
+typedef struct psoup__input psoup__input;
+psoup_status psoup__input_open(psoup_context *context, const char *path, psoup__input **out,
+                               psoup_error *error);
+/* *got receives how many bytes were read: 0 only at the end. */
+psoup_status psoup__input_read(psoup__input *input, void *out, size_t capacity, size_t *got,
+                               psoup_error *error);
+void psoup__input_free(psoup__input *input);
 bool psoup__file_exists(const char *path);
 bool psoup__is_directory(const char *path);
 psoup_status psoup__make_directories(const char *path, psoup_error *error); /* like mkdir -p */
@@ -198,6 +206,11 @@ psoup_status psoup__writer_write(psoup__writer *writer, const void *data, size_t
                                  psoup_error *error);
 psoup_status psoup__writer_commit(psoup__writer *writer, psoup_error *error);
 void psoup__writer_free(psoup__writer *writer); /* removes the temporary file if not committed */
+
+/* Of a JSON Lines file that is appended to: syncs it and tells its length; cuts it back to such a length.
+ * What has none, a pipe, is of length −1, and is left alone. */
+psoup_status psoup__jsonl_sync(psoup_jsonl_writer *writer, int64_t *length, psoup_error *error);
+psoup_status psoup__jsonl_cut(psoup_jsonl_writer *writer, int64_t length, psoup_error *error);
 
 /* ---- thread.c ------------------------------------------------------------------------------ */
 

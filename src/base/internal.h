@@ -24,15 +24,7 @@ psoup_status psoup__json_parse_at(const char *text, size_t length, const char *n
                                   psoup_json **out, psoup_error *error);
 const char *psoup__json_kind_name(const psoup_json *value); /* "a string", "null", … */
 
-/* ---- file.c: a file read in order, decompressed where its name ends in ".zst" */
-
-typedef struct psoup__input psoup__input;
-psoup_status psoup__input_open(psoup_context *context, const char *path, psoup__input **out,
-                               psoup_error *error);
-/* *got receives how many bytes were read: 0 only at the end. */
-psoup_status psoup__input_read(psoup__input *input, void *out, size_t capacity, size_t *got,
-                               psoup_error *error);
-void psoup__input_free(psoup__input *input);
+/* ---- file.c */
 
 bool psoup__is_zst(const char *path);
 psoup_status psoup__write_all(int fd, const char *path, const void *data, size_t length,

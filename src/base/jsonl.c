@@ -310,6 +310,29 @@ psoup_status psoup_jsonl_write(psoup_jsonl_writer *writer, const psoup_json *row
     return status;
 }
 
+psoup_status psoup__jsonl_sync(psoup_jsonl_writer *writer, int64_t *length, psoup_error *error) {
+    struct stat info;
+    *length = -1;
+    if (fstat(writer->fd, &info) != 0 || (S_ISREG(info.st_mode) && fsync(writer->fd) != 0))
+        return psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot sync: %m", writer->path);
+    if (S_ISREG(info.st_mode))
+        *length = (int64_t)info.st_size;
+    return PSOUP_OK;
+}
+
+psoup_status psoup__jsonl_cut(psoup_jsonl_writer *writer, int64_t length, psoup_error *error) {
+    struct stat info;
+    if (length < 0 || (fstat(writer->fd, &info) == 0 && !S_ISREG(info.st_mode)))
+        return PSOUP_OK;
+    if (info.st_size < length)
+        return psoup__fail(error, PSOUP_ERROR_STATE,
+                           "%s: has %lld bytes; it had %lld when the checkpoint was made",
+                           writer->path, (long long)info.st_size, (long long)length);
+    if (ftruncate(writer->fd, (off_t)length) != 0)
+        return psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot cut it short: %m", writer->path);
+    return PSOUP_OK;
+}
+
 psoup_status psoup_jsonl_close(psoup_jsonl_writer *writer, psoup_error *error) {
     if (writer->closed)
         return psoup__fail(error, PSOUP_ERROR_STATE, "%s: closed twice", writer->path);

@@ -27,6 +27,14 @@
     {"metrics", PSOUP_FIELD_STRING, offsetof(OPTIONS, metrics), NULL,                              \
      "JSON Lines file that every report is appended to."}
 
+#define CHECKPOINTS(steps)                                                                         \
+    {"checkpoint_dir", PSOUP_FIELD_STRING, offsetof(OPTIONS, checkpoint_dir), NULL,                \
+     "Directory that keeps the whole run, so that it can go on after it was stopped or killed."},  \
+        INT(checkpoint_every, steps " steps between checkpoints; 0 keeps one when the run is "     \
+                              "stopped only."),                                                    \
+        INT(checkpoint_keep, "How many checkpoints stay."),                                        \
+        BOOL(resume, "Whether to continue from the newest checkpoint, where there is one.")
+
 #define OPTIONS psoup_sft_options
 static const psoup_field sft_fields[] = {
     INT(epochs, "Passes over the examples."),
@@ -42,6 +50,7 @@ static const psoup_field sft_fields[] = {
     BOOL(keep_best, "Whether to end with the weights of the lowest validation loss."),
     RUN,
     METRICS,
+    CHECKPOINTS("Optimiser"),
     {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
 };
 #undef OPTIONS
@@ -64,6 +73,7 @@ static const psoup_field reward_fields[] = {
     BOOL(keep_best, "Whether to end with the weights of the best validation accuracy."),
     RUN,
     METRICS,
+    CHECKPOINTS("Optimiser"),
     {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
 };
 #undef OPTIONS
@@ -139,6 +149,7 @@ static const psoup_field ppo_fields[] = {
     BOOL(keep_best, "Whether to end with the weights of the best mean reward on the validation "
                     "prompts."),
     METRICS,
+    CHECKPOINTS("PPO"),
     {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
 };
 #undef OPTIONS
@@ -212,8 +223,18 @@ static psoup_status check(const char *where, const range *ranges, size_t n, psou
     return PSOUP_OK;
 }
 
+static psoup_status check_kept(const char *where, const range *ranges, size_t n,
+                               const char *checkpoint_dir, int32_t resume, psoup_error *error) {
+    if (resume && !checkpoint_dir)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "%s: checkpoint_dir is NULL, which resume needs", where);
+    return check(where, ranges, n, error);
+}
+
 #define RANGE(name, low, high) {#name, (double)o->name, low, high}
 #define COUNTS 2147483647.0
+#define CHECKPOINT_RANGES                                                                          \
+    RANGE(checkpoint_every, 0, COUNTS), RANGE(checkpoint_keep, 1, COUNTS), RANGE(resume, 0, 1)
 #define REALS 3.4e38
 #define BELOW_ONE 0.99999997
 #define ADAM_RANGES                                                                                \
@@ -228,9 +249,10 @@ psoup_status psoup__sft_check(const psoup_sft_options *o, psoup_error *error) {
         ADAM_RANGES,                    RANGE(schedule, 0, 2),
         RANGE(warmup_steps, 0, COUNTS), RANGE(lora_dropout, 0, BELOW_ONE),
         RANGE(loss_on_prompt, 0, 1),    RANGE(validate_every, 0, COUNTS),
-        RANGE(keep_best, 0, 1),
+        RANGE(keep_best, 0, 1),          CHECKPOINT_RANGES,
     };
-    return check("psoup_sft_options", ranges, LENGTH(ranges), error);
+    return check_kept("psoup_sft_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
+                      error);
 }
 
 psoup_status psoup__reward_check(const psoup_reward_options *o, psoup_error *error) {
@@ -241,9 +263,10 @@ psoup_status psoup__reward_check(const psoup_reward_options *o, psoup_error *err
         RANGE(warmup_steps, 0, COUNTS), RANGE(lora_dropout, 0, BELOW_ONE),
         RANGE(margin, -REALS, REALS),   RANGE(centering, 0, REALS),
         RANGE(max_tokens, 0, COUNTS),   RANGE(validate_every, 0, COUNTS),
-        RANGE(keep_best, 0, 1),
+        RANGE(keep_best, 0, 1),          CHECKPOINT_RANGES,
     };
-    return check("psoup_reward_options", ranges, LENGTH(ranges), error);
+    return check_kept("psoup_reward_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
+                      error);
 }
 
 psoup_status psoup__dpo_check(const psoup_dpo_options *o, psoup_error *error) {
@@ -300,8 +323,10 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         RANGE(max_sequences, 0, COUNTS),
         RANGE(validate_every, 0, COUNTS),
         RANGE(keep_best, 0, 1),
+        CHECKPOINT_RANGES,
     };
-    psoup_status status = check("psoup_ppo_options", ranges, LENGTH(ranges), error);
+    psoup_status status =
+        check_kept("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume, error);
     if (status == PSOUP_OK && o->reward_text && !o->tokenizer)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_ppo_options: tokenizer is NULL, which reward_text needs");

@@ -4,7 +4,7 @@
 #include <float.h>
 #include <math.h>
 
-#include "train/train.h"
+#include "train/ppo.h"
 
 /* ---- 1. sample, 2. score ------------------------------------------------------------------------- */
 
@@ -34,7 +34,7 @@ static void drop_diverged(psoup_ppo *ppo, size_t *n, bool validation) {
         psoup__policy *policy = ppo->active[p];
         psoup__experience *x = validation ? &policy->validation : &policy->experience;
         if (x->rollouts.diverged) {
-            policy->failed = true;
+            policy->state.failed = 1;
             x->rollouts.n = x->rollouts.tokens = 0;
             psoup__log(ppo->model->context, PSOUP_LOG_WARNING,
                        "ppo: policy '%s' diverged: its logits are not numbers; it leaves the run "
@@ -119,7 +119,7 @@ static int64_t steps_left(const psoup_ppo *ppo) {
     int64_t most = 0;
     for (size_t p = 0; p < ppo->n; p++) {
         const psoup__policy *policy = &ppo->policies[p];
-        int64_t left = policy->failed ? 0 : policy->total - policy->state.step;
+        int64_t left = policy->state.failed ? 0 : policy->total - policy->state.step;
         most = left > most ? left : most;
     }
     return most;
@@ -127,7 +127,7 @@ static int64_t steps_left(const psoup_ppo *ppo) {
 
 static psoup_status no_policy_left(const psoup_ppo *ppo, psoup_error *error) {
     for (size_t p = 0; p < ppo->n; p++)
-        if (!ppo->policies[p].failed)
+        if (!ppo->policies[p].state.failed)
             return PSOUP_OK;
     return psoup__fail(error, PSOUP_ERROR_STATE,
                        "policy '%s'%s diverged: logits are not numbers", ppo->policies[0].name,
@@ -162,16 +162,13 @@ fail:
     return status;
 }
 
-psoup_status psoup_ppo_step(psoup_ppo *ppo, int64_t *remaining, psoup_error *error) {
+static psoup_status take_step(psoup_ppo *ppo, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     size_t n = 0;
-    if (!ppo)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo_step: ppo is NULL");
     PSOUP__TRY(psoup__ppo_refresh(ppo, error));
     for (size_t p = 0; p < ppo->n; p++) {
         psoup__policy *policy = &ppo->policies[p];
-        policy->stepped = false;
-        if (policy->failed || policy->state.step >= policy->total)
+        if (policy->state.failed || policy->state.step >= policy->total)
             continue;
         policy->next = policy->state;
         policy->next.step++;
@@ -181,10 +178,8 @@ psoup_status psoup_ppo_step(psoup_ppo *ppo, int64_t *remaining, psoup_error *err
         PSOUP__TRY(step(ppo, &n, error));
         PSOUP__TRY(no_policy_left(ppo, error));
     }
-    for (size_t p = 0; p < n; p++) {
+    for (size_t p = 0; p < n; p++)
         ppo->active[p]->state = ppo->active[p]->next;
-        ppo->active[p]->stepped = true;
-    }
     for (size_t p = 0; p < n; p++) { /* all are told; the first that says stop decides */
         psoup__policy *policy = ppo->active[p];
         psoup_status told =
@@ -193,23 +188,55 @@ psoup_status psoup_ppo_step(psoup_ppo *ppo, int64_t *remaining, psoup_error *err
         status = status == PSOUP_OK ? told : status;
     }
 fail:
-    if (remaining && ppo)
+    return status;
+}
+
+/* After a step and its validation, or where the run was told to stop. */
+static psoup_status keep(psoup_ppo *ppo, psoup_status told, psoup_error *error) {
+    int64_t step_done = 0;
+    for (size_t p = 0; p < ppo->n; p++)
+        if (ppo->policies[p].state.step > step_done)
+            step_done = ppo->policies[p].state.step;
+    return psoup__checkpoint_after(&ppo->checkpoint, told, step_done, steps_left(ppo) == 0, error);
+}
+
+psoup_status psoup_ppo_step(psoup_ppo *ppo, int64_t *remaining, psoup_error *error) {
+    if (!ppo)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo_step: ppo is NULL");
+    psoup_status status = keep(ppo, take_step(ppo, error), error);
+    if (remaining)
         *remaining = steps_left(ppo);
     return status;
 }
 
 int psoup_ppo_diverged(const psoup_ppo *ppo, size_t policy) {
-    return policy < ppo->n && ppo->policies[policy].failed;
+    return policy < ppo->n && ppo->policies[policy].state.failed != 0;
 }
 
 /* ---- validation, and the whole run ---------------------------------------------------------------- */
 
+/* Makes those whose validation is due now the active ones, and counts them. */
+static size_t validation_due(psoup_ppo *ppo) {
+    int32_t every = ppo->options.validate_every;
+    size_t due = 0;
+    for (size_t p = 0; p < ppo->n; p++) {
+        psoup__policy *policy = &ppo->policies[p];
+        const psoup__ppo_state *s = &policy->state;
+        if (!s->failed && policy->given.n_validation && s->step > s->validated &&
+            (s->step == policy->total || (every && s->step % every == 0)))
+            ppo->active[due++] = policy;
+    }
+    return due;
+}
+
 /* Mean reward and KL on the validation prompts, sampled with the same random words every time. */
 static psoup_status validate(psoup_ppo *ppo, size_t n, psoup_error *error) {
     psoup_status status = PSOUP_OK;
+    PSOUP__TRY(psoup__ppo_refresh(ppo, error));
     for (size_t p = 0; p < n; p++) {
         psoup__policy *policy = ppo->active[p];
         psoup__rollouts *out = &policy->validation.rollouts;
+        policy->state.validated = policy->state.step;
         PSOUP__TRY(psoup__rollouts_reserve(out, ppo->model->context, policy->given.n_validation,
                                            error));
         for (size_t i = 0; i < out->n; i++)
@@ -229,13 +256,14 @@ static psoup_status validate(psoup_ppo *ppo, size_t n, psoup_error *error) {
         psoup__metrics metrics = {.n = 0};
         double kl, reward;
         report_experience(&policy->validation, &metrics, &kl, &reward);
+        psoup_status told = PSOUP_OK; /* apart: a policy that said stop is not forgotten */
         if (ppo->options.keep_best)
-            PSOUP__TRY(psoup__best_offer(&policy->best, ppo->model->be, policy->adapter->data,
-                                         policy->adapter->count, reward, 0.0, policy->state.step,
-                                         error));
-        psoup_status told = psoup__report(&ppo->reporter, "validation", policy->name,
-                                          policy->state.step, policy->total, &metrics,
-                                          status == PSOUP_OK ? error : NULL);
+            told = psoup__best_offer(&policy->best, ppo->model->be, policy->adapter->data,
+                                     policy->adapter->count, reward, 0.0, policy->state.step, error);
+        if (told != PSOUP_OK)
+            return told;
+        told = psoup__report(&ppo->reporter, "validation", policy->name, policy->state.step,
+                             policy->total, &metrics, status == PSOUP_OK ? error : NULL);
         status = status == PSOUP_OK ? told : status;
     }
 fail:
@@ -244,27 +272,17 @@ fail:
 
 psoup_status psoup_ppo_run(psoup_ppo *ppo, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    int64_t remaining = 0;
     if (!ppo)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo_run: ppo is NULL");
-    for (remaining = steps_left(ppo); remaining > 0;) {
-        PSOUP__TRY(psoup_ppo_step(ppo, &remaining, error));
-        size_t due = 0;
-        for (size_t p = 0; p < ppo->n; p++) {
-            psoup__policy *policy = &ppo->policies[p];
-            int64_t step_done = policy->state.step;
-            int32_t every = ppo->options.validate_every;
-            if (policy->stepped && policy->given.n_validation &&
-                (step_done == policy->total || (every && step_done % every == 0)))
-                ppo->active[due++] = policy;
-        }
-        if (due)
-            PSOUP__TRY(validate(ppo, due, error));
+    for (size_t due; (due = validation_due(ppo)) > 0 || steps_left(ppo) > 0;) {
+        status = due ? validate(ppo, due, error) : take_step(ppo, error);
+        if (status != PSOUP_OK || !validation_due(ppo)) /* one checkpoint for a step and its validation */
+            PSOUP__TRY(keep(ppo, status, error));
     }
     for (size_t p = 0; p < ppo->n; p++)
         psoup__best_restore(&ppo->policies[p].best, ppo->model->be, ppo->policies[p].adapter->data);
     for (size_t p = 0; p < ppo->n; p++)
-        if (ppo->policies[p].failed)
+        if (ppo->policies[p].state.failed)
             return psoup__fail(error, PSOUP_ERROR_STATE,
                                "policy '%s' diverged after %lld of %lld steps%s",
                                ppo->policies[p].name, (long long)ppo->policies[p].state.step,

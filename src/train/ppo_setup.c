@@ -2,7 +2,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "train/train.h"
+#include "train/ppo.h"
 
 static psoup_status check_prompts(const psoup_model *model, const psoup_ppo_policy *policy,
                                   const psoup_ppo_prompt *prompts, size_t n, const char *what,
@@ -158,6 +158,8 @@ psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *polici
     ppo->n = n;
     for (size_t p = 0; p < n; p++)
         PSOUP__TRY(start_policy(ppo, &ppo->policies[p], &policies[p], error));
+    if (ppo->options.checkpoint_dir)
+        PSOUP__TRY(psoup__ppo_start_checkpoint(ppo, error));
     *out = ppo;
     return PSOUP_OK;
 fail:
@@ -194,6 +196,7 @@ void psoup_ppo_free(psoup_ppo *ppo) {
     psoup__free(context, ppo->policies);
     psoup__free(context, ppo->active);
     psoup__free(context, ppo->requests);
+    psoup__checkpoint_close(&ppo->checkpoint);
     psoup__reporter_close(&ppo->reporter);
     psoup__pack_free(ppo->pack);
     psoup__free(context, ppo);

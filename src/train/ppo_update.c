@@ -2,7 +2,7 @@
  * a policy that stops early leaves them. */
 #include <math.h>
 
-#include "train/train.h"
+#include "train/ppo.h"
 
 /* One response in a pass, under its policy or under the reference (the base, a zero mix). */
 typedef struct item {

@@ -1,267 +1,110 @@
 /* Bradley–Terry training of several reward models of one base, side by side. */
+#include <stdio.h>
 #include <string.h>
 
-#include "train/train.h"
+#include "train/reward.h"
 
-/* One model of the run. Nothing in it depends on the others. */
-typedef struct learner {
-    const char *name;
-    psoup__adapter *adapter;
-    int32_t index;
-    bool training; /* its adapter holds gradients */
-    int32_t *train, *validation; /* [n_train], [n_validation]: its comparisons, by place */
-    size_t n_train, n_validation;
-    int32_t *order; /* [n_train] permutation of the epoch */
-    size_t at;      /* in it */
-    int64_t epoch, step, total;
-    uint64_t sequences; /* trained on so far: the dropout's stream */
-    psoup__optimizer optimizer;
-    psoup__best best;
-    /* This step. */
-    size_t step_end, micro_end; /* in order */
-    double loss, right, margin, norm;
-    bool stepped, due; /* due: its validation is */
-} learner;
-
-typedef struct trainer {
-    psoup_model *model;
-    psoup_reward_options options;
-    const psoup_comparison *comparisons; /* those of the pass */
-    learner *learners;
-    size_t n;
-    psoup__pack *pack;
-    psoup__reporter reporter;
-    /* The items of a micro-batch: comparisons of all learners. */
-    size_t capacity;
-    int32_t *item, *owner, *rows, *pass; /* [items] */
-    uint64_t *stream;                    /* [items] of the chosen row; the rejected has the next */
-} trainer;
-
-static size_t row_length(const psoup_model *model, int32_t max_tokens, size_t n) {
-    size_t most = (size_t)model->config.max_position_embeddings;
-    if (max_tokens > 0 && (size_t)max_tokens < most)
-        most = (size_t)max_tokens;
-    return n < most ? n : most;
-}
-
-/* Longer rows keep their first tokens, as Hugging Face's truncation and PPO's scoring do. */
-static psoup__sequence row_of(const psoup_model *model, int32_t max_tokens, const int32_t *tokens,
-                              size_t n, int32_t adapter) {
-    size_t length = row_length(model, max_tokens, n);
-    return (psoup__sequence){.first = tokens, .n_first = length, .adapter = adapter};
-}
-
-static psoup_status reserve_items(trainer *t, size_t n, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    psoup_context *context = t->model->context;
-    size_t a = t->capacity, b = a, c = a, d = a, e = a;
-    PSOUP__TRY(psoup__reserve(context, &t->item, &a, n, sizeof(*t->item), error));
-    PSOUP__TRY(psoup__reserve(context, &t->owner, &b, n, sizeof(*t->owner), error));
-    PSOUP__TRY(psoup__reserve(context, &t->rows, &c, n, sizeof(*t->rows), error));
-    PSOUP__TRY(psoup__reserve(context, &t->pass, &d, n, sizeof(*t->pass), error));
-    PSOUP__TRY(psoup__reserve(context, &t->stream, &e, n, sizeof(*t->stream), error));
-    t->capacity = e;
-fail:
-    return status;
-}
-
-/* Both rows of the items of one pass, and their heads: value[2k] chosen, value[2k + 1] rejected. */
-static psoup_status pack_items(trainer *t, size_t n, int32_t pass, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    uint64_t seed = psoup__seed_for(t->options.seed, PSOUP__FOR_LORA_DROPOUT);
-    psoup__pack_clear(t->pack);
-    for (size_t i = 0; i < n; i++) {
-        if (t->pass[i] != pass)
-            continue;
-        const psoup_comparison *pair = &t->comparisons[t->item[i]];
-        const learner *l = &t->learners[t->owner[i]];
-        for (int side = 0; side < 2; side++) {
-            psoup__sequence sequence =
-                row_of(t->model, t->options.max_tokens, side ? pair->rejected : pair->chosen,
-                       side ? pair->n_rejected : pair->n_chosen, l->index);
-            int32_t row;
-            sequence.seed = seed;
-            sequence.stream = t->stream[i] + (uint64_t)side;
-            PSOUP__TRY(psoup__pack_sequence(t->pack, &sequence, &row, error));
-            PSOUP__TRY(psoup__pack_head(t->pack, l->adapter, row + (int32_t)sequence.n_first - 1, 0,
-                                        0, 0, error));
-        }
-    }
-fail:
-    return status;
-}
-
-/* Runs the items that were listed, in as many passes as it takes; with `learn` backwards too. Sums of
- * loss, right answers and margins go to the learners. */
-static psoup_status run_items(trainer *t, size_t n, bool learn, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    int32_t passes = 0;
-    for (size_t i = 0; i < n; i++) {
-        const psoup_comparison *pair = &t->comparisons[t->item[i]];
-        t->rows[i] = (int32_t)(row_length(t->model, t->options.max_tokens, pair->n_chosen) +
-                               row_length(t->model, t->options.max_tokens, pair->n_rejected));
-    }
-    PSOUP__TRY(psoup__plan(t->model->context, t->rows, t->owner, n, PSOUP__PASS_TOKENS, t->pass,
-                           &passes, error));
-    for (int32_t pass = 0; pass < passes; pass++) {
-        PSOUP__TRY(pack_items(t, n, pass, error));
-        PSOUP__TRY(psoup__pack_forward(t->pack, learn, learn ? t->options.lora_dropout : 0.0f, 0.0f,
-                                       error));
-        for (size_t i = 0, k = 0; i < n; i++) {
-            if (t->pass[i] != pass)
-                continue;
-            learner *l = &t->learners[t->owner[i]];
-            double w = t->pack->value[k], r = t->pack->value[k + 1], dw, dr;
-            l->loss += psoup__bradley_terry(w, r, t->options.margin, t->options.centering, &dw, &dr);
-            l->right += w > r;
-            l->margin += w - r;
-            if (learn) {
-                double scale = 1.0 / (double)(l->step_end - l->at); /* mean over the step */
-                t->pack->dvalue[k] = (float)(dw * scale);
-                t->pack->dvalue[k + 1] = (float)(dr * scale);
-            }
-            k += 2;
-        }
-        if (learn)
-            PSOUP__TRY(psoup__pack_backward(t->pack, error));
-    }
-fail:
-    return status;
-}
-
-static void clear_sums(learner *l) { l->loss = l->right = l->margin = 0.0; }
-
-/* The validation comparisons of every learner that is due. */
-static psoup_status evaluate(trainer *t, const psoup_comparison *comparisons, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    size_t n = 0;
-    t->comparisons = comparisons;
+/* Whether anyone's validation is due now: marks whose. */
+static bool validation_due(psoup__reward_trainer *t) {
+    int32_t every = t->options.validate_every;
+    bool any = false;
     for (size_t j = 0; j < t->n; j++) {
-        learner *l = &t->learners[j];
-        if (!l->due)
-            continue;
-        clear_sums(l);
-        PSOUP__TRY(reserve_items(t, n + l->n_validation, error));
-        for (size_t i = 0; i < l->n_validation; i++, n++) {
-            t->item[n] = l->validation[i];
-            t->owner[n] = (int32_t)j;
-            t->stream[n] = 0;
-        }
+        psoup__reward_learner *l = &t->learners[j];
+        l->due = l->n_validation && l->step > l->validated &&
+                 (l->step == l->total || (every && l->step % every == 0));
+        any = any || l->due;
     }
-    PSOUP__TRY(run_items(t, n, false, error));
-fail:
-    return status;
+    return any;
 }
 
-/* Starts each learner's next step: where it ends in its order. */
-static void begin_step(const trainer *t, learner *l) {
-    size_t per_step = (size_t)t->options.batch_size * (size_t)t->options.accumulation;
-    if (l->at == l->n_train || l->epoch < 0) {
-        psoup__permutation(l->order, l->n_train,
-                           psoup__seed_for(t->options.seed, PSOUP__FOR_ORDER),
-                           (uint64_t)++l->epoch);
-        l->at = 0;
-    }
-    l->step_end = l->n_train - l->at < per_step ? l->n_train : l->at + per_step;
-    l->micro_end = l->at;
-    clear_sums(l);
-    psoup__optimizer_zero(&l->optimizer);
-}
-
-static psoup_status train_step(trainer *t, const psoup_comparison *comparisons, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    t->comparisons = comparisons;
-    for (size_t j = 0; j < t->n; j++)
-        if (t->learners[j].step < t->learners[j].total)
-            begin_step(t, &t->learners[j]);
-    for (int32_t a = 0; a < t->options.accumulation; a++) {
-        size_t n = 0;
-        for (size_t j = 0; j < t->n; j++) {
-            learner *l = &t->learners[j];
-            if (l->step == l->total)
-                continue;
-            size_t left = l->step_end - l->micro_end, size = (size_t)t->options.batch_size;
-            size = left < size ? left : size;
-            PSOUP__TRY(reserve_items(t, n + size, error));
-            for (size_t end = l->micro_end + size; l->micro_end < end; l->micro_end++, n++) {
-                t->item[n] = l->train[l->order[l->micro_end]];
-                t->owner[n] = (int32_t)j;
-                t->stream[n] = l->sequences;
-                l->sequences += 2;
-            }
-        }
-        PSOUP__TRY(run_items(t, n, true, error));
-    }
+/* The steps of those who train the longest: done, or in all. */
+static int64_t most_steps(const psoup__reward_trainer *t, bool total) {
+    int64_t most = 0;
     for (size_t j = 0; j < t->n; j++) {
-        learner *l = &t->learners[j];
-        if (l->step == l->total)
-            continue;
-        float rate = psoup__learning_rate(t->options.learning_rate, t->options.schedule,
-                                          t->options.warmup_steps, l->step + 1, l->total);
-        PSOUP__TRY(psoup__optimizer_step(&l->optimizer, rate, &l->norm, &l->stepped, error));
-        double n = (double)(l->step_end - l->at);
-        psoup__metrics metrics = {.n = 0};
-        psoup__metric(&metrics, "loss", l->loss / n);
-        psoup__metric(&metrics, "accuracy", l->right / n);
-        psoup__metric(&metrics, "margin", l->margin / n);
-        psoup__metric(&metrics, "learning_rate", rate);
-        psoup__metric(&metrics, "grad_norm", l->norm);
-        psoup__metric(&metrics, "skipped", !l->stepped);
-        l->at = l->step_end;
-        l->step++;
-        PSOUP__TRY(psoup__report(&t->reporter, "train", l->name, l->step, l->total, &metrics,
-                                 error));
+        int64_t steps = total ? t->learners[j].total : t->learners[j].step;
+        most = steps > most ? steps : most;
     }
-fail:
-    return status;
-}
-
-static psoup_status validate(trainer *t, const psoup_comparison *comparisons, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    PSOUP__TRY(evaluate(t, comparisons, error));
-    for (size_t j = 0; j < t->n; j++) {
-        learner *l = &t->learners[j];
-        if (!l->due)
-            continue;
-        double n = (double)l->n_validation;
-        psoup__metrics metrics = {.n = 0};
-        psoup__metric(&metrics, "loss", l->loss / n);
-        psoup__metric(&metrics, "accuracy", l->right / n);
-        psoup__metric(&metrics, "margin", l->margin / n);
-        if (t->options.keep_best)
-            PSOUP__TRY(psoup__best_offer(&l->best, t->model->be, l->adapter->data,
-                                         l->adapter->count, l->right / n, -l->loss / n, l->step,
-                                         error));
-        PSOUP__TRY(psoup__report(&t->reporter, "validation", l->name, l->step, l->total, &metrics,
-                                 error));
-    }
-fail:
-    return status;
+    return most;
 }
 
 /* Steps until every learner is done. */
-static psoup_status run(trainer *t, const psoup_comparison *train,
+static psoup_status run(psoup__reward_trainer *t, const psoup_comparison *train,
                         const psoup_comparison *validation, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    int32_t every = t->options.validate_every;
-    for (int64_t step = 1;; step++) {
-        bool any = false, any_due = false;
-        for (size_t j = 0; j < t->n; j++) {
-            learner *l = &t->learners[j];
-            bool runs = l->step < l->total;
-            l->due = runs && l->n_validation &&
-                     (step == l->total || (every && step % every == 0));
-            any = any || runs;
-            any_due = any_due || l->due;
-        }
-        if (!any)
-            break;
-        PSOUP__TRY(train_step(t, train, error));
-        if (any_due)
-            PSOUP__TRY(validate(t, validation, error));
+    int64_t total = most_steps(t, true);
+    for (bool due = validation_due(t); due || most_steps(t, false) < total;) {
+        status = due ? psoup__reward_validate(t, validation, error) : psoup__reward_step(t, train, error);
+        due = validation_due(t);
+        int64_t step = most_steps(t, false);
+        if (status != PSOUP_OK || !due) /* one checkpoint for a step and its validation */
+            PSOUP__TRY(psoup__checkpoint_after(&t->checkpoint, status, step, step == total, error));
     }
     for (size_t j = 0; j < t->n; j++)
         psoup__best_restore(&t->learners[j].best, t->model->be, t->learners[j].adapter->data);
+fail:
+    return status;
+}
+
+/* ---- checkpoints --------------------------------------------------------------------------------- */
+
+static psoup_status identify_rows(psoup__reward_trainer *t, const char *key,
+                                  const psoup_comparison *rows, size_t n, psoup_error *error) {
+    psoup__hash *hash = psoup__hash_create(t->model->context, error);
+    if (!hash)
+        return PSOUP_ERROR_MEMORY;
+    for (size_t i = 0; i < n; i++) {
+        psoup__hash_tokens(hash, rows[i].chosen, rows[i].n_chosen);
+        psoup__hash_tokens(hash, rows[i].rejected, rows[i].n_rejected);
+        psoup__hash_update(hash, &rows[i].reward, sizeof(rows[i].reward));
+    }
+    psoup_status status = psoup__run_rows(&t->checkpoint, key, n, hash, error);
+    psoup__free(t->model->context, hash);
+    return status;
+}
+
+static psoup_status identify(psoup__reward_trainer *t, const psoup_comparison *train, size_t n_train,
+                             const psoup_comparison *validation, size_t n_validation,
+                             psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__checkpoint *c = &t->checkpoint;
+    PSOUP__TRY(psoup__run_text(c, "trainer", error, "reward"));
+    PSOUP__TRY(psoup__run_options(c, psoup_reward_fields(), &t->options, error));
+    PSOUP__TRY(psoup__run_base(c, "base", t->model, error));
+    for (size_t j = 0; j < t->n; j++) {
+        char key[64];
+        snprintf(key, sizeof(key), "reward %zu", j);
+        PSOUP__TRY(psoup__run_adapter(c, key, t->model, t->learners[j].adapter, false, error));
+    }
+    PSOUP__TRY(psoup__run_text(c, "rewards", error, "%zu", t->n));
+    PSOUP__TRY(identify_rows(t, "train", train, n_train, error));
+    PSOUP__TRY(identify_rows(t, "validation", validation, n_validation, error));
+fail:
+    return status;
+}
+
+static psoup_status start_checkpoint(psoup__reward_trainer *t, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__checkpoint *c = &t->checkpoint;
+    for (size_t j = 0; j < t->n; j++) {
+        psoup__reward_learner *l = &t->learners[j];
+        const psoup__piece pieces[] = {
+            {.name = "epoch", .dtype = PSOUP_I64, .data = &l->epoch, .n = 1},
+            {.name = "at", .dtype = PSOUP_I64, .data = &l->at, .n = 1},
+            {.name = "step", .dtype = PSOUP_I64, .data = &l->step, .n = 1},
+            {.name = "validated", .dtype = PSOUP_I64, .data = &l->validated, .n = 1},
+            {.name = "sequences", .dtype = PSOUP_I64, .data = &l->sequences, .n = 1},
+        };
+        PSOUP__TRY(psoup__checkpoint_add(c, j, pieces, sizeof(pieces) / sizeof(pieces[0]), error));
+        PSOUP__TRY(psoup__checkpoint_add_learner(c, j, &l->optimizer, &l->best, error));
+    }
+    PSOUP__TRY(psoup__checkpoint_start(c, error));
+    for (size_t j = 0; j < t->n; j++) {
+        psoup__reward_learner *l = &t->learners[j];
+        PSOUP__TRY(psoup__checkpoint_expect(c, l->at <= l->n_train && l->step <= l->total,
+                                            "place in the data", error));
+        if (l->epoch >= 0)
+            psoup__reward_order(t, l);
+    }
 fail:
     return status;
 }
@@ -298,7 +141,7 @@ static psoup_status choose(psoup_context *context, const psoup_comparison *compa
     return PSOUP_OK;
 }
 
-static psoup_status set_up(trainer *t, psoup_reward *const *rewards, size_t n_rewards,
+static psoup_status set_up(psoup__reward_trainer *t, psoup_reward *const *rewards, size_t n_rewards,
                            const psoup_comparison *train, size_t n_train,
                            const psoup_comparison *validation, size_t n_validation,
                            psoup_error *error) {
@@ -310,7 +153,7 @@ static psoup_status set_up(trainer *t, psoup_reward *const *rewards, size_t n_re
     t->n = n_rewards;
     PSOUP__TRY(psoup__pack_create(t->model, &t->pack, error));
     for (size_t j = 0; j < n_rewards; j++) {
-        learner *l = &t->learners[j];
+        psoup__reward_learner *l = &t->learners[j];
         if (rewards[j]->model != t->model)
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "reward models '%s' and '%s' are of different models: those trained "
@@ -329,12 +172,12 @@ fail:
     return status;
 }
 
-static psoup_status start_training(trainer *t, psoup_error *error) {
+static psoup_status start_training(psoup__reward_trainer *t, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     const psoup_reward_options *o = &t->options;
     int64_t per_step = (int64_t)o->batch_size * o->accumulation;
     for (size_t j = 0; j < t->n; j++) {
-        learner *l = &t->learners[j];
+        psoup__reward_learner *l = &t->learners[j];
         if (l->adapter->grad)
             return psoup__fail(error, PSOUP_ERROR_STATE,
                                "reward model '%s' is being trained already", l->name);
@@ -359,11 +202,11 @@ fail:
     return status;
 }
 
-static void tear_down(trainer *t) {
+static void tear_down(psoup__reward_trainer *t) {
     psoup_context *context = t->model->context;
     void *arrays[] = {t->item, t->owner, t->rows, t->pass, t->stream};
     for (size_t j = 0; j < t->n; j++) {
-        learner *l = &t->learners[j];
+        psoup__reward_learner *l = &t->learners[j];
         psoup__optimizer_end(&l->optimizer);
         if (l->training)
             psoup__adapter_train(t->model, l->adapter, false, NULL);
@@ -375,6 +218,7 @@ static void tear_down(trainer *t) {
     for (size_t i = 0; i < sizeof(arrays) / sizeof(arrays[0]); i++)
         psoup__free(context, arrays[i]);
     psoup__free(context, t->learners);
+    psoup__checkpoint_close(&t->checkpoint);
     psoup__reporter_close(&t->reporter);
     psoup__pack_free(t->pack);
 }
@@ -398,7 +242,7 @@ psoup_status psoup_reward_train(psoup_reward *const *rewards, size_t n_rewards,
     psoup_status status = check_rewards(rewards, n_rewards, error);
     if (status != PSOUP_OK)
         return status;
-    trainer t = {.model = rewards[0]->model, .options = PSOUP_REWARD_OPTIONS_INIT};
+    psoup__reward_trainer t = {.model = rewards[0]->model, .options = PSOUP_REWARD_OPTIONS_INIT};
     PSOUP__TRY(psoup__options(&t.options, sizeof(t.options), options, "psoup_reward_options",
                               error));
     PSOUP__TRY(psoup__reward_check(&t.options, error));
@@ -407,7 +251,15 @@ psoup_status psoup_reward_train(psoup_reward *const *rewards, size_t n_rewards,
     PSOUP__TRY(set_up(&t, rewards, n_rewards, train, n_train, validation, n_validation, error));
     PSOUP__TRY(psoup__reporter_open(&t.reporter, t.model->context, t.options.metrics,
                                     t.options.on_step, t.options.user, error));
+    if (t.options.checkpoint_dir) {
+        PSOUP__TRY(psoup__checkpoint_open(&t.checkpoint, t.model->context, &t.reporter,
+                                          t.options.checkpoint_dir, t.options.checkpoint_every,
+                                          t.options.checkpoint_keep, t.options.resume, error));
+        PSOUP__TRY(identify(&t, train, n_train, validation, n_validation, error));
+    }
     PSOUP__TRY(start_training(&t, error));
+    if (t.checkpoint.directory)
+        PSOUP__TRY(start_checkpoint(&t, error));
     PSOUP__TRY(run(&t, train, validation, error));
 fail:
     tear_down(&t);
@@ -420,14 +272,14 @@ psoup_status psoup_reward_accuracy(psoup_reward *const *rewards, size_t n_reward
     psoup_status status = check_rewards(rewards, n_rewards, error);
     if (status != PSOUP_OK)
         return status;
-    trainer t = {.model = rewards[0]->model, .options = PSOUP_REWARD_OPTIONS_INIT};
+    psoup__reward_trainer t = {.model = rewards[0]->model, .options = PSOUP_REWARD_OPTIONS_INIT};
     double right = 0.0, sum = 0.0;
     t.options.max_tokens = 0;
     PSOUP__TRY(check_comparisons(comparisons, n, n_rewards, "comparisons", error));
     PSOUP__TRY(set_up(&t, rewards, n_rewards, NULL, 0, comparisons, n, error));
     for (size_t j = 0; j < t.n; j++)
         t.learners[j].due = true;
-    PSOUP__TRY(evaluate(&t, comparisons, error));
+    PSOUP__TRY(psoup__reward_evaluate(&t, comparisons, error));
     for (size_t j = 0; j < t.n; j++) {
         right += t.learners[j].right;
         sum += t.learners[j].loss;

@@ -1,7 +1,7 @@
 /* Supervised fine-tuning: packed micro-batches, loss on the completions. */
 #include <stdio.h>
 
-#include "train/train.h"
+#include "train/checkpoint.h"
 
 typedef struct sft {
     psoup_model *model;
@@ -9,15 +9,20 @@ typedef struct sft {
     int32_t adapter; /* −1: the base */
     psoup_sft_options options;
     size_t limit; /* tokens of an example at most */
-    const psoup_example *examples;
+    const psoup_example *examples, *validation;
+    size_t n_validation;
     int32_t *usable; /* [n] those with a token that carries loss */
     int32_t *order;  /* [n] permutation of an epoch, of places in `usable` */
     size_t n;
+    /* How far it is. */
+    int64_t epoch, step, total, validated; /* validated: the last step whose validation is done */
+    size_t at;          /* place in the order of the epoch */
     uint64_t sequences; /* trained on so far: the dropout's stream */
     psoup__pack *pack;
     psoup__optimizer optimizer;
     psoup__reporter reporter;
     psoup__best best;
+    psoup__checkpoint checkpoint;
 } sft;
 
 static size_t length_of(const sft *s, const psoup_example *example) {
@@ -84,23 +89,27 @@ fail:
     return status;
 }
 
-/* One optimiser step from example *at of the epoch on. */
-static psoup_status train_step(sft *s, size_t *at, int64_t step, int64_t total,
-                               psoup_error *error) {
+/* One optimiser step from example s->at of the epoch on. */
+static psoup_status train_step(sft *s, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    size_t end = *at, tokens = 0;
+    size_t end, tokens = 0;
     double loss = 0.0, norm = 0.0;
     bool stepped;
+    if (s->at == s->n) {
+        order_epoch(s, ++s->epoch);
+        s->at = 0;
+    }
+    end = s->at;
     for (int32_t i = 0; i < s->options.accumulation && end < s->n; i++)
         end = micro_batch_end(s, end);
-    for (size_t i = *at; i < end; i++)
+    for (size_t i = s->at; i < end; i++)
         tokens += loss_tokens(s, nth(s, i));
 
     psoup__optimizer_zero(&s->optimizer);
-    while (*at < end) {
+    while (s->at < end) {
         psoup__pack_clear(s->pack);
-        for (size_t micro = micro_batch_end(s, *at); *at < micro; ++*at)
-            PSOUP__TRY(pack_example(s, nth(s, *at), s->sequences++, error));
+        for (size_t micro = micro_batch_end(s, s->at); s->at < micro; s->at++)
+            PSOUP__TRY(pack_example(s, nth(s, s->at), s->sequences++, error));
         PSOUP__TRY(psoup__pack_forward(s->pack, true, s->adapter < 0 ? 0 : s->options.lora_dropout,
                                        0.0f, error));
         for (size_t i = 0; i < s->pack->reads; i++) {
@@ -110,8 +119,9 @@ static psoup_status train_step(sft *s, size_t *at, int64_t step, int64_t total,
         PSOUP__TRY(psoup__pack_backward(s->pack, error));
     }
     float rate = psoup__learning_rate(s->options.learning_rate, s->options.schedule,
-                                      s->options.warmup_steps, step, total);
+                                      s->options.warmup_steps, s->step + 1, s->total);
     PSOUP__TRY(psoup__optimizer_step(&s->optimizer, rate, &norm, &stepped, error));
+    s->step++;
 
     psoup__metrics metrics = {.n = 0};
     psoup__metric(&metrics, "loss", loss / (double)tokens);
@@ -119,16 +129,23 @@ static psoup_status train_step(sft *s, size_t *at, int64_t step, int64_t total,
     psoup__metric(&metrics, "grad_norm", norm);
     psoup__metric(&metrics, "tokens", (double)tokens);
     psoup__metric(&metrics, "skipped", !stepped);
-    PSOUP__TRY(psoup__report(&s->reporter, "train", s->subject, step, total, &metrics, error));
+    PSOUP__TRY(psoup__report(&s->reporter, "train", s->subject, s->step, s->total, &metrics, error));
 fail:
     return status;
 }
 
-static psoup_status validate(sft *s, const psoup_example *examples, size_t n, int64_t step,
-                             int64_t total, psoup_error *error) {
+static bool validation_due(const sft *s) {
+    int32_t every = s->options.validate_every;
+    return s->n_validation && s->step > s->validated &&
+           (s->step == s->total || (every && s->step % every == 0));
+}
+
+static psoup_status validate(sft *s, psoup_error *error) {
     psoup_status status = PSOUP_OK;
+    const psoup_example *examples = s->validation;
     double loss = 0.0;
-    size_t tokens = 0;
+    size_t n = s->n_validation, tokens = 0;
+    s->validated = s->step;
     for (size_t at = 0; at < n;) {
         psoup__pack_clear(s->pack);
         for (size_t packed = 0; at < n; at++) {
@@ -152,11 +169,12 @@ static psoup_status validate(sft *s, const psoup_example *examples, size_t n, in
     loss /= (double)tokens;
     if (s->options.keep_best)
         PSOUP__TRY(psoup__best_offer(&s->best, s->optimizer.be, s->optimizer.p, s->optimizer.n,
-                                     -loss, 0.0, step, error));
+                                     -loss, 0.0, s->step, error));
     psoup__metrics metrics = {.n = 0};
     psoup__metric(&metrics, "loss", loss);
     psoup__metric(&metrics, "tokens", (double)tokens);
-    PSOUP__TRY(psoup__report(&s->reporter, "validation", s->subject, step, total, &metrics, error));
+    PSOUP__TRY(psoup__report(&s->reporter, "validation", s->subject, s->step, s->total, &metrics,
+                             error));
 fail:
     return status;
 }
@@ -196,18 +214,72 @@ static psoup_status choose_examples(sft *s, const psoup_example *train, size_t n
     return PSOUP_OK;
 }
 
-static psoup_status run(sft *s, const psoup_example *validation, size_t n_validation,
-                        psoup_error *error) {
+static void hash_examples(psoup__hash *hash, const psoup_example *examples, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        psoup__hash_update(hash, &examples[i].n_prompt, sizeof(examples[i].n_prompt));
+        psoup__hash_tokens(hash, examples[i].tokens, examples[i].n);
+    }
+}
+
+static psoup_status identify_examples(sft *s, const char *key, const psoup_example *examples, size_t n,
+                                      psoup_error *error) {
+    psoup__hash *hash = psoup__hash_create(s->model->context, error);
+    if (!hash)
+        return PSOUP_ERROR_MEMORY;
+    hash_examples(hash, examples, n);
+    psoup_status status = psoup__run_rows(&s->checkpoint, key, n, hash, error);
+    psoup__free(s->model->context, hash);
+    return status;
+}
+
+/* Takes the checkpoint's directory and says what the run is, while the base is as it was given. */
+static psoup_status open_checkpoint(sft *s, const psoup__adapter *trained, size_t n_train,
+                                    psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    int64_t total = count_steps(s), step = 0;
-    for (int64_t epoch = 0; step < total; epoch++) {
-        order_epoch(s, epoch);
-        for (size_t at = 0; at < s->n && step < total;) {
-            PSOUP__TRY(train_step(s, &at, ++step, total, error));
-            int32_t every = s->options.validate_every;
-            if (n_validation && (step == total || (every && step % every == 0)))
-                PSOUP__TRY(validate(s, validation, n_validation, step, total, error));
-        }
+    psoup__checkpoint *c = &s->checkpoint;
+    const psoup_sft_options *o = &s->options;
+    PSOUP__TRY(psoup__checkpoint_open(c, s->model->context, &s->reporter, o->checkpoint_dir,
+                                      o->checkpoint_every, o->checkpoint_keep, o->resume, error));
+    PSOUP__TRY(psoup__run_text(c, "trainer", error, "sft"));
+    PSOUP__TRY(psoup__run_options(c, psoup_sft_fields(), o, error));
+    PSOUP__TRY(psoup__run_base(c, "base", s->model, error));
+    if (trained)
+        PSOUP__TRY(psoup__run_adapter(c, "adapter", s->model, trained, false, error));
+    PSOUP__TRY(identify_examples(s, "train", s->examples, n_train, error));
+    PSOUP__TRY(identify_examples(s, "validation", s->validation, s->n_validation, error));
+fail:
+    return status;
+}
+
+static psoup_status start_checkpoint(sft *s, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__checkpoint *c = &s->checkpoint;
+    const psoup__piece pieces[] = {
+        {.name = "epoch", .dtype = PSOUP_I64, .data = &s->epoch, .n = 1},
+        {.name = "at", .dtype = PSOUP_I64, .data = &s->at, .n = 1},
+        {.name = "step", .dtype = PSOUP_I64, .data = &s->step, .n = 1},
+        {.name = "validated", .dtype = PSOUP_I64, .data = &s->validated, .n = 1},
+        {.name = "sequences", .dtype = PSOUP_I64, .data = &s->sequences, .n = 1},
+    };
+    PSOUP__TRY(psoup__checkpoint_add(c, 0, pieces, sizeof(pieces) / sizeof(pieces[0]), error));
+    PSOUP__TRY(psoup__checkpoint_add_learner(c, 0, &s->optimizer, &s->best, error));
+    PSOUP__TRY(psoup__checkpoint_start(c, error));
+    PSOUP__TRY(psoup__checkpoint_expect(c, s->at <= s->n && s->step <= s->total, "place in the data",
+                                        error));
+fail:
+    return status;
+}
+
+static psoup_status run(sft *s, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    s->total = count_steps(s);
+    if (s->checkpoint.directory)
+        PSOUP__TRY(start_checkpoint(s, error));
+    order_epoch(s, s->epoch);
+    while (s->step < s->total || validation_due(s)) {
+        status = validation_due(s) ? validate(s, error) : train_step(s, error);
+        if (status != PSOUP_OK || !validation_due(s)) /* one checkpoint for a step and its validation */
+            PSOUP__TRY(psoup__checkpoint_after(&s->checkpoint, status, s->step, s->step == s->total, error));
     }
     psoup__best_restore(&s->best, s->optimizer.be, s->optimizer.p);
 fail:
@@ -229,6 +301,8 @@ psoup_status psoup_sft(psoup_model *model, const char *adapter, const psoup_exam
     PSOUP__TRY(psoup__sft_check(&s.options, error));
     PSOUP__TRY(check_examples(train, n_train, "train", error));
     PSOUP__TRY(check_examples(validation, n_validation, "validation", error));
+    s.validation = validation;
+    s.n_validation = n_validation;
     int32_t most = model->config.max_position_embeddings;
     s.limit = (size_t)(s.options.batch_tokens < most ? s.options.batch_tokens : most);
     PSOUP__TRY(choose_examples(&s, train, n_train, error));
@@ -247,6 +321,8 @@ psoup_status psoup_sft(psoup_model *model, const char *adapter, const psoup_exam
     PSOUP__TRY(psoup__pack_create(model, &s.pack, error));
     PSOUP__TRY(psoup__reporter_open(&s.reporter, model->context, s.options.metrics,
                                     s.options.on_step, s.options.user, error));
+    if (s.options.checkpoint_dir)
+        PSOUP__TRY(open_checkpoint(&s, trained, n_train, error));
     PSOUP__TRY(trained ? psoup__adapter_train(model, trained, true, error)
                        : psoup__model_train_base(model, true, error));
     begun = true;
@@ -259,8 +335,9 @@ psoup_status psoup_sft(psoup_model *model, const char *adapter, const psoup_exam
                                      .weight_decay = s.options.weight_decay,
                                      .max_grad_norm = s.options.max_grad_norm};
     PSOUP__TRY(psoup__optimizer_start(&s.optimizer, model->be, error));
-    PSOUP__TRY(run(&s, validation, n_validation, error));
+    PSOUP__TRY(run(&s, error));
 fail:
+    psoup__checkpoint_close(&s.checkpoint);
     psoup__reporter_close(&s.reporter);
     psoup__optimizer_end(&s.optimizer);
     psoup__best_free(&s.best, model->context);

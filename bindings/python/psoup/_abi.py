@@ -692,6 +692,10 @@ psoup_sft_options._fields_ = [
     ("metrics", c_char_p),
     ("on_step", psoup_step_fn),
     ("user", c_void_p),
+    ("checkpoint_dir", c_char_p),
+    ("checkpoint_every", c_int32),
+    ("checkpoint_keep", c_int32),
+    ("resume", c_int32),
 ]
 psoup_comparison._fields_ = [
     ("chosen", POINTER(c_int32)),
@@ -724,6 +728,10 @@ psoup_reward_options._fields_ = [
     ("metrics", c_char_p),
     ("on_step", psoup_step_fn),
     ("user", c_void_p),
+    ("checkpoint_dir", c_char_p),
+    ("checkpoint_every", c_int32),
+    ("checkpoint_keep", c_int32),
+    ("resume", c_int32),
 ]
 psoup_dpo_pair._fields_ = [
     ("prompt", POINTER(c_int32)),
@@ -846,6 +854,10 @@ psoup_ppo_options._fields_ = [
     ("on_step", psoup_step_fn),
     ("user", c_void_p),
     ("tokenizer", POINTER(psoup_tokenizer)),
+    ("checkpoint_dir", c_char_p),
+    ("checkpoint_every", c_int32),
+    ("checkpoint_keep", c_int32),
+    ("resume", c_int32),
 ]
 psoup_ppo_trace._fields_ = [
     ("size", c_size_t),
@@ -982,6 +994,8 @@ DEFAULTS: Dict[Any, Dict[str, Any]] = {
         "epsilon": 1e-08,
         "max_grad_norm": 1.0,
         "keep_best": 1,
+        "checkpoint_every": 100,
+        "checkpoint_keep": 3,
     },
     psoup_reward_options: {
         "epochs": 1,
@@ -995,6 +1009,8 @@ DEFAULTS: Dict[Any, Dict[str, Any]] = {
         "schedule": 1,
         "max_tokens": 512,
         "keep_best": 1,
+        "checkpoint_every": 100,
+        "checkpoint_keep": 3,
     },
     psoup_dpo_options: {
         "epochs": 1,
@@ -1040,6 +1056,8 @@ DEFAULTS: Dict[Any, Dict[str, Any]] = {
         "top_p": 1.0,
         "reward_max_tokens": 512,
         "keep_best": 1,
+        "checkpoint_every": 10,
+        "checkpoint_keep": 3,
     },
 }
 

@@ -217,6 +217,14 @@ class SftOptions(TypedDict, total=False):
     seed: int
     # JSON Lines file that every report is appended to; NULL: none; default None
     metrics: str
+    # where the run is kept, so that it can go on; NULL: nowhere; default None
+    checkpoint_dir: str
+    # optimiser steps between checkpoints; 0: when it is stopped only; default 100
+    checkpoint_every: int
+    # so many stay; default 3
+    checkpoint_keep: int
+    # 1: continue from the newest checkpoint in checkpoint_dir, where there is one; default 0
+    resume: int
 
 
 class RewardOptions(TypedDict, total=False):
@@ -260,6 +268,14 @@ class RewardOptions(TypedDict, total=False):
     seed: int
     # default None
     metrics: str
+    # where the run is kept, so that it can go on; NULL: nowhere; default None
+    checkpoint_dir: str
+    # optimiser steps between checkpoints; 0: when it is stopped only; default 100
+    checkpoint_every: int
+    # so many stay; default 3
+    checkpoint_keep: int
+    # 1: continue from the newest checkpoint in checkpoint_dir, where there is one; default 0
+    resume: int
 
 
 class DpoOptions(TypedDict, total=False):
@@ -397,3 +413,11 @@ class PpoOptions(TypedDict, total=False):
     keep_best: int
     # default None
     metrics: str
+    # where the run is kept, so that it can go on; NULL: nowhere; default None
+    checkpoint_dir: str
+    # PPO steps between checkpoints; 0: when it is stopped only; default 10
+    checkpoint_every: int
+    # so many stay; default 3
+    checkpoint_keep: int
+    # 1: continue from the newest checkpoint in checkpoint_dir, where there is one; default 0
+    resume: int

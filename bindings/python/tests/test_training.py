@@ -36,6 +36,24 @@ class Sft(Case):
         self.assertEqual(len(seen), 2)
         psoup.sft(model, [psoup.Example([2, 3, 4])], "A")  # and the model is well
 
+    def test_a_stopped_run_goes_on(self):
+        train = [psoup.Example([2, 3, 4, 5], 1), psoup.Example([3, 4, 5, 6, 7], 1)]
+        kept = dict(epochs=3, batch_tokens=4, checkpoint_dir=self.path("kept"))
+        seen = []
+
+        def on_step(step):
+            seen.append(step.step)
+            if step.step == 2:
+                raise ZeroDivisionError("enough")
+
+        with self.assertRaisesRegex(ZeroDivisionError, "enough"):
+            psoup.sft(tiny(("A",)), train, "A", on_step=on_step, **kept)
+        with self.assertRaisesRegex(psoup.Error, "its learning_rate was"):
+            psoup.sft(tiny(("A",)), train, "A", learning_rate=0.5, resume=1, **kept)
+        psoup.sft(tiny(("A",)), train, "A", resume=1, on_step=lambda step: seen.append(step.step), **kept)
+        self.assertEqual(seen, list(range(1, len(seen) + 1)))
+        self.assertGreater(len(seen), 3)
+
     def test_options_are_known_by_name(self):
         defaults = psoup.sft_options()
         self.assertEqual((defaults["epochs"], defaults["schedule"]), (1, "constant"))

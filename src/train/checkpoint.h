@@ -1,0 +1,79 @@
+/* src/train/checkpoint.h: a trainer's run in a file, so that it can go on with the same bytes.
+ *
+ * A trainer says what its run is (what must be the same for it to go on) and lists the pieces of its
+ * state, once; the same list is written and read. A file is of the moment after a step and the validation
+ * that is due there; or, where the run was told to stop in between, before that, as the state says.
+ */
+#ifndef PSOUP__CHECKPOINT_H
+#define PSOUP__CHECKPOINT_H
+
+#include "merge/hash.h"
+#include "train/train.h"
+
+/* Numbers of a run's state, where they live. */
+typedef struct psoup__piece {
+    const char *name;
+    psoup_dtype dtype;  /* F32, F64, I64 (of either sign), U8 */
+    void *data;         /* [n] */
+    size_t n;
+    psoup__backend *be; /* whose memory data is; NULL: the host's */
+    psoup__best *best;  /* whose data it is then: [n], or none yet */
+    size_t owner;       /* which learner or policy it belongs to */
+} psoup__piece;
+
+typedef struct psoup__checkpoint {
+    psoup_context *context;
+    const char *directory; /* borrowed; NULL: no checkpoints are made */
+    int32_t every, keep;
+    bool resume;
+    int lock; /* the directory, held by flock */
+    psoup__reporter *reporter;
+    int64_t metrics; /* bytes of its file; −1: none */
+    psoup_json *run; /* what the run is: texts and numbers by name */
+    psoup__piece *pieces;
+    size_t n, capacity;
+    float *buffer; /* [PSOUP__PIECE] */
+} psoup__checkpoint;
+
+/* Takes the directory, which nobody else may be using. */
+psoup_status psoup__checkpoint_open(psoup__checkpoint *c, psoup_context *context,
+                                    psoup__reporter *reporter, const char *directory, int32_t every,
+                                    int32_t keep, bool resume, psoup_error *error);
+void psoup__checkpoint_close(psoup__checkpoint *c); /* takes a zeroed struct */
+
+/* What the run is. Keys are "WHAT" or, of one learner or policy, "WHAT OWNER". */
+#if defined(__GNUC__)
+__attribute__((format(printf, 4, 5)))
+#endif
+psoup_status psoup__run_text(psoup__checkpoint *c, const char *key, psoup_error *error,
+                             const char *format, ...);
+/* The options, but those that say where files are and how the run is kept. */
+psoup_status psoup__run_options(psoup__checkpoint *c, const psoup_field *fields, const void *options,
+                                psoup_error *error);
+psoup_status psoup__run_base(psoup__checkpoint *c, const char *key, const psoup_model *model,
+                             psoup_error *error);
+/* Name, shape and scales of an adapter; with `weights` those too, where they are not the run's state. */
+psoup_status psoup__run_adapter(psoup__checkpoint *c, const char *key, const psoup_model *model,
+                                const psoup__adapter *adapter, bool weights, psoup_error *error);
+/* "N WHAT, FINGERPRINT" of what was hashed. */
+psoup_status psoup__run_rows(psoup__checkpoint *c, const char *key, size_t n, const psoup__hash *hash,
+                             psoup_error *error);
+void psoup__hash_tokens(psoup__hash *hash, const int32_t *tokens, size_t n);
+
+/* What its state is. */
+psoup_status psoup__checkpoint_add(psoup__checkpoint *c, size_t owner, const psoup__piece *pieces,
+                                   size_t n, psoup_error *error);
+psoup_status psoup__checkpoint_add_learner(psoup__checkpoint *c, size_t owner, psoup__optimizer *o,
+                                           psoup__best *best, psoup_error *error);
+
+/* Reads the newest checkpoint into the state, or where there is none writes that of step 0. */
+psoup_status psoup__checkpoint_start(psoup__checkpoint *c, psoup_error *error);
+/* After a step's reports, which came to `told`: writes a checkpoint when one is due, it was the last step,
+ * or the run was told to stop. Returns `told`, or why it could not be written. */
+psoup_status psoup__checkpoint_after(psoup__checkpoint *c, psoup_status told, int64_t step, bool last,
+                                     psoup_error *error);
+/* Refuses a state that was read and makes no sense. */
+psoup_status psoup__checkpoint_expect(const psoup__checkpoint *c, bool sense, const char *what,
+                                      psoup_error *error);
+
+#endif

@@ -1,0 +1,128 @@
+/* What a PPO run is and what its state is, for its checkpoints. Rollouts are no part of it: a file is of the
+ * moment between two steps, and those of the next are sampled again from the same random words. */
+#include <stdio.h>
+#include <string.h>
+
+#include "train/ppo.h"
+
+static psoup_status identify_prompts(psoup_ppo *ppo, const char *key, const psoup_ppo_prompt *prompts,
+                                     size_t n, psoup_error *error) {
+    psoup__hash *hash = psoup__hash_create(ppo->model->context, error);
+    if (!hash)
+        return PSOUP_ERROR_MEMORY;
+    for (size_t i = 0; i < n; i++) {
+        psoup__hash_tokens(hash, prompts[i].tokens, prompts[i].n);
+        for (size_t k = 0; prompts[i].inputs && k < prompts[i].n_inputs; k++) {
+            const psoup_reward_input *input = &prompts[i].inputs[k];
+            psoup__hash_update(hash, &input->reward, sizeof(input->reward));
+            psoup__hash_update(hash, &input->weight, sizeof(input->weight));
+            psoup__hash_tokens(hash, input->tokens, input->n);
+        }
+    }
+    psoup_status status = psoup__run_rows(&ppo->checkpoint, key, n, hash, error);
+    psoup__free(ppo->model->context, hash);
+    return status;
+}
+
+/* The words of the tokenizer through which rewards read. */
+static psoup_status identify_tokenizer(psoup_ppo *ppo, psoup_error *error) {
+    const psoup_tokenizer *tokenizer = ppo->options.tokenizer;
+    int32_t n = psoup_tokenizer_vocab_size(tokenizer);
+    psoup__hash *hash = psoup__hash_create(ppo->model->context, error);
+    if (!hash)
+        return PSOUP_ERROR_MEMORY;
+    for (int32_t id = 0; id < n; id++) {
+        const char *token = psoup_tokenizer_token(tokenizer, id);
+        psoup__hash_update(hash, token ? token : "", token ? strlen(token) + 1 : 1);
+    }
+    psoup_status status = psoup__run_rows(&ppo->checkpoint, "tokenizer", (size_t)n, hash, error);
+    psoup__free(ppo->model->context, hash);
+    return status;
+}
+
+static psoup_status identify_rewards(psoup_ppo *ppo, size_t p, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__checkpoint *c = &ppo->checkpoint;
+    const psoup_ppo_policy *given = &ppo->policies[p].given;
+    char key[96];
+    snprintf(key, sizeof(key), "rewards of policy %zu", p);
+    if (given->reward_fn)
+        return psoup__run_text(c, key, error, "a callback");
+    PSOUP__TRY(psoup__run_text(c, key, error, "%zu", given->n_rewards));
+    for (size_t i = 0; i < given->n_rewards; i++) {
+        const psoup_reward *reward = given->rewards[i];
+        psoup__adapter *adapter = NULL;
+        PSOUP__TRY(psoup__reward_adapter(reward, &adapter, NULL, error));
+        snprintf(key, sizeof(key), "reward %zu of policy %zu", i, p);
+        PSOUP__TRY(psoup__run_adapter(c, key, reward->model, adapter, true, error));
+        snprintf(key, sizeof(key), "base of reward %zu of policy %zu", i, p);
+        if (reward->model != ppo->model)
+            PSOUP__TRY(psoup__run_base(c, key, reward->model, error));
+    }
+fail:
+    return status;
+}
+
+static psoup_status identify_policy(psoup_ppo *ppo, size_t p, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__checkpoint *c = &ppo->checkpoint;
+    const psoup__policy *policy = &ppo->policies[p];
+    const psoup_ppo_policy *given = &policy->given;
+    char key[96];
+    snprintf(key, sizeof(key), "policy %zu", p);
+    PSOUP__TRY(psoup__run_adapter(c, key, ppo->model, policy->adapter, false, error));
+    snprintf(key, sizeof(key), "seed of policy %zu", p);
+    PSOUP__TRY(psoup__run_text(c, key, error, "%llu", (unsigned long long)given->seed));
+    snprintf(key, sizeof(key), "prompts of policy %zu", p);
+    PSOUP__TRY(identify_prompts(ppo, key, given->prompts, given->n_prompts, error));
+    snprintf(key, sizeof(key), "validation of policy %zu", p);
+    PSOUP__TRY(identify_prompts(ppo, key, given->validation, given->n_validation, error));
+    PSOUP__TRY(identify_rewards(ppo, p, error));
+fail:
+    return status;
+}
+
+static psoup_status add_policy(psoup__checkpoint *c, size_t p, psoup__policy *policy,
+                               psoup_error *error) {
+    psoup__ppo_state *s = &policy->state;
+    const psoup__piece pieces[] = {
+        {.name = "failed", .dtype = PSOUP_I64, .data = &s->failed, .n = 1},
+        {.name = "step", .dtype = PSOUP_I64, .data = &s->step, .n = 1},
+        {.name = "validated", .dtype = PSOUP_I64, .data = &s->validated, .n = 1},
+        {.name = "rollouts", .dtype = PSOUP_I64, .data = &s->rollouts, .n = 1},
+        {.name = "updates", .dtype = PSOUP_I64, .data = &s->updates, .n = 1},
+        {.name = "kl_coefficient", .dtype = PSOUP_F64, .data = &s->kl_coefficient, .n = 1},
+        {.name = "score_mean", .dtype = PSOUP_F64, .data = &s->moments.mean, .n = 1},
+        {.name = "score_variance", .dtype = PSOUP_F64, .data = &s->moments.variance, .n = 1},
+        {.name = "score_count", .dtype = PSOUP_F64, .data = &s->moments.count, .n = 1},
+    };
+    psoup_status status =
+        psoup__checkpoint_add(c, p, pieces, sizeof(pieces) / sizeof(pieces[0]), error);
+    return status != PSOUP_OK ? status
+                              : psoup__checkpoint_add_learner(c, p, &policy->optimizer, &policy->best,
+                                                              error);
+}
+
+psoup_status psoup__ppo_start_checkpoint(psoup_ppo *ppo, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__checkpoint *c = &ppo->checkpoint;
+    const psoup_ppo_options *o = &ppo->options;
+    PSOUP__TRY(psoup__checkpoint_open(c, ppo->model->context, &ppo->reporter, o->checkpoint_dir,
+                                      o->checkpoint_every, o->checkpoint_keep, o->resume, error));
+    PSOUP__TRY(psoup__run_text(c, "trainer", error, "ppo"));
+    PSOUP__TRY(psoup__run_options(c, psoup_ppo_fields(), o, error));
+    PSOUP__TRY(psoup__run_base(c, "base", ppo->model, error));
+    PSOUP__TRY(psoup__run_text(c, "policies", error, "%zu", ppo->n));
+    if (o->reward_text)
+        PSOUP__TRY(identify_tokenizer(ppo, error));
+    for (size_t p = 0; p < ppo->n; p++) {
+        PSOUP__TRY(identify_policy(ppo, p, error));
+        PSOUP__TRY(add_policy(c, p, &ppo->policies[p], error));
+    }
+    PSOUP__TRY(psoup__checkpoint_start(c, error));
+    for (size_t p = 0; p < ppo->n; p++)
+        PSOUP__TRY(psoup__checkpoint_expect(c, ppo->policies[p].state.step <= ppo->policies[p].total,
+                                            "step", error));
+fail:
+    return status;
+}

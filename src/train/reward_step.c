@@ -1,0 +1,235 @@
+/* A step of Bradley–Terry training of several reward models, side by side, and their validation. */
+#include "train/reward.h"
+
+static size_t row_length(const psoup_model *model, int32_t max_tokens, size_t n) {
+    size_t most = (size_t)model->config.max_position_embeddings;
+    if (max_tokens > 0 && (size_t)max_tokens < most)
+        most = (size_t)max_tokens;
+    return n < most ? n : most;
+}
+
+/* Longer rows keep their first tokens, as Hugging Face's truncation and PPO's scoring do. */
+static psoup__sequence row_of(const psoup_model *model, int32_t max_tokens, const int32_t *tokens,
+                              size_t n, int32_t adapter) {
+    size_t length = row_length(model, max_tokens, n);
+    return (psoup__sequence){.first = tokens, .n_first = length, .adapter = adapter};
+}
+
+static psoup_status reserve_items(psoup__reward_trainer *t, size_t n, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup_context *context = t->model->context;
+    size_t a = t->capacity, b = a, c = a, d = a, e = a;
+    PSOUP__TRY(psoup__reserve(context, &t->item, &a, n, sizeof(*t->item), error));
+    PSOUP__TRY(psoup__reserve(context, &t->owner, &b, n, sizeof(*t->owner), error));
+    PSOUP__TRY(psoup__reserve(context, &t->rows, &c, n, sizeof(*t->rows), error));
+    PSOUP__TRY(psoup__reserve(context, &t->pass, &d, n, sizeof(*t->pass), error));
+    PSOUP__TRY(psoup__reserve(context, &t->stream, &e, n, sizeof(*t->stream), error));
+    t->capacity = e;
+fail:
+    return status;
+}
+
+/* Both rows of the items of one pass, and their heads: value[2k] chosen, value[2k + 1] rejected. */
+static psoup_status pack_items(psoup__reward_trainer *t, size_t n, int32_t pass, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    uint64_t seed = psoup__seed_for(t->options.seed, PSOUP__FOR_LORA_DROPOUT);
+    psoup__pack_clear(t->pack);
+    for (size_t i = 0; i < n; i++) {
+        if (t->pass[i] != pass)
+            continue;
+        const psoup_comparison *pair = &t->comparisons[t->item[i]];
+        const psoup__reward_learner *l = &t->learners[t->owner[i]];
+        for (int side = 0; side < 2; side++) {
+            psoup__sequence sequence =
+                row_of(t->model, t->options.max_tokens, side ? pair->rejected : pair->chosen,
+                       side ? pair->n_rejected : pair->n_chosen, l->index);
+            int32_t row;
+            sequence.seed = seed;
+            sequence.stream = t->stream[i] + (uint64_t)side;
+            PSOUP__TRY(psoup__pack_sequence(t->pack, &sequence, &row, error));
+            PSOUP__TRY(psoup__pack_head(t->pack, l->adapter, row + (int32_t)sequence.n_first - 1, 0,
+                                        0, 0, error));
+        }
+    }
+fail:
+    return status;
+}
+
+/* Runs the items that were listed, in as many passes as it takes; with `learn` backwards too. Sums of
+ * loss, right answers and margins go to the learners. */
+static psoup_status run_items(psoup__reward_trainer *t, size_t n, bool learn, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    int32_t passes = 0;
+    for (size_t i = 0; i < n; i++) {
+        const psoup_comparison *pair = &t->comparisons[t->item[i]];
+        t->rows[i] = (int32_t)(row_length(t->model, t->options.max_tokens, pair->n_chosen) +
+                               row_length(t->model, t->options.max_tokens, pair->n_rejected));
+    }
+    PSOUP__TRY(psoup__plan(t->model->context, t->rows, t->owner, n, PSOUP__PASS_TOKENS, t->pass,
+                           &passes, error));
+    for (int32_t pass = 0; pass < passes; pass++) {
+        PSOUP__TRY(pack_items(t, n, pass, error));
+        PSOUP__TRY(psoup__pack_forward(t->pack, learn, learn ? t->options.lora_dropout : 0.0f, 0.0f,
+                                       error));
+        for (size_t i = 0, k = 0; i < n; i++) {
+            if (t->pass[i] != pass)
+                continue;
+            psoup__reward_learner *l = &t->learners[t->owner[i]];
+            double w = t->pack->value[k], r = t->pack->value[k + 1], dw, dr;
+            l->loss += psoup__bradley_terry(w, r, t->options.margin, t->options.centering, &dw, &dr);
+            l->right += w > r;
+            l->margin += w - r;
+            if (learn) {
+                double scale = 1.0 / (double)(l->step_end - l->at); /* mean over the step */
+                t->pack->dvalue[k] = (float)(dw * scale);
+                t->pack->dvalue[k + 1] = (float)(dr * scale);
+            }
+            k += 2;
+        }
+        if (learn)
+            PSOUP__TRY(psoup__pack_backward(t->pack, error));
+    }
+fail:
+    return status;
+}
+
+static void clear_sums(psoup__reward_learner *l) { l->loss = l->right = l->margin = 0.0; }
+
+/* The validation comparisons of every learner that is due. */
+psoup_status psoup__reward_evaluate(psoup__reward_trainer *t, const psoup_comparison *comparisons,
+                                    psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    size_t n = 0;
+    t->comparisons = comparisons;
+    for (size_t j = 0; j < t->n; j++) {
+        psoup__reward_learner *l = &t->learners[j];
+        if (!l->due)
+            continue;
+        clear_sums(l);
+        PSOUP__TRY(reserve_items(t, n + l->n_validation, error));
+        for (size_t i = 0; i < l->n_validation; i++, n++) {
+            t->item[n] = l->validation[i];
+            t->owner[n] = (int32_t)j;
+            t->stream[n] = 0;
+        }
+    }
+    PSOUP__TRY(run_items(t, n, false, error));
+fail:
+    return status;
+}
+
+void psoup__reward_order(const psoup__reward_trainer *t, psoup__reward_learner *l) {
+    psoup__permutation(l->order, l->n_train, psoup__seed_for(t->options.seed, PSOUP__FOR_ORDER),
+                       (uint64_t)l->epoch);
+}
+
+/* Starts each learner's next step: where it ends in its order. */
+static void begin_step(const psoup__reward_trainer *t, psoup__reward_learner *l) {
+    size_t per_step = (size_t)t->options.batch_size * (size_t)t->options.accumulation;
+    if (l->at == l->n_train || l->epoch < 0) {
+        l->epoch++;
+        psoup__reward_order(t, l);
+        l->at = 0;
+    }
+    l->step_end = l->n_train - l->at < per_step ? l->n_train : l->at + per_step;
+    l->micro_end = l->at;
+    clear_sums(l);
+    psoup__optimizer_zero(&l->optimizer);
+}
+
+/* Steps a learner and tells of it: PSOUP_ERROR_CANCELLED afterwards, when that says stop. */
+static psoup_status finish_step(psoup__reward_trainer *t, psoup__reward_learner *l, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    float rate = psoup__learning_rate(t->options.learning_rate, t->options.schedule,
+                                      t->options.warmup_steps, l->step + 1, l->total);
+    PSOUP__TRY(psoup__optimizer_step(&l->optimizer, rate, &l->norm, &l->stepped, error));
+    double n = (double)(l->step_end - l->at);
+    psoup__metrics metrics = {.n = 0};
+    psoup__metric(&metrics, "loss", l->loss / n);
+    psoup__metric(&metrics, "accuracy", l->right / n);
+    psoup__metric(&metrics, "margin", l->margin / n);
+    psoup__metric(&metrics, "learning_rate", rate);
+    psoup__metric(&metrics, "grad_norm", l->norm);
+    psoup__metric(&metrics, "skipped", !l->stepped);
+    l->at = l->step_end;
+    l->step++;
+    PSOUP__TRY(psoup__report(&t->reporter, "train", l->name, l->step, l->total, &metrics, error));
+fail:
+    return status;
+}
+
+/* Adds what one learner's part came to. All of them are told of a step, also when one of them said stop;
+ * any other failure ends it at once. */
+static bool goes_on(psoup_status *status, psoup_status one) {
+    if (one != PSOUP_OK)
+        *status = one;
+    return one == PSOUP_OK || one == PSOUP_ERROR_CANCELLED;
+}
+
+psoup_status psoup__reward_step(psoup__reward_trainer *t, const psoup_comparison *comparisons,
+                                psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    t->comparisons = comparisons;
+    for (size_t j = 0; j < t->n; j++)
+        if (t->learners[j].step < t->learners[j].total)
+            begin_step(t, &t->learners[j]);
+    for (int32_t a = 0; a < t->options.accumulation; a++) {
+        size_t n = 0;
+        for (size_t j = 0; j < t->n; j++) {
+            psoup__reward_learner *l = &t->learners[j];
+            if (l->step == l->total)
+                continue;
+            size_t left = l->step_end - l->micro_end, size = (size_t)t->options.batch_size;
+            size = left < size ? left : size;
+            PSOUP__TRY(reserve_items(t, n + size, error));
+            for (size_t end = l->micro_end + size; l->micro_end < end; l->micro_end++, n++) {
+                t->item[n] = l->train[l->order[l->micro_end]];
+                t->owner[n] = (int32_t)j;
+                t->stream[n] = l->sequences;
+                l->sequences += 2;
+            }
+        }
+        PSOUP__TRY(run_items(t, n, true, error));
+    }
+    for (size_t j = 0; j < t->n; j++) {
+        psoup__reward_learner *l = &t->learners[j];
+        if (l->step == l->total)
+            continue;
+        if (!goes_on(&status, finish_step(t, l, error)))
+            break;
+    }
+fail:
+    return status;
+}
+
+static psoup_status finish_validation(psoup__reward_trainer *t, psoup__reward_learner *l,
+                                      psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    double n = (double)l->n_validation;
+    psoup__metrics metrics = {.n = 0};
+    psoup__metric(&metrics, "loss", l->loss / n);
+    psoup__metric(&metrics, "accuracy", l->right / n);
+    psoup__metric(&metrics, "margin", l->margin / n);
+    l->validated = l->step;
+    if (t->options.keep_best)
+        PSOUP__TRY(psoup__best_offer(&l->best, t->model->be, l->adapter->data, l->adapter->count,
+                                     l->right / n, -l->loss / n, l->step, error));
+    PSOUP__TRY(psoup__report(&t->reporter, "validation", l->name, l->step, l->total, &metrics, error));
+fail:
+    return status;
+}
+
+psoup_status psoup__reward_validate(psoup__reward_trainer *t, const psoup_comparison *comparisons,
+                                    psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    PSOUP__TRY(psoup__reward_evaluate(t, comparisons, error));
+    for (size_t j = 0; j < t->n; j++) {
+        psoup__reward_learner *l = &t->learners[j];
+        if (!l->due)
+            continue;
+        if (!goes_on(&status, finish_validation(t, l, error)))
+            break;
+    }
+fail:
+    return status;
+}

@@ -1,0 +1,283 @@
+/* Reward models and policies, stopped at every report and continued: the same bytes as in one go. */
+#include "resume_case.h"
+#include "ppo_case.h"
+
+/* ---- reward models ------------------------------------------------------------------------------- */
+
+enum { PAIRS = 14 };
+static psoup_comparison pairs[PAIRS];
+
+/* Two models' comparisons; the second has fewer, and is done before the first. */
+static void make_pairs(void) {
+    make_prompts();
+    for (int i = 0; i < PAIRS; i++)
+        pairs[i] = (psoup_comparison){.chosen = words[i], .n_chosen = prompts[i].n,
+                                      .rejected = words[i + 2], .n_rejected = 2, .reward = i % 4 == 0};
+}
+
+static psoup_reward_options reward_options(run *r) {
+    psoup_reward_options o = PSOUP_REWARD_OPTIONS_INIT;
+    o.epochs = 2;
+    o.batch_size = 2;
+    o.learning_rate = 1e-2f;
+    o.lora_dropout = 0.1f;
+    o.validate_every = 2;
+    o.metrics = r->metrics;
+    o.on_step = watch_run;
+    o.user = r;
+    o.checkpoint_dir = r->checkpoints;
+    o.checkpoint_every = 2;
+    o.resume = 1;
+    return o;
+}
+
+typedef struct rewards {
+    psoup_model *model;
+    psoup_reward *reward[2];
+} rewards;
+
+static rewards make_rewards(void) {
+    static const char *const called[2] = {"R0", "R1"};
+    rewards out = {.model = tiny_model()};
+    make_pairs();
+    for (int j = 0; j < 2; j++) {
+        psoup_adapter_options options = PSOUP_ADAPTER_OPTIONS_INIT;
+        options.seed = 3 + (uint64_t)j;
+        OK(psoup_reward_create(out.model, called[j], &options, &out.reward[j], &error));
+    }
+    return out;
+}
+
+static void free_rewards(rewards *r) {
+    for (int j = 0; j < 2; j++)
+        psoup_reward_free(r->reward[j]);
+    psoup_model_free(r->model);
+}
+
+static psoup_status train_rewards(rewards *r, const psoup_reward_options *o) {
+    return psoup_reward_train(r->reward, 2, pairs, PAIRS, pairs, 6, o, &error);
+}
+
+START_TEST(rewards_go_on_with_the_same_bytes) {
+    run whole, r;
+    float *expected[2];
+    size_t n;
+    run_begin(&whole);
+    run_begin(&r);
+    psoup_reward_options o = reward_options(&whole);
+    o.checkpoint_dir = NULL;
+    o.resume = 0;
+    rewards trained = make_rewards();
+    OK(train_rewards(&trained, &o));
+    expected[0] = weights(trained.model, "R0", &n);
+    expected[1] = weights(trained.model, "R1", &n);
+    free_rewards(&trained);
+    psoup_context_free(context);
+    open_context(1 + _i);
+    int stops = 0;
+    for (psoup_status status = PSOUP_ERROR_CANCELLED; status != PSOUP_OK; stops++) {
+        rewards again = make_rewards();
+        o = reward_options(&r);
+        r.stop_after = stops % 2 ? 1 : 2; /* the first learner's report, or the second's */
+        status = train_rewards(&again, &o);
+        ck_assert(status == PSOUP_OK || status == PSOUP_ERROR_CANCELLED);
+        if (status == PSOUP_OK) {
+            ck_assert(same_weights(again.model, "R0", expected[0], n));
+            ck_assert(same_weights(again.model, "R1", expected[1], n));
+        }
+        free_rewards(&again);
+    }
+    ck_assert_int_ge(stops, 10);
+    same_files(whole.metrics, r.metrics);
+    free(expected[0]);
+    free(expected[1]);
+    run_end(&whole);
+    run_end(&r);
+}
+END_TEST
+
+START_TEST(other_reward_runs_are_refused) {
+    run r;
+    run_begin(&r);
+    rewards trained = make_rewards();
+    psoup_reward_options o = reward_options(&r);
+    r.stop_after = 3;
+    REFUSED(train_rewards(&trained, &o), PSOUP_ERROR_CANCELLED, "was stopped at step");
+    free_rewards(&trained);
+    trained = make_rewards();
+    o.margin = 1.0f;
+    REFUSED(train_rewards(&trained, &o), PSOUP_ERROR_STATE, "its margin was 0.0, is 1.0");
+    o = reward_options(&r);
+    REFUSED(psoup_reward_train(trained.reward + 1, 1, pairs, 1, NULL, 0, &o, &error),
+            PSOUP_ERROR_ARGUMENT, "names reward");
+    pairs[0].reward = 0;
+    REFUSED(psoup_reward_train(trained.reward, 1, pairs, 1, NULL, 0, &o, &error), PSOUP_ERROR_STATE,
+            "its rewards was \"2\", is \"1\"");
+    pairs[0].reward = 1;
+    pairs[3].reward = 1;
+    REFUSED(train_rewards(&trained, &o), PSOUP_ERROR_STATE, "its train was \"14 rows, ");
+    free_rewards(&trained);
+    run_end(&r);
+}
+END_TEST
+
+/* ---- PPO ------------------------------------------------------------------------------------------ */
+
+static psoup_ppo_options ppo_options(run *r) {
+    psoup_ppo_options o = plain();
+    o.steps = 5;
+    o.mini_batch_size = 4;
+    o.ppo_epochs = 2;
+    o.lora_dropout = o.head_dropout = 0.1f;
+    o.draw_new_tokens_from = 3;
+    o.validate_every = 2;
+    o.metrics = r->metrics;
+    o.on_step = watch_run;
+    o.user = r;
+    o.checkpoint_dir = r->checkpoints;
+    o.checkpoint_every = 2;
+    o.resume = 1;
+    return o;
+}
+
+static psoup_status run_ppo(psoup_model *model, const psoup_ppo_policy *policies, size_t n,
+                            const psoup_ppo_options *o) {
+    psoup_ppo *ppo;
+    psoup_status status = psoup_ppo_create(model, policies, n, o, &ppo, &error);
+    if (status == PSOUP_OK)
+        status = psoup_ppo_run(ppo, &error);
+    psoup_ppo_free(ppo);
+    return status;
+}
+
+START_TEST(policies_go_on_with_the_same_bytes) {
+    const psoup_ppo_policy policies[2] = {policy(0), policy(1)};
+    run whole, r;
+    float *expected[2];
+    size_t n;
+    run_begin(&whole);
+    run_begin(&r);
+    psoup_ppo_options o = ppo_options(&whole);
+    o.checkpoint_dir = NULL;
+    o.resume = 0;
+    psoup_model *model = fresh(2);
+    OK(run_ppo(model, policies, 2, &o));
+    expected[0] = weights(model, names[0], &n);
+    expected[1] = weights(model, names[1], &n);
+    psoup_model_free(model);
+    psoup_context_free(context);
+    open_context(1 + _i);
+    int stops = 0;
+    for (psoup_status status = PSOUP_ERROR_CANCELLED; status != PSOUP_OK; stops++) {
+        model = fresh(2);
+        o = ppo_options(&r);
+        r.stop_after = stops % 2 ? 1 : 2;
+        status = run_ppo(model, policies, 2, &o);
+        ck_assert(status == PSOUP_OK || status == PSOUP_ERROR_CANCELLED);
+        if (status == PSOUP_OK) {
+            ck_assert(same_weights(model, names[0], expected[0], n));
+            ck_assert(same_weights(model, names[1], expected[1], n));
+        }
+        psoup_model_free(model);
+    }
+    ck_assert_int_ge(stops, 8);
+    same_files(whole.metrics, r.metrics);
+    free(expected[0]);
+    free(expected[1]);
+    run_end(&whole);
+    run_end(&r);
+}
+END_TEST
+
+/* Who takes the steps one by one has checkpoints too; the step that was begun is taken again. */
+START_TEST(single_steps_go_on) {
+    const psoup_ppo_policy one = policy(0);
+    run whole, r;
+    float *expected = NULL;
+    size_t n = 0;
+    for (int stop = 0; stop < 2; stop++) {
+        run *at = stop ? &r : &whole;
+        run_begin(at);
+        psoup_ppo_options o = ppo_options(at);
+        int64_t left = 5;
+        psoup_model *model = fresh(1);
+        psoup_ppo *ppo = create(model, &one, 1, &o);
+        for (int i = 0; left; i++) {
+            OK(psoup_ppo_step(ppo, &left, &error));
+            if (stop && i == 2) { /* its last checkpoint is of step 2 */
+                psoup_ppo_free(ppo);
+                psoup_model_free(model);
+                model = fresh(1);
+                ppo = create(model, &one, 1, &o);
+            }
+        }
+        if (stop)
+            ck_assert(same_weights(model, names[0], expected, n));
+        else
+            expected = weights(model, names[0], &n);
+        psoup_ppo_free(ppo);
+        psoup_model_free(model);
+    }
+    same_files(whole.metrics, r.metrics);
+    free(expected);
+    run_end(&whole);
+    run_end(&r);
+}
+END_TEST
+
+START_TEST(other_ppo_runs_are_refused) {
+    psoup_ppo_policy policies[2] = {policy(0), policy(1)};
+    psoup_reward *reward;
+    run r;
+    run_begin(&r);
+    psoup_model *model = fresh(2);
+    OK(psoup_reward_create(model, "R", NULL, &reward, &error));
+    policies[1].reward_fn = NULL;
+    policies[1].rewards = &reward;
+    policies[1].n_rewards = 1;
+    psoup_ppo_options o = ppo_options(&r);
+    r.stop_after = 1;
+    REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_CANCELLED, "was stopped at step 1 of 5");
+    r.stop_after = 0;
+    psoup_reward_free(reward);
+    psoup_model_free(model);
+
+    model = fresh(2);
+    OK(psoup_reward_create(model, "R", NULL, &reward, &error));
+    o.gamma = 0.5f;
+    REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its gamma was 1.0, is 0.5");
+    o = ppo_options(&r);
+    REFUSED(run_ppo(model, policies, 1, &o), PSOUP_ERROR_STATE, "its policies was \"2\", is \"1\"");
+    policies[0].seed++;
+    REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE,
+            "its seed of policy 0 was \"100\", is \"101\"");
+    policies[0].seed--;
+    policies[0].n_prompts--;
+    REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its prompts of policy 0 was \"16 rows, ");
+    policies[0].n_prompts++;
+    policies[1].n_validation--;
+    REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its validation of policy 1 was \"8 rows, ");
+    policies[1].n_validation++;
+    *psoup__model_adapter(model, "R")->data += 1.0f;
+    REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its reward 0 of policy 1 was \"R of rank ");
+    *psoup__model_adapter(model, "R")->data -= 1.0f;
+    OK(run_ppo(model, policies, 2, &o));
+    psoup_reward_free(reward);
+    psoup_model_free(model);
+    run_end(&r);
+}
+END_TEST
+
+int main(void) {
+    Suite *suite = suite_create("resuming rewards and policies");
+    TCase *tcase = tcase_create("all");
+    tcase_set_timeout(tcase, 120);
+    tcase_add_checked_fixture(tcase, set_up, tear_down);
+    tcase_add_loop_test(tcase, rewards_go_on_with_the_same_bytes, 0, 2);
+    tcase_add_test(tcase, other_reward_runs_are_refused);
+    tcase_add_loop_test(tcase, policies_go_on_with_the_same_bytes, 0, 2);
+    tcase_add_test(tcase, single_steps_go_on);
+    tcase_add_test(tcase, other_ppo_runs_are_refused);
+    suite_add_tcase(suite, tcase);
+    return run_suite(suite);
+}
