@@ -29,7 +29,7 @@ static psoup__cu_function find(psoup__gpu *gpu, psoup__kernel kernel) {
 }
 
 void psoup__gpu_launch(psoup__gpu *gpu, psoup__kernel kernel, psoup__grid grid, const void *args) {
-    enum { USUAL_SHARED = 48 << 10 }; /* more must be asked for by name */
+    enum { USUAL_SHARED = 32 << 10 }; /* 48 KiB with the kernel's own; more must be asked for by name */
     if (gpu->failed.status != PSOUP_OK || grid.x == 0 || grid.y == 0 || grid.z == 0)
         return;
     gpu->cast.of = NULL;

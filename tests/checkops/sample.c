@@ -236,7 +236,7 @@ static void check_too_large(checker *c) {
 }
 
 void check_sample(checker *c) {
-    static const int32_t cases[][2] = {{20, 1}, {700, 7}, {700, 128}, {700, 1000}, {21, 32000}, {4, 131077}};
+    static const int32_t cases[][2] = {{20, 1}, {700, 7}, {700, 128}, {700, 1000}, {21, 32000}, {2, 128256}, {4, 131077}};
     check_corners(c);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         check_rows_of(c, cases[i][0], cases[i][1]);

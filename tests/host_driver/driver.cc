@@ -6,6 +6,7 @@
  *
  *   PSOUP_HOST_ORDER=0|1|2     how the threads of a block take turns (fibers.h)
  *   PSOUP_HOST_FAIL_ALLOC=+N   the Nth allocation of device memory after this was set fails
+ *   PSOUP_HOST_ARCH=86         the compute capability, and a block's memory on such a device
  */
 #include <cstdio>
 #include <cstdlib>
@@ -30,7 +31,10 @@
 #endif
 #endif
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, PAGE = 4096, USUAL_SHARED = 48 << 10 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, PAGE = 4096 };
+/* What a block may have without asking for it, less what a kernel may have besides, which nobody counts here; what
+ * the driver takes of a block's memory. */
+enum { USUAL_SHARED = 44 << 10, DRIVERS_SHARED = 1 << 10 };
 
 typedef std::vector<std::function<void()>> work;
 
@@ -68,6 +72,15 @@ CUstream_st *of(CUstream_st *stream) { return stream ? stream : &default_stream;
 int number_of(const char *name, int otherwise) {
     const char *text = std::getenv(name);
     return text && *text ? std::atoi(text) : otherwise;
+}
+
+int architecture() { return number_of("PSOUP_HOST_ARCH", 90); }
+
+/* CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" */
+int most_shared() {
+    const int arch = architecture();
+    return ((arch == 80 || arch == 87 ? 164 : arch == 90 || arch == 100 || arch == 103 ? 228 : 100) << 10) -
+           DRIVERS_SHARED;
 }
 
 [[maybe_unused]] size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
@@ -164,7 +177,11 @@ int cuDeviceGetName(char *name, int length, int) {
     return SUCCESS;
 }
 int cuDeviceGetAttribute(int *value, int attribute, int) {
-    *value = attribute == 16 ? 4 : attribute == 75 ? 9 : attribute == 97 ? 232448 : 0;
+    *value = attribute == 16   ? 4
+             : attribute == 75 ? architecture() / 10
+             : attribute == 76 ? architecture() % 10
+             : attribute == 97 ? most_shared()
+                               : 0;
     return SUCCESS;
 }
 int cuDevicePrimaryCtxRetain(void **context, int) {
@@ -341,7 +358,7 @@ int cuModuleGetFunction(CUfunc_st **out, void *, const char *name) {
     return SUCCESS;
 }
 int cuFuncSetAttribute(CUfunc_st *function, int attribute, int value) {
-    if (attribute != 8 || value > 232448)
+    if (attribute != 8 || value > most_shared())
         return INVALID_VALUE;
     function->most_shared = (size_t)value;
     return SUCCESS;
@@ -350,7 +367,7 @@ int cuFuncSetAttribute(CUfunc_st *function, int attribute, int value) {
 int cuLaunchKernel(CUfunc_st *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                    unsigned block_y, unsigned block_z, unsigned shared, CUstream_st *stream, void **args, void **) {
     if (grid_x == 0 || grid_y == 0 || grid_z == 0 || grid_y > 65535 || grid_z > 65535 || block_x == 0 ||
-        block_x > 1024 || block_y != 1 || block_z != 1 || shared > function->most_shared)
+        block_x > function->entry->most_threads || block_y != 1 || block_z != 1 || shared > function->most_shared)
         return INVALID_VALUE;
     const host::entry *entry = function->entry;
     auto kept = std::make_shared<std::vector<max_align_t>>(entry->args_size / sizeof(max_align_t) + 1);

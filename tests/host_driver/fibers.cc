@@ -156,8 +156,8 @@ void wait_warp(unsigned mask) {
 
 void *slot(int parity, int lane) { return slots[now->warp][parity][lane]; }
 
-registration::registration(const char *name, size_t args_size, kernel call) {
-    entries().push_back(entry{name, args_size, call});
+registration::registration(const char *name, size_t args_size, unsigned most_threads, kernel call) {
+    entries().push_back(entry{name, args_size, most_threads, call});
 }
 
 const entry *find(const char *name) {

@@ -8,6 +8,7 @@ namespace host {
 struct entry {
     const char *name;
     size_t args_size;
+    unsigned most_threads;
     kernel call;
 };
 const entry *find(const char *name); /* NULL: no such kernel */

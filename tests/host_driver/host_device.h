@@ -46,7 +46,7 @@ void *slot(int parity, int lane);
 
 typedef void (*kernel)(const void *args);
 struct registration {
-    registration(const char *name, size_t args_size, kernel call);
+    registration(const char *name, size_t args_size, unsigned most_threads, kernel call);
 };
 
 /* Every lane of the mask gives a value; returns where the lanes' values are, by lane, until the next but one. */
@@ -77,7 +77,8 @@ template <typename T> T take(int parity, int lane) {
     static void name##_call(const void *a) {                                                               \
         name##_body(*static_cast<const psoup__##args##_args *>(a));                                        \
     }                                                                                                      \
-    static const host::registration name##_known("psoup__" #name, sizeof(psoup__##args##_args),            \
+    static_assert(sizeof(psoup__##args##_args) <= 4096, "a kernel's struct has at most 4 KiB");            \
+    static const host::registration name##_known("psoup__" #name, sizeof(psoup__##args##_args), threads,   \
                                                  name##_call);                                             \
     static void name##_body(const psoup__##args##_args &a)
 
