@@ -6,6 +6,7 @@
 #   make check-all  the same under ASan and UBSan, the long cases, clang, the fuzzers, the story
 #   make coverage   what share of the library's lines the tests run, file by file
 #   make bench      our speed beside a peer's and the machine's limit, in one run
+#   make bench-gpu  every op on the GPU beside what the device copies and multiplies at most
 #   make wheel      the Python package with the library in it, for pip
 #   make install    into PREFIX (default /usr/local), under DESTDIR
 #   make clean
@@ -82,7 +83,7 @@ FUZZERS  = $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 SONAME   = libpsoup.so.0
 VERSION  = 0.2.0
 
-.PHONY: all lib demo check check-all bench install clean deps deps-test deps-bench host_driver gpu-images \
+.PHONY: all lib demo check check-all bench bench-gpu install clean deps deps-test deps-bench host_driver gpu-images \
         run-tests check-names check-abi check-install check-python wheel fuzz run-fuzzers coverage abi-baseline
 .PRECIOUS: $B/%.o
 .DELETE_ON_ERROR:
@@ -255,6 +256,9 @@ run-tests: $(TESTS:%=$B/tests/%) $B/tests/checkops/checkops $B/tests/philox host
 	@set -e; export LD_LIBRARY_PATH=$(CURDIR)/$(HOST_B); \
 	    for t in $(TESTS); do echo "== $$t"; $B/tests/$$t; done; \
 	    echo "== every op on every backend"; $B/tests/philox; $B/tests/checkops/checkops; \
+	    echo "== the ops' bench, in tiny shapes"; $B/tests/checkops/checkops --bench --force --json > $B/bench.json; \
+	    echo "$$(wc -l < $B/bench.json) times taken"; \
+	    if $B/tests/checkops/checkops --bench 2>/dev/null; then echo "the host driver was timed"; exit 1; fi; \
 	    echo "== an engine on a GPU"; $B/embed_engine_gpu
 	@echo "== the program"; sh tests/cli.sh $B/psoup
 
@@ -369,6 +373,9 @@ bench: deps-bench
 	@$(MAKE) --no-print-directory $(BENCHES:%=$B/tests/%)
 	@set -e; for b in $(BENCHES); do echo "== $$b"; \
 	    $B/tests/$$b $(PYTHON) tests/$$(echo $$b | sed s/model/torch/).py; done
+
+bench-gpu: $B/tests/checkops/checkops
+	$B/tests/checkops/checkops --bench
 
 # ---- what the system must have ------------------------------------------------------------------
 # Installs what is missing when run as root; otherwise prints the one line that does.

@@ -3,6 +3,7 @@
 
 #include <stdarg.h>
 
+#include "bench.h"
 #include "cpu/cpu.h"
 #include "gpu/gpu.h"
 
@@ -227,19 +228,31 @@ static int run(const char *device, const char *only) {
 
 int main(int argc, char **argv) {
     const char *device = NULL, *only = NULL;
+    bool timed = false, json = false, force = false;
     for (int i = 1; i < argc; i++)
         if (strcmp(argv[i], "--device") == 0 && i + 1 < argc) {
             device = argv[++i];
+        } else if (strcmp(argv[i], "--bench") == 0) {
+            timed = true;
+        } else if (strcmp(argv[i], "--json") == 0) {
+            json = true;
+        } else if (strcmp(argv[i], "--force") == 0) {
+            force = true;
         } else if (argv[i][0] != '-') {
             only = argv[i];
         } else {
-            printf("checkops [--device cpu|cuda:N] [GROUP]\n\n"
-                   "Checks every op against float64, on the CPU and on the GPU, or on one of them. GROUP: ");
+            printf("checkops [--device cpu|cuda:N] [GROUP]\n"
+                   "checkops --bench [--device cuda:N] [--json] [--force] [GROUP]\n\n"
+                   "Checks every op against float64, on the CPU and on the GPU, or on one of them. Or times it\n"
+                   "on a GPU beside what it needs at least, as a table or as lines of JSON; with --force in tiny\n"
+                   "shapes, to see that it runs. GROUP: ");
             for (size_t k = 0; k < sizeof checks / sizeof *checks; k++)
                 printf("%s%s", k ? ", " : "", checks[k].name);
-            printf(".\n");
+            printf(".\nTimes are of the same groups, but attention_decode, and of interpolate.\n");
             return strcmp(argv[i], "--help") != 0;
         }
+    if (timed)
+        return bench_all(device ? device : "cuda:0", only, json, force);
     if (device)
         return run(device, only);
     int cpu = run("cpu", only), cuda = run("cuda:0", only);

@@ -8,6 +8,7 @@
  *   PSOUP_HOST_FAIL_ALLOC=+N   the Nth allocation of device memory after this was set fails
  *   PSOUP_HOST_ARCH=86         the compute capability, and a block's memory on such a device
  */
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -54,7 +55,8 @@ struct CUstream_st {
     work captured;
 };
 struct CUevent_st {
-    CUstream_st *stream;
+    CUstream_st *stream = nullptr;
+    std::shared_ptr<double> passed = std::make_shared<double>(0); /* when the stream came past it, in ms */
 };
 
 namespace {
@@ -324,7 +326,7 @@ int cuStreamSynchronize(CUstream_st *stream) {
     return SUCCESS;
 }
 int cuEventCreate(CUevent_st **out, unsigned) {
-    *out = new CUevent_st{nullptr};
+    *out = new CUevent_st;
     return SUCCESS;
 }
 int cuEventDestroy_v2(CUevent_st *event) {
@@ -332,7 +334,16 @@ int cuEventDestroy_v2(CUevent_st *event) {
     return SUCCESS;
 }
 int cuEventRecord(CUevent_st *event, CUstream_st *stream) {
+    auto passed = event->passed;
     event->stream = of(stream);
+    put(stream, [=] {
+        using namespace std::chrono;
+        *passed = duration<double, std::milli>(steady_clock::now().time_since_epoch()).count();
+    });
+    return SUCCESS;
+}
+int cuEventElapsedTime(float *milliseconds, CUevent_st *start, CUevent_st *end) {
+    *milliseconds = (float)(*end->passed - *start->passed);
     return SUCCESS;
 }
 int cuEventSynchronize(CUevent_st *event) {
