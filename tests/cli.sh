@@ -583,6 +583,15 @@ goes_on
 ends_alike "stopped"
 no 2 'unexpected "--resume"' feedback --config ppo.json --resume
 
+for objective in rloo grpo; do
+    ppo $objective '{"name": "P1A", "reward": "rewards/P1A", "preference": "P1A"}' \
+        ", \"objective\": \"$objective\", \"group_size\": 2, \"loss_group\": 1"
+    trains ppo --config ppo.json
+    check "$objective" test -f $objective/P1A/adapter_config.json
+done
+ppo left/p '{"name": "a", "reward": "rewards/P1A"}' ', "objective": "rloo", "group_size": 3'
+no 1 'batch_size is 4: expected a multiple of group_size, 3' ppo --config ppo.json
+ppo left/p '{"name": "a", "reward": "rewards/P1A"}' ', "objective": "reinforce"'; no 1 'objective' ppo --config ppo.json
 ppo left/p ''; no 1 'ppo.json: policies: expected a list' ppo --config ppo.json
 ppo left/p '{"name": "a"}'; no 1 'policies\[0\]: expected a "name"' ppo --config ppo.json
 ppo left/p '{"name": "../a", "reward": "rewards/P1A"}'; no 1 'expected a "name"' ppo --config ppo.json

@@ -277,6 +277,20 @@ typedef enum psoup_early_stop {
     PSOUP_EARLY_STOP_LAST = 2 /* on the epoch's last loss group, as the paper's code did */
 } psoup_early_stop;
 
+/* What a response's reward is measured against. RLOO and GRPO sample group_size responses to each prompt
+ * and have no critic: no value head is made or trained, and gamma, lambda, clip_range_value,
+ * value_coefficient, whiten_advantages, whiten_groups and head_dropout are of PPO alone. */
+typedef enum psoup_objective {
+    PSOUP_OBJECTIVE_PPO = 0, /* what a critic expects: Schulman et al. 2017, arXiv 1707.06347 */
+    /* The mean of the group's others; the KL penalty is in the reward. A whole response has one ratio, and
+     * the loss is the mean over responses. Ahmadian et al. 2024, arXiv 2402.14740. */
+    PSOUP_OBJECTIVE_RLOO = 1,
+    /* The group's mean, in units of its deviation; the KL penalty is a term of each token's loss,
+     * kl_coefficient · (π_ref/π − log(π_ref/π) − 1). The paper's mean of means is loss_group 1. Shao et
+     * al. 2024, arXiv 2402.03300, equations 3 and 4. */
+    PSOUP_OBJECTIVE_GRPO = 2
+} psoup_objective;
+
 typedef struct psoup_ppo_options {
     size_t size;
     int32_t steps;           /* 0: one epoch over the prompts */
@@ -284,7 +298,7 @@ typedef struct psoup_ppo_options {
     int32_t mini_batch_size; /* rollouts of one optimiser step; 0: the whole batch */
     int32_t loss_group; /* > 0: the loss is the mean over the tokens of each so many rollouts, averaged
                          * over these groups (the paper's code: micro-batches of 2); 0: over all tokens
-                         * of the mini-batch */
+                         * of the mini-batch. With RLOO read responses for tokens */
     int32_t ppo_epochs;
     int32_t micro_batch_tokens; /* tokens of one packed pass; changes memory, not results' meaning */
     float learning_rate, beta1, beta2, epsilon, weight_decay;
@@ -321,6 +335,9 @@ typedef struct psoup_ppo_options {
     int32_t checkpoint_every;   /* PPO steps between checkpoints; 0: when it is stopped only */
     int32_t checkpoint_keep;    /* so many stay */
     int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
+    int32_t objective;  /* psoup_objective */
+    int32_t group_size; /* responses to each prompt with RLOO and GRPO; divides batch_size */
+    int32_t reserved;   /* 0 */
 } psoup_ppo_options;
 #define PSOUP_PPO_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_ppo_options), .batch_size = 64, .ppo_epochs = 8,                         \
@@ -331,7 +348,7 @@ typedef struct psoup_ppo_options {
      .adaptive_kl = 1, .kl_target = 6.0f, .kl_horizon = 10000.0f, .ratio_threshold = 10.0f,        \
      .normalize_reward = 1, .whiten_advantages = 1, .whiten_groups = 1, .max_new_tokens = 511,     \
      .draw_group = 4, .temperature = 1.0f, .top_p = 1.0f, .reward_max_tokens = 512,                \
-     .keep_best = 1, .checkpoint_every = 10, .checkpoint_keep = 3}
+     .keep_best = 1, .checkpoint_every = 10, .checkpoint_keep = 3, .group_size = 4}
 const psoup_field *psoup_ppo_fields(void);
 /* Sets the fields in which a named preset differs from the defaults: "default", or "rlphf", the
  * settings of the paper's released code. */
@@ -361,10 +378,10 @@ typedef struct psoup_ppo_trace {
     const int32_t *response;   /* [tokens] */
     const float *logprob;      /* [tokens] log π_old */
     const float *ref_logprob;  /* [tokens] log π_ref */
-    const float *value;        /* [tokens] V_old */
-    const float *reward;       /* [tokens] with the KL penalty, the score on the last */
-    const float *advantage;    /* [tokens] whitened */
-    const float *returns;      /* [tokens] */
+    const float *value;        /* [tokens] V_old; 0 without a critic */
+    const float *reward;       /* [tokens] with the KL penalty (but with GRPO), the score on the last */
+    const float *advantage;    /* [tokens] whitened; without a critic its response's */
+    const float *returns;      /* [tokens]; without a critic its response's summed reward */
     const float *score;        /* [rollouts] as the reward gave it */
     const float *first_ratio;  /* [tokens] ratio in the first pass, before any update: all 1; NaN
                                 * where a token's first pass came after an update */

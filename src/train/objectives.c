@@ -41,6 +41,29 @@ void psoup__whiten(float *x, size_t n) {
         x[i] = (float)((x[i] - mean) * scale);
 }
 
+/* A_i = R_i − Σ_{j≠i} R_j / (k − 1): Ahmadian et al. 2024 (arXiv 2402.14740) section 3.2, after Kool et al.
+ * 2019. */
+void psoup__leave_one_out(double *advantage, const double *reward, size_t k) {
+    double sum = 0.0;
+    for (size_t i = 0; i < k; i++)
+        sum += reward[i];
+    for (size_t i = 0; i < k; i++)
+        advantage[i] = reward[i] - (sum - reward[i]) / (double)(k - 1);
+}
+
+/* A_i = (R_i − mean) / (σ + 1e-4), σ unbiased: Shao et al. 2024 (arXiv 2402.03300) section 4.1.2, with
+ * trl's guard of groups that agree. */
+void psoup__group_normalise(double *advantage, const double *reward, size_t k) {
+    double mean = 0.0, squares = 0.0;
+    for (size_t i = 0; i < k; i++)
+        mean += reward[i] / (double)k;
+    for (size_t i = 0; i < k; i++)
+        squares += (reward[i] - mean) * (reward[i] - mean);
+    double deviation = sqrt(squares / (double)(k - 1));
+    for (size_t i = 0; i < k; i++)
+        advantage[i] = (reward[i] - mean) / (deviation + 1e-4);
+}
+
 /* L = max(−A ρ, −A clip(ρ, 1−ε, 1+ε)), ρ = exp(log π − log π_old): Schulman et al. 2017 (arXiv
  * 1707.06347) equation 7. Where the clipped branch is the larger one, ρ lies outside the range and the
  * gradient is 0; elsewhere ∂L/∂log π = −A ρ. */
@@ -64,6 +87,45 @@ void psoup__policy_loss(float *dlogprob, const float *logprob, const float *old_
         terms->finite = terms->finite && isfinite(ratio) && isfinite(plain);
     }
     terms->tokens += n;
+    terms->ratios += n;
+}
+
+/* The same with ρ = exp(Σ_t log π(t) − log π_old(t)), the ratio of the whole response: trl 0.23
+ * rloo_trainer.py, _compute_loss. */
+void psoup__response_loss(float *dlogprob, const float *logprob, const float *old_logprob,
+                          double advantage, size_t n, double clip, double scale,
+                          psoup__ppo_terms *terms) {
+    double difference = 0.0;
+    for (size_t t = 0; t < n; t++)
+        difference += (double)logprob[t] - old_logprob[t];
+    double ratio = exp(difference);
+    double plain = -advantage * ratio;
+    double clipped = -advantage * fmin(fmax(ratio, 1.0 - clip), 1.0 + clip);
+    bool flat = clipped > plain;
+    for (size_t t = 0; t < n; t++)
+        dlogprob[t] = flat ? 0.0f : (float)(plain * scale);
+    terms->policy_loss += flat ? clipped : plain;
+    terms->ratio += ratio;
+    if (!(ratio <= terms->ratio_max))
+        terms->ratio_max = ratio;
+    terms->kl -= difference;
+    terms->clipped += flat;
+    terms->finite = terms->finite && isfinite(ratio) && isfinite(plain);
+    terms->tokens += n;
+    terms->ratios++;
+}
+
+/* L = β (ρ − log ρ − 1), ρ = π_ref(t)/π(t), which is never negative and of mean KL(π ‖ π_ref) where π drew
+ * t: Shao et al. 2024 equation 4, after Schulman 2020. ∂L/∂log π = β (1 − ρ). */
+void psoup__kl_loss(float *dlogprob, const float *logprob, const float *ref, size_t n, double beta,
+                    double scale, psoup__ppo_terms *terms) {
+    for (size_t t = 0; t < n; t++) {
+        double difference = (double)ref[t] - logprob[t];
+        double ratio = exp(difference);
+        dlogprob[t] += (float)(beta * (1.0 - ratio) * scale);
+        terms->policy_loss += beta * (ratio - difference - 1.0);
+        terms->finite = terms->finite && isfinite(ratio);
+    }
 }
 
 /* L = ½ max((V − R)², (clip(V, V_old ± ε) − R)²): trl ppo_trainer.py, loss, after OpenAI baselines'

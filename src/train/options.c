@@ -150,6 +150,11 @@ static const psoup_field ppo_fields[] = {
                     "prompts."),
     METRICS,
     CHECKPOINTS("PPO"),
+    {"objective", PSOUP_FIELD_ENUM, offsetof(OPTIONS, objective), "ppo|rloo|grpo",
+     "What a reward is measured against: a critic's value, the mean of the other responses to the "
+     "prompt, or their mean and deviation. Without a critic gamma, lambda, value and whitening options "
+     "and head_dropout have no part."},
+    INT(group_size, "Responses sampled to each prompt, with rloo and grpo; divides batch_size."),
     {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
 };
 #undef OPTIONS
@@ -283,6 +288,7 @@ psoup_status psoup__dpo_check(const psoup_dpo_options *o, psoup_error *error) {
 }
 
 psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
+    bool critic = psoup__has_critic(o);
     const range ranges[] = {
         RANGE(steps, 0, COUNTS),
         RANGE(batch_size, 1, COUNTS),
@@ -324,11 +330,18 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         RANGE(validate_every, 0, COUNTS),
         RANGE(keep_best, 0, 1),
         CHECKPOINT_RANGES,
+        RANGE(objective, 0, 2),
+        RANGE(group_size, critic ? 1 : 2, COUNTS),
+        RANGE(reserved, 0, 0),
     };
     psoup_status status =
         check_kept("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume, error);
     if (status == PSOUP_OK && o->reward_text && !o->tokenizer)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_ppo_options: tokenizer is NULL, which reward_text needs");
+    if (status == PSOUP_OK && !critic && o->batch_size % o->group_size)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_ppo_options: batch_size is %d: expected a multiple of group_size, %d",
+                           o->batch_size, o->group_size);
     return status;
 }

@@ -1,4 +1,4 @@
-/* One step of PPO on n policies side by side, in the order of Jang et al. 2023 (section 3 and its
+/* One step of PPO, RLOO or GRPO on n policies side by side, in the order of Jang et al. 2023 (section 3 and its
  * appendix) and of the trainer it ran on (trl 0.7). Everything from the scores to the KL coefficient
  * is each policy's own. */
 #include <float.h>
@@ -60,6 +60,7 @@ static void reward_tokens(const psoup_ppo_options *o, psoup__policy *policy) {
     psoup__experience *x = &policy->experience;
     const psoup__rollouts *r = &x->rollouts;
     psoup__moments *moments = &policy->next.moments;
+    double beta = o->objective == PSOUP_OBJECTIVE_GRPO ? 0.0 : policy->state.kl_coefficient;
     /* x->returns is free until the advantages: it holds the penalised scores for the moments. */
     float *score = x->returns; /* every response has a token: tokens ≥ n */
     for (size_t i = 0; i < r->n; i++)
@@ -69,8 +70,37 @@ static void reward_tokens(const psoup_ppo_options *o, psoup__policy *policy) {
     for (size_t i = 0; i < r->n; i++) {
         size_t begin = (size_t)r->start[i], n = (size_t)r->start[i + 1] - begin;
         psoup__kl_rewards(x->reward + begin, x->logprob + begin, x->ref_logprob + begin, n,
-                          policy->state.kl_coefficient, normalised(o, moments, score[i]));
+                          beta, normalised(o, moments, score[i]));
     }
+}
+
+/* One advantage for all tokens of a response, from the rewards of its group. */
+static psoup_status compare_groups(const psoup_ppo *ppo, psoup__experience *x, psoup_error *error) {
+    const psoup__rollouts *r = &x->rollouts;
+    size_t k = psoup__group_size(&ppo->options);
+    double *reward = psoup__alloc(ppo->model->context, 2 * k, sizeof(*reward), error);
+    double *advantage = reward + k;
+    if (!reward)
+        return PSOUP_ERROR_MEMORY;
+    for (size_t first = 0; first < r->n; first += k) {
+        const int32_t *start = r->start + first; /* [k + 1] */
+        for (size_t i = 0; i < k; i++) {
+            reward[i] = 0.0;
+            for (int32_t t = start[i]; t < start[i + 1]; t++)
+                reward[i] += x->reward[t];
+        }
+        if (ppo->options.objective == PSOUP_OBJECTIVE_RLOO)
+            psoup__leave_one_out(advantage, reward, k);
+        else
+            psoup__group_normalise(advantage, reward, k);
+        for (size_t i = 0; i < k; i++)
+            for (int32_t t = start[i]; t < start[i + 1]; t++) {
+                x->advantage[t] = (float)advantage[i];
+                x->returns[t] = (float)reward[i];
+            }
+    }
+    psoup__free(ppo->model->context, reward);
+    return PSOUP_OK;
 }
 
 static void estimate_advantages(const psoup_ppo_options *o, psoup__experience *x) {
@@ -144,7 +174,10 @@ static psoup_status step(psoup_ppo *ppo, size_t *n, psoup_error *error) {
     PSOUP__TRY(psoup__ppo_evaluate(ppo, ppo->active, *n, false, error));
     for (size_t p = 0; p < *n; p++) {
         reward_tokens(o, ppo->active[p]);
-        estimate_advantages(o, &ppo->active[p]->experience);
+        if (psoup__has_critic(o))
+            estimate_advantages(o, &ppo->active[p]->experience);
+        else
+            PSOUP__TRY(compare_groups(ppo, &ppo->active[p]->experience, error));
     }
     for (size_t p = 0; p < *n; p++) {
         psoup__policy *policy = ppo->active[p];

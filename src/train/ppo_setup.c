@@ -104,15 +104,19 @@ static psoup_status start_policy(psoup_ppo *ppo, psoup__policy *policy,
     policy->given.adapter = policy->name;
     policy->epoch = UINT64_MAX;
     policy->state.kl_coefficient = o->kl_coefficient;
-    int64_t epoch = (int64_t)given->n_prompts / o->batch_size;
+    int64_t epoch = (int64_t)(given->n_prompts / ((size_t)o->batch_size / psoup__group_size(o)));
     policy->total = o->steps ? o->steps : epoch ? epoch : 1;
     policy->adapter = psoup__model_adapter(model, policy->name);
-    PSOUP__TRY(psoup__adapter_add_head(model, policy->adapter, error));
+    if (psoup__has_critic(o))
+        PSOUP__TRY(psoup__adapter_add_head(model, policy->adapter, error));
     PSOUP__TRY(psoup__adapter_train(model, policy->adapter, true, error));
     policy->training = true;
+    size_t trained = policy->adapter->count; /* a head that stands at its end is left alone */
+    if (!psoup__has_critic(o) && policy->adapter->head)
+        trained -= (size_t)model->config.hidden_size + 1;
     policy->optimizer = (psoup__optimizer){.p = policy->adapter->data,
                                            .g = policy->adapter->grad,
-                                           .n = policy->adapter->count,
+                                           .n = trained,
                                            .beta1 = o->beta1,
                                            .beta2 = o->beta2,
                                            .epsilon = o->epsilon,
@@ -214,15 +218,17 @@ psoup_status psoup__ppo_refresh(psoup_ppo *ppo, psoup_error *error) {
     return PSOUP_OK;
 }
 
-/* Batch after batch through the prompts, each epoch in an order of its own. */
+/* Batch after batch through the prompts, each epoch in an order of its own; a prompt as many times as its
+ * group has responses. */
 psoup_status psoup__ppo_next_prompts(psoup_ppo *ppo, psoup__policy *policy, psoup_error *error) {
     size_t batch = (size_t)ppo->options.batch_size, n = policy->given.n_prompts;
+    size_t group = psoup__group_size(&ppo->options);
     psoup__rollouts *out = &policy->experience.rollouts;
     psoup_status status = psoup__rollouts_reserve(out, ppo->model->context, batch, error);
     if (status != PSOUP_OK)
         return status;
     for (size_t i = 0; i < batch; i++) {
-        uint64_t place = (uint64_t)policy->state.step * batch + i;
+        uint64_t place = (uint64_t)policy->state.step * (batch / group) + i / group;
         if (place / n != policy->epoch) {
             policy->epoch = place / n;
             psoup__permutation(policy->order, n,

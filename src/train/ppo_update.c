@@ -125,6 +125,7 @@ psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies,
                                  bool validation, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     work w = {.ppo = ppo, .policies = policies, .validation = validation};
+    bool values = !validation && psoup__has_critic(&ppo->options);
     size_t items = 0;
     for (size_t p = 0; p < n; p++) {
         item any = {.policy = p};
@@ -140,7 +141,7 @@ psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies,
         }
     PSOUP__TRY(plan(&w, error));
     for (int32_t pass = 0; pass < w.passes; pass++) {
-        PSOUP__TRY(pack_pass(&w, pass, !validation, error));
+        PSOUP__TRY(pack_pass(&w, pass, values, error));
         PSOUP__TRY(psoup__pack_forward(ppo->pack, false, 0.0f, 0.0f, error));
         size_t read = 0, head = 0;
         for (size_t i = 0; i < w.n; i++) {
@@ -156,8 +157,7 @@ psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies,
                 }
                 x->logprob[t] = ppo->pack->logprob[read++];
                 x->first_ratio[t] = NAN;
-                if (!validation)
-                    x->value[t] = ppo->pack->value[head++];
+                x->value[t] = values ? ppo->pack->value[head++] : 0.0f;
             }
         }
     }
@@ -193,11 +193,19 @@ static void lose(work *w, const item *it, progress *g, size_t read, size_t head)
         for (size_t t = 0; t < n; t++)
             x->first_ratio[begin + t] = expf(pack->logprob[read + t] - x->logprob[begin + t]);
     double kl_before = g->terms.kl;
-    psoup__policy_loss(pack->dlogprob + read, pack->logprob + read, x->logprob + begin,
-                       x->advantage + begin, n, o->clip_range, it->scale, &g->terms);
-    psoup__value_loss(pack->dvalue + head, pack->value + head, x->value + begin,
-                      x->returns + begin, n, o->clip_range_value, o->value_coefficient * it->scale,
-                      &g->terms);
+    if (o->objective == PSOUP_OBJECTIVE_RLOO)
+        psoup__response_loss(pack->dlogprob + read, pack->logprob + read, x->logprob + begin,
+                             x->advantage[begin], n, o->clip_range, it->scale, &g->terms);
+    else
+        psoup__policy_loss(pack->dlogprob + read, pack->logprob + read, x->logprob + begin,
+                           x->advantage + begin, n, o->clip_range, it->scale, &g->terms);
+    if (o->objective == PSOUP_OBJECTIVE_GRPO)
+        psoup__kl_loss(pack->dlogprob + read, pack->logprob + read, x->ref_logprob + begin, n,
+                       w->policies[it->policy]->state.kl_coefficient, it->scale, &g->terms);
+    if (psoup__has_critic(o))
+        psoup__value_loss(pack->dvalue + head, pack->value + head, x->value + begin,
+                          x->returns + begin, n, o->clip_range_value,
+                          o->value_coefficient * it->scale, &g->terms);
     if (it->last) {
         g->last_kl += g->terms.kl - kl_before;
         g->last_tokens += n;
@@ -211,8 +219,8 @@ static psoup_status step_policy(psoup_ppo *ppo, psoup__policy *policy, progress 
     psoup_status status = PSOUP_OK;
     const psoup_ppo_options *o = &ppo->options;
     const psoup__ppo_terms *terms = &g->terms;
-    double n = (double)g->tokens, norm = 0.0;
-    bool good = terms->finite && terms->ratio / n <= o->ratio_threshold, stepped = false;
+    double n = (double)g->tokens, ratios = (double)terms->ratios, norm = 0.0;
+    bool good = terms->finite && terms->ratio / ratios <= o->ratio_threshold, stepped = false;
     if (good)
         PSOUP__TRY(psoup__optimizer_step(&policy->optimizer, o->learning_rate, &norm, &stepped,
                                          error));
@@ -224,9 +232,9 @@ static psoup_status step_policy(psoup_ppo *ppo, psoup__policy *policy, progress 
                                              error));
         }
     } else {
-        g->policy_loss += terms->policy_loss / n;
+        g->policy_loss += terms->policy_loss / ratios;
         g->value_loss += terms->value_loss / n;
-        g->clipped += terms->clipped / n;
+        g->clipped += terms->clipped / ratios;
         g->value_clipped += terms->value_clipped / n;
         g->kl += terms->kl / n;
         g->norm += norm;
@@ -248,7 +256,8 @@ static size_t response_tokens(const psoup__rollouts *r, int32_t rollout) {
 }
 
 /* Adds rollouts [begin, end) of a policy's permutation. Their loss is the mean over tokens of each
- * loss_group of them, averaged over the groups; or over all tokens, where there are no groups. */
+ * loss_group of them, averaged over the groups; or over all tokens, where there are no groups. RLOO's is
+ * over responses instead. */
 static void add_mini_batch(work *w, size_t p, progress *g, size_t begin, size_t end) {
     const psoup__rollouts *r = &w->policies[p]->experience.rollouts;
     size_t wanted = (size_t)w->ppo->options.loss_group, size = wanted ? wanted : end - begin;
@@ -259,13 +268,14 @@ static void add_mini_batch(work *w, size_t p, progress *g, size_t begin, size_t 
         size_t last = first + size < end ? first + size : end, tokens = 0;
         for (size_t i = first; i < last; i++)
             tokens += response_tokens(r, g->order[i]);
+        g->tokens += tokens;
+        size_t count = w->ppo->options.objective == PSOUP_OBJECTIVE_RLOO ? last - first : tokens;
         for (size_t i = first; i < last; i++)
             add_item(w, (item){.policy = p,
                                .rollout = (size_t)g->order[i],
                                .stream = w->policies[p]->next.updates++,
-                               .scale = 1.0 / (groups * (double)tokens),
+                               .scale = 1.0 / (groups * (double)count),
                                .last = last == end});
-        g->tokens += tokens;
     }
 }
 
@@ -285,7 +295,7 @@ static psoup_status run_mini_batch(work *w, progress *all, size_t n, size_t begi
     }
     PSOUP__TRY(plan(w, error));
     for (int32_t pass = 0; pass < w->passes; pass++) {
-        PSOUP__TRY(pack_pass(w, pass, true, error));
+        PSOUP__TRY(pack_pass(w, pass, psoup__has_critic(o), error));
         PSOUP__TRY(psoup__pack_forward(w->ppo->pack, true, o->lora_dropout, o->head_dropout,
                                        error));
         size_t read = 0; /* no item of the reference here: heads and log-probs run in step */
@@ -315,12 +325,14 @@ static bool stops(const psoup_ppo_options *o, const progress *g) {
            sum > 1.5 * o->target_kl * (double)tokens;
 }
 
-static void report_progress(psoup__policy *policy, const progress *g) {
+static void report_progress(psoup__policy *policy, const progress *g, bool critic) {
     double steps = g->mini_batches > g->skipped ? g->mini_batches - g->skipped : 1;
     psoup__metric(&policy->metrics, "policy_loss", g->policy_loss / steps);
-    psoup__metric(&policy->metrics, "value_loss", g->value_loss / steps);
+    if (critic)
+        psoup__metric(&policy->metrics, "value_loss", g->value_loss / steps);
     psoup__metric(&policy->metrics, "clip_fraction", g->clipped / steps);
-    psoup__metric(&policy->metrics, "value_clip_fraction", g->value_clipped / steps);
+    if (critic)
+        psoup__metric(&policy->metrics, "value_clip_fraction", g->value_clipped / steps);
     psoup__metric(&policy->metrics, "policy_kl", g->kl / steps);
     psoup__metric(&policy->metrics, "ratio_max", g->ratio_max);
     psoup__metric(&policy->metrics, "grad_norm", g->norm / steps);
@@ -373,7 +385,7 @@ psoup_status psoup__ppo_update(psoup_ppo *ppo, psoup__policy *const *policies, s
         }
     }
     for (size_t p = 0; p < n; p++)
-        report_progress(policies[p], &all[p]);
+        report_progress(policies[p], &all[p], psoup__has_critic(o));
 fail:
     for (size_t p = 0; p < n; p++)
         psoup__free(context, all[p].order);

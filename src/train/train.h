@@ -98,6 +98,13 @@ psoup_status psoup__sft_check(const psoup_sft_options *options, psoup_error *err
 psoup_status psoup__reward_check(const psoup_reward_options *options, psoup_error *error);
 psoup_status psoup__dpo_check(const psoup_dpo_options *options, psoup_error *error);
 psoup_status psoup__ppo_check(const psoup_ppo_options *options, psoup_error *error);
+static inline bool psoup__has_critic(const psoup_ppo_options *options) {
+    return options->objective == PSOUP_OBJECTIVE_PPO;
+}
+/* Responses to one prompt in a step. */
+static inline size_t psoup__group_size(const psoup_ppo_options *options) {
+    return psoup__has_critic(options) ? 1 : (size_t)options->group_size;
+}
 
 /* ---- objectives.c: pure functions on host arrays --------------------------------------------- */
 
@@ -110,18 +117,30 @@ void psoup__gae(float *advantage, float *returns, const float *reward, const flo
 /* x ← (x − mean) / sqrt(variance + 1e-8), variance unbiased. */
 void psoup__whiten(float *x, size_t n);
 
-/* Sums over the tokens of a mini-batch. Divide by `tokens`. */
+/* Advantages of k responses to one prompt, by their rewards: over the mean of the others, or over the mean
+ * in units of the deviation. */
+void psoup__leave_one_out(double *advantage, const double *reward, size_t k);
+void psoup__group_normalise(double *advantage, const double *reward, size_t k);
+
+/* Sums over a mini-batch. Divide policy_loss, ratio and clipped by `ratios`, the rest by `tokens`. */
 typedef struct psoup__ppo_terms {
     double policy_loss, value_loss; /* the latter without its coefficient */
     double ratio, ratio_max, kl;    /* kl: log π_old − log π */
     double clipped, value_clipped;
-    size_t tokens;
+    size_t tokens, ratios; /* as many, but where a response has one ratio */
     bool finite; /* start it as true */
 } psoup__ppo_terms;
 /* dlogprob[t] = scale · ∂/∂logprob of the clipped surrogate; adds to terms, which counts the tokens. */
 void psoup__policy_loss(float *dlogprob, const float *logprob, const float *old_logprob,
                         const float *advantage, size_t n, double clip, double scale,
                         psoup__ppo_terms *terms);
+/* The same of a whole response, which has one ratio and one advantage. */
+void psoup__response_loss(float *dlogprob, const float *logprob, const float *old_logprob,
+                          double advantage, size_t n, double clip, double scale,
+                          psoup__ppo_terms *terms);
+/* Adds to dlogprob scale · ∂/∂logprob of beta · (ρ − log ρ − 1), ρ = π_ref/π, and the loss to terms. */
+void psoup__kl_loss(float *dlogprob, const float *logprob, const float *ref, size_t n, double beta,
+                    double scale, psoup__ppo_terms *terms);
 /* dvalue[t] = scale · ∂/∂value of the clipped squared error; adds to terms. */
 void psoup__value_loss(float *dvalue, const float *value, const float *old_value,
                        const float *returns, size_t n, double clip, double scale,

@@ -155,6 +155,12 @@ class EarlyStop(IntEnum):
     LAST = 2
 
 
+class Objective(IntEnum):
+    PPO = 0
+    RLOO = 1
+    GRPO = 2
+
+
 ENUMS = {  # by their C names
     "psoup_status": Status,
     "psoup_dtype": Dtype,
@@ -169,6 +175,7 @@ ENUMS = {  # by their C names
     "psoup_merge_place": MergePlace,
     "psoup_schedule": Schedule,
     "psoup_early_stop": EarlyStop,
+    "psoup_objective": Objective,
 }
 
 # ---- structs and callbacks: the names are C's -------------------------------------------------
@@ -858,6 +865,9 @@ psoup_ppo_options._fields_ = [
     ("checkpoint_every", c_int32),
     ("checkpoint_keep", c_int32),
     ("resume", c_int32),
+    ("objective", c_int32),
+    ("group_size", c_int32),
+    ("reserved", c_int32),
 ]
 psoup_ppo_trace._fields_ = [
     ("size", c_size_t),
@@ -1058,6 +1068,7 @@ DEFAULTS: Dict[Any, Dict[str, Any]] = {
         "keep_best": 1,
         "checkpoint_every": 10,
         "checkpoint_keep": 3,
+        "group_size": 4,
     },
 }
 
@@ -1074,7 +1085,7 @@ ENUM_FIELDS: Dict[Any, Dict[str, Any]] = {
     psoup_reward_options: {"schedule": Schedule},
     psoup_dpo_options: {"schedule": Schedule},
     psoup_rollout: {"finish": Finish},
-    psoup_ppo_options: {"early_stop": EarlyStop},
+    psoup_ppo_options: {"early_stop": EarlyStop, "objective": Objective},
 }
 
 # ---- functions: name: (result, [parameters]) ----------------------------------------------------

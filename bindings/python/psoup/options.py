@@ -329,7 +329,8 @@ class PpoOptions(TypedDict, total=False):
     # rollouts of one optimiser step; 0: the whole batch; default 0
     mini_batch_size: int
     # > 0: the loss is the mean over the tokens of each so many rollouts, averaged over these groups
-    # (the paper's code: micro-batches of 2); 0: over all tokens of the mini-batch; default 0
+    # (the paper's code: micro-batches of 2); 0: over all tokens of the mini-batch. With RLOO read
+    # responses for tokens; default 0
     loss_group: int
     # default 8
     ppo_epochs: int
@@ -421,3 +422,7 @@ class PpoOptions(TypedDict, total=False):
     checkpoint_keep: int
     # 1: continue from the newest checkpoint in checkpoint_dir, where there is one; default 0
     resume: int
+    # psoup_objective; default 0
+    objective: Union[int, str]
+    # responses to each prompt with RLOO and GRPO; divides batch_size; default 4
+    group_size: int

@@ -150,6 +150,19 @@ class Ppo(Case):
         self.assertEqual(len(means), 30)
         self.assertGreater(average(seen[-160:]), average(seen[:160]) + 0.5)
 
+    def test_objectives_without_a_critic(self):
+        for objective in ("rloo", "grpo"):
+            ppo = psoup.Ppo(tiny(("A",)), [psoup.Policy("A", [[2, 3], [4, 5]], lambda rollouts: [
+                float(r.response[0]) for r in rollouts])], steps=1, objective=objective, group_size=8, **self.OPTIONS)
+            ppo.run()
+            trace = ppo.trace()
+            first = [trace.advantage[s] for s in trace.start[:-1]]
+            for group in (first[:8], first[8:]):
+                self.assertAlmostEqual(float(sum(group)), 0.0, places=4)
+            self.assertEqual(set(trace.value), {0.0})
+        with self.assertRaisesRegex(psoup.ArgumentError, "multiple of group_size, 3"):
+            psoup.Ppo(tiny(("A",)), [psoup.Policy("A", [[2]], lambda r: [0.0])], objective="rloo", group_size=3)
+
     def test_two_policies_with_a_reward_model_and_a_function(self):
         model = tiny(("A", "B"))
         judge = psoup.Reward(model, "R", rank=2)
