@@ -84,6 +84,7 @@ typedef struct psoup_sft_options {
     int32_t checkpoint_every;   /* optimiser steps between checkpoints; 0: when it is stopped only */
     int32_t checkpoint_keep;    /* so many stay */
     int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
+    int32_t reserved; /* 0 */
 } psoup_sft_options;
 #define PSOUP_SFT_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_sft_options), .epochs = 1, .batch_tokens = 1024, .accumulation = 1,      \
@@ -153,6 +154,7 @@ typedef struct psoup_reward_options {
     int32_t checkpoint_every;   /* optimiser steps between checkpoints; 0: when it is stopped only */
     int32_t checkpoint_keep;    /* so many stay */
     int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
+    int32_t reserved; /* 0 */
 } psoup_reward_options;
 /* The paper's: AdamW 2e-5, decay 0.001, linear to 0, no warm-up, one epoch, 512 tokens. */
 #define PSOUP_REWARD_OPTIONS_INIT                                                                  \

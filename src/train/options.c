@@ -239,7 +239,8 @@ static psoup_status check_kept(const char *where, const range *ranges, size_t n,
 #define RANGE(name, low, high) {#name, (double)o->name, low, high}
 #define COUNTS 2147483647.0
 #define CHECKPOINT_RANGES                                                                          \
-    RANGE(checkpoint_every, 0, COUNTS), RANGE(checkpoint_keep, 1, COUNTS), RANGE(resume, 0, 1)
+    RANGE(checkpoint_every, 0, COUNTS), RANGE(checkpoint_keep, 1, COUNTS), RANGE(resume, 0, 1),    \
+        RANGE(reserved, 0, 0)
 #define REALS 3.4e38
 #define BELOW_ONE 0.99999997
 #define ADAM_RANGES                                                                                \
@@ -254,7 +255,7 @@ psoup_status psoup__sft_check(const psoup_sft_options *o, psoup_error *error) {
         ADAM_RANGES,                    RANGE(schedule, 0, 2),
         RANGE(warmup_steps, 0, COUNTS), RANGE(lora_dropout, 0, BELOW_ONE),
         RANGE(loss_on_prompt, 0, 1),    RANGE(validate_every, 0, COUNTS),
-        RANGE(keep_best, 0, 1),          CHECKPOINT_RANGES,
+        RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
     };
     return check_kept("psoup_sft_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
                       error);
@@ -268,7 +269,7 @@ psoup_status psoup__reward_check(const psoup_reward_options *o, psoup_error *err
         RANGE(warmup_steps, 0, COUNTS), RANGE(lora_dropout, 0, BELOW_ONE),
         RANGE(margin, -REALS, REALS),   RANGE(centering, 0, REALS),
         RANGE(max_tokens, 0, COUNTS),   RANGE(validate_every, 0, COUNTS),
-        RANGE(keep_best, 0, 1),          CHECKPOINT_RANGES,
+        RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
     };
     return check_kept("psoup_reward_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
                       error);
@@ -332,7 +333,6 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         CHECKPOINT_RANGES,
         RANGE(objective, 0, 2),
         RANGE(group_size, critic ? 1 : 2, COUNTS),
-        RANGE(reserved, 0, 0),
     };
     psoup_status status =
         check_kept("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume, error);

@@ -703,6 +703,7 @@ psoup_sft_options._fields_ = [
     ("checkpoint_every", c_int32),
     ("checkpoint_keep", c_int32),
     ("resume", c_int32),
+    ("reserved", c_int32),
 ]
 psoup_comparison._fields_ = [
     ("chosen", POINTER(c_int32)),
@@ -739,6 +740,7 @@ psoup_reward_options._fields_ = [
     ("checkpoint_every", c_int32),
     ("checkpoint_keep", c_int32),
     ("resume", c_int32),
+    ("reserved", c_int32),
 ]
 psoup_dpo_pair._fields_ = [
     ("prompt", POINTER(c_int32)),
