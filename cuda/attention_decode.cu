@@ -68,7 +68,9 @@ template <typename T, int D, int G> __device__ __forceinline__ void decode(const
     const int group = a.heads / a.kv_heads, tiles = (group + G - 1) / G;
     const int kv_head = blockIdx.y / tiles, tile = blockIdx.y % tiles;
     const int head = kv_head * group + tile * G, heads = min(G, group - tile * G);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slot = lane / LANES, place = lane % LANES * E;
+    /* told to be the warp's own, so that its loop is seen to be taken by all lanes alike: else shuffles become calls */
+    const int warp = __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0);
+    const int lane = threadIdx.x % 32, slot = lane / LANES, place = lane % LANES * E;
 
     float q[G][E];
     running<G, E> r;

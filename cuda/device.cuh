@@ -22,7 +22,7 @@ typedef __nv_bfloat16 bf16;
 typedef __half f16;
 
 #define PSOUP__KERNEL_AS(name, args, threads)                                                              \
-    extern "C" __global__ void __launch_bounds__(threads)                                                  \
+    extern "C" __global__ void __launch_bounds__(threads, 1)                                                \
         psoup__##name(const __grid_constant__ psoup__##args##_args a)
 #define SHARED __shared__
 #define DYNAMIC_SHARED(type, name)                                                                         \
