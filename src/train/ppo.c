@@ -1,6 +1,6 @@
-/* One step of PPO, RLOO or GRPO on n policies side by side, in the order of Jang et al. 2023 (section 3 and its
- * appendix) and of the trainer it ran on (trl 0.7). Everything from the scores to the KL coefficient
- * is each policy's own. */
+/* One step of PPO, RLOO or GRPO on n policies side by side, in the order of Jang et al. 2023 (section 3
+ * and its appendix) and of the trainer it ran on (trl 0.7). Everything from the scores to the KL
+ * coefficient is each policy's own. */
 #include <float.h>
 #include <math.h>
 
