@@ -7,6 +7,7 @@
 #   make coverage   what share of the library's lines the tests run, file by file
 #   make bench      our speed beside a peer's and the machine's limit, in one run
 #   make bench-gpu  every op on the GPU beside what the device copies and multiplies at most
+#   make gpu        the GPU backend measured, on a machine with one (docs/gpu.md); STAGE= names some of it
 #   make wheel      the Python package with the library in it, for pip
 #   make install    into PREFIX (default /usr/local), under DESTDIR
 #   make clean
@@ -83,8 +84,8 @@ FUZZERS  = $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 SONAME   = libpsoup.so.0
 VERSION  = 0.3.0
 
-.PHONY: all lib demo check check-all bench bench-gpu install clean deps deps-test deps-bench host_driver gpu-images \
-        run-tests check-names check-abi check-install check-python wheel fuzz run-fuzzers coverage abi-baseline
+.PHONY: all lib demo check check-all bench bench-gpu gpu install clean deps deps-test deps-bench host_driver gpu-images \
+        run-tests check-names check-abi check-install check-python check-gpu wheel fuzz run-fuzzers coverage abi-baseline
 .PRECIOUS: $B/%.o
 .DELETE_ON_ERROR:
 
@@ -204,6 +205,11 @@ $B/tests/checkops/checkops: $(CHECKOPS) $B/libpsoup.a
 	@echo "  LINK $@"
 	$(Q)$(CC) $(LDFLAGS) $(CHECKOPS) $B/libpsoup.a $(LIBS) -Wl,-rpath,$(CURDIR)/$(HOST_B) -o $@
 
+# A LLaMA-7B on a GPU; see tests/gpu/run.py.
+$B/tests/gpu/llama: $B/tests/gpu/llama.o $B/libpsoup.a
+	@echo "  LINK $@"
+	$(Q)$(CC) $(LDFLAGS) $^ $(LIBS) -Wl,-rpath,$(CURDIR)/$(HOST_B) -o $@
+
 # The words of cuda/philox.cuh; and where CUDA's headers are, what src/gpu says of them.
 $B/tests/philox: tests/philox.cc $B/src/base/philox.o
 	@mkdir -p $(@D)
@@ -263,7 +269,7 @@ run-tests: $(TESTS:%=$B/tests/%) $B/tests/checkops/checkops $B/tests/philox host
 	@echo "== the program"; sh tests/cli.sh $B/psoup
 
 check: deps-test
-	@$(MAKE) --no-print-directory all run-tests check-names check-abi check-install check-python
+	@$(MAKE) --no-print-directory all run-tests check-names check-abi check-install check-python check-gpu
 
 # The same under ASan and UBSan with the long cases, a build by clang, the GPU's kernels for every architecture and with
 # their threads in other orders, a short run of each fuzzer.
@@ -276,6 +282,9 @@ check-all: deps-test
 	@$(MAKE) --no-print-directory GPU_ARCHS="$(GPU_ALL)" gpu-images
 	@set -e; for order in 1 2; do for t in checkops/checkops test_gpu test_gpu_train; do \
 	    echo "== $$t, the threads of a block in order $$order"; PSOUP_HOST_ORDER=$$order $B/tests/$$t; done; done
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then echo "== the model against float64 PyTorch"; \
+	    PSOUP_LIBRARY=$(abspath $B/libpsoup.so) PYTHONPATH=bindings/python $(PYTHON) -B tests/gpu/correct.py --device cpu; \
+	else echo "== the model against float64 PyTorch: skipped, $(PYTHON) has no torch"; fi
 	@PSOUP_LONG=1 $(MAKE) --no-print-directory config=sanitize run-tests
 	@$(MAKE) --no-print-directory fuzz
 
@@ -376,6 +385,22 @@ bench: deps-bench
 
 bench-gpu: $B/tests/checkops/checkops
 	$B/tests/checkops/checkops --bench
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+# A build of its own, for the GPU that is here, and with no host driver beside it.
+GPU_HERE = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
+gpu:
+	@$(PYTHON) -B tests/gpu/run.py build/gpu --check $(STAGE)
+	@$(MAKE) --no-print-directory deps
+	@$(MAKE) --no-print-directory B=build/gpu GPU_ARCHS="$(GPU_HERE)" \
+	    $(addprefix build/gpu/,libpsoup.so tests/checkops/checkops tests/gpu/llama)
+	@$(PYTHON) -B tests/gpu/run.py build/gpu $(STAGE)
+
+# What of it is ours, in tiny shapes, on the host driver: every goal is measured for and stands in the table.
+check-gpu: $B/tests/checkops/checkops $B/tests/gpu/llama host_driver
+	@echo "== what make gpu measures, in tiny shapes"
+	@LD_LIBRARY_PATH=$(CURDIR)/$(HOST_B) $(PYTHON) -B tests/gpu/run.py $B --tiny --out $B/gpu > $B/gpu.log || \
+	    { tail -20 $B/gpu.log; exit 1; }
 
 # ---- what the system must have ------------------------------------------------------------------
 # Installs what is missing when run as root; otherwise prints the one line that does.

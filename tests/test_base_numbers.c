@@ -228,6 +228,15 @@ START_TEST(random_numbers) {
     ck_assert_double_lt(fabs(fourth / n - 3), 5 * sqrt(96.0 / n));
     ck_assert_double_lt(fabs(uniform / n - 0.5), 5 * sqrt(1 / 12.0 / n));
 
+    for (uint64_t first = 0; first < 8; first += 2) { /* many are those one by one */
+        psoup__random one = {.seed = 7, .sequence = 3, .position = first}, many = one;
+        float out[5];
+        psoup__random_normals(&many, out, 5);
+        for (int i = 0; i < 5; i++)
+            ck_assert_float_eq(out[i], psoup__random_normal(&one));
+        ck_assert_uint_eq(many.position, one.position);
+    }
+
     int counts[6] = {0};
     for (int i = 0; i < 60000; i++)
         counts[psoup__random_below(&random, 6)]++;

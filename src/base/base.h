@@ -239,6 +239,8 @@ typedef struct psoup__random {
 uint32_t psoup__random_word(psoup__random *random);
 float psoup__random_uniform(psoup__random *random);           /* [0, 1) */
 float psoup__random_normal(psoup__random *random);            /* Box–Muller, two words each */
+/* The next n of them, from an even position: a block of four words is made once for two. */
+void psoup__random_normals(psoup__random *random, float *out, size_t n);
 uint32_t psoup__random_below(psoup__random *random, uint32_t n); /* [0, n), unbiased */
 void psoup__random_shuffle(psoup__random *random, int32_t *items, size_t n);
 

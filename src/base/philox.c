@@ -2,6 +2,7 @@
  * 2011), with cuRAND's layout of seed, sequence and position in key and counter. */
 #include "base/base.h"
 
+#include <assert.h>
 #include <math.h>
 
 void psoup__philox_block(uint64_t seed, uint64_t sequence, uint64_t block, uint32_t out[4]) {
@@ -34,11 +35,26 @@ float psoup__random_uniform(psoup__random *random) {
     return psoup__uniform(psoup__random_word(random));
 }
 
-float psoup__random_normal(psoup__random *random) {
+static float normal_of(uint32_t first, uint32_t second) {
     const double two_pi = 6.283185307179586;
-    double u = 1.0 - (double)psoup__random_uniform(random); /* (0, 1]: its logarithm is finite */
-    double v = (double)psoup__random_uniform(random);
+    double u = 1.0 - (double)psoup__uniform(first); /* (0, 1]: its logarithm is finite */
+    double v = (double)psoup__uniform(second);
     return (float)(sqrt(-2.0 * log(u)) * cos(two_pi * v));
+}
+
+float psoup__random_normal(psoup__random *random) {
+    uint32_t first = psoup__random_word(random);
+    return normal_of(first, psoup__random_word(random));
+}
+
+void psoup__random_normals(psoup__random *random, float *out, size_t n) {
+    assert(random->position % 2 == 0);
+    for (size_t i = 0; i < n;) {
+        uint32_t words[4];
+        psoup__philox_block(random->seed, random->sequence, random->position / 4, words);
+        for (unsigned word = random->position % 4; word < 4 && i < n; word += 2, random->position += 2)
+            out[i++] = normal_of(words[word], words[word + 1]);
+    }
 }
 
 /* Lemire 2019, "Fast random integer generation in an interval": the high half of word · n, words

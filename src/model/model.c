@@ -78,8 +78,9 @@ static void draw_normals(void *arg, size_t task, int worker) {
     size_t from = task * NORMALS, end = job->n - from < NORMALS ? job->n : from + NORMALS;
     psoup__random random = {.seed = job->seed, .sequence = job->stream,
                             .position = 2 * (uint64_t)(job->first + from)};
+    psoup__random_normals(&random, job->out + from, end - from);
     for (size_t i = from; i < end; i++)
-        job->out[i] = psoup__random_normal(&random) * job->scale;
+        job->out[i] *= job->scale;
 }
 
 static psoup_status randomise(psoup_model *model, uint64_t seed, psoup_error *error) {

@@ -1,0 +1,70 @@
+"""Merging where the weights are, in a GPU's memory: ours beside PyTorch's ways, both as CUDA graphs in one stream."""
+import torch
+
+import psoup
+from common import TINY, attempt, report, replayed
+
+N = 1 << 12 if TINY else 1 << 28  # elements of an input
+RANK, ADAPTERS = 16, 8
+stream = torch.cuda.Stream()
+
+
+def fused(arrays, weights):
+    return sum(w * x.float() for w, x in zip(weights, arrays)).bfloat16()
+
+
+def sums(context):
+    for n in (2, 3, 8):
+        arrays = [torch.randn(N, device="cuda").bfloat16() for _ in range(n)]
+        out, weights = torch.empty_like(arrays[0]), [1 / n] * n
+        key = "interpolation, %d × bf16" % n
+        psoup.merge_sum(arrays, weights, out=out, context=context)
+        torch.cuda.synchronize()
+        want = fused(arrays, weights)
+        if not torch.equal(out, want):  # f32 in the same order, rounded once
+            worst = (out.double() - want.double()).abs().max().item()
+            raise SystemExit("merge.py: %s: differs from PyTorch by %g" % (key, worst))
+        ours = lambda: psoup.merge_sum(arrays, weights, out=out, context=context)
+        report(key, "psoup", replayed(ours, stream=stream), bytes=2 * (n + 1) * N)
+        def in_place():
+            torch.mul(arrays[0], weights[0], out=out)
+            for x, w in zip(arrays[1:], weights[1:]):
+                out.add_(x, alpha=w)
+        attempt(key, "PyTorch, add_ in bf16", lambda: replayed(in_place))
+        compiled = torch.compile(fused)
+        attempt(key, "PyTorch, torch.compile", lambda: replayed(lambda: compiled(arrays, weights)))
+
+
+def folds(context):
+    for rows, columns in ((64, 48),) if TINY else ((4096, 4096), (11008, 4096)):
+        copies = 1 if TINY else 4
+        bases = [torch.randn(rows, columns, device="cuda").bfloat16() for _ in range(copies)]
+        outs = [torch.empty_like(b) for b in bases]
+        a = torch.randn(ADAPTERS, RANK, columns, device="cuda") / columns ** 0.5
+        b = torch.randn(ADAPTERS, rows, RANK, device="cuda")
+        weights = [1 / ADAPTERS] * ADAPTERS
+        factors = [psoup.Factors(a[i], b[i], 2.0) for i in range(ADAPTERS)]
+        key = "fold, 8 adapters into %d × %d" % (rows, columns)
+        def ours():
+            for base, out in zip(bases, outs):
+                psoup.fold(base, factors, weights, out=out, context=context)
+        ours()
+        torch.cuda.synchronize()
+        want = bases[0].double() + sum(w * 2 * (y.double() @ x.double()) for w, x, y in zip(weights, a, b))
+        error = ((outs[0].double() - want).norm() / want.norm()).item()
+        if not error < 4e-3:  # one rounding to bf16
+            raise SystemExit("merge.py: %s: differs from float64 by %g" % (key, error))
+        report(key, "psoup", replayed(ours, stream=stream) / copies, operations=2 * rows * columns * ADAPTERS * RANK,
+               bytes=2 * 2 * rows * columns + 4 * ADAPTERS * RANK * (rows + columns))
+        stacked_a, stacked_b = a.reshape(-1, columns), b.transpose(0, 1).reshape(rows, -1)
+        def theirs(dtype):
+            for base in bases:
+                torch.addmm(base.to(dtype), (stacked_b * (2 / ADAPTERS)).to(dtype), stacked_a.to(dtype)).bfloat16()
+        attempt(key, "PyTorch, addmm in f32", lambda: replayed(lambda: theirs(torch.float32)) / copies)
+        attempt(key, "PyTorch, addmm in bf16", lambda: replayed(lambda: theirs(torch.bfloat16)) / copies)
+
+
+with psoup.Context(device="cuda:0", stream=stream.cuda_stream) as context, psoup.GpuMerge(context):
+    with torch.cuda.stream(stream):
+        sums(context)
+        folds(context)
