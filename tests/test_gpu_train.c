@@ -1,6 +1,7 @@
 /* The trainers on a GPU against the same on the CPU: from the same start, over the same texts, to the same weights but
  * for rounding. Where there is no GPU the host driver stands for one (tests/host_driver). */
 #include "ppo_case.h"
+#include "resume_case.h"
 
 static void on(const char *device) {
     psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
@@ -163,6 +164,44 @@ START_TEST(ppo_is_the_cpus) {
 }
 END_TEST
 
+/* An adapter, then the base: its state goes to the checkpoint and comes back through the device's own ops. */
+START_TEST(stopped_runs_go_on) {
+    const char *adapter = _i ? NULL : "P";
+    float *end[2];
+    size_t n;
+    run r;
+    make_examples();
+    on(devices[1]);
+    run_begin(&r);
+    for (int stopped = 0; stopped < 2; stopped++) {
+        psoup_status status = PSOUP_ERROR_CANCELLED;
+        for (int part = 0; status != PSOUP_OK; part++) {
+            psoup_model *model = tiny_model();
+            add_adapter(model, "P", 2);
+            psoup_sft_options o = PSOUP_SFT_OPTIONS_INIT;
+            o.learning_rate = 1e-3f;
+            o.epochs = 2;
+            o.batch_tokens = 32;
+            o.validate_every = 2;
+            o.on_step = watch_run;
+            o.user = &r;
+            o.checkpoint_dir = stopped ? r.checkpoints : NULL;
+            o.resume = stopped;
+            r.stop_after = stopped && part < 2 ? 3 : 0;
+            status = psoup_sft(model, adapter, examples, 12, examples, 4, &o, &error);
+            ck_assert(status == (r.stop_after || !stopped || part > 1 ? PSOUP_OK : PSOUP_ERROR_CANCELLED));
+            if (status == PSOUP_OK)
+                end[stopped] = _i ? base_weights(model, &n) : weights(model, "P", &n);
+            psoup_model_free(model);
+        }
+    }
+    ck_assert_int_eq(memcmp(end[0], end[1], n * sizeof(float)), 0);
+    free(end[0]), free(end[1]);
+    run_end(&r);
+    psoup_context_free(context);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("gpu: training");
     TCase *tests = tcase_create("training");
@@ -170,6 +209,7 @@ int main(void) {
     tcase_add_loop_test(tests, sft_is_the_cpus, 0, 2);
     tcase_add_test(tests, reward_is_the_cpus);
     tcase_add_test(tests, ppo_is_the_cpus);
+    tcase_add_loop_test(tests, stopped_runs_go_on, 0, 2);
     suite_add_tcase(suite, tests);
     return run_suite(suite);
 }
