@@ -9,7 +9,7 @@
 #   make bench-gpu  every op on the GPU beside what the device copies and multiplies at most
 #   make gpu        the GPU backend measured, on a machine with one (docs/gpu.md); STAGE= names some of it
 #   make wheel      the Python package with the library in it, for pip
-#   make install    into PREFIX (default /usr/local), under DESTDIR
+#   make install    into PREFIX (default /usr/local), under DESTDIR; with GPU_ARCHS=all for every GPU at once
 #   make clean
 #
 # Choose a build with config=release (default), debug, sanitize or coverage, and a compiler with CC=.
@@ -62,17 +62,18 @@ OBJ      = $(SRC:%.c=$B/%.o) $B/src/gpu/image.o \
            $(foreach v,$(VARIANTS),$(patsubst %.c,$B/%.$v.o,$(wildcard $(KERNEL_SRC))))
 MERGE_OBJ = $(filter $B/src/base/% $B/src/format/% $B/src/blend/% $B/src/merge/%,$(OBJ))
 
-# The GPU's kernels, one fatbin for each file: machine code for GPU_ARCHS and, for what is newer, PTX of the
-# last. Where nvcc is missing the library has none, and says so when a GPU is asked for.
+# The GPU's kernels, one fatbin for each file: machine code for GPU_ARCHS ("all", or a list) and, for what is newer,
+# PTX of the last: that of the default runs everywhere, once the driver has compiled it. Where nvcc is missing the library has none, and says so when a GPU is asked for.
 NVCC      ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc))
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(NVCC))
 CUDA_FLAGS = $(if $(CUDA_HOME),-idirafter $(CUDA_HOME)/include -idirafter $(CUDA_HOME)/include/cccl)
 GPU_ALL    = 80 86 89 90 100 120
 GPU_ARCHS ?= 80
-GPU_CODE   = $(foreach a,$(GPU_ARCHS),-gencode arch=compute_$a,code=sm_$a) \
-             -gencode arch=compute_$(lastword $(GPU_ARCHS)),code=compute_$(lastword $(GPU_ARCHS))
+GPU_LIST  := $(if $(filter all,$(GPU_ARCHS)),$(GPU_ALL),$(GPU_ARCHS))
+GPU_CODE   = $(foreach a,$(GPU_LIST),-gencode arch=compute_$a,code=sm_$a) \
+             -gencode arch=compute_$(lastword $(GPU_LIST)),code=compute_$(lastword $(GPU_LIST))
 NVCCFLAGS  = -O3 -std=c++17 -lineinfo -Werror all-warnings -Xptxas -v,-warn-spills
-GPU_B      = build/cuda-$(subst $() ,-,$(strip $(GPU_ARCHS)))
+GPU_B      = build/cuda-$(subst $() ,-,$(strip $(GPU_LIST)))
 GPU_SRC    = $(wildcard cuda/*.cu)
 GPU_IMAGES = $(if $(NVCC),$(GPU_SRC:cuda/%.cu=$(GPU_B)/%.fatbin),build/cuda-none/none)
 
@@ -112,7 +113,7 @@ $(foreach v,$(VARIANTS),$(eval $(call variant_rule,$v)))
 # Registers that spill to memory fail the build, but in files that say "spills allowed".
 $(GPU_B)/%.fatbin: cuda/%.cu $(wildcard cuda/*.cuh cuda/*.h) include/psoup/common.h src/base/f8.h
 	@mkdir -p $(@D)
-	@echo "  NVCC $< ($(GPU_ARCHS))"
+	@echo "  NVCC $< ($(GPU_LIST))"
 	$(Q)$(NVCC) $(NVCCFLAGS) $(GPU_CODE) -fatbin $< -o $@ > $(@:.fatbin=.log) 2>&1 || { cat $(@:.fatbin=.log); exit 1; }
 	@! grep -q ' [1-9][0-9]* bytes spill' $(@:.fatbin=.log) || grep -q 'spills allowed' $< || \
 	    { grep -B2 ' [1-9][0-9]* bytes spill' $(@:.fatbin=.log); rm $@; exit 1; }
@@ -279,7 +280,7 @@ check-all: deps-test
 	@$(MAKE) --no-print-directory bin/personalized_soup $B/tests/test_alloc
 	@PSOUP_LONG=1 $B/tests/test_alloc
 	bin/personalized_soup
-	@$(MAKE) --no-print-directory GPU_ARCHS="$(GPU_ALL)" gpu-images
+	@$(MAKE) --no-print-directory GPU_ARCHS=all gpu-images
 	@set -e; for order in 1 2; do for t in checkops/checkops test_gpu test_gpu_train; do \
 	    echo "== $$t, the threads of a block in order $$order"; PSOUP_HOST_ORDER=$$order $B/tests/$$t; done; done
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then echo "== the model against float64 PyTorch"; \
