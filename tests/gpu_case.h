@@ -30,6 +30,8 @@ static struct {
     int (*stream_destroy)(void *);
     int (*stream_wait)(void *);
     int (*context_get)(void **);
+    int (*context_set)(void *);
+    int (*context_retain)(void **, int);
     int (*capture_begin)(void *, int);
     int (*capture_end)(void *, void **);
     int (*graph_instantiate)(void **, void *, unsigned long long);
@@ -41,7 +43,7 @@ static struct {
 static psoup_context *host, *device; /* on the CPU; on cuda:0 with `stream` */
 static psoup_gpu_merge *merge;
 static psoup_error error;
-static void *stream;
+static void *stream, *context;
 
 static inline void find(void *library, const char *symbol, void *call) {
     void *address = dlsym(library, symbol);
@@ -71,6 +73,8 @@ static inline void open_driver(void) {
     find(library, "cuStreamDestroy_v2", &cu.stream_destroy);
     find(library, "cuStreamSynchronize", &cu.stream_wait);
     find(library, "cuCtxGetCurrent", &cu.context_get);
+    find(library, "cuCtxSetCurrent", &cu.context_set);
+    find(library, "cuDevicePrimaryCtxRetain", &cu.context_retain);
     find(library, "cuStreamBeginCapture_v2", &cu.capture_begin);
     find(library, "cuStreamEndCapture", &cu.capture_end);
     find(library, "cuGraphInstantiateWithFlags", &cu.graph_instantiate);
@@ -78,6 +82,8 @@ static inline void open_driver(void) {
     find(library, "cuGraphDestroy", &cu.graph_destroy);
     find(library, "cuGraphExecDestroy", &cu.graph_exec_destroy);
     ck_cu(cu.init(0));
+    ck_cu(cu.context_retain(&context, 0)); /* as CUDA's runtime does */
+    ck_cu(cu.context_set(context));
     host = new_context("cpu", NULL);
 }
 

@@ -2,6 +2,9 @@
  * Where there is no GPU the host driver stands for one (tests/host_driver). */
 #include "generate_case.h"
 
+#include <pthread.h>
+
+#include "gpu/gpu.h"
 #include "gpu/internal.h"
 
 static psoup_context *on(const char *device) {
@@ -286,6 +289,71 @@ START_TEST(a_window_can_be_stopped) {
 }
 END_TEST
 
+/* ---- the backend alone --------------------------------------------------------------------------------------- */
+
+enum { SMALL = 5 };
+typedef struct alone {
+    psoup_context *context;
+    psoup__backend *be;
+    float *x, *y; /* [SMALL] on the device: 1, 2, … and 10, 20, … */
+} alone;
+
+static alone start_alone(void) {
+    static const float x[SMALL] = {1, 2, 3, 4, 5}, y[SMALL] = {10, 20, 30, 40, 50};
+    alone a = {.context = on("cuda:0")};
+    OK(psoup__gpu_create(a.context, &a.be, &error));
+    ck_assert((a.x = a.be->ops->alloc(a.be, SMALL, sizeof *a.x, &error)) &&
+              (a.y = a.be->ops->alloc(a.be, SMALL, sizeof *a.y, &error)));
+    a.be->ops->write(a.be, a.x, x, sizeof x);
+    a.be->ops->write(a.be, a.y, y, sizeof y);
+    return a;
+}
+
+static void end_alone(alone *a, float of_y) {
+    float x[SMALL];
+    OK(a->be->ops->read(a->be, x, a->x, sizeof x, &error));
+    for (int i = 0; i < SMALL; i++)
+        ck_assert(x[i] == (float)(i + 1) * (1 + 10 * of_y));
+    a->be->ops->release(a->be, a->x);
+    a->be->ops->release(a->be, a->y);
+    a->be->ops->free(a->be);
+    psoup_context_free(a->context);
+}
+
+static void *add_alone(void *user) {
+    const alone *a = user;
+    a->be->ops->add(a->be, a->x, a->y, SMALL);
+    return NULL;
+}
+
+/* A thread that never had the device's context may put the first op into the stream. */
+START_TEST(any_thread_may_call) {
+    alone a = start_alone();
+    pthread_t thread;
+    ck_assert_int_eq(pthread_create(&thread, NULL, add_alone, &a), 0);
+    ck_assert_int_eq(pthread_join(thread, NULL), 0);
+    end_alone(&a, 1);
+}
+END_TEST
+
+/* A step in which an op is refused says so; those after it are recorded and done. */
+START_TEST(a_refused_step_is_told_once) {
+    alone a = start_alone();
+    const psoup__ops *ops = a.be->ops;
+    for (int turn = 0; turn < 2; turn++) {
+        ops->record(a.be);
+        ops->add(a.be, a.x, a.y, SMALL);
+        ops->sample(a.be, (void *)a.x, a.x, a.x, (void *)a.x, 1, INT32_MAX);
+        ck_assert_int_eq(ops->replay(a.be, 2, &error), PSOUP_ERROR_UNSUPPORTED);
+        ck_assert_ptr_nonnull(strstr(error.message, "GPU: a vocabulary of 2147483647"));
+        ops->record(a.be);
+        ops->add(a.be, a.x, a.y, SMALL);
+        OK(ops->replay(a.be, 2, &error));
+    }
+    end_alone(&a, 4);
+}
+END_TEST
+
 /* ---- trouble ------------------------------------------------------------------------------------------------ */
 
 START_TEST(a_wrong_device_is_told) {
@@ -341,6 +409,8 @@ int main(void) {
     tcase_add_loop_test(tests, texts_are_the_cpus, 0, 3);
     tcase_add_test(tests, a_graph_is_used_again);
     tcase_add_test(tests, a_window_can_be_stopped);
+    tcase_add_test(tests, any_thread_may_call);
+    tcase_add_test(tests, a_refused_step_is_told_once);
     tcase_add_test(tests, a_wrong_device_is_told);
     tcase_add_test(tests, device_memory_runs_out);
     suite_add_tcase(suite, tests);

@@ -11,7 +11,6 @@ START_TEST(without_a_stream_calls_wait) {
     psoup_context *alone = new_context("cuda", NULL);
     psoup_gpu_merge *other = NULL;
     void *current = alone;
-    ck_ok(psoup_gpu_merge_create(alone, &other, &error));
     float x[100], y[100];
     for (int i = 0; i < 100; i++)
         x[i] = (float)i;
@@ -21,17 +20,20 @@ START_TEST(without_a_stream_calls_wait) {
     home.data = y;
     home.place = PSOUP_MERGE_HOST;
     const double twice = 2;
+    ck_cu(cu.context_set(NULL)); /* as in a thread that never had one */
+    ck_ok(psoup_gpu_merge_create(alone, &other, &error));
     ck_ok(psoup_merge_views(alone, &view, &view, &twice, 1, &error));
+    ck_cu(cu.context_get(&current));
+    ck_assert_ptr_null(current);
+    ck_cu(cu.context_set(context));
     char *got = fetched(there, sizeof x); /* by another stream */
     for (int i = 0; i < 100; i++)
         ck_assert(((float *)(void *)got)[i] == 2 * x[i]);
     ck_ok(psoup_merge_copy(alone, &home, &view, &error));
     ck_assert_mem_eq(y, got, sizeof y);
-    ck_cu(cu.context_get(&current)); /* this thread never had one */
-    ck_assert_ptr_null(current);
     psoup_gpu_merge_free(other);
     ck_cu(cu.context_get(&current));
-    ck_assert_ptr_null(current);
+    ck_assert_ptr_eq(current, context);
     ck_assert_int_eq(psoup_merge_views(alone, &view, &view, &twice, 1, &error), PSOUP_ERROR_STATE);
     psoup_context_free(alone);
     free(got);

@@ -54,7 +54,7 @@ psoup_status psoup__blas_open(psoup__gpu *gpu, psoup_error *error) {
     static const char *const versions[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
     psoup__blas *blas = &gpu->blas;
     for (size_t i = 0; i < sizeof versions / sizeof *versions && !blas->library; i++)
-        blas->library = dlopen(versions[i], RTLD_NOW | RTLD_LOCAL);
+        blas->library = dlopen(versions[i], RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
     if (!blas->library)
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
                            "no GPU: cuBLASLt is not here (%s); install libcublas of CUDA 12 or 13", dlerror());
@@ -76,7 +76,7 @@ static void drop(psoup__blas *blas, psoup__blas_plan *plan) {
             blas->call.layout_destroy(layouts[i]);
     if (plan->operation)
         blas->call.operation_destroy(plan->operation);
-    *plan = (psoup__blas_plan){.used = false};
+    *plan = (psoup__blas_plan){.used = 0};
 }
 
 void psoup__blas_close(psoup__gpu *gpu) {
@@ -155,32 +155,46 @@ static bool same(const psoup__product *a, const psoup__product *b) {
            a->ldb == b->ldb && a->ldc == b->ldc;
 }
 
-static size_t slot_of(const psoup__product *p, uint32_t alignment) {
+static size_t hash_of(const psoup__product *p, uint32_t alignment) {
     uint64_t parts[] = {(uint64_t)p->m, (uint64_t)p->n, (uint64_t)p->k, (uint64_t)p->lda, (uint64_t)p->ldb,
                         (uint64_t)p->ldc, alignment,
                         (uint64_t)p->dtype * 4 + (uint64_t)p->transpose_a * 2 + (uint64_t)p->transpose_b};
     uint64_t hash = 0;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         hash = (hash ^ parts[i]) * 0x9e3779b97f4a7c15u; /* Fibonacci hashing (Knuth, TAOCP 3, 6.4) */
-    return hash >> 32 & (PSOUP__BLAS_PLANS - 1);
+    return hash >> 32;
+}
+
+/* The plan that is kept, or else, dropped, the one that was not used for longest. */
+static psoup__blas_plan *plan_of(psoup__blas *blas, const psoup__product *product, uint32_t alignment) {
+    const size_t sets = PSOUP__BLAS_PLANS / PSOUP__BLAS_WAYS;
+    psoup__blas_plan *places = &blas->plans[hash_of(product, alignment) % sets * PSOUP__BLAS_WAYS], *oldest = places;
+    for (int i = 0; i < PSOUP__BLAS_WAYS; i++) {
+        psoup__blas_plan *plan = &places[i];
+        if (plan->used && plan->alignment == alignment && same(&plan->product, product))
+            return plan;
+        if (plan->used < oldest->used)
+            oldest = plan;
+    }
+    drop(blas, oldest);
+    return oldest;
 }
 
 void psoup__blas_run(psoup__gpu *gpu, const psoup__product *product, float *c, const void *a, const void *b) {
     psoup__blas *blas = &gpu->blas;
     if (gpu->failed.status != PSOUP_OK || product->m == 0 || product->n == 0)
         return;
-    if (psoup__record_product(gpu, product, c, a, b))
+    if (psoup__record_product(gpu, product, c, a, b) || !psoup__gpu_enter(gpu))
         return;
     uint32_t alignment = alignment_of(c, a, b);
-    psoup__blas_plan *plan = &blas->plans[slot_of(product, alignment)];
+    psoup__blas_plan *plan = plan_of(blas, product, alignment);
     int result = 0;
-    if (!plan->used || plan->alignment != alignment || !same(&plan->product, product)) {
-        drop(blas, plan);
+    if (!plan->used) {
         plan->product = *product;
         plan->alignment = alignment;
-        plan->used = true;
         result = make(blas, plan);
     }
+    plan->used = ++blas->clock;
     if (result == 0)
         result = blas->call.matmul(blas->handle, plan->operation, &product->alpha, b, plan->a, a, plan->b,
                                    &product->beta, c, plan->c, c, plan->c, plan->algorithm,

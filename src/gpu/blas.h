@@ -16,14 +16,14 @@ typedef struct psoup__product {
     float alpha, beta;
 } psoup__product;
 
-enum { PSOUP__BLAS_PLANS = 256, PSOUP__BLAS_ROOM = 32 << 20 };
+enum { PSOUP__BLAS_PLANS = 256, PSOUP__BLAS_WAYS = 8, PSOUP__BLAS_ROOM = 32 << 20 };
 
 typedef struct psoup__blas_plan {
     psoup__product product; /* alpha and beta do not count */
     uint32_t alignment;     /* of all three addresses */
     void *operation, *a, *b, *c; /* cublasLtMatmulDesc_t, cublasLtMatrixLayout_t */
     uint64_t algorithm[8];       /* cublasLtMatmulAlgo_t */
-    bool used;
+    uint64_t used; /* when last; 0: never */
 } psoup__blas_plan;
 
 typedef struct psoup__blas_calls {
@@ -49,7 +49,8 @@ typedef struct psoup__blas {
     void *library, *handle;
     psoup__blas_calls call;
     psoup__cu_pointer room; /* PSOUP__BLAS_ROOM bytes of workspace */
-    psoup__blas_plan plans[PSOUP__BLAS_PLANS]; /* one to a slot of a hash */
+    psoup__blas_plan plans[PSOUP__BLAS_PLANS]; /* each in one of the WAYS places that its hash says */
+    uint64_t clock;
 } psoup__blas;
 
 struct psoup__gpu;

@@ -11,8 +11,9 @@ static bool find(void *library, const char *symbol, void *call) {
     return address != NULL;
 }
 
+/* NODELETE, as for cuBLASLt: neither is made to be unloaded, nor quick to load. */
 psoup_status psoup__driver_open(psoup__driver *driver, psoup_error *error) {
-    *driver = (psoup__driver){.library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL)};
+    *driver = (psoup__driver){.library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE)};
     if (!driver->library)
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "no GPU: NVIDIA's driver is not here (%s)",
                            dlerror());

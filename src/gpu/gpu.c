@@ -23,10 +23,13 @@ bool psoup__gpu_failed(psoup__gpu *gpu, psoup__cu_result result, const char *wha
 
 /* ---- memory ------------------------------------------------------------------------------------------- */
 
-/* The thread that calls may never have seen the device. */
+bool psoup__gpu_enter(psoup__gpu *gpu) {
+    return !psoup__gpu_failed(gpu, gpu->driver.context_set(gpu->context), "the device's context");
+}
+
 static bool enter(psoup__gpu *gpu) {
     gpu->cast.of = NULL;
-    return !psoup__gpu_failed(gpu, gpu->driver.context_set(gpu->context), "the device's context");
+    return psoup__gpu_enter(gpu);
 }
 
 static void *gpu_alloc(psoup__backend *be, size_t count, size_t size, psoup_error *error) {
@@ -70,11 +73,17 @@ static void gpu_write(psoup__backend *be, void *out, const void *host, size_t by
         psoup__gpu_write(gpu, psoup__gpu_address(out), host, bytes);
 }
 
+psoup_status psoup__gpu_tell(psoup__gpu *gpu, psoup_error *error) {
+    const psoup_status status = gpu->failed.status;
+    if (status != PSOUP_OK)
+        psoup__fail(error, status, "%s", gpu->failed.message);
+    gpu->failed.status = PSOUP_OK;
+    return status;
+}
+
 psoup_status psoup__gpu_finish(psoup__gpu *gpu, psoup_error *error) {
     psoup__gpu_failed(gpu, gpu->driver.stream_wait(gpu->stream), "the work before");
-    if (gpu->failed.status == PSOUP_OK)
-        return PSOUP_OK;
-    return psoup__fail(error, gpu->failed.status, "%s", gpu->failed.message);
+    return psoup__gpu_tell(gpu, error);
 }
 
 static psoup_status gpu_read(psoup__backend *be, void *host, const void *in, size_t bytes,

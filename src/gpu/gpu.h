@@ -5,8 +5,8 @@
 #include "ops.h"
 
 /* The backend of the context's device ("cuda:N"), on the context's stream or one of its own. Ops go into
- * the stream and return; what fails there is reported by the next op that waits, `read` or sum_squares.
- * freed by (*out)->ops->free */
+ * the stream and return; what fails there is told, once, by the next op that waits, `read` or sum_squares, or by
+ * `replay`. freed by (*out)->ops->free */
 psoup_status psoup__gpu_create(psoup_context *context, psoup__backend **out, psoup_error *error);
 
 #endif

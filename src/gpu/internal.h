@@ -55,7 +55,7 @@ typedef struct psoup__gpu {
     size_t room_bytes;
     psoup__cast cast;
     psoup__cu_pointer counters; /* uint32_t [PSOUP__GPU_COUNTERS] */
-    psoup_error failed; /* the first failure in the stream; status PSOUP_OK while there is none */
+    psoup_error failed; /* the first failure that nobody was told of; status PSOUP_OK while there is none */
 } psoup__gpu;
 
 static inline psoup__gpu *psoup__gpu_of(psoup__backend *be) {
@@ -70,6 +70,11 @@ static inline psoup__cu_pointer psoup__gpu_address(const void *memory) {
 
 /* What psoup__gpu_create makes; matrix products by cuBLASLt only where they are asked for. */
 psoup_status psoup__gpu_open(psoup_context *context, bool products, psoup__gpu **out, psoup_error *error);
+/* Makes the device's context the thread's, which may never have seen the device: before whatever goes into the
+ * stream. False after a failure. */
+bool psoup__gpu_enter(psoup__gpu *gpu);
+/* What has gone wrong since this was last asked: a failure is told once, and what comes after it is done. */
+psoup_status psoup__gpu_tell(psoup__gpu *gpu, psoup_error *error);
 /* Waits for the stream and tells what went wrong in it. */
 psoup_status psoup__gpu_finish(psoup__gpu *gpu, psoup_error *error);
 /* Every op reports what the driver says through these two. */

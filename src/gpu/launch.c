@@ -35,7 +35,7 @@ void psoup__gpu_launch(psoup__gpu *gpu, psoup__kernel kernel, psoup__grid grid, 
     gpu->cast.of = NULL;
     if (psoup__record_kernel(gpu, kernel, grid, args, sizes[kernel]))
         return;
-    psoup__cu_function function = find(gpu, kernel);
+    psoup__cu_function function = psoup__gpu_enter(gpu) ? find(gpu, kernel) : NULL;
     if (!function)
         return;
     if (grid.shared > USUAL_SHARED && grid.shared > gpu->dynamic_shared[kernel]) {

@@ -19,7 +19,7 @@ static psoup__cu_context enter(psoup_gpu_merge *merge) {
     psoup__cu_context before = NULL;
     pthread_mutex_lock(&merge->lock);
     if (!psoup__gpu_failed(gpu, gpu->driver.context_get(&before), "the thread's context"))
-        psoup__gpu_failed(gpu, gpu->driver.context_set(gpu->context), "the device's context");
+        psoup__gpu_enter(gpu);
     if (gpu->own_stream)
         psoup__gpu_failed(gpu, gpu->driver.context_wait(), "the device's work before");
     return before;
@@ -31,8 +31,8 @@ static psoup_status leave(psoup_gpu_merge *merge, psoup__cu_context before, psou
     psoup__gpu *gpu = merge->gpu;
     if (status == PSOUP_OK && gpu->own_stream)
         status = psoup__gpu_finish(gpu, error);
-    else if (status == PSOUP_OK && gpu->failed.status != PSOUP_OK)
-        status = psoup__fail(error, gpu->failed.status, "%s", gpu->failed.message);
+    else if (status == PSOUP_OK)
+        status = psoup__gpu_tell(gpu, error);
     gpu->failed.status = PSOUP_OK;
     gpu->driver.context_set(before);
     pthread_mutex_unlock(&merge->lock);

@@ -137,16 +137,24 @@ static void run_notes(psoup__gpu *gpu, const psoup__buffer *notes) {
     }
 }
 
-/* The notes as a graph; they become its key. */
+/* The notes as a graph; they become its key. Captured in a stream apart, as the caller's may be one that cannot be;
+ * relaxed, as kernels and cuBLASLt's are loaded when they are first asked for. */
 static void capture(psoup__gpu *gpu, psoup__graph *graph) {
+    static const char what[] = "recording a step";
+    psoup__cu_stream stream = gpu->stream;
     psoup__cu_graph captured = NULL;
-    if (psoup__gpu_failed(gpu, gpu->driver.capture_begin(gpu->stream, PSOUP__CU_CAPTURE_THREAD_LOCAL),
-                          "recording a step"))
+    if (psoup__gpu_failed(gpu, gpu->driver.stream_create(&gpu->stream, PSOUP__CU_STREAM_NON_BLOCKING), what)) {
+        gpu->stream = stream;
         return;
-    run_notes(gpu, &gpu->record.notes);
-    psoup__gpu_failed(gpu, gpu->driver.capture_end(gpu->stream, &captured), "recording a step");
+    }
+    if (!psoup__gpu_failed(gpu, gpu->driver.capture_begin(gpu->stream, PSOUP__CU_CAPTURE_RELAXED), what)) {
+        run_notes(gpu, &gpu->record.notes);
+        psoup__gpu_failed(gpu, gpu->driver.capture_end(gpu->stream, &captured), what);
+    }
+    gpu->driver.stream_destroy(gpu->stream);
+    gpu->stream = stream;
     if (gpu->failed.status == PSOUP_OK)
-        psoup__gpu_failed(gpu, gpu->driver.graph_instantiate(&graph->exec, captured, 0), "recording a step");
+        psoup__gpu_failed(gpu, gpu->driver.graph_instantiate(&graph->exec, captured, 0), what);
     if (captured)
         gpu->driver.graph_destroy(captured);
     graph->notes = gpu->record.notes;
@@ -186,11 +194,12 @@ psoup_status psoup__gpu_replay(psoup__backend *be, int32_t times, psoup_error *e
     bool known = false;
     r->on = false;
     gpu->cast.of = NULL;
+    if (!psoup__gpu_enter(gpu))
+        return psoup__gpu_tell(gpu, error);
     if (r->refused)
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "GPU: this step cannot be recorded");
     if (r->notes.failed)
         return psoup__out_of_memory(error, r->notes.length);
-    gpu->driver.context_set(gpu->context);
     psoup__graph *graph = find(gpu, &known);
     graph->used = ++r->clock;
     if (!known)
@@ -200,5 +209,5 @@ psoup_status psoup__gpu_replay(psoup__backend *be, int32_t times, psoup_error *e
     if (gpu->failed.status == PSOUP_OK)
         return PSOUP_OK;
     drop(gpu, graph);
-    return psoup__fail(error, gpu->failed.status, "%s", gpu->failed.message);
+    return psoup__gpu_tell(gpu, error);
 }

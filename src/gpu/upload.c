@@ -51,7 +51,7 @@ static size_t take(psoup__gpu *gpu, size_t bytes) {
 
 const void *psoup__gpu_stage(psoup__gpu *gpu, const void *host, size_t bytes) {
     psoup__upload *s = &gpu->upload;
-    if (gpu->failed.status != PSOUP_OK || bytes > HALF || psoup__record_refuse(gpu))
+    if (gpu->failed.status != PSOUP_OK || bytes > HALF || psoup__record_refuse(gpu) || !psoup__gpu_enter(gpu))
         return NULL;
     size_t at = take(gpu, bytes > 0 ? bytes : 1);
     if (at == SIZE_MAX)

@@ -122,7 +122,7 @@ static psoup__cu_graph_exec capture(bench *b, const bench_case *c, copies *m) {
     psoup__cu_graph_exec exec;
     b->gpu->upload.used = 0;
     b->gpu->upload.pending[0] = b->gpu->upload.pending[1] = false;
-    need(b, d->capture_begin(b->gpu->stream, PSOUP__CU_CAPTURE_THREAD_LOCAL), c->op);
+    need(b, d->capture_begin(b->gpu->stream, PSOUP__CU_CAPTURE_RELAXED), c->op);
     for (int32_t k = 0; k < m->n; k++)
         c->run(b, m->item[k], c->arg);
     need(b, d->capture_end(b->gpu->stream, &graph), c->op);

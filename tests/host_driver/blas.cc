@@ -10,7 +10,7 @@ extern "C" {
 
 namespace {
 
-enum { SUCCESS = 0, INVALID = 7, UNSUPPORTED = 15, F32 = 0, F16 = 2, BF16 = 14 };
+enum { SUCCESS = 0, INVALID = 7, FAILED = 13, UNSUPPORTED = 15, F32 = 0, F16 = 2, BF16 = 14 };
 
 struct operation {
     int32_t transpose[2]; /* of its first and second operand */
@@ -155,8 +155,7 @@ int cublasLtMatmul(void *, void *op, const void *alpha, const void *a, void *a_l
     const float scale = *static_cast<const float *>(alpha), keep = *static_cast<const float *>(beta);
     if (!fits(&o, &la, &lb, &lc))
         return INVALID;
-    psoup_host_put(stream, [=] { multiply(o, la, a, lb, b, lc, c, d, scale, keep); });
-    return SUCCESS;
+    return psoup_host_put(stream, [=] { multiply(o, la, a, lb, b, lc, c, d, scale, keep); }) ? SUCCESS : FAILED;
 }
 
 } // extern "C"

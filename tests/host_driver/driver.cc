@@ -2,7 +2,8 @@
  *
  * Work put into a stream waits there until somebody waits for it, as it may on a GPU: host memory that is
  * changed too early, or read too early, gives wrong results here too. Device memory is closed to the host
- * while no work runs, so that a stray access ends the process (not under ASan, where it is heap memory).
+ * while no work runs, so that a stray access ends the process (not under ASan, where it is heap memory). As there,
+ * a thread needs a context, and copies on the device know its memory from the host's.
  *
  *   PSOUP_HOST_ORDER=0|1|2     how the threads of a block take turns (fibers.h)
  *   PSOUP_HOST_FAIL_ALLOC=+N   the Nth allocation of device memory after this was set fails
@@ -32,7 +33,7 @@
 #endif
 #endif
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, PAGE = 4096 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_CONTEXT = 201, NOT_FOUND = 500, PAGE = 4096 };
 /* What a block may have without asking for it, less what a kernel may have besides, which nobody counts here; what
  * the driver takes of a block's memory. */
 enum { USUAL_SHARED = 44 << 10, DRIVERS_SHARED = 1 << 10 };
@@ -68,6 +69,26 @@ thread_local void *current; /* context */
 std::set<CUstream_st *> streams{&default_stream};
 std::string failing; /* what PSOUP_HOST_FAIL_ALLOC was */
 int until_failure;
+
+/* At the head of a call. */
+#define NEED_CONTEXT                                                                                       \
+    if (!current)                                                                                          \
+    return NO_CONTEXT
+
+/* Whether so many bytes from here on are of one allocation. */
+bool on_device(unsigned long long memory, size_t bytes) {
+    char *start = (char *)memory;
+    auto block = device.upper_bound(start);
+    if (block == device.begin())
+        return false;
+    --block;
+#ifdef ADDRESS_SANITIZER
+    const size_t room = block->second;
+#else
+    const size_t room = (block->second + PAGE - 1) / PAGE * PAGE;
+#endif
+    return bytes <= room && (size_t)(start - block->first) <= room - bytes;
+}
 
 CUstream_st *of(CUstream_st *stream) { return stream ? stream : &default_stream; }
 
@@ -153,11 +174,16 @@ void copy_plane(const copy_2d &c) {
 
 extern "C" {
 
-void psoup_host_put(CUstream_st *stream, std::function<void()> item) { put(stream, std::move(item)); }
+bool psoup_host_put(CUstream_st *stream, std::function<void()> item) {
+    if (current)
+        put(stream, std::move(item));
+    return current != nullptr;
+}
 
 int cuInit(unsigned) { return SUCCESS; }
 int cuGetErrorString(int error, const char **text) {
     *text = error == OUT_OF_MEMORY ? "out of memory"
+            : error == NO_CONTEXT  ? "invalid device context"
             : error == NOT_FOUND   ? "named symbol not found"
                                    : "invalid argument";
     return SUCCESS;
@@ -200,17 +226,20 @@ int cuCtxGetCurrent(void **context) {
     return SUCCESS;
 }
 int cuCtxSynchronize() {
+    NEED_CONTEXT;
     for (CUstream_st *stream : streams)
         run_all(stream);
     return SUCCESS;
 }
 int cuMemGetInfo_v2(size_t *unused, size_t *total) {
+    NEED_CONTEXT;
     *unused = *total = (size_t)1 << 32;
     return SUCCESS;
 }
 
 /* The end of an allocation is the end of a page, and after it comes one that is never open. */
 int cuMemAlloc_v2(unsigned long long *out, size_t bytes) {
+    NEED_CONTEXT;
     if (bytes == 0)
         return INVALID_VALUE;
     if (fails_now() || bytes > (size_t)1 << 36)
@@ -238,6 +267,7 @@ int cuMemAlloc_v2(unsigned long long *out, size_t bytes) {
 }
 
 int cuMemFree_v2(unsigned long long memory) {
+    NEED_CONTEXT;
     run_all(&default_stream);
     char *start = (char *)memory;
     auto block = device.upper_bound(start);
@@ -256,18 +286,23 @@ int cuMemFree_v2(unsigned long long memory) {
 }
 
 int cuMemHostAlloc(void **out, size_t bytes, unsigned) {
+    NEED_CONTEXT;
     char *memory = static_cast<char *>(std::calloc(bytes, 1));
     pinned[memory] = bytes;
     *out = memory;
     return memory ? SUCCESS : OUT_OF_MEMORY;
 }
 int cuMemFreeHost(void *memory) {
+    NEED_CONTEXT;
     pinned.erase(static_cast<char *>(memory));
     std::free(memory);
     return SUCCESS;
 }
 
 int cuMemcpyHtoDAsync_v2(unsigned long long out, const void *in, size_t bytes, CUstream_st *stream) {
+    NEED_CONTEXT;
+    if (!on_device(out, bytes))
+        return INVALID_VALUE;
     if (is_pinned(in)) {
         put(stream, [=] { std::memcpy((void *)out, in, bytes); });
     } else {
@@ -277,16 +312,23 @@ int cuMemcpyHtoDAsync_v2(unsigned long long out, const void *in, size_t bytes, C
     return SUCCESS;
 }
 int cuMemcpyDtoHAsync_v2(void *out, unsigned long long in, size_t bytes, CUstream_st *stream) {
+    NEED_CONTEXT;
+    if (!on_device(in, bytes))
+        return INVALID_VALUE;
     put(stream, [=] { std::memcpy(out, (const void *)in, bytes); });
     if (!is_pinned(out) && !of(stream)->capturing)
         run_all(of(stream));
     return SUCCESS;
 }
 int cuMemcpyDtoDAsync_v2(unsigned long long out, unsigned long long in, size_t bytes, CUstream_st *stream) {
+    NEED_CONTEXT;
+    if (!on_device(out, bytes) || !on_device(in, bytes))
+        return INVALID_VALUE;
     put(stream, [=] { std::memmove((void *)out, (const void *)in, bytes); });
     return SUCCESS;
 }
 int cuMemcpy2DAsync_v2(const copy_2d *given, CUstream_st *stream) {
+    NEED_CONTEXT;
     copy_2d copy = *given;
     if (copy.in.pitch < copy.width || copy.out.pitch < copy.width || copy.in.place == copy.out.place)
         return INVALID_VALUE;
@@ -305,11 +347,15 @@ int cuMemcpy2DAsync_v2(const copy_2d *given, CUstream_st *stream) {
     return SUCCESS;
 }
 int cuMemsetD8Async(unsigned long long out, unsigned char value, size_t bytes, CUstream_st *stream) {
+    NEED_CONTEXT;
+    if (!on_device(out, bytes))
+        return INVALID_VALUE;
     put(stream, [=] { std::memset((void *)out, value, bytes); });
     return SUCCESS;
 }
 
 int cuStreamCreate(CUstream_st **out, unsigned) {
+    NEED_CONTEXT;
     streams.insert(*out = new CUstream_st);
     return SUCCESS;
 }
@@ -320,12 +366,14 @@ int cuStreamDestroy_v2(CUstream_st *stream) {
     return SUCCESS;
 }
 int cuStreamSynchronize(CUstream_st *stream) {
+    NEED_CONTEXT;
     if (of(stream)->capturing)
         return 900; /* CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED */
     run_all(of(stream));
     return SUCCESS;
 }
 int cuEventCreate(CUevent_st **out, unsigned) {
+    NEED_CONTEXT;
     *out = new CUevent_st;
     return SUCCESS;
 }
@@ -334,6 +382,7 @@ int cuEventDestroy_v2(CUevent_st *event) {
     return SUCCESS;
 }
 int cuEventRecord(CUevent_st *event, CUstream_st *stream) {
+    NEED_CONTEXT;
     auto passed = event->passed;
     event->stream = of(stream);
     put(stream, [=] {
@@ -354,11 +403,14 @@ int cuEventSynchronize(CUevent_st *event) {
 
 /* The kernels are those compiled in here, whatever the image says. */
 int cuModuleLoadData(void **out, const void *) {
+    NEED_CONTEXT;
     *out = &functions;
     return SUCCESS;
 }
 int cuModuleUnload(void *) { return SUCCESS; }
 int cuModuleGetFunction(CUfunc_st **out, void *, const char *name) {
+    NEED_CONTEXT;
+    NEED_CONTEXT;
     const host::entry *entry = host::find(name);
     if (!entry)
         return NOT_FOUND;
@@ -369,6 +421,7 @@ int cuModuleGetFunction(CUfunc_st **out, void *, const char *name) {
     return SUCCESS;
 }
 int cuFuncSetAttribute(CUfunc_st *function, int attribute, int value) {
+    NEED_CONTEXT;
     if (attribute != 8 || value > most_shared())
         return INVALID_VALUE;
     function->most_shared = (size_t)value;
@@ -377,6 +430,7 @@ int cuFuncSetAttribute(CUfunc_st *function, int attribute, int value) {
 
 int cuLaunchKernel(CUfunc_st *function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                    unsigned block_y, unsigned block_z, unsigned shared, CUstream_st *stream, void **args, void **) {
+    NEED_CONTEXT;
     if (grid_x == 0 || grid_y == 0 || grid_z == 0 || grid_y > 65535 || grid_z > 65535 || block_x == 0 ||
         block_x > function->entry->most_threads || block_y != 1 || block_z != 1 || shared > function->most_shared)
         return INVALID_VALUE;
@@ -391,7 +445,8 @@ int cuLaunchKernel(CUfunc_st *function, unsigned grid_x, unsigned grid_y, unsign
 }
 
 int cuStreamBeginCapture_v2(CUstream_st *stream, int) {
-    if (!stream)
+    NEED_CONTEXT;
+    if (!stream || stream->capturing)
         return INVALID_VALUE;
     stream->capturing = true;
     stream->captured.clear();
@@ -404,10 +459,12 @@ int cuStreamEndCapture(CUstream_st *stream, CUgraph_st **out) {
     return SUCCESS;
 }
 int cuGraphInstantiateWithFlags(CUgraphExec_st **out, CUgraph_st *graph, unsigned long long) {
+    NEED_CONTEXT;
     *out = new CUgraphExec_st{graph->list};
     return SUCCESS;
 }
 int cuGraphLaunch(CUgraphExec_st *graph, CUstream_st *stream) {
+    NEED_CONTEXT;
     for (auto &item : graph->list)
         put(stream, item);
     return SUCCESS;

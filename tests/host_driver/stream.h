@@ -8,6 +8,6 @@ struct CUstream_st;
 #ifdef __clang__
 #pragma clang diagnostic ignored "-Wreturn-type-c-linkage"
 #endif
-extern "C" void psoup_host_put(CUstream_st *stream, std::function<void()> item);
+extern "C" bool psoup_host_put(CUstream_st *stream, std::function<void()> item); /* false: without a context */
 
 #endif
