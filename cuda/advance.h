@@ -21,9 +21,10 @@ typedef struct psoup__device_draw {
     float temperature;
     int32_t top_k;
     float top_p;
+    int32_t spare;
     uint64_t seed, sequence, position;
     const int32_t *banned;
-    int32_t n_banned;
+    int32_t n_banned, spare_too;
 } psoup__device_draw;
 
 typedef struct psoup__device_span {

@@ -49,6 +49,7 @@ typedef struct psoup__attention_args {
     int32_t page; /* a multiple of KEYS, but for the plain kernels */
     int32_t least; /* spans of fewer queries are left out, but by the plain kernels: attention_decode had them */
     float scale;
+    int32_t spare;
 } psoup__attention_args;
 
 /* Keys and values of a batch, rounded: out[row · pitch] holds those of row `row` of k, `width` numbers,
@@ -70,7 +71,7 @@ typedef struct psoup__attention_prepare_args {
     const float *dout, *q, *out, *lse;
     const psoup__attention_span *spans;
     int64_t pitch, stats_pitch;
-    int32_t heads, head_dim, blocks;
+    int32_t heads, head_dim, blocks, spare;
 } psoup__attention_prepare_args;
 
 /* attention_dkdv: a block has a tile of DKDV_KEYS keys, and with head_dim 256 a half of their gradients'
@@ -87,6 +88,7 @@ typedef struct psoup__attention_backward_args {
     int32_t tiles; /* of the longest span, times the parts of a tile */
     int32_t heads, kv_heads, head_dim;
     float scale;
+    int32_t spare;
 } psoup__attention_backward_args;
 
 #define PSOUP__ATTENTION_KERNELS(X) \

@@ -1,11 +1,17 @@
 /* cuda/kernels.h: every kernel, by name, with the struct it takes: what src/gpu fills and cuda/ reads.
  *
- * A kernel takes one struct by value, of at most 4 KiB. Pointers in it are device memory. Names of fields and
+ * A kernel takes one struct by value, of at most 4 KiB, and without padding: recorded steps are compared byte for
+ * byte (src/gpu/record.c), so what would be padding is a field `spare`, which is 0. Pointers in it are device memory. Names of fields and
  * shapes are those of src/ops.h, where each op is described. X(kernel, args): psoup__args_args is its struct.
  */
 #ifndef PSOUP__KERNELS_H
 #define PSOUP__KERNELS_H
 
+#include "interpolate.h" /* merges are not recorded */
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic error "-Wpadded"
+#endif
 #include "layer.h"
 #include "rows.h"
 #include "attention.h"
@@ -15,7 +21,9 @@
 #include "sample.h"
 #include "advance.h"
 #include "adamw.h"
-#include "interpolate.h"
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#pragma GCC diagnostic pop
+#endif
 
 #define PSOUP__KERNELS(X) \
     PSOUP__LAYER_KERNELS(X) \

@@ -20,7 +20,7 @@ typedef struct psoup__rmsnorm_args {
 typedef struct psoup__rmsnorm_backward_args {
     float *dx, *sums;
     const float *dout, *x, *weight, *rstd;
-    int32_t rows, rows_each, width;
+    int32_t rows, rows_each, width, spare;
 } psoup__rmsnorm_backward_args;
 
 /* out [width] += Σ_i sums[i][width], i < n: SUM_COLUMNS columns to a block. */
@@ -39,6 +39,7 @@ typedef struct psoup__rope_args {
     int64_t stride;
     int32_t heads, head_dim;
     float sign; /* of the sines */
+    int32_t spare;
 } psoup__rope_args;
 
 /* Of n elements: FLAT_THREADS to a block, as many blocks as fill the device, each walking on. */
@@ -67,7 +68,7 @@ typedef struct psoup__dropout_args {
     const float *in;
     const uint64_t *seed, *stream, *offset;
     float p, scale;
-    int32_t width;
+    int32_t width, spare;
 } psoup__dropout_args;
 
 #define PSOUP__LAYER_KERNELS(X) \

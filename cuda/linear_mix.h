@@ -6,7 +6,6 @@
 #ifndef PSOUP__LINEAR_MIX_H
 #define PSOUP__LINEAR_MIX_H
 
-#include <stdbool.h>
 #include <stdint.h>
 
 enum {
@@ -45,7 +44,7 @@ typedef struct psoup__mix_cast_args {
 
 /* u = x · factor, or its transpose, for the rows of each adapter. Blocks (tile, split): a tile is ROWS uses
  * and RANKS ranks of one adapter, a split `slice` columns of x. shrink_few: a tile is one rank, x is f32 and
- * not split. No padding in what a step launches: src/gpu/record.c compares bytes. */
+ * not split. */
 typedef struct psoup__mix_shrink_args {
     psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
     const void *x;                       /* [rows, width] */
@@ -70,21 +69,22 @@ typedef struct psoup__mix_expand_args {
  * and RANKS ranks of one adapter, a chunk CHUNK uses, beginning with chunk `chunk`. */
 typedef struct psoup__mix_gradient_args {
     psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
-    int32_t tiles[PSOUP__MIX_GROUP + 1];
     const void *z;       /* [rows, width]: x or dy */
     const float *weight; /* [rows, weights] */
     float *slots;        /* [tiles][chunks][GRADIENT_SLOT] */
     uint32_t *counters;  /* [tiles] */
+    int32_t tiles[PSOUP__MIX_GROUP + 1];
     int32_t width, weights, chunk;
-    bool b_layout;       /* the gradient is one of B */
+    int32_t b_layout;    /* the gradient is one of B */
+    int32_t spare;
 } psoup__mix_gradient_args;
 
 /* dweight[row][column] += scale · <du, u>: a warp for each use. */
 typedef struct psoup__mix_dweight_args {
     psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
-    int32_t uses[PSOUP__MIX_GROUP + 1]; /* where each adapter's begin */
     float *dweight;                     /* [rows, weights] */
-    int32_t n, weights;
+    int32_t uses[PSOUP__MIX_GROUP + 1]; /* where each adapter's begin */
+    int32_t n, weights, spare;
 } psoup__mix_dweight_args;
 
 typedef struct psoup__mix_dbias_args {

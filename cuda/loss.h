@@ -11,7 +11,7 @@ typedef struct psoup__logprob_args {
     float *logprob, *lse;  /* [rows] */
     const float *logits;   /* [rows, vocab] */
     const int32_t *target; /* [rows] */
-    int32_t vocab;
+    int32_t vocab, spare;
 } psoup__logprob_args;
 
 typedef struct psoup__logprob_backward_args {
@@ -20,7 +20,7 @@ typedef struct psoup__logprob_backward_args {
     const float *lse;      /* [rows] */
     const int32_t *target;
     const float *dlogprob; /* [rows] or NULL */
-    int32_t vocab;
+    int32_t vocab, spare;
 } psoup__logprob_backward_args;
 
 #define PSOUP__LOSS_KERNELS(X) \

@@ -9,7 +9,7 @@ typedef struct psoup__embed_args {
     float *out;
     const void *table;
     const int32_t *token;
-    int32_t width;
+    int32_t width, spare;
 } psoup__embed_args;
 
 /* blockIdx.y 0 for k, 1 for v. */
@@ -18,21 +18,21 @@ typedef struct psoup__cache_append_args {
     const float *in[2];
     const int32_t *place;
     int64_t stride;
-    int32_t width;
+    int32_t width, spare;
 } psoup__cache_append_args;
 
 typedef struct psoup__gather_rows_args {
     float *out;
     const float *in;
     const int32_t *row;
-    int32_t width;
+    int32_t width, spare;
 } psoup__gather_rows_args;
 
 typedef struct psoup__scatter_add_rows_args {
     float *out;
     const float *in, *scale;
     const int32_t *row;
-    int32_t width;
+    int32_t width, spare;
 } psoup__scatter_add_rows_args;
 
 typedef struct psoup__head_args {
@@ -40,7 +40,7 @@ typedef struct psoup__head_args {
     const float *hidden;
     const int32_t *row;
     const float *w, *bias;
-    int32_t width;
+    int32_t width, spare;
 } psoup__head_args;
 
 /* Columns to a block of embed_backward and head_backward, four to a thread and step. blockIdx.y counts. */
@@ -60,7 +60,7 @@ typedef struct psoup__head_backward_args {
     const float *dout, *hidden;
     const int32_t *row;
     const float *w;
-    int32_t n, rows_each, width;
+    int32_t n, rows_each, width, spare;
 } psoup__head_backward_args;
 
 #define PSOUP__ROWS_KERNELS(X) \

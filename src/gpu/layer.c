@@ -17,7 +17,7 @@ static void rmsnorm_backward(psoup__backend *be, float *dx, float *dweight, cons
     psoup__row_sums sums = {.each = 1, .blocks = rows};
     if (dweight)
         sums = psoup__gpu_row_sums(gpu, dweight, rows, width);
-    psoup__rmsnorm_backward_args args = {dx, sums.sums, dout, x, weight, rstd, rows, sums.each, width};
+    psoup__rmsnorm_backward_args args = {dx, sums.sums, dout, x, weight, rstd, rows, sums.each, width, 0};
     psoup__grid grid = {(unsigned)sums.blocks, 1, 1, PSOUP__NORM_WIDE, 0};
     psoup__kernel kernel = PSOUP__KERNEL_rmsnorm_backward_wide;
     if (width <= kept) {
@@ -33,7 +33,7 @@ static void rmsnorm_backward(psoup__backend *be, float *dx, float *dweight, cons
 static void rope(psoup__backend *be, float *x, const float *cos_sin, const int32_t *position, int32_t rows,
                  int32_t heads, int32_t head_dim, int64_t stride, bool inverse) {
     PSOUP__LAUNCH(psoup__gpu_of(be), rope, psoup__gpu_rows(rows, heads * ((head_dim / 2 + 3) / 4)),
-                  {x, cos_sin, position, stride, heads, head_dim, inverse ? -1.0f : 1.0f});
+                  {x, cos_sin, position, stride, heads, head_dim, inverse ? -1.0f : 1.0f, 0});
 }
 
 static void swiglu(psoup__backend *be, float *out, const float *gate, const float *up, size_t n) {

@@ -33,7 +33,7 @@ static void put(psoup__gpu *gpu, const note *head, const void *body) {
     psoup__buffer_append(notes, zeros, (8 - head->bytes % 8) % 8);
 }
 
-/* Bodies are compared as bytes: what padding is in them must be zero. */
+/* Bodies are compared as bytes: they have no padding (cuda/kernels.h). */
 bool psoup__record_kernel(psoup__gpu *gpu, psoup__kernel kernel, psoup__grid grid, const void *args, size_t bytes) {
     if (!gpu->record.on)
         return false;

@@ -12,7 +12,7 @@ static void embed(psoup__backend *be, float *out, const psoup__weight *table, co
                                  : table->dtype == PSOUP_F16 ? PSOUP__KERNEL_embed_f16
                                                              : PSOUP__KERNEL_embed_f32;
     const int32_t each = 16 / (int32_t)psoup_dtype_size(table->dtype);
-    const psoup__embed_args args = {out, table->data, token, table->in};
+    const psoup__embed_args args = {out, table->data, token, table->in, 0};
     psoup__gpu_launch(psoup__gpu_of(be), kernel, psoup__gpu_rows(rows, (table->in + each - 1) / each), &args);
 }
 
@@ -27,7 +27,7 @@ static void cache_append(psoup__backend *be, const psoup__keys *cache, const int
                                  : cache->dtype == PSOUP_F16 ? PSOUP__KERNEL_cache_append_f16
                                                              : PSOUP__KERNEL_cache_append_f32;
     const int32_t each = 16 / (int32_t)psoup_dtype_size(cache->dtype);
-    const psoup__cache_append_args args = {{cache->k, cache->v}, {k, v}, place, cache->stride, width};
+    const psoup__cache_append_args args = {{cache->k, cache->v}, {k, v}, place, cache->stride, width, 0};
     psoup__grid grid = psoup__gpu_rows(rows, (width + each - 1) / each);
     grid.y = 2;
     psoup__gpu_launch(psoup__gpu_of(be), kernel, grid, &args);
@@ -36,19 +36,19 @@ static void cache_append(psoup__backend *be, const psoup__keys *cache, const int
 static void gather_rows(psoup__backend *be, float *out, const float *in, const int32_t *row, int32_t rows,
                         int32_t width) {
     PSOUP__LAUNCH(psoup__gpu_of(be), gather_rows, psoup__gpu_rows(rows, (width + 3) / 4),
-                  {out, in, row, width});
+                  {out, in, row, width, 0});
 }
 
 static void scatter_add_rows(psoup__backend *be, float *out, const float *in, const float *scale,
                              const int32_t *row, int32_t rows, int32_t width) {
     PSOUP__LAUNCH(psoup__gpu_of(be), scatter_add_rows, psoup__gpu_rows(rows, (width + 3) / 4),
-                  {out, in, scale, row, width});
+                  {out, in, scale, row, width, 0});
 }
 
 static void head(psoup__backend *be, float *out, const float *hidden, const int32_t *row, const float *w,
                  const float *bias, int32_t n, int32_t width) {
     PSOUP__LAUNCH(psoup__gpu_of(be), head, ((psoup__grid){(unsigned)n, 1, 1, PSOUP__ROWS_THREADS, 0}),
-                  {out, hidden, row, w, bias, width});
+                  {out, hidden, row, w, bias, width, 0});
 }
 
 static void head_backward(psoup__backend *be, float *dhidden, float *dw, float *dbias, const float *dout,
@@ -56,7 +56,7 @@ static void head_backward(psoup__backend *be, float *dhidden, float *dw, float *
     psoup__gpu *gpu = psoup__gpu_of(be);
     const psoup__row_sums sums = psoup__gpu_row_sums(gpu, dw, n, width);
     PSOUP__LAUNCH(gpu, head_backward, tiled(sums.blocks, width),
-                  {dhidden, sums.sums, dbias, dout, hidden, row, w, n, sums.each, width});
+                  {dhidden, sums.sums, dbias, dout, hidden, row, w, n, sums.each, width, 0});
     psoup__gpu_row_sums_end(gpu, &sums);
 }
 
