@@ -146,9 +146,9 @@ START_TEST(ppo_is_the_cpus) {
         o.on_step = watch;
         o.user = &s[d];
         s[d] = (seen){.subject = "P1"};
+        psoup_ppo *ppo = create(model, policies, 2, &o); /* which gives them a head for the value */
         for (int p = 0; p < 2; p++)
             before[p] = weights(model, names[p], &n);
-        psoup_ppo *ppo = create(model, policies, 2, &o);
         OK(psoup_ppo_run(ppo, &error));
         for (int p = 0; p < 2; p++)
             keep(&m[p], d, before[p], weights(model, names[p], &n), n);
