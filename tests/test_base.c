@@ -111,7 +111,7 @@ START_TEST(option_structs_end_without_padding) {
         ENDS(psoup_adapter_options, seed),       ENDS(psoup_sampling, n_stop_tokens),
         ENDS(psoup_session_options, reserved2),  ENDS(psoup_step, values),
         ENDS(psoup_sft_options, reserved),       ENDS(psoup_reward_options, reserved),
-        ENDS(psoup_dpo_options, user),
+        ENDS(psoup_dpo_options, reserved),
         ENDS(psoup_ppo_options, reserved),       ENDS(psoup_ppo_trace, kl_coefficient),
         ENDS(psoup_merger_options, resume),      ENDS(psoup_merge_report, mean_error),
         ENDS(psoup_merge_sink, write),           ENDS(psoup_merge_tensors, user),

@@ -273,7 +273,7 @@ START_TEST(field_tables_cover_the_options) {
           offsetof(psoup_sft_options, seed) - offsetof(psoup_sft_options, keep_best) - 4);
     cover(psoup_reward_fields(), sizeof(psoup_reward_options), always + reserved,
           offsetof(psoup_reward_options, seed) - offsetof(psoup_reward_options, keep_best) - 4);
-    cover(psoup_dpo_fields(), sizeof(psoup_dpo_options), always,
+    cover(psoup_dpo_fields(), sizeof(psoup_dpo_options), always + reserved,
           offsetof(psoup_dpo_options, seed) - offsetof(psoup_dpo_options, keep_best) - 4);
     cover(psoup_ppo_fields(), sizeof(psoup_ppo_options), always + reserved + sizeof(psoup_tokenizer *),
           offsetof(psoup_ppo_options, metrics) - offsetof(psoup_ppo_options, keep_best) - 4);

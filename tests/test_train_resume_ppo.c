@@ -1,4 +1,4 @@
-/* Reward models and policies, stopped at every report and continued: the same bytes as in one go. */
+/* Reward models, DPO and PPO, stopped at every report and continued: the same bytes as in one go. */
 #include "resume_case.h"
 #include "ppo_case.h"
 
@@ -117,6 +117,79 @@ START_TEST(other_reward_runs_are_refused) {
     pairs[3].reward = 1;
     REFUSED(train_rewards(&trained, &o), PSOUP_ERROR_STATE, "its train was \"14 rows, ");
     free_rewards(&trained);
+    run_end(&r);
+}
+END_TEST
+
+/* ---- DPO ----------------------------------------------------------------------------------------- */
+
+static psoup_dpo_pair preferred[PAIRS];
+
+static psoup_dpo_options dpo_options(run *r) {
+    psoup_dpo_options o = PSOUP_DPO_OPTIONS_INIT;
+    o.epochs = 2;
+    o.batch_size = 2;
+    o.learning_rate = 1e-2f;
+    o.lora_dropout = 0.1f;
+    o.validate_every = 2;
+    o.metrics = r->metrics;
+    o.on_step = watch_run;
+    o.user = r;
+    o.checkpoint_dir = r->checkpoints;
+    o.checkpoint_every = 2;
+    o.resume = 1;
+    return o;
+}
+
+static psoup_status run_dpo(psoup_model *model, const psoup_dpo_options *o) {
+    for (int i = 0; i < PAIRS; i++)
+        preferred[i] = (psoup_dpo_pair){.prompt = words[i], .n_prompt = 2, .chosen = words[i + 1],
+                                        .n_chosen = 2, .rejected = words[i + 2], .n_rejected = 2,
+                                        .policy = i % 4 == 0};
+    return psoup_dpo(model, names, 2, preferred, PAIRS, preferred, 6, o, &error);
+}
+
+START_TEST(dpo_goes_on_with_the_same_bytes) {
+    run whole, r;
+    float *expected[2];
+    size_t n;
+    run_begin(&whole);
+    run_begin(&r);
+    psoup_dpo_options o = dpo_options(&whole);
+    o.checkpoint_dir = NULL;
+    o.resume = 0;
+    psoup_model *model = fresh(2);
+    OK(run_dpo(model, &o));
+    expected[0] = weights(model, names[0], &n);
+    expected[1] = weights(model, names[1], &n);
+    psoup_model_free(model);
+    psoup_context_free(context);
+    open_context(1 + _i);
+    int stops = 0;
+    for (psoup_status status = PSOUP_ERROR_CANCELLED; status != PSOUP_OK; stops++) {
+        model = fresh(2);
+        o = dpo_options(&r);
+        r.stop_after = stops % 2 ? 1 : 2;
+        status = run_dpo(model, &o);
+        ck_assert(status == PSOUP_OK || status == PSOUP_ERROR_CANCELLED);
+        if (status == PSOUP_OK) {
+            ck_assert(same_weights(model, names[0], expected[0], n));
+            ck_assert(same_weights(model, names[1], expected[1], n));
+        }
+        psoup_model_free(model);
+    }
+    ck_assert_int_ge(stops, 10);
+    same_files(whole.metrics, r.metrics);
+    model = fresh(2);
+    o.beta = 0.5f;
+    REFUSED(run_dpo(model, &o), PSOUP_ERROR_STATE, "its beta was 0.1, is 0.5");
+    o = dpo_options(&r);
+    words[2][1]++;
+    REFUSED(run_dpo(model, &o), PSOUP_ERROR_STATE, "its train was \"14 rows, ");
+    psoup_model_free(model);
+    free(expected[0]);
+    free(expected[1]);
+    run_end(&whole);
     run_end(&r);
 }
 END_TEST
@@ -275,6 +348,7 @@ int main(void) {
     tcase_add_checked_fixture(tcase, set_up, tear_down);
     tcase_add_loop_test(tcase, rewards_go_on_with_the_same_bytes, 0, 2);
     tcase_add_test(tcase, other_reward_runs_are_refused);
+    tcase_add_loop_test(tcase, dpo_goes_on_with_the_same_bytes, 0, 2);
     tcase_add_loop_test(tcase, policies_go_on_with_the_same_bytes, 0, 2);
     tcase_add_test(tcase, single_steps_go_on);
     tcase_add_test(tcase, other_ppo_runs_are_refused);

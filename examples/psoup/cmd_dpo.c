@@ -167,8 +167,9 @@ int cmd_dpo(int argc, char **argv) {
     psoup_error error = {0};
     run.options.on_step = cli_training_step;
     run.options.user = &training;
+    cli_training_begin(run.options.checkpoint_dir);
     status = dpo(&run, c.path, &error) == PSOUP_OK ? run_print_output(run.output, c.json)
-                                                   : cli_fail(&error);
+                                                   : cli_training_fail(&error);
     config_free(&c);
     return status;
 }

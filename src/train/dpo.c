@@ -1,299 +1,45 @@
 /* Direct preference optimisation of several policies of one base, side by side (Rafailov et al. 2023,
  * arXiv 2305.18290). The reference is the base itself: a zero mix. */
+#include <stdio.h>
 #include <string.h>
 
-#include "train/train.h"
+#include "train/dpo.h"
 
-/* The pairs of a run, and what the reference thinks of them. */
-typedef struct pair_set {
-    const psoup_dpo_pair *pairs; /* [n] */
-    size_t n;
-    double *reference; /* [2n] log π_ref of the chosen and the rejected response */
-} pair_set;
+/* ---- the run ------------------------------------------------------------------------------------ */
 
-/* One policy of the run. Nothing in it depends on the others. */
-typedef struct learner {
-    const char *name;
-    psoup__adapter *adapter;
-    int32_t index;
-    bool training; /* its adapter holds gradients */
-    int32_t *train, *validation; /* [n_train], [n_validation]: its pairs, by place */
-    size_t n_train, n_validation;
-    int32_t *order; /* [n_train] permutation of the epoch */
-    size_t at;      /* in it */
-    int64_t epoch, step, total;
-    uint64_t sequences; /* trained on so far: the dropout's stream */
-    psoup__optimizer optimizer;
-    psoup__best best;
-    /* This step. */
-    size_t step_end, micro_end; /* in order */
-    double loss, right, chosen, rejected, norm; /* chosen, rejected: sums of implied rewards */
-    bool stepped, due; /* due: its validation is */
-} learner;
-
-typedef enum purpose { REFERENCE, EVALUATE, LEARN } purpose;
-
-typedef struct trainer {
-    psoup_model *model;
-    psoup_dpo_options options;
-    pair_set train, validation;
-    learner *learners;
-    size_t n;
-    psoup__pack *pack;
-    psoup__reporter reporter;
-    /* The items of a micro-batch: pairs of all learners, at most those of a whole set. */
-    int32_t *item, *owner, *rows, *pass; /* [items] */
-    uint64_t *stream;                    /* [items] of the chosen row; the rejected has the next */
-} trainer;
-
-/* Rows are cut after this many tokens. */
-static size_t longest_row(const trainer *t) {
-    size_t most = (size_t)t->model->config.max_position_embeddings;
-    size_t wanted = (size_t)t->options.max_tokens;
-    return wanted && wanted < most ? wanted : most;
-}
-
-/* The response of one side: 0 the chosen, 1 the rejected. *n receives how many tokens count. */
-static const int32_t *response(const trainer *t, const psoup_dpo_pair *pair, int side, size_t *n) {
-    size_t room = longest_row(t) - pair->n_prompt;
-    *n = side ? pair->n_rejected : pair->n_chosen;
-    *n = *n < room ? *n : room;
-    return side ? pair->rejected : pair->chosen;
-}
-
-/* Both rows of the items of one pass; what is read are their responses' tokens, chosen before rejected.
- * Token k is read at position |prompt| + k − 1, so that a row needs no last token. */
-static psoup_status pack_items(trainer *t, const pair_set *set, size_t n, int32_t pass, purpose what,
-                               psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    uint64_t seed = psoup__seed_for(t->options.seed, PSOUP__FOR_LORA_DROPOUT);
-    psoup__pack_clear(t->pack);
-    for (size_t i = 0; i < n; i++) {
-        if (t->pass[i] != pass)
-            continue;
-        const psoup_dpo_pair *pair = &set->pairs[t->item[i]];
-        for (int side = 0; side < 2; side++) {
-            size_t length;
-            const int32_t *tokens = response(t, pair, side, &length);
-            psoup__sequence sequence = {
-                .first = pair->prompt,
-                .n_first = pair->n_prompt,
-                .then = tokens,
-                .n_then = length - 1,
-                .adapter = what == REFERENCE ? -1 : t->learners[t->owner[i]].index,
-                .seed = seed,
-                .stream = t->stream[i] + (uint64_t)side};
-            int32_t row;
-            PSOUP__TRY(psoup__pack_sequence(t->pack, &sequence, &row, error));
-            row += (int32_t)pair->n_prompt - 1;
-            for (size_t k = 0; k < length; k++)
-                PSOUP__TRY(psoup__pack_read(t->pack, row + (int32_t)k, tokens[k], error));
-        }
-    }
-fail:
-    return status;
-}
-
-/* One item's loss, its gradient where it learns, and what its learner reports. Its responses' tokens
- * are n[0] and then n[1] of those read, from `read` on. */
-static void lose(trainer *t, const pair_set *set, size_t i, size_t read, const size_t n[2],
-                 const double logprob[2], purpose what) {
-    learner *l = &t->learners[t->owner[i]];
-    const double *reference = set->reference + 2 * (size_t)t->item[i];
-    double w = logprob[0] - reference[0], r = logprob[1] - reference[1], dw;
-    l->loss += psoup__dpo_loss(w, r, t->options.beta, t->options.label_smoothing, &dw);
-    l->right += w > r;
-    l->chosen += t->options.beta * w;
-    l->rejected += t->options.beta * r;
-    if (what != LEARN)
-        return;
-    float slope = (float)(dw / (double)(l->step_end - l->at)); /* mean over the step */
-    for (size_t k = 0; k < n[0] + n[1]; k++)
-        t->pack->dlogprob[read + k] = k < n[0] ? slope : -slope;
-}
-
-/* Runs the items that were listed, in as many passes as it takes: forwards for the reference's
- * log-probs, or for the losses, or backwards too. */
-static psoup_status run_items(trainer *t, const pair_set *set, size_t n, purpose what,
-                              psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    int32_t passes = 0;
-    for (size_t i = 0; i < n; i++) {
-        const psoup_dpo_pair *pair = &set->pairs[t->item[i]];
-        size_t length[2];
-        for (int side = 0; side < 2; side++)
-            response(t, pair, side, &length[side]);
-        t->rows[i] = (int32_t)(2 * (pair->n_prompt - 1) + length[0] + length[1]);
-    }
-    PSOUP__TRY(psoup__plan(t->model->context, t->rows, t->owner, n, PSOUP__PASS_TOKENS, t->pass,
-                           &passes, error));
-    for (int32_t pass = 0; pass < passes; pass++) {
-        PSOUP__TRY(pack_items(t, set, n, pass, what, error));
-        PSOUP__TRY(psoup__pack_forward(t->pack, what == LEARN,
-                                       what == LEARN ? t->options.lora_dropout : 0.0f, 0.0f, error));
-        for (size_t i = 0, read = 0; i < n; i++) {
-            if (t->pass[i] != pass)
-                continue;
-            size_t length[2], at = read;
-            double logprob[2] = {0.0, 0.0};
-            for (int side = 0; side < 2; side++) {
-                response(t, &set->pairs[t->item[i]], side, &length[side]);
-                for (size_t k = 0; k < length[side]; k++)
-                    logprob[side] += t->pack->logprob[read++];
-            }
-            if (what == REFERENCE)
-                memcpy(set->reference + 2 * (size_t)t->item[i], logprob, sizeof(logprob));
-            else
-                lose(t, set, i, at, length, logprob, what);
-        }
-        if (what == LEARN)
-            PSOUP__TRY(psoup__pack_backward(t->pack, error));
-    }
-fail:
-    return status;
-}
-
-/* log π_ref of all pairs, once: the base does not change. */
-static psoup_status ask_reference(trainer *t, pair_set *set, psoup_error *error) {
-    set->reference = psoup__alloc(t->model->context, set->n, 2 * sizeof(*set->reference), error);
-    if (!set->reference)
-        return PSOUP_ERROR_MEMORY;
-    for (size_t i = 0; i < set->n; i++) {
-        t->item[i] = (int32_t)i;
-        t->owner[i] = 0;
-        t->stream[i] = 0;
-    }
-    return run_items(t, set, set->n, REFERENCE, error);
-}
-
-/* ---- steps ------------------------------------------------------------------------------------ */
-
-static void clear_sums(learner *l) { l->loss = l->right = l->chosen = l->rejected = 0.0; }
-
-static void report_sums(const learner *l, double n, psoup__metrics *metrics) {
-    psoup__metric(metrics, "loss", l->loss / n);
-    psoup__metric(metrics, "accuracy", l->right / n);
-    psoup__metric(metrics, "margin", (l->chosen - l->rejected) / n);
-    psoup__metric(metrics, "reward_chosen", l->chosen / n);
-    psoup__metric(metrics, "reward_rejected", l->rejected / n);
-}
-
-/* Starts each learner's next step: where it ends in its order. */
-static void begin_step(const trainer *t, learner *l) {
-    size_t per_step = (size_t)t->options.batch_size * (size_t)t->options.accumulation;
-    if (l->at == l->n_train || l->epoch < 0) {
-        psoup__permutation(l->order, l->n_train,
-                           psoup__seed_for(t->options.seed, PSOUP__FOR_ORDER),
-                           (uint64_t)++l->epoch);
-        l->at = 0;
-    }
-    l->step_end = l->n_train - l->at < per_step ? l->n_train : l->at + per_step;
-    l->micro_end = l->at;
-    clear_sums(l);
-    psoup__optimizer_zero(&l->optimizer);
-}
-
-/* The next micro-batch of every learner that still has steps to go. */
-static psoup_status run_micro_batch(trainer *t, psoup_error *error) {
-    size_t n = 0;
+/* Whether anyone's validation is due now: marks whose. */
+static bool validation_due(psoup__dpo_trainer *t) {
+    int32_t every = t->options.validate_every;
+    bool any = false;
     for (size_t j = 0; j < t->n; j++) {
-        learner *l = &t->learners[j];
-        if (l->step == l->total)
-            continue;
-        size_t left = l->step_end - l->micro_end, size = (size_t)t->options.batch_size;
-        size = left < size ? left : size;
-        for (size_t end = l->micro_end + size; l->micro_end < end; l->micro_end++, n++) {
-            t->item[n] = l->train[l->order[l->micro_end]];
-            t->owner[n] = (int32_t)j;
-            t->stream[n] = l->sequences;
-            l->sequences += 2;
-        }
+        psoup__dpo_learner *l = &t->learners[j];
+        l->due = l->n_validation && l->step > l->validated &&
+                 (l->step == l->total || (every && l->step % every == 0));
+        any = any || l->due;
     }
-    return run_items(t, &t->train, n, LEARN, error);
+    return any;
 }
 
-static psoup_status train_step(trainer *t, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    const psoup_dpo_options *o = &t->options;
-    for (size_t j = 0; j < t->n; j++)
-        if (t->learners[j].step < t->learners[j].total)
-            begin_step(t, &t->learners[j]);
-    for (int32_t a = 0; a < o->accumulation; a++)
-        PSOUP__TRY(run_micro_batch(t, error));
+/* The steps of those who train the longest: done, or in all. */
+static int64_t most_steps(const psoup__dpo_trainer *t, bool total) {
+    int64_t most = 0;
     for (size_t j = 0; j < t->n; j++) {
-        learner *l = &t->learners[j];
-        if (l->step == l->total)
-            continue;
-        float rate = psoup__learning_rate(o->learning_rate, o->schedule, o->warmup_steps, l->step + 1,
-                                          l->total);
-        PSOUP__TRY(psoup__optimizer_step(&l->optimizer, rate, &l->norm, &l->stepped, error));
-        psoup__metrics metrics = {.n = 0};
-        report_sums(l, (double)(l->step_end - l->at), &metrics);
-        psoup__metric(&metrics, "learning_rate", rate);
-        psoup__metric(&metrics, "grad_norm", l->norm);
-        psoup__metric(&metrics, "skipped", !l->stepped);
-        l->at = l->step_end;
-        l->step++;
-        PSOUP__TRY(psoup__report(&t->reporter, "train", l->name, l->step, l->total, &metrics,
-                                 error));
+        int64_t steps = total ? t->learners[j].total : t->learners[j].step;
+        most = steps > most ? steps : most;
     }
-fail:
-    return status;
-}
-
-/* The validation pairs of every learner that is due. */
-static psoup_status validate(trainer *t, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    size_t n = 0;
-    for (size_t j = 0; j < t->n; j++) {
-        learner *l = &t->learners[j];
-        if (!l->due)
-            continue;
-        clear_sums(l);
-        for (size_t i = 0; i < l->n_validation; i++, n++) {
-            t->item[n] = l->validation[i];
-            t->owner[n] = (int32_t)j;
-            t->stream[n] = 0;
-        }
-    }
-    PSOUP__TRY(run_items(t, &t->validation, n, EVALUATE, error));
-    for (size_t j = 0; j < t->n; j++) {
-        learner *l = &t->learners[j];
-        if (!l->due)
-            continue;
-        double count = (double)l->n_validation;
-        psoup__metrics metrics = {.n = 0};
-        report_sums(l, count, &metrics);
-        if (t->options.keep_best)
-            PSOUP__TRY(psoup__best_offer(&l->best, t->model->be, l->adapter->data,
-                                         l->adapter->count, l->right / count, -l->loss / count,
-                                         l->step, error));
-        PSOUP__TRY(psoup__report(&t->reporter, "validation", l->name, l->step, l->total, &metrics,
-                                 error));
-    }
-fail:
-    return status;
+    return most;
 }
 
 /* Steps until every learner is done. */
-static psoup_status run(trainer *t, psoup_error *error) {
+static psoup_status run(psoup__dpo_trainer *t, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    int32_t every = t->options.validate_every;
-    for (int64_t step = 1;; step++) {
-        bool any = false, any_due = false;
-        for (size_t j = 0; j < t->n; j++) {
-            learner *l = &t->learners[j];
-            bool runs = l->step < l->total;
-            l->due = runs && l->n_validation &&
-                     (step == l->total || (every && step % every == 0));
-            any = any || runs;
-            any_due = any_due || l->due;
-        }
-        if (!any)
-            break;
-        PSOUP__TRY(train_step(t, error));
-        if (any_due)
-            PSOUP__TRY(validate(t, error));
+    int64_t total = most_steps(t, true);
+    for (bool due = validation_due(t); due || most_steps(t, false) < total;) {
+        status = due ? psoup__dpo_validate(t, error) : psoup__dpo_step(t, error);
+        due = validation_due(t);
+        int64_t step = most_steps(t, false);
+        if (status != PSOUP_OK || !due) /* one checkpoint for a step and its validation */
+            PSOUP__TRY(psoup__checkpoint_after(&t->checkpoint, status, step, step == total, error));
     }
     for (size_t j = 0; j < t->n; j++)
         psoup__best_restore(&t->learners[j].best, t->model->be, t->learners[j].adapter->data);
@@ -301,9 +47,68 @@ fail:
     return status;
 }
 
+/* ---- checkpoints --------------------------------------------------------------------------------- */
+
+static psoup_status identify_pairs(psoup__dpo_trainer *t, const char *key, const psoup__dpo_set *set,
+                                   psoup_error *error) {
+    psoup__hash *hash = psoup__hash_create(t->model->context, error);
+    if (!hash)
+        return PSOUP_ERROR_MEMORY;
+    for (size_t i = 0; i < set->n; i++) {
+        const psoup_dpo_pair *pair = &set->pairs[i];
+        psoup__hash_tokens(hash, pair->prompt, pair->n_prompt);
+        psoup__hash_tokens(hash, pair->chosen, pair->n_chosen);
+        psoup__hash_tokens(hash, pair->rejected, pair->n_rejected);
+        psoup__hash_update(hash, &pair->policy, sizeof(pair->policy));
+    }
+    psoup_status status = psoup__run_rows(&t->checkpoint, key, set->n, hash, error);
+    psoup__free(t->model->context, hash);
+    return status;
+}
+
+/* What the reference thinks is no part of it: it is asked again. */
+static psoup_status start_checkpoint(psoup__dpo_trainer *t, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__checkpoint *c = &t->checkpoint;
+    const psoup_dpo_options *o = &t->options;
+    PSOUP__TRY(psoup__checkpoint_open(c, t->model->context, &t->reporter, o->checkpoint_dir,
+                                      o->checkpoint_every, o->checkpoint_keep, o->resume, error));
+    PSOUP__TRY(psoup__run_text(c, "trainer", error, "dpo"));
+    PSOUP__TRY(psoup__run_options(c, psoup_dpo_fields(), o, error));
+    PSOUP__TRY(psoup__run_base(c, "base", t->model, error));
+    PSOUP__TRY(psoup__run_text(c, "policies", error, "%zu", t->n));
+    PSOUP__TRY(identify_pairs(t, "train", &t->train, error));
+    PSOUP__TRY(identify_pairs(t, "validation", &t->validation, error));
+    for (size_t j = 0; j < t->n; j++) {
+        psoup__dpo_learner *l = &t->learners[j];
+        char key[64];
+        const psoup__piece pieces[] = {
+            {.name = "epoch", .dtype = PSOUP_I64, .data = &l->epoch, .n = 1},
+            {.name = "at", .dtype = PSOUP_I64, .data = &l->at, .n = 1},
+            {.name = "step", .dtype = PSOUP_I64, .data = &l->step, .n = 1},
+            {.name = "validated", .dtype = PSOUP_I64, .data = &l->validated, .n = 1},
+            {.name = "sequences", .dtype = PSOUP_I64, .data = &l->sequences, .n = 1},
+        };
+        snprintf(key, sizeof(key), "policy %zu", j);
+        PSOUP__TRY(psoup__run_adapter(c, key, t->model, l->adapter, false, error));
+        PSOUP__TRY(psoup__checkpoint_add(c, j, pieces, sizeof(pieces) / sizeof(pieces[0]), error));
+        PSOUP__TRY(psoup__checkpoint_add_learner(c, j, &l->optimizer, &l->best, error));
+    }
+    PSOUP__TRY(psoup__checkpoint_start(c, error));
+    for (size_t j = 0; j < t->n; j++) {
+        psoup__dpo_learner *l = &t->learners[j];
+        PSOUP__TRY(psoup__checkpoint_expect(c, l->at <= l->n_train && l->step <= l->total,
+                                            "place in the data", error));
+        if (l->epoch >= 0)
+            psoup__dpo_order(t, l);
+    }
+fail:
+    return status;
+}
+
 /* ---- setting up ------------------------------------------------------------------------------- */
 
-static psoup_status check_pairs(const trainer *t, const pair_set *set, size_t n_policies,
+static psoup_status check_pairs(const psoup__dpo_trainer *t, const psoup__dpo_set *set, size_t n_policies,
                                 const char *what, psoup_error *error) {
     if (set->n > INT32_MAX || (set->n && !set->pairs))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_dpo: %s is NULL or too long", what);
@@ -313,10 +118,10 @@ static psoup_status check_pairs(const trainer *t, const pair_set *set, size_t n_
             pair->n_chosen == 0 || pair->n_rejected == 0)
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "psoup_dpo: %s[%zu] has an empty prompt or response", what, i);
-        if (pair->n_prompt >= longest_row(t))
+        if (pair->n_prompt >= psoup__dpo_longest_row(t))
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "psoup_dpo: %s[%zu] has a prompt of %zu tokens: expected fewer than "
-                               "the %zu of a row", what, i, pair->n_prompt, longest_row(t));
+                               "the %zu of a row", what, i, pair->n_prompt, psoup__dpo_longest_row(t));
         if (pair->policy < 0 || (size_t)pair->policy >= n_policies)
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "psoup_dpo: %s[%zu] names policy %d of %zu", what, i, pair->policy,
@@ -347,7 +152,7 @@ static psoup_status check_policies(const psoup_model *model, const char *const *
 }
 
 /* The places of the pairs of policy `j`. */
-static psoup_status choose(psoup_context *context, const pair_set *set, size_t j, int32_t **out,
+static psoup_status choose(psoup_context *context, const psoup__dpo_set *set, size_t j, int32_t **out,
                            size_t *count, psoup_error *error) {
     *out = psoup__alloc(context, set->n, sizeof(**out), error);
     if (!*out)
@@ -358,7 +163,7 @@ static psoup_status choose(psoup_context *context, const pair_set *set, size_t j
     return PSOUP_OK;
 }
 
-static psoup_status start_policy(trainer *t, learner *l, size_t j, const char *name,
+static psoup_status start_policy(psoup__dpo_trainer *t, psoup__dpo_learner *l, size_t j, const char *name,
                                  psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_context *context = t->model->context;
@@ -393,7 +198,8 @@ fail:
     return status;
 }
 
-static psoup_status set_up(trainer *t, const char *const *policies, size_t n, psoup_error *error) {
+static psoup_status set_up(psoup__dpo_trainer *t, const char *const *policies, size_t n,
+                           psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_context *context = t->model->context;
     size_t items = t->train.n > t->validation.n ? t->train.n : t->validation.n;
@@ -409,18 +215,18 @@ static psoup_status set_up(trainer *t, const char *const *policies, size_t n, ps
     PSOUP__TRY(psoup__pack_create(t->model, &t->pack, error));
     for (size_t j = 0; j < n; j++)
         PSOUP__TRY(start_policy(t, &t->learners[j], j, policies[j], error));
-    PSOUP__TRY(ask_reference(t, &t->train, error));
-    PSOUP__TRY(ask_reference(t, &t->validation, error));
+    PSOUP__TRY(psoup__dpo_ask_reference(t, &t->train, error));
+    PSOUP__TRY(psoup__dpo_ask_reference(t, &t->validation, error));
 fail:
     return status;
 }
 
-static void tear_down(trainer *t) {
+static void tear_down(psoup__dpo_trainer *t) {
     psoup_context *context = t->model->context;
     void *arrays[] = {t->item,   t->owner, t->rows, t->pass, t->stream, t->train.reference,
                       t->validation.reference};
     for (size_t j = 0; j < t->n; j++) {
-        learner *l = &t->learners[j];
+        psoup__dpo_learner *l = &t->learners[j];
         psoup__optimizer_end(&l->optimizer);
         if (l->training)
             psoup__adapter_train(t->model, l->adapter, false, NULL);
@@ -432,6 +238,7 @@ static void tear_down(trainer *t) {
     for (size_t i = 0; i < sizeof(arrays) / sizeof(arrays[0]); i++)
         psoup__free(context, arrays[i]);
     psoup__free(context, t->learners);
+    psoup__checkpoint_close(&t->checkpoint);
     psoup__reporter_close(&t->reporter);
     psoup__pack_free(t->pack);
 }
@@ -443,7 +250,7 @@ psoup_status psoup_dpo(psoup_model *model, const char *const *policies, size_t n
     psoup_status status = PSOUP_OK;
     if (!model)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_dpo: model is NULL");
-    trainer t = {.model = model,
+    psoup__dpo_trainer t = {.model = model,
                  .options = PSOUP_DPO_OPTIONS_INIT,
                  .train = {.pairs = train, .n = n_train},
                  .validation = {.pairs = validation, .n = n_validation}};
@@ -455,6 +262,8 @@ psoup_status psoup_dpo(psoup_model *model, const char *const *policies, size_t n
     PSOUP__TRY(psoup__reporter_open(&t.reporter, model->context, t.options.metrics,
                                     t.options.on_step, t.options.user, error));
     PSOUP__TRY(set_up(&t, policies, n_policies, error));
+    if (t.options.checkpoint_dir)
+        PSOUP__TRY(start_checkpoint(&t, error));
     PSOUP__TRY(run(&t, error));
 fail:
     tear_down(&t);

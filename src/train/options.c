@@ -96,6 +96,7 @@ static const psoup_field dpo_fields[] = {
     BOOL(keep_best, "Whether to end with the weights of the best validation accuracy."),
     RUN,
     METRICS,
+    CHECKPOINTS("Optimiser"),
     {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
 };
 #undef OPTIONS
@@ -217,7 +218,11 @@ typedef struct range {
     double value, low, high; /* low ≤ value ≤ high; NaN is refused */
 } range;
 
-static psoup_status check(const char *where, const range *ranges, size_t n, psoup_error *error) {
+static psoup_status check(const char *where, const range *ranges, size_t n, const char *checkpoint_dir,
+                          int32_t resume, psoup_error *error) {
+    if (resume && !checkpoint_dir)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "%s: checkpoint_dir is NULL, which resume needs", where);
     for (size_t i = 0; i < n; i++) {
         const range *r = &ranges[i];
         if (!(r->value >= r->low && r->value <= r->high))
@@ -226,14 +231,6 @@ static psoup_status check(const char *where, const range *ranges, size_t n, psou
                                r->high);
     }
     return PSOUP_OK;
-}
-
-static psoup_status check_kept(const char *where, const range *ranges, size_t n,
-                               const char *checkpoint_dir, int32_t resume, psoup_error *error) {
-    if (resume && !checkpoint_dir)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "%s: checkpoint_dir is NULL, which resume needs", where);
-    return check(where, ranges, n, error);
 }
 
 #define RANGE(name, low, high) {#name, (double)o->name, low, high}
@@ -257,8 +254,8 @@ psoup_status psoup__sft_check(const psoup_sft_options *o, psoup_error *error) {
         RANGE(loss_on_prompt, 0, 1),    RANGE(validate_every, 0, COUNTS),
         RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
     };
-    return check_kept("psoup_sft_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
-                      error);
+    return check("psoup_sft_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
+                 error);
 }
 
 psoup_status psoup__reward_check(const psoup_reward_options *o, psoup_error *error) {
@@ -271,8 +268,8 @@ psoup_status psoup__reward_check(const psoup_reward_options *o, psoup_error *err
         RANGE(max_tokens, 0, COUNTS),   RANGE(validate_every, 0, COUNTS),
         RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
     };
-    return check_kept("psoup_reward_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
-                      error);
+    return check("psoup_reward_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
+                 error);
 }
 
 psoup_status psoup__dpo_check(const psoup_dpo_options *o, psoup_error *error) {
@@ -283,9 +280,10 @@ psoup_status psoup__dpo_check(const psoup_dpo_options *o, psoup_error *error) {
         RANGE(warmup_steps, 0, COUNTS), RANGE(lora_dropout, 0, BELOW_ONE),
         RANGE(beta, 1e-30, REALS),      RANGE(label_smoothing, 0, 0.5),
         RANGE(max_tokens, 0, COUNTS),   RANGE(validate_every, 0, COUNTS),
-        RANGE(keep_best, 0, 1),
+        RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
     };
-    return check("psoup_dpo_options", ranges, LENGTH(ranges), error);
+    return check("psoup_dpo_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
+                 error);
 }
 
 psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
@@ -335,7 +333,7 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         RANGE(group_size, critic ? 1 : 2, COUNTS),
     };
     psoup_status status =
-        check_kept("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume, error);
+        check("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume, error);
     if (status == PSOUP_OK && o->reward_text && !o->tokenizer)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_ppo_options: tokenizer is NULL, which reward_text needs");

@@ -158,14 +158,6 @@ fail:
     return status;
 }
 
-/* Adds what one learner's part came to. All of them are told of a step, also when one of them said stop;
- * any other failure ends it at once. */
-static bool goes_on(psoup_status *status, psoup_status one) {
-    if (one != PSOUP_OK)
-        *status = one;
-    return one == PSOUP_OK || one == PSOUP_ERROR_CANCELLED;
-}
-
 psoup_status psoup__reward_step(psoup__reward_trainer *t, const psoup_comparison *comparisons,
                                 psoup_error *error) {
     psoup_status status = PSOUP_OK;
@@ -195,7 +187,7 @@ psoup_status psoup__reward_step(psoup__reward_trainer *t, const psoup_comparison
         psoup__reward_learner *l = &t->learners[j];
         if (l->step == l->total)
             continue;
-        if (!goes_on(&status, finish_step(t, l, error)))
+        if (!psoup__goes_on(&status, finish_step(t, l, error)))
             break;
     }
 fail:
@@ -227,7 +219,7 @@ psoup_status psoup__reward_validate(psoup__reward_trainer *t, const psoup_compar
         psoup__reward_learner *l = &t->learners[j];
         if (!l->due)
             continue;
-        if (!goes_on(&status, finish_validation(t, l, error)))
+        if (!psoup__goes_on(&status, finish_validation(t, l, error)))
             break;
     }
 fail:

@@ -91,6 +91,13 @@ psoup_status psoup__report(psoup__reporter *reporter, const char *phase, const c
                            int64_t step, int64_t total, const psoup__metrics *metrics,
                            psoup_error *error);
 void psoup__reporter_close(psoup__reporter *reporter);
+/* Adds what one learner's part came to. All of them are told of a step, also when one of them said stop;
+ * any other failure ends it at once. */
+static inline bool psoup__goes_on(psoup_status *status, psoup_status one) {
+    if (one != PSOUP_OK)
+        *status = one;
+    return one == PSOUP_OK || one == PSOUP_ERROR_CANCELLED;
+}
 
 /* ---- options.c --------------------------------------------------------------------------------- */
 

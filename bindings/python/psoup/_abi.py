@@ -776,6 +776,11 @@ psoup_dpo_options._fields_ = [
     ("metrics", c_char_p),
     ("on_step", psoup_step_fn),
     ("user", c_void_p),
+    ("checkpoint_dir", c_char_p),
+    ("checkpoint_every", c_int32),
+    ("checkpoint_keep", c_int32),
+    ("resume", c_int32),
+    ("reserved", c_int32),
 ]
 psoup_reward_input._fields_ = [
     ("reward", c_int32),
@@ -1037,6 +1042,8 @@ DEFAULTS: Dict[Any, Dict[str, Any]] = {
         "beta": 0.1,
         "max_tokens": 1024,
         "keep_best": 1,
+        "checkpoint_every": 100,
+        "checkpoint_keep": 3,
     },
     psoup_ppo_options: {
         "batch_size": 64,

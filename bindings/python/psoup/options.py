@@ -319,6 +319,14 @@ class DpoOptions(TypedDict, total=False):
     seed: int
     # default None
     metrics: str
+    # where the run is kept, so that it can go on; NULL: nowhere; default None
+    checkpoint_dir: str
+    # optimiser steps between checkpoints; 0: when it is stopped only; default 100
+    checkpoint_every: int
+    # so many stay; default 3
+    checkpoint_keep: int
+    # 1: continue from the newest checkpoint in checkpoint_dir, where there is one; default 0
+    resume: int
 
 
 class PpoOptions(TypedDict, total=False):

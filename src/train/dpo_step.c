@@ -1,0 +1,248 @@
+/* A step of direct preference optimisation of several policies, side by side, and their validation. */
+#include <string.h>
+
+#include "train/dpo.h"
+
+typedef enum purpose { REFERENCE, EVALUATE, LEARN } purpose;
+
+size_t psoup__dpo_longest_row(const psoup__dpo_trainer *t) {
+    size_t most = (size_t)t->model->config.max_position_embeddings;
+    size_t wanted = (size_t)t->options.max_tokens;
+    return wanted && wanted < most ? wanted : most;
+}
+
+/* The response of one side: 0 the chosen, 1 the rejected. *n receives how many tokens count. */
+static const int32_t *response(const psoup__dpo_trainer *t, const psoup_dpo_pair *pair, int side,
+                               size_t *n) {
+    size_t room = psoup__dpo_longest_row(t) - pair->n_prompt;
+    *n = side ? pair->n_rejected : pair->n_chosen;
+    *n = *n < room ? *n : room;
+    return side ? pair->rejected : pair->chosen;
+}
+
+/* Both rows of the items of one pass; what is read are their responses' tokens, chosen before rejected.
+ * Token k is read at position |prompt| + k − 1, so that a row needs no last token. */
+static psoup_status pack_items(psoup__dpo_trainer *t, const psoup__dpo_set *set, size_t n,
+                               int32_t pass, purpose what, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    uint64_t seed = psoup__seed_for(t->options.seed, PSOUP__FOR_LORA_DROPOUT);
+    psoup__pack_clear(t->pack);
+    for (size_t i = 0; i < n; i++) {
+        if (t->pass[i] != pass)
+            continue;
+        const psoup_dpo_pair *pair = &set->pairs[t->item[i]];
+        for (int side = 0; side < 2; side++) {
+            size_t length;
+            const int32_t *tokens = response(t, pair, side, &length);
+            psoup__sequence sequence = {
+                .first = pair->prompt,
+                .n_first = pair->n_prompt,
+                .then = tokens,
+                .n_then = length - 1,
+                .adapter = what == REFERENCE ? -1 : t->learners[t->owner[i]].index,
+                .seed = seed,
+                .stream = t->stream[i] + (uint64_t)side};
+            int32_t row;
+            PSOUP__TRY(psoup__pack_sequence(t->pack, &sequence, &row, error));
+            row += (int32_t)pair->n_prompt - 1;
+            for (size_t k = 0; k < length; k++)
+                PSOUP__TRY(psoup__pack_read(t->pack, row + (int32_t)k, tokens[k], error));
+        }
+    }
+fail:
+    return status;
+}
+
+/* One item's loss, its gradient where it learns, and what its learner reports. Its responses' tokens
+ * are n[0] and then n[1] of those read, from `read` on. */
+static void lose(psoup__dpo_trainer *t, const psoup__dpo_set *set, size_t i, size_t read, const size_t n[2],
+                 const double logprob[2], purpose what) {
+    psoup__dpo_learner *l = &t->learners[t->owner[i]];
+    const double *reference = set->reference + 2 * (size_t)t->item[i];
+    double w = logprob[0] - reference[0], r = logprob[1] - reference[1], dw;
+    l->loss += psoup__dpo_loss(w, r, t->options.beta, t->options.label_smoothing, &dw);
+    l->right += w > r;
+    l->chosen += t->options.beta * w;
+    l->rejected += t->options.beta * r;
+    if (what != LEARN)
+        return;
+    float slope = (float)(dw / (double)(l->step_end - l->at)); /* mean over the step */
+    for (size_t k = 0; k < n[0] + n[1]; k++)
+        t->pack->dlogprob[read + k] = k < n[0] ? slope : -slope;
+}
+
+/* Runs the items that were listed, in as many passes as it takes: forwards for the reference's
+ * log-probs, or for the losses, or backwards too. */
+static psoup_status run_items(psoup__dpo_trainer *t, const psoup__dpo_set *set, size_t n, purpose what,
+                              psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    int32_t passes = 0;
+    for (size_t i = 0; i < n; i++) {
+        const psoup_dpo_pair *pair = &set->pairs[t->item[i]];
+        size_t length[2];
+        for (int side = 0; side < 2; side++)
+            response(t, pair, side, &length[side]);
+        t->rows[i] = (int32_t)(2 * (pair->n_prompt - 1) + length[0] + length[1]);
+    }
+    PSOUP__TRY(psoup__plan(t->model->context, t->rows, t->owner, n, PSOUP__PASS_TOKENS, t->pass,
+                           &passes, error));
+    for (int32_t pass = 0; pass < passes; pass++) {
+        PSOUP__TRY(pack_items(t, set, n, pass, what, error));
+        PSOUP__TRY(psoup__pack_forward(t->pack, what == LEARN,
+                                       what == LEARN ? t->options.lora_dropout : 0.0f, 0.0f, error));
+        for (size_t i = 0, read = 0; i < n; i++) {
+            if (t->pass[i] != pass)
+                continue;
+            size_t length[2], at = read;
+            double logprob[2] = {0.0, 0.0};
+            for (int side = 0; side < 2; side++) {
+                response(t, &set->pairs[t->item[i]], side, &length[side]);
+                for (size_t k = 0; k < length[side]; k++)
+                    logprob[side] += t->pack->logprob[read++];
+            }
+            if (what == REFERENCE)
+                memcpy(set->reference + 2 * (size_t)t->item[i], logprob, sizeof(logprob));
+            else
+                lose(t, set, i, at, length, logprob, what);
+        }
+        if (what == LEARN)
+            PSOUP__TRY(psoup__pack_backward(t->pack, error));
+    }
+fail:
+    return status;
+}
+
+psoup_status psoup__dpo_ask_reference(psoup__dpo_trainer *t, psoup__dpo_set *set, psoup_error *error) {
+    set->reference = psoup__alloc(t->model->context, set->n, 2 * sizeof(*set->reference), error);
+    if (!set->reference)
+        return PSOUP_ERROR_MEMORY;
+    for (size_t i = 0; i < set->n; i++) {
+        t->item[i] = (int32_t)i;
+        t->owner[i] = 0;
+        t->stream[i] = 0;
+    }
+    return run_items(t, set, set->n, REFERENCE, error);
+}
+
+/* ---- steps ------------------------------------------------------------------------------------ */
+
+static void clear_sums(psoup__dpo_learner *l) { l->loss = l->right = l->chosen = l->rejected = 0.0; }
+
+static void report_sums(const psoup__dpo_learner *l, double n, psoup__metrics *metrics) {
+    psoup__metric(metrics, "loss", l->loss / n);
+    psoup__metric(metrics, "accuracy", l->right / n);
+    psoup__metric(metrics, "margin", (l->chosen - l->rejected) / n);
+    psoup__metric(metrics, "reward_chosen", l->chosen / n);
+    psoup__metric(metrics, "reward_rejected", l->rejected / n);
+}
+
+void psoup__dpo_order(const psoup__dpo_trainer *t, psoup__dpo_learner *l) {
+    psoup__permutation(l->order, l->n_train, psoup__seed_for(t->options.seed, PSOUP__FOR_ORDER),
+                       (uint64_t)l->epoch);
+}
+
+/* Starts each learner's next step: where it ends in its order. */
+static void begin_step(const psoup__dpo_trainer *t, psoup__dpo_learner *l) {
+    size_t per_step = (size_t)t->options.batch_size * (size_t)t->options.accumulation;
+    if (l->at == l->n_train || l->epoch < 0) {
+        l->epoch++;
+        psoup__dpo_order(t, l);
+        l->at = 0;
+    }
+    l->step_end = l->n_train - l->at < per_step ? l->n_train : l->at + per_step;
+    l->micro_end = l->at;
+    clear_sums(l);
+    psoup__optimizer_zero(&l->optimizer);
+}
+
+/* The next micro-batch of every learner that still has steps to go. */
+static psoup_status run_micro_batch(psoup__dpo_trainer *t, psoup_error *error) {
+    size_t n = 0;
+    for (size_t j = 0; j < t->n; j++) {
+        psoup__dpo_learner *l = &t->learners[j];
+        if (l->step == l->total)
+            continue;
+        size_t left = l->step_end - l->micro_end, size = (size_t)t->options.batch_size;
+        size = left < size ? left : size;
+        for (size_t end = l->micro_end + size; l->micro_end < end; l->micro_end++, n++) {
+            t->item[n] = l->train[l->order[l->micro_end]];
+            t->owner[n] = (int32_t)j;
+            t->stream[n] = l->sequences;
+            l->sequences += 2;
+        }
+    }
+    return run_items(t, &t->train, n, LEARN, error);
+}
+
+/* Steps a learner and tells of it: PSOUP_ERROR_CANCELLED afterwards, when that says stop. */
+static psoup_status finish_step(psoup__dpo_trainer *t, psoup__dpo_learner *l, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    const psoup_dpo_options *o = &t->options;
+    float rate = psoup__learning_rate(o->learning_rate, o->schedule, o->warmup_steps, l->step + 1,
+                                      l->total);
+    PSOUP__TRY(psoup__optimizer_step(&l->optimizer, rate, &l->norm, &l->stepped, error));
+    psoup__metrics metrics = {.n = 0};
+    report_sums(l, (double)(l->step_end - l->at), &metrics);
+    psoup__metric(&metrics, "learning_rate", rate);
+    psoup__metric(&metrics, "grad_norm", l->norm);
+    psoup__metric(&metrics, "skipped", !l->stepped);
+    l->at = l->step_end;
+    l->step++;
+    PSOUP__TRY(psoup__report(&t->reporter, "train", l->name, l->step, l->total, &metrics, error));
+fail:
+    return status;
+}
+
+psoup_status psoup__dpo_step(psoup__dpo_trainer *t, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t j = 0; j < t->n; j++)
+        if (t->learners[j].step < t->learners[j].total)
+            begin_step(t, &t->learners[j]);
+    for (int32_t a = 0; a < t->options.accumulation; a++)
+        PSOUP__TRY(run_micro_batch(t, error));
+    for (size_t j = 0; j < t->n; j++) {
+        psoup__dpo_learner *l = &t->learners[j];
+        if (l->step < l->total && !psoup__goes_on(&status, finish_step(t, l, error)))
+            break;
+    }
+fail:
+    return status;
+}
+
+static psoup_status finish_validation(psoup__dpo_trainer *t, psoup__dpo_learner *l, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    double count = (double)l->n_validation;
+    psoup__metrics metrics = {.n = 0};
+    report_sums(l, count, &metrics);
+    l->validated = l->step;
+    if (t->options.keep_best)
+        PSOUP__TRY(psoup__best_offer(&l->best, t->model->be, l->adapter->data, l->adapter->count,
+                                     l->right / count, -l->loss / count, l->step, error));
+    PSOUP__TRY(psoup__report(&t->reporter, "validation", l->name, l->step, l->total, &metrics, error));
+fail:
+    return status;
+}
+
+psoup_status psoup__dpo_validate(psoup__dpo_trainer *t, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    size_t n = 0;
+    for (size_t j = 0; j < t->n; j++) {
+        psoup__dpo_learner *l = &t->learners[j];
+        if (!l->due)
+            continue;
+        clear_sums(l);
+        for (size_t i = 0; i < l->n_validation; i++, n++) {
+            t->item[n] = l->validation[i];
+            t->owner[n] = (int32_t)j;
+            t->stream[n] = 0;
+        }
+    }
+    PSOUP__TRY(run_items(t, &t->validation, n, EVALUATE, error));
+    for (size_t j = 0; j < t->n; j++) {
+        psoup__dpo_learner *l = &t->learners[j];
+        if (l->due && !psoup__goes_on(&status, finish_validation(t, l, error)))
+            break;
+    }
+fail:
+    return status;
+}
