@@ -208,12 +208,17 @@ typedef struct psoup_dpo_options {
     const char *metrics;
     psoup_step_fn on_step;
     void *user;
+    const char *checkpoint_dir; /* where the run is kept, so that it can go on; NULL: nowhere */
+    int32_t checkpoint_every;   /* optimiser steps between checkpoints; 0: when it is stopped only */
+    int32_t checkpoint_keep;    /* so many stay */
+    int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
+    int32_t reserved; /* 0 */
 } psoup_dpo_options;
 #define PSOUP_DPO_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_dpo_options), .epochs = 1, .batch_size = 8, .accumulation = 1,           \
      .learning_rate = 1e-5f, .beta1 = 0.9f, .beta2 = 0.999f, .epsilon = 1e-8f,                     \
      .max_grad_norm = 1.0f, .schedule = PSOUP_SCHEDULE_LINEAR, .beta = 0.1f, .max_tokens = 1024,   \
-     .keep_best = 1}
+     .keep_best = 1, .checkpoint_every = 100, .checkpoint_keep = 3}
 const psoup_field *psoup_dpo_fields(void);
 
 /* Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, equation 7) of n_policies
