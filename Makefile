@@ -211,6 +211,12 @@ $B/tests/gpu/llama: $B/tests/gpu/llama.o $B/libpsoup.a
 	@echo "  LINK $@"
 	$(Q)$(CC) $(LDFLAGS) $^ $(LIBS) -Wl,-rpath,$(CURDIR)/$(HOST_B) -o $@
 
+# The library with the names inside it, for tests/gpu/correct_ops.py.
+$B/tests/gpu/libops.so: $(OBJ)
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	$(Q)$(CC) -shared $(LDFLAGS) $(OBJ) $(LIBS) -o $@
+
 # The words of cuda/philox.cuh; and where CUDA's headers are, what src/gpu says of them.
 $B/tests/philox: tests/philox.cc $B/src/base/philox.o
 	@mkdir -p $(@D)
@@ -283,9 +289,12 @@ check-all: deps-test
 	@$(MAKE) --no-print-directory GPU_ARCHS=all gpu-images
 	@set -e; for order in 1 2; do for t in checkops/checkops test_gpu test_gpu_train; do \
 	    echo "== $$t, the threads of a block in order $$order"; PSOUP_HOST_ORDER=$$order $B/tests/$$t; done; done
-	@if $(PYTHON) -c 'import torch' 2>/dev/null; then echo "== the model against float64 PyTorch"; \
-	    PSOUP_LIBRARY=$(abspath $B/libpsoup.so) PYTHONPATH=bindings/python $(PYTHON) -B tests/gpu/correct.py --device cpu; \
-	else echo "== the model against float64 PyTorch: skipped, $(PYTHON) has no torch"; fi
+	@echo "== every op and the model against float64 PyTorch, on the CPU"; \
+	if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	    $(MAKE) --no-print-directory $B/tests/gpu/libops.so $B/libpsoup.so; export PYTHONPATH=bindings/python; \
+	    $(PYTHON) -B tests/gpu/correct_ops.py $B/tests/gpu/libops.so --device cpu && \
+	    PSOUP_LIBRARY=$(abspath $B/libpsoup.so) $(PYTHON) -B tests/gpu/correct.py --device cpu; \
+	else echo "skipped: $(PYTHON) has no torch"; fi
 	@PSOUP_LONG=1 $(MAKE) --no-print-directory config=sanitize run-tests
 	@$(MAKE) --no-print-directory fuzz
 
@@ -394,7 +403,7 @@ gpu:
 	@$(PYTHON) -B tests/gpu/run.py build/gpu --check $(STAGE)
 	@$(MAKE) --no-print-directory deps
 	@$(MAKE) --no-print-directory B=build/gpu GPU_ARCHS="$(GPU_HERE)" \
-	    $(addprefix build/gpu/,libpsoup.so tests/checkops/checkops tests/gpu/llama)
+	    $(addprefix build/gpu/,libpsoup.so tests/checkops/checkops tests/gpu/libops.so tests/gpu/llama)
 	@$(PYTHON) -B tests/gpu/run.py build/gpu $(STAGE)
 
 # What of it is ours, in tiny shapes, on the host driver: every goal is measured for and stands in the table.

@@ -40,7 +40,7 @@ def adapted(model, *names, dropout=0.0):
     return model
 
 
-# ---- decoding: a plain LLaMA with a static cache, as a CUDA graph; transformers' generate ----------------------
+# ---- decoding: a plain LLaMA with a static cache, as a CUDA graph; transformers' generate ------------------
 
 
 def decoder(rows, compiled, mixed):
@@ -110,7 +110,7 @@ def generate_all():
                     lambda: generate(model, rows, cache_implementation="static"))
 
 
-# ---- LoRA training -----------------------------------------------------------------------------------------------
+# ---- LoRA training -----------------------------------------------------------------------------------------
 
 
 def train():
@@ -132,7 +132,7 @@ def train():
                 lambda: milliseconds(step_of(compiled), 5, 3))
 
 
-# ---- a PPO step ----------------------------------------------------------------------------------------------------
+# ---- a PPO step --------------------------------------------------------------------------------------------
 
 
 class Ppo:

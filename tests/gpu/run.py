@@ -29,7 +29,7 @@ CHECK = "{b}/tests/checkops/checkops --device cuda:0 "
 SANITIZER = "compute-sanitizer --error-exitcode 3 --tool "
 STAGES = {
     "device": ["{py} {here}/ceilings.py"],
-    "correctness": [CHECK, "{py} {here}/correct.py"],
+    "correctness": [CHECK, "{py} {here}/correct_ops.py {b}/tests/gpu/libops.so", "{py} {here}/correct.py"],
     "sanitizer": [SANITIZER + tool + " " + CHECK + group for tool in ("memcheck", "racecheck") for group in GROUPS],
     "ops": ["{b}/tests/checkops/checkops --bench --json --device cuda:0", "{py} {here}/ops.py"],
     "decode": ["{b}/tests/gpu/llama decode", "{py} {here}/peer.py decode", "{py} {here}/peer.py generate"],

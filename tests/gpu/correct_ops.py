@@ -1,0 +1,446 @@
+"""Every op of src/ops.h against float64 PyTorch: the table is read from the header and called as the model calls it.
+
+    correct_ops.py BUILD/tests/gpu/libops.so [--device cuda:0]
+"""
+import ctypes
+import os
+import re
+import sys
+from ctypes import POINTER, Structure, byref, c_bool, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, \
+    c_void_p
+
+import torch
+import torch.nn.functional as F
+
+os.environ["PSOUP_LIBRARY"] = sys.argv[1]  # as libpsoup.so, but with the names inside it
+import psoup  # noqa: E402
+from psoup import _abi  # noqa: E402
+from psoup._library import lib  # noqa: E402
+
+device = sys.argv[sys.argv.index("--device") + 1] if "--device" in sys.argv else "cuda:0"
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+DTYPES = {"f32": (0, torch.float32, 2e-5), "f16": (1, torch.float16, 3e-3), "bf16": (2, torch.bfloat16, 2e-2)}
+SIZES = ((1, 64), (37, 129), (128, 640))  # rows, width
+torch.manual_seed(1)
+NOT_HERE = {"free", "copy", "zero", "record", "replay", "advance"}  # they compute nothing; see test_gpu.c
+failures = checks = 0
+
+
+def fields(*names_and_kinds):
+    return type("Struct", (Structure,), {"_fields_": list(names_and_kinds)})
+
+
+Weight = fields(("dtype", c_int32), ("out", c_int32), ("in", c_int32), ("data", c_void_p), ("forward", c_void_p),
+                ("backward", c_void_p))
+Lora = fields(("rank", c_int32), ("scale", c_float), ("a", c_void_p), ("b", c_void_p), ("da", c_void_p),
+              ("db", c_void_p))
+Mix = fields(("n", c_int32), ("weight", c_void_p), ("rows", c_void_p), ("first", c_void_p), ("dweight", c_void_p))
+Keys = fields(("dtype", c_int32), ("stride", c_int64), ("k", c_void_p), ("v", c_void_p), ("dk", c_void_p),
+              ("dv", c_void_p), ("pages", c_void_p))
+Spans = fields(("span", c_void_p), ("n", c_int32), ("most_queries", c_int32), ("most_keys", c_int32))
+Shape = fields(("heads", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32), ("scale", c_float), ("dtype", c_int32))
+Draw = fields(("temperature", c_float), ("top_k", c_int32), ("top_p", c_float), ("seed", c_uint64),
+              ("sequence", c_uint64), ("position", c_uint64), ("banned", c_void_p), ("n_banned", c_int32))
+Adamw = fields(*((name, c_float) for name in ("lr", "beta1", "beta2", "epsilon", "weight_decay", "correction1",
+                                              "correction2", "gradient_scale")))
+Dropout = fields(("p", c_float), ("seed", c_void_p), ("stream", c_void_p), ("offset", c_void_p))
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+
+class Table:
+    """ops.rmsnorm(out, rstd, …) calls that op of the backend. Tensors stand for their device memory (see `put`)."""
+
+    def __init__(self, context):
+        text = open(os.path.join(ROOT, "src", "ops.h"), encoding="utf-8").read()
+        text = re.sub(r"/\*.*?\*/", "", text[text.index("typedef struct psoup__ops {"):], flags=re.S)
+        kinds = {"int32_t": c_int32, "int64_t": c_int64, "size_t": c_size_t, "float": c_float, "bool": c_bool,
+                 "psoup_dtype": c_int, "psoup_status": c_int, "void": None}
+        kind = lambda words: c_void_p if "*" in words else kinds[words.split()[0]]
+        members = [("name", ctypes.c_char_p), ("on_host", c_bool), ("page", c_int32)]
+        text = text[:text.index("} psoup__ops;")]
+        for result, name, parameters in re.findall(r"(\w+ ?\*?)\(\*(\w+)\)\(([^)]*)\)", text):
+            members.append((name, ctypes.CFUNCTYPE(kind(result), *(kind(p) for p in parameters.split(",")))))
+        struct, self.be, error = fields(*members), c_void_p(), _abi.psoup_error()
+        create = lib.psoup__cpu_create if device == "cpu" else lib.psoup__gpu_create
+        if create(context.handle, byref(self.be), byref(error)) != 0:
+            sys.exit("correct_ops.py: " + error.message.decode())
+        self.table = ctypes.cast(self.be, POINTER(POINTER(struct)))[0].contents
+        self.page, self.called = self.table.page, set()
+        self.names = {name for name, _ in members[3:]}
+
+    def __getattr__(self, name):
+        function = getattr(self.table, name)
+        self.called.add(name)
+        return lambda *given: function(self.be, *(a.address if isinstance(a, Buffer) else
+                                                  byref(a) if isinstance(a, Structure) else a for a in given))
+
+    def need(self, status, error):
+        if status:
+            sys.exit("correct_ops.py: " + error.message.decode())
+
+
+class Buffer:
+    """A tensor in device memory. get() reads it, in float64."""
+
+    def __init__(self, x):
+        self.x = x.contiguous()
+        self.bytes, error = self.x.numel() * self.x.element_size(), _abi.psoup_error()
+        self.address = ops.alloc(max(self.bytes, 1), 1, error)
+        ops.need(not self.address, error)
+        ops.write(self.address, self.x.data_ptr(), self.bytes)
+        self.before = self.x.double()
+
+    def get(self, dtype=None):
+        out, error = torch.empty_like(self.x), _abi.psoup_error()
+        ops.need(ops.read(out.data_ptr(), self.address, self.bytes, error), error)
+        return out.double() if dtype is None else out
+
+    def __del__(self):
+        ops.release(self.address)
+
+
+def normal(*shape, dtype=torch.float32):
+    return Buffer(torch.randn(*shape).to(dtype))
+
+
+def blank(*shape):
+    """An output: NaN, for what is not written to be seen."""
+    return Buffer(torch.full(shape, float("nan")))
+
+
+def whole(values, dtype=torch.int32):
+    return Buffer(torch.as_tensor(values).to(dtype))
+
+
+def leaf(buffer):
+    return buffer.before.clone().requires_grad_()
+
+
+def cache_of(code):
+    """The dtype of a cache for weights of a dtype."""
+    return next((c, kind) for c, kind, _ in DTYPES.values() if c == ops.cache(code))
+
+
+def check(op, what, got, want, tolerance=2e-5):
+    global checks, failures
+    got = got.get() if isinstance(got, Buffer) else got
+    want = want.detach().double().reshape(got.shape)
+    error = ((got - want).norm() / (want.norm() + 1e-30)).item()
+    checks += 1
+    if not error <= tolerance:
+        failures += 1
+        print("FAILED %s, %s: %.2e of %.0e" % (op, what, error, tolerance))
+
+
+# ---- rows and layers ---------------------------------------------------------------------------------------
+
+
+def layers(rows, width):
+    x, w, rstd, out = normal(rows, width), normal(width), blank(rows, 1), blank(rows, width)
+    ops.rmsnorm(out, rstd, x, w, 1e-5, rows, width)
+    xl, wl = leaf(x), leaf(w)
+    scale = torch.rsqrt(xl.pow(2).mean(-1, True) + 1e-5)
+    check("rmsnorm", "out", out, xl * scale * wl)
+    check("rmsnorm", "rstd", rstd, scale)
+    dx, dw, dout = normal(rows, width), normal(width), normal(rows, width)
+    (xl * scale * wl).backward(dout.before)
+    ops.rmsnorm_backward(dx, dw, dout, x, w, rstd, rows, width)
+    check("rmsnorm_backward", "dx", dx, dx.before + xl.grad)
+    check("rmsnorm_backward", "dweight", dw, dw.before + wl.grad)
+
+    gate, up, out, dgate, dup = normal(rows, width), normal(rows, width), blank(rows, width), blank(rows, width), \
+        blank(rows, width)
+    ops.swiglu(out, gate, up, rows * width)
+    gl, ul = leaf(gate), leaf(up)
+    check("swiglu", "out", out, F.silu(gl) * ul)
+    (F.silu(gl) * ul).backward(dout.before)
+    ops.swiglu_backward(dgate, dup, dout, gate, up, rows * width)
+    check("swiglu_backward", "dgate", dgate, gl.grad)
+    check("swiglu_backward", "dup", dup, ul.grad)
+
+    sum_, y = normal(rows, width), normal(rows, width)
+    ops.add(sum_, y, rows * width)
+    check("add", "x", sum_, sum_.before + y.before)
+
+
+def rope(rows, heads, dim):
+    stride = heads * dim + 8
+    angle = torch.outer(torch.arange(200.0), 10000.0 ** (-torch.arange(0, dim, 2) / dim))
+    table, position = Buffer(torch.cat((angle.cos(), angle.sin()), 1)), whole([(7 * i) % 200 for i in range(rows)])
+    for inverse in (False, True):
+        x = normal(rows, stride)
+        ops.rope(x, table, position, rows, heads, dim, stride, inverse)
+        cos, sin = table.before[position.x.long()][:, None].chunk(2, -1)
+        a, b = x.before[:, :heads * dim].reshape(rows, heads, dim).chunk(2, -1)
+        sin = -sin if inverse else sin
+        want = x.before.clone()
+        want[:, :heads * dim] = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).reshape(rows, -1)
+        check("rope", "inverse" if inverse else "x", x, want)
+
+
+def moves(rows, width, dtype):
+    code, kind, tolerance = DTYPES[dtype]
+    table, token = normal(50, width, dtype=kind), whole(torch.randint(50, (rows,)))
+    out, dtable, dout = blank(rows, width), normal(50, width), normal(rows, width)
+    ops.embed(out, Weight(code, 50, width, table.address), token, rows)
+    check("embed", dtype, out, table.before[token.x.long()], 0)
+    ops.embed_backward(dtable, dout, token, 50, width, rows)
+    check("embed_backward", "dtable", dtable, dtable.before.index_add(0, token.x.long(), dout.before))
+
+    place, k, v = whole(torch.randperm(rows + 5)[:rows]), normal(rows, width), normal(rows, width)
+    code, kind = cache_of(code)
+    cache_k, cache_v = normal(rows + 5, width, dtype=kind), normal(rows + 5, width, dtype=kind)
+    ops.cache_append(Keys(code, width, cache_k.address, cache_v.address), place, k, v, rows, width)
+    for cache, given in ((cache_k, k), (cache_v, v)):
+        want = cache.before.clone()
+        want[place.x.long()] = given.x.to(kind).double()
+        check("cache_append", dtype, cache, want, 0)
+
+    row, out, scale = whole(torch.randperm(rows + 5)[:rows]), blank(rows, width), normal(rows)
+    source, sums = normal(rows + 5, width), normal(rows + 5, width)
+    ops.gather_rows(out, source, row, rows, width)
+    check("gather_rows", "out", out, source.before[row.x.long()], 0)
+    for scales in (scale, None):
+        before = sums.get()
+        ops.scatter_add_rows(sums, k, scales, row, rows, width)
+        part = k.before * scale.before[:, None] if scales else k.before
+        check("scatter_add_rows", "out", sums, before.index_add(0, row.x.long(), part))
+
+    w, bias, out, dhidden, dw, dbias, dout = normal(width), normal(1), blank(rows), normal(rows + 5, width), \
+        normal(width), normal(1), normal(rows)
+    ops.head(out, source, row, w, bias, rows, width)
+    chosen = source.before[row.x.long()]
+    check("head", "out", out, chosen @ w.before + bias.before)
+    ops.head_backward(dhidden, dw, dbias, dout, source, row, w, rows, width)
+    check("head_backward", "dhidden", dhidden, dhidden.before.index_add(0, row.x.long(),
+                                                                        torch.outer(dout.before, w.before)))
+    check("head_backward", "dw", dw, dw.before + dout.before @ chosen)
+    check("head_backward", "dbias", dbias, dbias.before + dout.before.sum())
+
+
+# ---- random words ------------------------------------------------------------------------------------------
+
+
+def philox(seed, sequence, position):
+    """The word at a position: Philox4x32-10 (Salmon et al. 2011), keyed and counted as cuRAND does."""
+    low = 0xffffffff
+    block = position // 4
+    c, k = [block & low, block >> 32, sequence & low, sequence >> 32], [seed & low, seed >> 32]
+    for _ in range(10):
+        p, q = c[0] * 0xd2511f53, c[2] * 0xcd9e8d57
+        c = [q >> 32 ^ c[1] ^ k[0], q & low, p >> 32 ^ c[3] ^ k[1], p & low]
+        k = [k[0] + 0x9e3779b9 & low, k[1] + 0xbb67ae85 & low]
+    return c[position % 4]
+
+
+def uniform(*where):
+    return (philox(*where) >> 8) * 2.0 ** -24
+
+
+def dropout(rows, width):
+    p = 0.3
+    host = [torch.randint(1 << 40, (rows,)) for _ in range(3)]
+    settings = Dropout(p, *(t.data_ptr() for t in host))
+    x, out, dx = normal(rows, width), blank(rows, width), normal(rows, width)
+    ops.dropout(out, x, settings, rows, width)
+    kept = torch.tensor([[uniform(int(seed), int(stream), int(offset) * width + j) >= p for j in range(width)]
+                         for seed, stream, offset in zip(*host)]).double()
+    check("dropout", "out", out, x.before * kept / (1 - p))
+    ops.dropout_backward(dx, x, settings, rows, width)
+    check("dropout_backward", "dx", dx, dx.before + x.before * kept / (1 - p))
+
+
+def sample(rows, vocab):
+    kinds = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.9, 20, 0.5)]
+    logits, token, logprob = Buffer(3 * torch.randn(rows, vocab)), whole([-7] * rows), blank(rows)
+    banned = whole(torch.randint(vocab, (rows, 3)))
+    draws = (Draw * rows)(*(Draw(*kinds[i % len(kinds)], 11, 5 + i, 3 * i, banned.address + 12 * i, i % 4 and 3)
+                            for i in range(rows)))
+    ops.sample(token, logprob, logits, Buffer(torch.frombuffer(bytearray(draws), dtype=torch.uint8)), rows, vocab)
+    got = token.get().long()
+    for i in range(rows):
+        d, row = draws[i], logits.before[i].clone()
+        row[banned.x[i][:d.n_banned].long()] = -torch.inf
+        order = row.argsort(descending=True, stable=True)
+        choices = {int(order[0])}
+        if d.temperature > 0:
+            p = (row[order][:d.top_k or vocab] / d.temperature).softmax(0)
+            p = p[p.cumsum(0) - p < d.top_p]
+            edges = (p / p.sum()).cumsum(0)
+            u = uniform(d.seed, d.sequence, d.position)
+            choices = {int(order[min(int((edges <= at).sum()), len(p) - 1)]) for at in (u - 1e-6, u, u + 1e-6)}
+        check("sample", "row %d" % i, torch.tensor([float(int(got[i]) in choices)]), torch.ones(1), 0)
+    check("sample", "logprob", logprob, logits.before.log_softmax(-1).gather(1, got[:, None]))
+
+
+# ---- losses and the optimiser ------------------------------------------------------------------------------
+
+
+def losses(rows, vocab):
+    logits, target = normal(rows, vocab), whole(torch.randint(vocab, (rows,)))
+    logprob, lse, given = blank(rows), blank(rows), normal(rows)
+    ops.logprob(logprob, lse, logits, target, rows, vocab)
+    x = leaf(logits)
+    want = x.log_softmax(-1).gather(1, target.x.long()[:, None])[:, 0]
+    check("logprob", "logprob", logprob, want)
+    check("logprob", "lse", lse, x.logsumexp(-1))
+    for weights in (given, None):
+        dlogits = blank(rows, vocab)
+        x.grad = None
+        want.backward(given.before if weights else torch.ones(rows).double(), retain_graph=True)
+        ops.logprob_backward(dlogits, logits, lse, target, weights, rows, vocab)
+        check("logprob_backward", "dlogits", dlogits, x.grad)
+
+
+def optimiser(n):
+    p, m, v, g = normal(n), Buffer(torch.zeros(n)), Buffer(torch.zeros(n)), normal(n)
+    x = leaf(p)
+    adamw, error = torch.optim.AdamW([x], lr=1e-2, eps=1e-8, weight_decay=0.1), _abi.psoup_error()
+    x.grad = 0.25 * g.before
+    for step in range(1, 4):
+        adamw.step()
+        ops.adamw(p, m, v, g, n, Adamw(1e-2, 0.9, 0.999, 1e-8, 0.1, 1 - 0.9 ** step, 1 - 0.999 ** step, 0.25))
+        check("adamw", "step %d of %d" % (step, n), p, x)
+    total = c_double()
+    ops.need(ops.sum_squares(ctypes.addressof(total), g, n, error), error)
+    check("sum_squares", "%d" % n, torch.tensor([total.value], dtype=torch.float64), (g.before ** 2).sum(), 1e-12)
+
+
+# ---- linear_mix --------------------------------------------------------------------------------------------
+
+
+def linear_mix(rows, n_in, n_out, ranks, dtype, apart, bias):
+    """`apart`: the adapters read another input than the base, as after dropout."""
+    code, kind, tolerance = DTYPES[dtype]
+    what = "%s, %d rows, %d to %d, ranks %s" % (dtype, rows, n_in, n_out, ranks)
+    n, x, w = len(ranks), normal(rows, n_in), normal(n_out, n_in, dtype=kind)
+    xs = normal(rows, n_in) if apart else x
+    b = normal(n_out) if bias else None
+    weights = torch.randn(rows, max(n, 1)) * (torch.rand(rows, max(n, 1)) < 0.6)
+    weights = Buffer(weights[:, :n])
+    uses = [weights.x[:, i].nonzero()[:, 0] for i in range(n)]
+    first = torch.tensor([0] + [len(u) for u in uses]).cumsum(0).int()
+    listed, dweight = whole(torch.cat([*uses, torch.zeros(1)])), Buffer(torch.randn(rows, max(n, 1))[:, :n])
+    factors = [(normal(r, n_in), normal(n_out, r), normal(r, n_in), normal(n_out, r)) for r in ranks]
+    loras = (Lora * max(n, 1))(*(Lora(r, 0.5 + i, *(f.address for f in fs))
+                                 for i, (r, fs) in enumerate(zip(ranks, factors))))
+    mix = Mix(n, weights.address, listed.address, first.data_ptr(), dweight.address)
+    size = max(sum(len(u) * r for u, r in zip(uses, ranks)), 1)
+    weight, y, u, du = Weight(code, n_out, n_in, w.address), blank(rows, n_out), blank(size), blank(size)
+    error = _abi.psoup_error()
+    ops.need(ops.weight_pack(weight, True, error), error)
+    ops.linear_mix(y, u, x, xs, weight, b, ctypes.addressof(loras), mix, rows)
+    xl, wl, ml = leaf(x), leaf(w), leaf(weights)
+    sl, bl, fl = leaf(xs) if apart else xl, leaf(b) if bias else None, [(leaf(f[0]), leaf(f[1])) for f in factors]
+    want = F.linear(xl, wl, bl)
+    for i, (a_, b_) in enumerate(fl):
+        want = want + ml[:, i:i + 1] * (0.5 + i) * (sl @ a_.T @ b_.T)
+    check("linear_mix", what, y, want, tolerance)
+
+    dy, dx, dxs, dw = normal(rows, n_out), normal(rows, n_in), normal(rows, n_in), normal(n_out, n_in)
+    dxs, dbias = dxs if apart else dx, normal(n_out)
+    want.backward(dy.before)
+    ops.linear_mix_backward(dx, dxs, dw, dbias, du, dy, x, xs, u, weight, ctypes.addressof(loras), mix, rows)
+    ops.weight_unpack(weight)
+    check("linear_mix_backward", "dx, " + what, dx, dx.before + xl.grad, tolerance)
+    if apart and n:
+        check("linear_mix_backward", "dx_lora, " + what, dxs, dxs.before + sl.grad, tolerance)
+    check("linear_mix_backward", "dw, " + what, dw, dw.before + wl.grad, tolerance)
+    check("linear_mix_backward", "dbias, " + what, dbias, dbias.before + dy.before.sum(0))
+    for f, l in zip(factors, fl):
+        if len(l[0]):
+            check("linear_mix_backward", "da, " + what, f[2], f[2].before + l[0].grad, tolerance)
+            check("linear_mix_backward", "db, " + what, f[3], f[3].before + l[1].grad, tolerance)
+    if n:
+        used = (weights.before != 0) * (torch.tensor(ranks) > 0)
+        check("linear_mix_backward", "dweight, " + what, (dweight.get() - dweight.before) * used, ml.grad * used,
+              tolerance)
+
+
+# ---- attention ---------------------------------------------------------------------------------------------
+
+
+def attention(dtype, heads, kv, dim, paged):
+    code, kind, tolerance = DTYPES[dtype]
+    what = "%s, %d of %d heads of %d%s" % (dtype, kv, heads, dim, ", pages" if paged else "")
+    page, sizes = ops.page, [(1, 1), (37, 37), (64, 64), (129, 129)]
+    if paged:
+        sizes = [(1, 1), (37, 37), (1, 129), (20, 83)]
+    spans, queries, keys, lists = [], 0, 0, []
+    for q, k in sizes:
+        spans.append([queries, q, k, len(lists) if paged else keys])
+        lists += [0] * (-(-k // page)) if paged else []
+        queries, keys = queries + q, keys + k
+    lists = torch.randperm(len(lists))
+    total = len(lists) * page if paged else keys
+    held_code, stored = cache_of(code) if paged else (0, torch.float32)
+    k, v = normal(total, kv * dim, dtype=stored), normal(total, kv * dim, dtype=stored)
+    q, out, lse = normal(queries, heads * dim), blank(queries, heads * dim), blank(queries, heads)
+    table, pages = whole(spans), whole(lists) if paged else None
+    dk, dv, dq, dout = normal(total, kv * dim), normal(total, kv * dim), blank(queries, heads * dim), \
+        normal(queries, heads * dim)
+    held = Keys(held_code, kv * dim, k.address, v.address, dk.address, dv.address,
+                pages.address if paged else None)
+    batch = Spans(table.address, len(sizes), max(q for q, _ in sizes), max(k for _, k in sizes))
+    shape = Shape(heads, kv, dim, dim ** -0.5, code)
+    ops.attention(out, lse, q, held, batch, shape)
+
+    ql, kl, vl = leaf(q), leaf(k), leaf(v)
+    outs, sums = [], []
+    for at, n, length, first in spans:
+        rows = torch.arange(length) + first
+        if paged:
+            rows = lists[first + torch.arange(length) // page] * page + torch.arange(length) % page
+        split = lambda x, h: x.reshape(-1, h, dim).transpose(0, 1)
+        k_, v_ = (split(x[rows], kv).repeat_interleave(heads // kv, 0) for x in (kl, vl))
+        scores = split(ql[at:at + n], heads) @ k_.transpose(1, 2) * dim ** -0.5
+        scores = scores.masked_fill(torch.ones(n, length).tril(length - n) == 0, -torch.inf)
+        outs.append((scores.softmax(-1) @ v_).transpose(0, 1).reshape(n, -1))
+        sums.append(scores.logsumexp(-1).T)
+    check("attention", what, out, torch.cat(outs), tolerance)
+    check("attention", "lse, " + what, lse, torch.cat(sums), tolerance)
+    if paged:
+        return
+    torch.cat(outs).backward(dout.before)
+    ops.attention_backward(dq, dout, q, out, lse, held, batch, shape)
+    tolerance = max(tolerance, DTYPES["bf16"][2]) if dtype != "f32" else tolerance  # f16 may be taken in bf16
+    for name, got, want in (("dq", dq, ql.grad), ("dk", dk, dk.before + kl.grad), ("dv", dv, dv.before + vl.grad)):
+        check("attention_backward", name + ", " + what, got, want, tolerance)
+
+
+# ---- the program -------------------------------------------------------------------------------------------
+
+
+def main():
+    error = _abi.psoup_error()
+    ops.need(ops.reserve(1024, 1024, error), error)
+    for rows, width in SIZES:
+        layers(rows, width)
+        losses(rows, width + 1)
+        moves(rows, width, "f32")
+        sample(rows, width)
+    for rows, heads, dim in ((1, 1, 64), (37, 3, 128), (129, 2, 80)):
+        rope(rows, heads, dim)
+    dropout(37, 65)
+    for n in (1, 1000, 65537):
+        optimiser(n)
+    for dtype in DTYPES:
+        moves(37, 96, dtype)
+        for rows, ranks, apart, bias in ((1, (16, 4), False, False), (5, (8, 0, 16), False, True),
+                                         (70, (), False, False), (130, (16, 3, 16), True, True)):
+            linear_mix(rows, 128, 192, ranks, dtype, apart, bias)
+        for heads, kv, dim in ((2, 2, 64), (4, 1, 128)):
+            for paged in (False, True) if ops.page else (False,):
+                attention(dtype, heads, kv, dim, paged)
+    print("%d checks of ops against float64 PyTorch, %d failed" % (checks, failures))
+    missed = ops.names - ops.called - NOT_HERE
+    if missed:
+        sys.exit("correct_ops.py: no check calls %s" % ", ".join(sorted(missed)))
+    return failures > 0
+
+
+context = psoup.Context(device=device)
+ops = Table(context)
+sys.exit(main())
