@@ -50,6 +50,10 @@ class Gpu(Case):
     @classmethod
     def setUpClass(cls):
         cls.driver = ctypes.CDLL(DRIVER)  # who asks for libcuda.so.1 from now on finds this one
+        context = ctypes.c_void_p()  # the device's primary one, as PyTorch makes it current
+        cls.driver.cuInit(0)
+        cls.driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+        cls.driver.cuCtxSetCurrent(context)
 
     def setUp(self):
         super().setUp()
