@@ -345,7 +345,7 @@ static void harm_for_ever(void) {
 }
 
 START_TEST(beside_a_process_that_truncates) {
-    const int seconds = getenv("PSOUP_LONG") != NULL ? 20 : 0;
+    const int seconds = getenv("PSOUP_LONG") != NULL ? 5 : 0;
     int failures = 0, successes = 0;
     take_place(_i);
     how = HARMS;
