@@ -168,7 +168,7 @@ END_TEST
 
 /* In a process whose libcuda.so.1 is none: this program again, told where to look. */
 START_TEST(no_driver_is_told) {
-    char directory[] = "/tmp/psoup-gpu-XXXXXX", path[64];
+    char directory[] = P_tmpdir "/psoup-gpu-XXXXXX", path[64];
     ck_assert_ptr_nonnull(mkdtemp(directory));
     snprintf(path, sizeof path, "%s/libcuda.so.1", directory);
     FILE *file = fopen(path, "w");
