@@ -109,7 +109,8 @@ psoup_status psoup_merger_set_base(psoup_merger *merger, const char *path, psoup
  * nothing is mapped. Where one was truncated, written to, replaced or removed since it was added, this run and
  * those after it fail (PSOUP_ERROR_IO); where one cannot be read, this run. The error names the file, and the
  * tensor whose bytes are missing.
- * Adapters alone become one adapter, or with a base a full model. Beside full models an adapter stands for the base with its change, and the base must be set.
+ * Adapters alone become one adapter, or with a base a full model. Beside full models an adapter stands for the
+ * base with its change, and the base must be set.
  * "MODEL+ADAPTER" names a full model that is MODEL with the adapter folded in. */
 psoup_status psoup_merger_add(psoup_merger *merger, const char *path, double weight,
                               psoup_error *error);
@@ -124,8 +125,8 @@ psoup_status psoup_merger_set_weights(psoup_merger *merger, const double *weight
 
 /* A parameter by its name in docs/merging.md ("weight", "density", "gamma", "epsilon", "lambda", "t",
  * "normalize", "rescale", "vote" (0 total, 1 frequency), "scale", "filter_wise", "nuslerp_flatten",
- * "nuslerp_row_wise"), for one source (its number in the order added) or for all (−1). `filter` says for which tensors: NULL all; "re:" and an
- * expression as PEFT's rank_pattern has them, which must match the end of the name from its beginning or
+ * "nuslerp_row_wise"), for one source (its number in the order added) or for all (−1). `filter` says for which
+ * tensors: NULL all; "re:" and an expression as PEFT's rank_pattern has them, which must match the end of the name from its beginning or
  * after a dot; otherwise any tensor whose name contains it. n values are a gradient over the depth, as
  * mergekit has it: the first layer has the first value, the last the last, those between are interpolated;
  * tensors outside the layers have the first. What is said later goes before what was said earlier, a
