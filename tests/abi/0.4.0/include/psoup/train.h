@@ -1,0 +1,403 @@
+/* psoup/train.h: supervised fine-tuning, reward models, DPO and PPO, on the adapters of one model.
+ *
+ * Everything trains in place: the named adapters of the psoup_model change, the base stays (but for
+ * psoup_sft without an adapter). Several reward models and several policies train side by side in one
+ * batch; each one's result carries the same bits as when it trains alone (on the CPU).
+ */
+#ifndef PSOUP_TRAIN_H
+#define PSOUP_TRAIN_H
+
+#include "psoup/data.h"
+#include "psoup/model.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- what a trainer tells ------------------------------------------------------------------- */
+
+/* One report: the metrics of one step, or of one validation. Valid during the call. */
+typedef struct psoup_step {
+    size_t size;
+    const char *phase;   /* "train" or "validation" */
+    const char *subject; /* the adapter trained; "base" for a base */
+    int64_t step, total; /* from 1; optimiser steps (sft, reward, dpo) or PPO steps */
+    size_t n;
+    const char *const *names; /* [n] "loss", "reward", "kl", … */
+    const double *values;     /* [n] */
+} psoup_step;
+/* Return non-zero to stop: the trainer returns PSOUP_ERROR_CANCELLED with its weights as they are. With
+ * a checkpoint_dir it first keeps them, so that the run can go on. */
+typedef int (*psoup_step_fn)(void *user, const psoup_step *step);
+
+typedef enum psoup_schedule {
+    PSOUP_SCHEDULE_CONSTANT = 0,
+    PSOUP_SCHEDULE_LINEAR = 1, /* would be 0 one step after the last */
+    PSOUP_SCHEDULE_COSINE = 2
+} psoup_schedule;
+
+/* ---- going on ------------------------------------------------------------------------------------
+ *
+ * With checkpoint_dir a trainer keeps its whole run there, in files checkpoint-STEP.safetensors.zst:
+ * weights, moments, schedules, counters of the random words, its place in the data, the best weights so
+ * far, and how long the metrics file was. They are written beside, synced and renamed: one before the
+ * first step, one every checkpoint_every steps, one after the last, and one when on_step stops the run.
+ * Kill the program at any moment; the same call with resume = 1, on the same model as it was before
+ * training, goes on from the newest and ends with the same bytes of weights and metrics on the CPU (same
+ * build, same instruction set). What was done since is done again, from the same random words: rollouts
+ * of a PPO step that was not finished are sampled again.
+ *
+ * A checkpoint of another version, base, adapter, reward model, option or data is refused with
+ * PSOUP_ERROR_STATE, naming the difference; a damaged one with PSOUP_ERROR_FORMAT; so is a directory with
+ * checkpoints when resume is 0. Where the metrics file lies, and the four options themselves, may differ.
+ * Only one run at a time may use a directory. A checkpoint that cannot be written ends the run with that
+ * error; the ones before stay as they are. */
+
+/* ---- supervised fine-tuning ------------------------------------------------------------------- */
+
+typedef struct psoup_example {
+    const int32_t *tokens; /* prompt, completion and, if wanted, the end token */
+    size_t n;
+    size_t n_prompt; /* the first n_prompt tokens carry no loss */
+} psoup_example;
+
+typedef struct psoup_sft_options {
+    size_t size;
+    int32_t epochs;
+    int32_t max_steps;    /* optimiser steps; 0: epochs decide */
+    int32_t batch_tokens; /* tokens of one micro-batch at most: examples are packed without padding,
+                           * and never attend to one another */
+    int32_t accumulation; /* micro-batches of one optimiser step */
+    float learning_rate, beta1, beta2, epsilon, weight_decay;
+    float max_grad_norm; /* 0: not clipped */
+    int32_t schedule;    /* psoup_schedule */
+    int32_t warmup_steps;
+    float lora_dropout;
+    int32_t loss_on_prompt; /* 1: every token counts */
+    int32_t validate_every; /* steps; 0: at the end only */
+    int32_t keep_best;      /* 1: end with the weights of the lowest validation loss */
+    uint64_t seed;
+    const char *metrics; /* JSON Lines file that every report is appended to; NULL: none */
+    psoup_step_fn on_step;
+    void *user;
+    const char *checkpoint_dir; /* where the run is kept, so that it can go on; NULL: nowhere */
+    int32_t checkpoint_every;   /* optimiser steps between checkpoints; 0: when it is stopped only */
+    int32_t checkpoint_keep;    /* so many stay */
+    int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
+    int32_t reserved; /* 0 */
+} psoup_sft_options;
+#define PSOUP_SFT_OPTIONS_INIT                                                                     \
+    {.size = sizeof(psoup_sft_options), .epochs = 1, .batch_tokens = 1024, .accumulation = 1,      \
+     .learning_rate = 1e-5f, .beta1 = 0.9f, .beta2 = 0.999f, .epsilon = 1e-8f,                     \
+     .max_grad_norm = 1.0f, .keep_best = 1, .checkpoint_every = 100, .checkpoint_keep = 3}
+/* The options above as data, for configuration files; callbacks and size are not in it. Static. */
+const psoup_field *psoup_sft_fields(void);
+
+/* Trains the named adapter, or with adapter NULL the base's own weights (kept in f32 meanwhile).
+ * The loss is the mean over the completion tokens of an optimiser step. */
+psoup_status psoup_sft(psoup_model *model, const char *adapter, const psoup_example *train,
+                       size_t n_train, const psoup_example *validation, size_t n_validation,
+                       const psoup_sft_options *options, psoup_error *error);
+
+/* ---- reward models ------------------------------------------------------------------------------ */
+
+/* A reward model: an adapter with a scalar head over a model's base. Its score is the head's output
+ * on the last token. Several share one base. */
+typedef struct psoup_reward psoup_reward;
+
+/* Makes a new one: adds adapter `name` (options as for psoup_model_add_adapter) with a zero head. */
+psoup_status psoup_reward_create(psoup_model *model, const char *name,
+                                 const psoup_adapter_options *options, psoup_reward **out,
+                                 psoup_error *error);
+/* Reads a PEFT directory of task type SEQ_CLS. */
+psoup_status psoup_reward_load(psoup_model *model, const char *name, const char *directory,
+                               psoup_reward **out, psoup_error *error);
+/* Writes such a directory. The head's bias, which transformers' score has none of, is written only where
+ * it is not 0: training moves it only with `centering`. */
+psoup_status psoup_reward_save(const psoup_reward *reward, const char *directory,
+                               const char *base_name, psoup_error *error);
+const char *psoup_reward_name(const psoup_reward *reward);
+/* Frees the handle, which must go before its model; the adapter stays in the model. */
+void psoup_reward_free(psoup_reward *reward);
+/* out[i] = score of rows[i] (its mix is not read). The same bits for any batch. */
+psoup_status psoup_reward_score(psoup_reward *reward, const psoup_row *rows, size_t n, float *out,
+                                psoup_error *error);
+
+typedef struct psoup_comparison {
+    const int32_t *chosen; /* prompt and response, as scored */
+    size_t n_chosen;
+    const int32_t *rejected;
+    size_t n_rejected;
+    int32_t reward; /* which of the rewards it trains */
+} psoup_comparison;
+
+typedef struct psoup_reward_options {
+    size_t size;
+    int32_t epochs;
+    int32_t max_steps;
+    int32_t batch_size;   /* comparisons of one micro-batch, per reward model */
+    int32_t accumulation;
+    float learning_rate, beta1, beta2, epsilon, weight_decay;
+    float max_grad_norm;
+    int32_t schedule, warmup_steps;
+    float lora_dropout;
+    float margin;    /* loss −log σ(r_w − r_l − margin) */
+    float centering; /* adds centering · mean((r_w + r_l)²) */
+    int32_t max_tokens; /* longer rows keep their first tokens; 0: max_position_embeddings */
+    int32_t validate_every;
+    int32_t keep_best; /* by validation accuracy, then loss */
+    uint64_t seed;
+    const char *metrics;
+    psoup_step_fn on_step;
+    void *user;
+    const char *checkpoint_dir; /* where the run is kept, so that it can go on; NULL: nowhere */
+    int32_t checkpoint_every;   /* optimiser steps between checkpoints; 0: when it is stopped only */
+    int32_t checkpoint_keep;    /* so many stay */
+    int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
+    int32_t reserved; /* 0 */
+} psoup_reward_options;
+/* The paper's: AdamW 2e-5, decay 0.001, linear to 0, no warm-up, one epoch, 512 tokens. */
+#define PSOUP_REWARD_OPTIONS_INIT                                                                  \
+    {.size = sizeof(psoup_reward_options), .epochs = 1, .batch_size = 8, .accumulation = 1,        \
+     .learning_rate = 2e-5f, .beta1 = 0.9f, .beta2 = 0.999f, .epsilon = 1e-8f,                     \
+     .weight_decay = 0.001f, .schedule = PSOUP_SCHEDULE_LINEAR, .max_tokens = 512,                 \
+     .keep_best = 1, .checkpoint_every = 100, .checkpoint_keep = 3}
+const psoup_field *psoup_reward_fields(void);
+
+/* Bradley–Terry training, −log σ(r_chosen − r_rejected) averaged, of n_rewards models of one base,
+ * side by side. Steps of a model with fewer comparisons end earlier. */
+psoup_status psoup_reward_train(psoup_reward *const *rewards, size_t n_rewards,
+                                const psoup_comparison *train, size_t n_train,
+                                const psoup_comparison *validation, size_t n_validation,
+                                const psoup_reward_options *options, psoup_error *error);
+/* The fraction of comparisons with r_chosen > r_rejected, and the mean loss; either may be NULL. */
+psoup_status psoup_reward_accuracy(psoup_reward *const *rewards, size_t n_rewards,
+                                   const psoup_comparison *comparisons, size_t n, double *accuracy,
+                                   double *loss, psoup_error *error);
+
+/* ---- DPO ------------------------------------------------------------------------------------------ */
+
+/* Two responses to one prompt. */
+typedef struct psoup_dpo_pair {
+    const int32_t *prompt;
+    size_t n_prompt;
+    const int32_t *chosen; /* the response alone, with the end token if wanted */
+    size_t n_chosen;
+    const int32_t *rejected;
+    size_t n_rejected;
+    int32_t policy; /* which of the policies it trains */
+    int32_t reserved[3]; /* 0 */
+} psoup_dpo_pair;
+
+typedef struct psoup_dpo_options {
+    size_t size;
+    int32_t epochs;
+    int32_t max_steps;
+    int32_t batch_size;   /* pairs of one micro-batch, per policy */
+    int32_t accumulation;
+    float learning_rate, beta1, beta2, epsilon, weight_decay;
+    float max_grad_norm;
+    int32_t schedule, warmup_steps;
+    float lora_dropout;
+    float beta;            /* how dearly the policy pays for leaving the reference */
+    float label_smoothing; /* the share of pairs taken to be the wrong way round; 0 to 0.5 */
+    int32_t max_tokens; /* longer rows keep their first tokens; 0: max_position_embeddings */
+    int32_t validate_every;
+    int32_t keep_best; /* by validation accuracy, then loss */
+    uint64_t seed;
+    const char *metrics;
+    psoup_step_fn on_step;
+    void *user;
+    const char *checkpoint_dir; /* where the run is kept, so that it can go on; NULL: nowhere */
+    int32_t checkpoint_every;   /* optimiser steps between checkpoints; 0: when it is stopped only */
+    int32_t checkpoint_keep;    /* so many stay */
+    int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
+    int32_t reserved; /* 0 */
+} psoup_dpo_options;
+#define PSOUP_DPO_OPTIONS_INIT                                                                     \
+    {.size = sizeof(psoup_dpo_options), .epochs = 1, .batch_size = 8, .accumulation = 1,           \
+     .learning_rate = 1e-5f, .beta1 = 0.9f, .beta2 = 0.999f, .epsilon = 1e-8f,                     \
+     .max_grad_norm = 1.0f, .schedule = PSOUP_SCHEDULE_LINEAR, .beta = 0.1f, .max_tokens = 1024,   \
+     .keep_best = 1, .checkpoint_every = 100, .checkpoint_keep = 3}
+const psoup_field *psoup_dpo_fields(void);
+
+/* Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, equation 7) of n_policies
+ * adapters of one model, side by side. With r = beta · (log π − log π_ref) of a whole response, the
+ * reference being the base, the loss is −(1 − s) log σ(r_chosen − r_rejected)
+ * − s log σ(r_rejected − r_chosen), s = label_smoothing (conservative DPO), averaged over a step's
+ * pairs. Reports "loss", "accuracy" (how often r_chosen > r_rejected), "margin" (their mean difference),
+ * "reward_chosen" and "reward_rejected". Steps of a policy with fewer pairs end earlier. */
+psoup_status psoup_dpo(psoup_model *model, const char *const *policies, size_t n_policies,
+                       const psoup_dpo_pair *train, size_t n_train,
+                       const psoup_dpo_pair *validation, size_t n_validation,
+                       const psoup_dpo_options *options, psoup_error *error);
+
+/* ---- PPO ------------------------------------------------------------------------------------------ */
+
+/* One way in which a response is scored: reward model `reward` reads `tokens` and then the response.
+ * The response's score is Σ weight · score over the prompt's list. */
+typedef struct psoup_reward_input {
+    int32_t reward; /* index into psoup_ppo_policy.rewards */
+    float weight;
+    const int32_t *tokens;
+    size_t n;
+} psoup_reward_input;
+
+typedef struct psoup_ppo_prompt {
+    const int32_t *tokens; /* what the policy reads */
+    size_t n;
+    /* NULL: rewards[0] of the policy reads the same tokens, weight 1. P-MORL lists three. */
+    const psoup_reward_input *inputs;
+    size_t n_inputs;
+    int64_t id; /* the caller's, given back to callbacks */
+    uint64_t reserved[2]; /* 0 */
+} psoup_ppo_prompt;
+
+typedef struct psoup_rollout {
+    const char *policy;
+    const psoup_ppo_prompt *prompt;
+    const int32_t *response; /* [n], with its end token if it has one */
+    size_t n;
+    psoup_finish finish;
+    uint64_t reserved[2]; /* 0 */
+} psoup_rollout;
+/* Scores n rollouts; return non-zero on failure. */
+typedef int (*psoup_reward_fn)(void *user, const psoup_rollout *rollouts, size_t n, float *scores);
+
+typedef struct psoup_ppo_policy {
+    const char *adapter; /* trained in place; a value head is added to it */
+    psoup_reward *const *rewards;
+    size_t n_rewards;
+    psoup_reward_fn reward_fn; /* instead of reward models when not NULL */
+    void *reward_user;
+    const psoup_ppo_prompt *prompts;
+    size_t n_prompts;
+    const psoup_ppo_prompt *validation; /* best checkpoint by mean reward on these; may be none */
+    size_t n_validation;
+    uint64_t seed; /* of its sampling, shuffling and dropout */
+    uint64_t reserved[4]; /* 0 */
+} psoup_ppo_policy;
+
+typedef enum psoup_early_stop {
+    PSOUP_EARLY_STOP_OFF = 0,
+    PSOUP_EARLY_STOP_ALL = 1, /* on the mean over all mini-batches of an epoch */
+    PSOUP_EARLY_STOP_LAST = 2 /* on the epoch's last loss group, as the paper's code did */
+} psoup_early_stop;
+
+/* What a response's reward is measured against. RLOO and GRPO sample group_size responses to each prompt
+ * and have no critic: no value head is made or trained, and gamma, lambda, clip_range_value,
+ * value_coefficient, whiten_advantages, whiten_groups and head_dropout are of PPO alone. */
+typedef enum psoup_objective {
+    PSOUP_OBJECTIVE_PPO = 0, /* what a critic expects: Schulman et al. 2017, arXiv 1707.06347 */
+    /* The mean of the group's others; the KL penalty is in the reward. A whole response has one ratio, and
+     * the loss is the mean over responses. Ahmadian et al. 2024, arXiv 2402.14740. */
+    PSOUP_OBJECTIVE_RLOO = 1,
+    /* The group's mean, in units of its deviation; the KL penalty is a term of each token's loss,
+     * kl_coefficient · (π_ref/π − log(π_ref/π) − 1). The paper's mean of means is loss_group 1. Shao et
+     * al. 2024, arXiv 2402.03300, equations 3 and 4. */
+    PSOUP_OBJECTIVE_GRPO = 2
+} psoup_objective;
+
+typedef struct psoup_ppo_options {
+    size_t size;
+    int32_t steps;           /* 0: one epoch over the prompts */
+    int32_t batch_size;      /* rollouts of one step, per policy */
+    int32_t mini_batch_size; /* rollouts of one optimiser step; 0: the whole batch */
+    int32_t loss_group; /* > 0: the loss is the mean over the tokens of each so many rollouts, averaged
+                         * over these groups (the paper's code: micro-batches of 2); 0: over all tokens
+                         * of the mini-batch. With RLOO read responses for tokens */
+    int32_t ppo_epochs;
+    int32_t micro_batch_tokens; /* tokens of one packed pass; changes memory, not results' meaning */
+    float learning_rate, beta1, beta2, epsilon, weight_decay;
+    float max_grad_norm; /* 0: not clipped */
+    float gamma, lambda;
+    float clip_range, clip_range_value, value_coefficient;
+    int32_t early_stop; /* psoup_early_stop: after an epoch with mean(log π_old − log π) > 1.5 · */
+    float target_kl;    /* target_kl */
+    float kl_coefficient; /* β at the start */
+    int32_t adaptive_kl;
+    float kl_target, kl_horizon;
+    float ratio_threshold; /* a mini-batch whose mean ratio exceeds it is skipped */
+    int32_t skipped_step;  /* 1: a skipped mini-batch still steps the optimiser, with zero gradient */
+    int32_t normalize_reward, whiten_advantages;
+    int32_t whiten_groups; /* whiten in this many equal parts of the batch; the code had one a rank */
+    float lora_dropout, head_dropout; /* in updates only */
+    int32_t max_new_tokens, min_new_tokens;
+    int32_t draw_new_tokens_from; /* > 0: each group's limit is uniform on from … max_new_tokens */
+    int32_t draw_group;           /* prompts that share a drawn limit */
+    int32_t ignore_stop; /* 1: sample past end tokens, cut after the first */
+    float temperature, top_p;
+    int32_t top_k;
+    float truncation_penalty; /* subtracted from the score of a response without an end token */
+    int32_t reward_text;      /* 1: rewards read the decoded text, tokenised again (needs tokenizer) */
+    int32_t reward_max_tokens; /* longer reward inputs keep their first tokens */
+    int32_t max_sequences;     /* decoding together; 0: all of a step */
+    int32_t validate_every;    /* steps; 0: at the end only */
+    int32_t keep_best;
+    const char *metrics;
+    psoup_step_fn on_step;
+    void *user;
+    const psoup_tokenizer *tokenizer;
+    const char *checkpoint_dir; /* where the run is kept, so that it can go on; NULL: nowhere */
+    int32_t checkpoint_every;   /* PPO steps between checkpoints; 0: when it is stopped only */
+    int32_t checkpoint_keep;    /* so many stay */
+    int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
+    int32_t objective;  /* psoup_objective */
+    int32_t group_size; /* responses to each prompt with RLOO and GRPO; divides batch_size */
+    int32_t reserved;   /* 0 */
+} psoup_ppo_options;
+#define PSOUP_PPO_OPTIONS_INIT                                                                     \
+    {.size = sizeof(psoup_ppo_options), .batch_size = 64, .ppo_epochs = 8,                         \
+     .micro_batch_tokens = 4096, .learning_rate = 1.4e-5f, .beta1 = 0.9f, .beta2 = 0.999f,         \
+     .epsilon = 1e-8f, .max_grad_norm = 1.0f, .gamma = 1.0f, .lambda = 0.95f,                      \
+     .clip_range = 0.2f, .clip_range_value = 0.2f, .value_coefficient = 0.1f,                      \
+     .early_stop = PSOUP_EARLY_STOP_ALL, .target_kl = 0.1f, .kl_coefficient = 0.2f,                \
+     .adaptive_kl = 1, .kl_target = 6.0f, .kl_horizon = 10000.0f, .ratio_threshold = 10.0f,        \
+     .normalize_reward = 1, .whiten_advantages = 1, .whiten_groups = 1, .max_new_tokens = 511,     \
+     .draw_group = 4, .temperature = 1.0f, .top_p = 1.0f, .reward_max_tokens = 512,                \
+     .keep_best = 1, .checkpoint_every = 10, .checkpoint_keep = 3, .group_size = 4}
+const psoup_field *psoup_ppo_fields(void);
+/* Sets the fields in which a named preset differs from the defaults: "default", or "rlphf", the
+ * settings of the paper's released code. */
+psoup_status psoup_ppo_preset(const char *name, psoup_ppo_options *options, psoup_error *error);
+
+typedef struct psoup_ppo psoup_ppo;
+
+/* The policies' prompts, rewards and callbacks are borrowed until psoup_ppo_free. */
+psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *policies, size_t n,
+                              const psoup_ppo_options *options, psoup_ppo **out,
+                              psoup_error *error);
+/* One step of every policy that still has steps to go: sample, score, update. *remaining receives how
+ * many steps are left. */
+psoup_status psoup_ppo_step(psoup_ppo *ppo, int64_t *remaining, psoup_error *error);
+/* Whether a policy's logits stopped being numbers, at which it left the run; the others go on. */
+int psoup_ppo_diverged(const psoup_ppo *ppo, size_t policy);
+/* Steps to the end, with validation, and leaves the best weights in the adapters. */
+psoup_status psoup_ppo_run(psoup_ppo *ppo, psoup_error *error);
+void psoup_ppo_free(psoup_ppo *ppo);
+
+/* What the last step saw of one policy, token by token: for tests and for those who look closely.
+ * Arrays are borrowed until the next call. Tokens of all rollouts, one after another. */
+typedef struct psoup_ppo_trace {
+    size_t size;
+    size_t rollouts, tokens;
+    const int32_t *start;      /* [rollouts + 1] into the arrays below */
+    const int32_t *response;   /* [tokens] */
+    const float *logprob;      /* [tokens] log π_old */
+    const float *ref_logprob;  /* [tokens] log π_ref */
+    const float *value;        /* [tokens] V_old; 0 without a critic */
+    const float *reward;       /* [tokens] with the KL penalty (but with GRPO), the score on the last */
+    const float *advantage;    /* [tokens] whitened; without a critic its response's */
+    const float *returns;      /* [tokens]; without a critic its response's summed reward */
+    const float *score;        /* [rollouts] as the reward gave it */
+    const float *first_ratio;  /* [tokens] ratio in the first pass, before any update: all 1; NaN
+                                * where a token's first pass came after an update */
+    double kl_coefficient;     /* after the step */
+} psoup_ppo_trace;
+psoup_status psoup_ppo_get_trace(const psoup_ppo *ppo, size_t policy, psoup_ppo_trace *out,
+                                 psoup_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
