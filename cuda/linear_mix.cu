@@ -59,6 +59,35 @@ PSOUP__KERNEL_AS(mix_shrink_few, mix_shrink, THREADS) {
     }
 }
 
+/* Lane i knows where adapter i has the row. */
+PSOUP__KERNEL(mix_pool, THREADS) {
+    const int at = (int)blockIdx.x * (THREADS / 32) + (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    const int row = a.row0 + at;
+    if (at >= a.rows || a.factors[row] == 0)
+        return;
+    const float *weights = a.weight + (size_t)row * a.weights;
+    const float own = lane < a.n ? weights[a.adapter[lane].column] : 0;
+    const int own_place = own != 0 ? lower_bound(a.adapter[lane].rows, 0, a.adapter[lane].uses, row) : 0;
+    for (int j0 = 0; j0 < a.most; j0 += 32) {
+        const int j = j0 + lane;
+        float sum = a.begin || j >= a.most ? 0 : a.sums[(size_t)at * a.most + j];
+        for (int pass = a.gather ? 0 : 1; pass < (a.spread ? 2 : 1); pass++)
+            for (int i = 0; i < a.n; i++) {
+                const float weight = __shfl_sync(0xffffffffu, own, i);
+                const int place = __shfl_sync(0xffffffffu, own_place, i), rank = a.adapter[i].rank;
+                if (weight == 0 || j >= rank)
+                    continue;
+                float *u = a.adapter[i].u + (size_t)place * rank + j;
+                if (pass == 0)
+                    sum += weight * *u;
+                else
+                    *u = sum;
+            }
+        if (!a.spread && j < a.most)
+            a.sums[(size_t)at * a.most + j] = sum;
+    }
+}
+
 PSOUP__KERNEL_AS(mix_shrink_a_f32, mix_shrink, THREADS) { shrink<float, float, false>(a); }
 PSOUP__KERNEL_AS(mix_shrink_a_f16, mix_shrink, THREADS) { shrink<f16, f16, false>(a); }
 PSOUP__KERNEL_AS(mix_shrink_a_bf16, mix_shrink, THREADS) { shrink<bf16, bf16, false>(a); }

@@ -65,6 +65,19 @@ typedef struct psoup__mix_expand_args {
     int32_t add;         /* to y, or overwrite it */
 } psoup__mix_expand_args;
 
+/* Rows of factors: u_i = Σ_j weight_j · u_j for each adapter i of the row; their ranks are one. A warp for each of
+ * `rows` rows from row0 on. Where the adapters take several launches, those of `gather` add to `sums`, which one of
+ * them begins, and those of `spread` come after; else one launch does both. */
+typedef struct psoup__mix_pool_args {
+    psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
+    float *sums;            /* [rows, most] */
+    const float *weight;    /* [rows of all, weights] */
+    const int32_t *factors; /* [rows of all] */
+    int32_t n, row0, rows, weights;
+    int32_t most;           /* ranks */
+    int32_t gather, begin, spread;
+} psoup__mix_pool_args;
+
 /* gradient += Σ over uses (weight · scale · u)ᵀ z. Blocks (tile, chunk): a tile is GRADIENT_COLUMNS columns
  * and RANKS ranks of one adapter, a chunk CHUNK uses, beginning with chunk `chunk`. */
 typedef struct psoup__mix_gradient_args {
@@ -79,12 +92,15 @@ typedef struct psoup__mix_gradient_args {
     int32_t spare;
 } psoup__mix_gradient_args;
 
-/* dweight[row][column] += scale · <du, u>: a warp for each use. */
+/* dweight[row][column] += scale · <du, u>: a warp for each use. `pooled`: of rows of factors alone, whose weights of
+ * 0 get none. */
 typedef struct psoup__mix_dweight_args {
     psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
     float *dweight;                     /* [rows, weights] */
+    const float *weight;                /* [rows, weights] */
+    const int32_t *factors;             /* [rows] or NULL */
     int32_t uses[PSOUP__MIX_GROUP + 1]; /* where each adapter's begin */
-    int32_t n, weights, spare;
+    int32_t n, weights, pooled;
 } psoup__mix_dweight_args;
 
 typedef struct psoup__mix_dbias_args {
@@ -102,6 +118,7 @@ typedef struct psoup__mix_dbias_args {
     X(mix_shrink_a_bf16, mix_shrink) \
     X(mix_shrink_a_f16_wide, mix_shrink) \
     X(mix_shrink_a_bf16_wide, mix_shrink) \
+    X(mix_pool, mix_pool) \
     X(mix_expand_b_f32, mix_expand) \
     X(mix_expand_b_f16, mix_expand) \
     X(mix_expand_b_bf16, mix_expand) \

@@ -3,6 +3,8 @@
  *     du = dy B              shrink, B as it lies             dweight += scale · <du, u>    dweight
  *     dB += dyᵀ (share · u)  gradient                         dA += (share · du)ᵀ x         gradient
  *     dx += share · du A     expand, A as it lies
+ *
+ * Rows of factors: u and du are pooled (mix_pool) but for dweight += scale · (<dy B, pooled u> + <pooled du, x A>).
  */
 #include "linear_mix.cuh"
 
@@ -113,13 +115,15 @@ PSOUP__KERNEL(mix_dweight, THREADS) {
         return;
     const int i = adapter_of(a.uses, use), k = use - a.uses[i];
     const psoup__mix_adapter &adapter = a.adapter[i];
-    const size_t at = (size_t)k * adapter.rank;
+    const size_t at = (size_t)k * adapter.rank, cell = (size_t)adapter.rows[k] * a.weights + adapter.column;
+    if (a.factors && a.factors[adapter.rows[k]] != 0 ? a.weight[cell] == 0 : a.pooled)
+        return;
     float sum = 0;
     for (int j = (int)threadIdx.x % 32; j < adapter.rank; j += 32)
         sum += adapter.u[at + j] * adapter.gradient[at + j];
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0)
-        a.dweight[(size_t)adapter.rows[k] * a.weights + adapter.column] += adapter.scale * sum;
+        a.dweight[cell] += adapter.scale * sum;
 }
 
 /* Warp l sums rows l, l + 32, …; then the warps' sums are added in order. */

@@ -44,6 +44,8 @@ typedef struct psoup__mix {
     const int32_t *rows;  /* rows[first[i] … first[i+1]−1], ascending: the rows that use adapter i */
     const int32_t *first; /* host [n + 1] */
     float *dweight;       /* [rows, n] gradient of the weights, added to; NULL where not asked for */
+    const int32_t *factors; /* [rows]: not 0 where A's and B's are summed apart, s (Σ w_i B_i)(Σ w_j A_j), over
+                             * adapters of one rank and one scale s, those of rank 0 left out; NULL: nowhere */
 } psoup__mix;
 
 /* Keys and values: those of the batch itself, or a layer of a cache. Row r, head h begins at element
@@ -181,7 +183,8 @@ typedef struct psoup__ops {
                              const float *rstd, int32_t rows, int32_t width);
 
     /* y = x Wᵀ + bias + Σ_i mix[row][i] · scale_i · (x_lora A_iᵀ) B_iᵀ, adapters in ascending order.
-     * u saves x_lora A_iᵀ: for adapter i a block [first[i+1]−first[i], rank_i], blocks in order. */
+     * u saves x_lora A_iᵀ: for adapter i a block [first[i+1]−first[i], rank_i], blocks in order. In a row of
+     * mix->factors every u_i is Σ_j mix[row][j] · x_lora A_jᵀ. */
     void (*linear_mix)(psoup__backend *be, float *y /* [rows, out] */, float *u,
                        const float *x /* [rows, in] */,
                        const float *x_lora /* x after dropout, or x itself */,
@@ -190,12 +193,13 @@ typedef struct psoup__ops {
                        int32_t rows);
     /* du is scratch of u's size. Each output may be NULL where it is not asked for. With dx_lora ==
      * dx both parts are added there. Adds to lora[i].da, .db and mix->dweight where not NULL; the
-     * sums over rows run in ascending row order within each adapter. */
+     * sums over rows run in ascending row order within each adapter. Where both mix->factors and
+     * mix->dweight are there u is used up; a weight of 0 of such a row gets no gradient. */
     void (*linear_mix_backward)(psoup__backend *be, float *dx /* [rows, in], adds to */,
                                 float *dx_lora /* [rows, in], adds to */,
                                 float *dw /* [out, in], adds to */,
                                 float *dbias /* [out], adds to */, float *du, const float *dy,
-                                const float *x, const float *x_lora, const float *u,
+                                const float *x, const float *x_lora, float *u,
                                 const psoup__weight *w, const psoup__lora *lora,
                                 const psoup__mix *mix, int32_t rows);
 

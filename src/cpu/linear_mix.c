@@ -6,6 +6,9 @@
  *
  *     du_i = dy_i B_i       dw_i += s_i <du_i, u_i>           dB_i += dy_iᵀ (w·s_i·u_i)
  *     du_i *= w·s_i         dA_i += du_iᵀ x_i                 dx_i += du_i A_i
+ *
+ * A row of mix->factors has u_i = v = Σ_j w_j x A_jᵀ for each of its adapters, and in the backward du_i = Σ_j w_j dy B_j
+ * likewise (`pool`). Then the rest is as above, but for dw_i = s (<dy B_i, v> + <Σ_j w_j dy B_j, x A_iᵀ>).
  */
 #include "cpu/variant.h"
 #include "cpu/vector.h"
@@ -36,6 +39,84 @@ static void pick_rows(row_pick *pick, const psoup__mix *mix, int32_t adapter, in
     }
 }
 
+/* ---- rows of factors ------------------------------------------------------------------------------- */
+
+typedef struct pool_job {
+    float *u; /* the blocks of all adapters */
+    const psoup__lora *lora;
+    const psoup__mix *mix;
+    size_t rows;
+} pool_job;
+
+/* Where adapter i lists the row: which row of u_i is its. */
+static size_t place_of(const psoup__mix *mix, int32_t adapter, int32_t row) {
+    const int32_t *rows = mix->rows + mix->first[adapter];
+    int32_t low = 0, high = mix->first[adapter + 1] - mix->first[adapter];
+    while (low < high) {
+        const int32_t middle = (low + high) / 2;
+        if (rows[middle] < row)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return (size_t)low;
+}
+
+/* The row of u_i, where the row uses adapter i, else NULL; *block goes on to the next adapter's. */
+static float *own_row(const pool_job *job, int32_t adapter, int32_t row, float **block) {
+    const psoup__mix *mix = job->mix;
+    const size_t uses = (size_t)(mix->first[adapter + 1] - mix->first[adapter]);
+    const size_t rank = (size_t)job->lora[adapter].rank;
+    float *u = *block;
+    *block += uses * rank;
+    if (rank == 0 || mix->weight[(size_t)row * (size_t)mix->n + (size_t)adapter] == 0)
+        return NULL;
+    return u + place_of(mix, adapter, row) * rank;
+}
+
+/* u_i = Σ_j w_j u_j, summed in the row of its first adapter, then copied to the others. */
+static void pool_row(const pool_job *job, int32_t row) {
+    const psoup__mix *mix = job->mix;
+    float *sum = NULL, *block = job->u;
+    size_t rank = 0;
+    for (int32_t i = 0; i < mix->n; i++) {
+        const float weight = mix->weight[(size_t)row * (size_t)mix->n + (size_t)i];
+        float *own = own_row(job, i, row, &block);
+        if (!own)
+            continue;
+        rank = (size_t)job->lora[i].rank;
+        for (size_t j = 0; j < rank; j++)
+            if (sum)
+                sum[j] += weight * own[j];
+            else
+                own[j] *= weight;
+        sum = sum ? sum : own;
+    }
+    block = job->u;
+    for (int32_t i = 0; sum && i < mix->n; i++) {
+        float *own = own_row(job, i, row, &block);
+        if (own && own != sum)
+            memcpy(own, sum, rank * sizeof *own);
+    }
+}
+
+static void pool_task(void *arg, size_t task, int worker) {
+    const pool_job *job = arg;
+    const size_t end = least((task + 1) * ROW_TILE, job->rows);
+    for (size_t row = task * ROW_TILE; row < end; row++)
+        if (job->mix->factors[row])
+            pool_row(job, (int32_t)row);
+}
+
+static void pool(psoup_context *context, float *u, const psoup__lora *lora, const psoup__mix *mix,
+                 int32_t rows) {
+    pool_job job = {u, lora, mix, (size_t)rows};
+    if (mix->factors && mix->n > 0)
+        psoup__parallel(context, tiles((size_t)rows, ROW_TILE), pool_task, &job);
+}
+
+/* ---- forward ------------------------------------------------------------------------------------------ */
+
 typedef struct bias_job {
     float *y;          /* [rows, out] */
     float *dbias;      /* [out] */
@@ -60,6 +141,17 @@ static void dbias_task(void *arg, size_t task, int worker) {
         for (size_t j = 0; j < n; j++)
             dbias[j] += dy[j];
     }
+}
+
+/* u = x Aᵀ on the rows of one adapter. */
+static void lora_down(psoup_context *context, float *u /* [uses, rank] */, const float *x /* [rows, in] */,
+                      const psoup__lora *lora, const psoup__mix *mix, int32_t adapter, int32_t in) {
+    psoup__gemm(context, &(psoup__gemm_args){
+                             .m = mix->first[adapter + 1] - mix->first[adapter], .n = lora->rank, .k = in,
+                             .c = u, .c_stride = lora->rank,
+                             .a = x, .a_row = in, .a_col = 1,
+                             .a_rows = mix->rows + mix->first[adapter], .alpha = 1,
+                             .b = lora->a, .b_dtype = PSOUP_F32, .b_row = 1, .b_col = in});
 }
 
 /* y += (w · scale · u) Bᵀ on the rows of one adapter. */
@@ -95,21 +187,27 @@ static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, c
                                  .a = x, .a_row = w->in, .a_col = 1, .alpha = 1,
                                  .b = w->data, .b_dtype = w->dtype, .b_row = 1, .b_col = w->in,
                                  .packed = w->forward});
+    const bool pooled = mix->factors != NULL;
+    float *next = u;
     for (int32_t i = 0; i < mix->n; i++) {
         const int32_t uses = mix->first[i + 1] - mix->first[i];
         if (uses == 0 || lora[i].rank == 0)
             continue;
-        psoup__gemm(be->context, &(psoup__gemm_args){
-                                     .m = uses, .n = lora[i].rank, .k = w->in,
-                                     .c = u, .c_stride = lora[i].rank,
-                                     .a = x_lora, .a_row = w->in, .a_col = 1,
-                                     .a_rows = mix->rows + mix->first[i], .alpha = 1,
-                                     .b = lora[i].a, .b_dtype = PSOUP_F32,
-                                     .b_row = 1, .b_col = w->in});
-        lora_up(be->context, y, u, &lora[i], mix, i, w->out);
+        lora_down(be->context, next, x_lora, &lora[i], mix, i, w->in);
+        if (!pooled)
+            lora_up(be->context, y, next, &lora[i], mix, i, w->out);
+        next += (size_t)uses * (size_t)lora[i].rank;
+    }
+    pool(be->context, u, lora, mix, rows);
+    for (int32_t i = 0; pooled && i < mix->n; i++) {
+        const int32_t uses = mix->first[i + 1] - mix->first[i];
+        if (uses > 0 && lora[i].rank > 0)
+            lora_up(be->context, y, u, &lora[i], mix, i, w->out);
         u += (size_t)uses * (size_t)lora[i].rank;
     }
 }
+
+/* ---- backward ----------------------------------------------------------------------------------------- */
 
 typedef struct scale_job {
     float *du;      /* [uses, rank] */
@@ -117,78 +215,119 @@ typedef struct scale_job {
     const psoup__lora *lora;
     const psoup__mix *mix;
     int32_t adapter;
+    bool pooled; /* dweight: of the rows of factors, once more */
 } scale_job;
 
-/* dweight += scale · <du, u>, then du *= weight · scale. */
+/* dweight += scale · <du, u>. */
+static void dweight_task(void *arg, size_t task, int worker) {
+    const scale_job *job = arg;
+    const psoup__mix *mix = job->mix;
+    const size_t first = (size_t)mix->first[job->adapter];
+    const size_t uses = (size_t)mix->first[job->adapter + 1] - first;
+    const size_t rank = (size_t)job->lora->rank, end = least((task + 1) * ROW_TILE, uses);
+    for (size_t k = task * ROW_TILE; k < end; k++) {
+        const size_t row = (size_t)mix->rows[first + k], at = row * (size_t)mix->n + (size_t)job->adapter;
+        const bool factors = mix->factors && mix->factors[row];
+        if (factors ? mix->weight[at] != 0 : !job->pooled)
+            mix->dweight[at] += job->lora->scale * dot(job->du + k * rank, job->u + k * rank, rank);
+    }
+}
+
+/* du *= weight · scale. */
 static void scale_task(void *arg, size_t task, int worker) {
     const scale_job *job = arg;
     const psoup__mix *mix = job->mix;
     const size_t first = (size_t)mix->first[job->adapter];
     const size_t uses = (size_t)mix->first[job->adapter + 1] - first;
     const size_t rank = (size_t)job->lora->rank, end = least((task + 1) * ROW_TILE, uses);
-    const float scale = job->lora->scale;
     for (size_t k = task * ROW_TILE; k < end; k++) {
         float *du = job->du + k * rank;
         const size_t at = (size_t)mix->rows[first + k] * (size_t)mix->n + (size_t)job->adapter;
-        if (mix->dweight)
-            mix->dweight[at] += scale * dot(du, job->u + k * rank, rank);
-        const float factor = mix->weight[at] * scale;
+        const float factor = mix->weight[at] * job->lora->scale;
         for (size_t j = 0; j < rank; j++)
             du[j] *= factor;
     }
 }
 
-/* The gradients of one adapter and of its part of the input. */
-static void lora_backward(psoup_context *context, float *dx_lora, float *du, const float *dy,
-                          const float *x_lora, const float *u, const psoup__weight *w,
-                          const psoup__lora *lora, const psoup__mix *mix, int32_t adapter) {
-    const int32_t first = mix->first[adapter], uses = mix->first[adapter + 1] - first;
-    const int32_t rank = lora->rank;
+/* du = dy B on the rows of one adapter. */
+static void lora_du(psoup_context *context, float *du, const float *dy, const psoup__lora *lora,
+                    const psoup__mix *mix, int32_t adapter, int32_t out) {
     psoup__gemm(context, &(psoup__gemm_args){
-                             .m = uses, .n = rank, .k = w->out,
-                             .c = du, .c_stride = rank,
-                             .a = dy, .a_row = w->out, .a_col = 1, .a_rows = mix->rows + first,
+                             .m = mix->first[adapter + 1] - mix->first[adapter], .n = lora->rank, .k = out,
+                             .c = du, .c_stride = lora->rank,
+                             .a = dy, .a_row = out, .a_col = 1, .a_rows = mix->rows + mix->first[adapter],
                              .alpha = 1, .b = lora->b, .b_dtype = PSOUP_F32,
-                             .b_row = rank, .b_col = 1});
-    scale_job scale = {du, u, lora, mix, adapter};
-    psoup__parallel(context, tiles((size_t)uses, ROW_TILE), scale_task, &scale);
+                             .b_row = lora->rank, .b_col = 1});
+}
+
+/* dB += dyᵀ (w · scale · u), by PICK rows at a time as what follows. */
+static void lora_db(psoup_context *context, const float *dy, const float *u, const psoup__lora *lora,
+                    const psoup__mix *mix, int32_t adapter, int32_t out) {
+    const int32_t uses = mix->first[adapter + 1] - mix->first[adapter], rank = lora->rank;
+    for (int32_t start = 0; start < uses; start += PICK) {
+        row_pick p;
+        pick_rows(&p, mix, adapter, start);
+        if (p.n)
+            psoup__gemm(context, &(psoup__gemm_args){
+                                     .m = out, .n = rank, .k = p.n,
+                                     .c = lora->db, .c_stride = rank, .accumulate = true,
+                                     .a = dy, .a_row = 1, .a_col = out, .a_depth = p.row,
+                                     .a_scale = mix->weight + adapter, .a_scale_stride = mix->n,
+                                     .a_scale_by_depth = true, .alpha = lora->scale,
+                                     .b = u + (size_t)start * (size_t)rank, .b_dtype = PSOUP_F32,
+                                     .b_row = rank, .b_col = 1, .b_depth = p.local});
+    }
+}
+
+/* dA += duᵀ x and dx += du A, with du scaled. */
+static void lora_da(psoup_context *context, float *dx_lora, const float *du, const float *x_lora,
+                    const psoup__lora *lora, const psoup__mix *mix, int32_t adapter, int32_t in) {
+    const int32_t uses = mix->first[adapter + 1] - mix->first[adapter], rank = lora->rank;
     for (int32_t start = 0; start < uses; start += PICK) {
         row_pick p;
         pick_rows(&p, mix, adapter, start);
         if (p.n == 0)
             continue;
         const float *du_start = du + (size_t)start * (size_t)rank;
-        const float *u_start = u + (size_t)start * (size_t)rank;
-        if (lora->db)
-            psoup__gemm(context, &(psoup__gemm_args){
-                                     .m = w->out, .n = rank, .k = p.n,
-                                     .c = lora->db, .c_stride = rank, .accumulate = true,
-                                     .a = dy, .a_row = 1, .a_col = w->out, .a_depth = p.row,
-                                     .a_scale = mix->weight + adapter, .a_scale_stride = mix->n,
-                                     .a_scale_by_depth = true, .alpha = lora->scale,
-                                     .b = u_start, .b_dtype = PSOUP_F32, .b_row = rank, .b_col = 1,
-                                     .b_depth = p.local});
         if (lora->da)
             psoup__gemm(context, &(psoup__gemm_args){
-                                     .m = rank, .n = w->in, .k = p.n,
-                                     .c = lora->da, .c_stride = w->in, .accumulate = true,
+                                     .m = rank, .n = in, .k = p.n,
+                                     .c = lora->da, .c_stride = in, .accumulate = true,
                                      .a = du_start, .a_row = 1, .a_col = rank, .a_depth = p.local,
                                      .alpha = 1, .b = x_lora, .b_dtype = PSOUP_F32,
-                                     .b_row = w->in, .b_col = 1, .b_depth = p.row});
+                                     .b_row = in, .b_col = 1, .b_depth = p.row});
         if (dx_lora)
             psoup__gemm(context, &(psoup__gemm_args){
-                                     .m = p.n, .n = w->in, .k = rank,
-                                     .c = dx_lora, .c_stride = w->in, .c_rows = p.row,
+                                     .m = p.n, .n = in, .k = rank,
+                                     .c = dx_lora, .c_stride = in, .c_rows = p.row,
                                      .accumulate = true,
                                      .a = du_start, .a_row = rank, .a_col = 1, .a_rows = p.local,
                                      .alpha = 1, .b = lora->a, .b_dtype = PSOUP_F32,
-                                     .b_row = w->in, .b_col = 1});
+                                     .b_row = in, .b_col = 1});
     }
+}
+
+/* The gradients of one adapter and of its part of the input, from du, which is pooled by now. */
+static void lora_backward(psoup_context *context, float *dx_lora, float *du, const float *dy,
+                          const float *x_lora, float *u, const psoup__weight *w,
+                          const psoup__lora *lora, const psoup__mix *mix, int32_t adapter) {
+    const size_t tasks = tiles((size_t)(mix->first[adapter + 1] - mix->first[adapter]), ROW_TILE);
+    scale_job job = {du, u, lora, mix, adapter, true};
+    if (lora->db)
+        lora_db(context, dy, u, lora, mix, adapter, w->out);
+    if (mix->factors && mix->dweight) { /* u was pooled: once more by itself */
+        lora_down(context, u, x_lora, lora, mix, adapter, w->in);
+        psoup__parallel(context, tasks, dweight_task, &job);
+    }
+    if (!lora->da && !dx_lora)
+        return;
+    psoup__parallel(context, tasks, scale_task, &job);
+    lora_da(context, dx_lora, du, x_lora, lora, mix, adapter, w->in);
 }
 
 static void linear_mix_backward(psoup__backend *be, float *dx, float *dx_lora, float *dw,
                                 float *dbias, float *du, const float *dy, const float *x,
-                                const float *x_lora, const float *u, const psoup__weight *w,
+                                const float *x_lora, float *u, const psoup__weight *w,
                                 const psoup__lora *lora, const psoup__mix *mix, int32_t rows) {
     if (dx)
         psoup__gemm(be->context, &(psoup__gemm_args){
@@ -207,14 +346,26 @@ static void linear_mix_backward(psoup__backend *be, float *dx, float *dx_lora, f
         bias_job job = {.dbias = dbias, .dy = dy, .rows = (size_t)rows, .out = (size_t)w->out};
         psoup__parallel(be->context, tiles(job.out, BIAS_TILE), dbias_task, &job);
     }
+    const float *u_next = u;
+    float *du_next = du;
     for (int32_t i = 0; i < mix->n; i++) {
-        const int32_t uses = mix->first[i + 1] - mix->first[i];
-        if (uses == 0 || lora[i].rank == 0)
-            continue;
-        if (dx_lora || lora[i].da || lora[i].db || mix->dweight)
+        const size_t uses = (size_t)(mix->first[i + 1] - mix->first[i]), rank = (size_t)lora[i].rank;
+        scale_job job = {du_next, u_next, &lora[i], mix, i, false};
+        if (uses * rank > 0 && (dx_lora || lora[i].da || lora[i].db || mix->dweight || mix->factors)) {
+            lora_du(be->context, du_next, dy, &lora[i], mix, i, w->out);
+            if (mix->dweight)
+                psoup__parallel(be->context, tiles(uses, ROW_TILE), dweight_task, &job);
+        }
+        u_next += uses * rank;
+        du_next += uses * rank;
+    }
+    pool(be->context, du, lora, mix, rows);
+    for (int32_t i = 0; i < mix->n; i++) {
+        const size_t count = (size_t)(mix->first[i + 1] - mix->first[i]) * (size_t)lora[i].rank;
+        if (count > 0)
             lora_backward(be->context, dx_lora, du, dy, x_lora, u, w, &lora[i], mix, i);
-        du += (size_t)uses * (size_t)lora[i].rank;
-        u += (size_t)uses * (size_t)lora[i].rank;
+        du += count;
+        u += count;
     }
 }
 

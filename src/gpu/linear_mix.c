@@ -5,6 +5,8 @@
  *     dx += dy W,  dw += dyᵀ x                                cuBLASLt
  *     du_i = dy B_i, and the adapters' gradients from it      cuda/linear_mix_backward.cu
  *
+ * Rows of factors have their u, and du, summed over their adapters between the two launches (mix_pool).
+ *
  * Where the weights have 16 bits, so has the copy of x that is multiplied. Layers that share an x (q, k, v;
  * gate, up) follow one another and share the copy.
  */
@@ -186,9 +188,11 @@ static void gradient(const linear *l, const group *g, bool b, const void *z, boo
     }
 }
 
-/* dweight += s · <du, u>. */
-static void dweight(const linear *l, const group *u, const group *du) {
-    psoup__mix_dweight_args args = {.dweight = l->mix->dweight, .n = u->n, .weights = l->mix->n};
+/* dweight += s · <du, u>; `pooled`: of rows of factors alone, whose du is. */
+static void dweight(const linear *l, const group *u, const group *du, bool pooled) {
+    psoup__mix_dweight_args args = {.dweight = l->mix->dweight, .weight = l->mix->weight,
+                                    .factors = l->mix->factors, .n = u->n, .weights = l->mix->n,
+                                    .pooled = pooled};
     for (int32_t i = 0; i < u->n; i++) {
         args.adapter[i] = u->adapter[i];
         args.adapter[i].gradient = du->adapter[i].u;
@@ -196,6 +200,41 @@ static void dweight(const linear *l, const group *u, const group *du) {
     }
     int32_t warps = PSOUP__MIX_THREADS / 32;
     launch(l->gpu, PSOUP__KERNEL_mix_dweight, blocks(tiles(args.uses[u->n], warps), 1), &args);
+}
+
+static void pool_launch(const linear *l, const group *g, psoup__mix_pool_args *args) {
+    args->n = g->n;
+    for (int32_t i = 0; i < g->n; i++)
+        args->adapter[i] = g->adapter[i];
+    launch(l->gpu, PSOUP__KERNEL_mix_pool, blocks(tiles(args->rows, PSOUP__MIX_THREADS / 32), 1), args);
+}
+
+/* Rows of factors: u_i = Σ_j w_j u_j. More adapters than a launch takes add up in the room for slots, for as many
+ * rows at a time as it holds. */
+static void pool(const linear *l, float *u) {
+    psoup__mix_pool_args args = {.sums = (float *)(uintptr_t)l->gpu->blas.room, .weight = l->mix->weight,
+                                 .factors = l->mix->factors, .rows = l->rows, .weights = l->mix->n};
+    group first = {.u = u}, more;
+    if (!l->mix->factors || !next_group(l, &first, false))
+        return;
+    for (int32_t i = 0; i < l->mix->n; i++)
+        args.most = l->lora[i].rank > args.most ? l->lora[i].rank : args.most;
+    more = first;
+    if (!next_group(l, &more, false)) {
+        args.gather = args.begin = args.spread = 1;
+        pool_launch(l, &first, &args);
+        return;
+    }
+    int32_t at_once = PSOUP__BLAS_ROOM / 4 / args.most;
+    for (; args.row0 < l->rows; args.row0 += at_once) {
+        args.rows = l->rows - args.row0 < at_once ? l->rows - args.row0 : at_once;
+        args.gather = args.begin = 1, args.spread = 0;
+        for (group g = {.u = u}; next_group(l, &g, false); args.begin = 0)
+            pool_launch(l, &g, &args);
+        args.gather = 0, args.spread = 1;
+        for (group g = {.u = u}; next_group(l, &g, false);)
+            pool_launch(l, &g, &args);
+    }
 }
 
 /* ---- the ops ----------------------------------------------------------------------------------------- */
@@ -211,11 +250,12 @@ static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, c
     if (!operand)
         return;
     bool begun = false, wide = x_lora != x;
-    for (group a = {.u = u}, b = a; next_group(&l, &a, false) && next_group(&l, &b, true); begun = true) {
+    for (group a = {.u = u}; next_group(&l, &a, false);)
         if (!shrink_few(&l, &a, x_lora, w->in))
             shrink(&l, &a, false, x_lora == x ? operand : x_lora, wide, w->in);
+    pool(&l, u);
+    for (group b = {.u = u}; next_group(&l, &b, true); begun = true)
         expand(&l, &b, true, y, bias, begun, w->out);
-    }
     if (bias && !begun)
         expand(&l, &(group){.n = 0}, true, y, bias, false, w->out);
     psoup__blas_run(gpu,
@@ -242,18 +282,19 @@ static void base_gradients(const linear *l, float *dw, float *dbias, const float
     }
 }
 
-/* Whether an adapter of the group asks for what du is needed for, dA, and for dB. */
+/* Whether an adapter of the group asks for dA, and for dB; of all adapters, where there is no group. */
 static void asked(const linear *l, const group *g, bool *da, bool *db) {
     *da = *db = false;
-    for (int32_t i = 0; i < g->n; i++) {
-        *da = *da || l->lora[g->adapter[i].column].da;
-        *db = *db || l->lora[g->adapter[i].column].db;
+    for (int32_t i = 0; i < (g ? g->n : l->mix->n); i++) {
+        const psoup__lora *lora = &l->lora[g ? g->adapter[i].column : i];
+        *da = *da || lora->da;
+        *db = *db || lora->db;
     }
 }
 
 static void linear_mix_backward(psoup__backend *be, float *dx, float *dx_lora, float *dw,
                                 float *dbias, float *du, const float *dy, const float *x,
-                                const float *x_lora, const float *u, const psoup__weight *w,
+                                const float *x_lora, float *u, const psoup__weight *w,
                                 const psoup__lora *lora, const psoup__mix *mix, int32_t rows) {
     psoup__gpu *gpu = psoup__gpu_of(be);
     linear l = {gpu, w->dtype, lora, mix, rows};
@@ -268,16 +309,25 @@ static void linear_mix_backward(psoup__backend *be, float *dx, float *dx_lora, f
                                           .lda = w->out, .ldb = w->in, .ldc = w->in, .alpha = 1, .beta = 1},
                         dx, operand, w->data);
     base_gradients(&l, dw, dbias, dy, x, w);
-    group a = {.u = du}, b = a, saved = {.u = (float *)(uintptr_t)u};
-    while (next_group(&l, &a, false) && next_group(&l, &b, true) && next_group(&l, &saved, true)) {
-        bool da, db;
-        asked(&l, &a, &da, &db);
-        if (da || dx_lora || mix->dweight)
-            shrink(&l, &b, true, operand, operand == dy, w->out);
+    bool da, db;
+    asked(&l, NULL, &da, &db);
+    bool pulled = da || dx_lora || mix->dweight;
+    for (group b = {.u = du}, saved = {.u = u};
+         pulled && next_group(&l, &b, true) && next_group(&l, &saved, false);) {
+        shrink(&l, &b, true, operand, operand == dy, w->out);
         if (mix->dweight)
-            dweight(&l, &saved, &b);
+            dweight(&l, &saved, &b, false);
+    }
+    if (pulled)
+        pool(&l, du);
+    for (group a = {.u = du}, saved = {.u = u}; next_group(&l, &a, false) && next_group(&l, &saved, false);) {
+        asked(&l, &a, &da, &db);
         if (db)
             gradient(&l, &saved, true, operand, operand == dy, w->out);
+        if (mix->factors && mix->dweight) { /* u was pooled: once more by itself */
+            shrink(&l, &saved, false, x_lora, true, w->in);
+            dweight(&l, &saved, &a, true);
+        }
         if (da)
             gradient(&l, &a, false, x_lora, true, w->in);
         if (dx_lora)

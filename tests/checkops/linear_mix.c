@@ -1,7 +1,7 @@
 /* The one primitive: a frozen linear layer plus each row's own mix of adapters. */
 #include "checkops.h"
 
-enum { MOST_ADAPTERS = 33 };
+enum { MOST_ADAPTERS = 40 };
 
 typedef enum sharing {
     ONE_HOT, /* row k uses one adapter, rows of one adapter lie together */
@@ -13,7 +13,8 @@ typedef enum sharing {
 typedef struct shape {
     int32_t rows, in, out, n;
     sharing sharing;
-    bool ragged; /* ranks of every sort, 0 among them, that leave no address aligned; else 16 */
+    bool ragged;  /* ranks of every sort, 0 among them, that leave no address aligned; else 16 */
+    bool factors; /* two rows of three are; ragged ranks are then 0 or 35, and scales are one */
 } shape;
 
 /* One case: what the op reads, on the device and as numbers. */
@@ -44,6 +45,11 @@ static float weight_of(const shape *s, int32_t row, int32_t i, bool *listed) {
     }
 }
 
+/* Whether a row is one of mix->factors. */
+static bool is_factors(const shape *s, int32_t row) {
+    return s->factors && row % 3 != 1;
+}
+
 static void list_rows(checker *c, layer *l) {
     const shape *s = &l->s;
     size_t cells = (size_t)s->rows * (size_t)s->n;
@@ -65,14 +71,21 @@ static void list_rows(checker *c, layer *l) {
     l->mix = (psoup__mix){.n = s->n, .weight = l->weight->device, .first = l->first,
                           .rows = block(c, l->row, (size_t)used * sizeof *l->row)};
     free(weight);
+    if (!s->factors)
+        return;
+    int32_t *factors = calloc((size_t)s->rows, sizeof *factors);
+    for (int32_t r = 0; r < s->rows; r++)
+        factors[r] = is_factors(s, r);
+    l->mix.factors = block(c, factors, (size_t)s->rows * sizeof *factors);
+    free(factors);
 }
 
 static void open_layer(checker *c, layer *l, const shape *s, psoup_dtype dtype, bool dropped, bool bias) {
     const size_t n_x = (size_t)s->rows * (size_t)s->in;
     *l = (layer){.s = *s};
     for (int32_t i = 0; i < s->n; i++) {
-        l->lora[i].rank = s->ragged ? ragged_ranks[i % 8] : 16;
-        l->lora[i].scale = 0.5f + 0.125f * (float)i;
+        l->lora[i].rank = !s->ragged ? 16 : !s->factors ? ragged_ranks[i % 8] : i % 8 == 1 ? 0 : 35;
+        l->lora[i].scale = s->factors ? 0.25f : 0.5f + 0.125f * (float)i;
         l->a_at[i + 1] = l->a_at[i] + (size_t)l->lora[i].rank * (size_t)s->in;
         l->b_at[i + 1] = l->b_at[i] + (size_t)l->lora[i].rank * (size_t)s->out;
     }
@@ -118,6 +131,24 @@ static double share(const layer *l, int32_t i, int32_t k) {
     return (double)l->weight->host[l->row[k] * l->s.n + i] * l->lora[i].scale;
 }
 
+/* Element j of x A_iᵀ in row r, or of dy B_i; in a row of factors, where it uses adapter i, of Σ_q w_q x A_qᵀ. */
+static double own_u(const layer *l, const float *dy /* [rows, out] or NULL */, int32_t i, int32_t r, int32_t j) {
+    const int32_t in = l->s.in, out = l->s.out, rank = l->lora[i].rank;
+    return dy ? dot(dy + (size_t)r * out, 1, l->b->host + l->b_at[i] + j, rank, out)
+              : dot(l->x_lora->host + (size_t)r * in, 1, l->a->host + l->a_at[i] + (size_t)j * in, 1, in);
+}
+
+static double u_of(const layer *l, const float *dy, int32_t i, int32_t r, int32_t j) {
+    const float *weight = l->weight->host + (size_t)r * l->s.n;
+    double sum = 0;
+    if (!is_factors(&l->s, r) || weight[i] == 0)
+        return own_u(l, dy, i, r, j);
+    for (int32_t q = 0; q < l->s.n; q++)
+        if (weight[q] != 0 && l->lora[q].rank > 0)
+            sum += (double)weight[q] * own_u(l, dy, q, r, j);
+    return sum;
+}
+
 /* y and u in float64, by the formulas at the head of src/cpu/linear_mix.c. */
 static void reference(const layer *l, double *y, double *u) {
     const int32_t in = l->s.in, out = l->s.out;
@@ -129,8 +160,7 @@ static void reference(const layer *l, double *y, double *u) {
         for (int32_t k = l->first[i]; k < l->first[i + 1]; k++) {
             const int32_t r = l->row[k], rank = l->lora[i].rank;
             for (int32_t j = 0; j < rank; j++, u++) {
-                const float *a = l->a->host + l->a_at[i] + (size_t)j * in;
-                *u = dot(l->x_lora->host + (size_t)r * in, 1, a, 1, in);
+                *u = u_of(l, NULL, i, r, j);
                 for (int32_t o = 0; o < out && share(l, i, k) != 0; o++)
                     y[r * out + o] += share(l, i, k) * *u * l->b->host[l->b_at[i] + (size_t)(o * rank + j)];
             }
@@ -139,8 +169,9 @@ static void reference(const layer *l, double *y, double *u) {
 
 static void say(checker *c, const char *op, const shape *s, psoup_dtype dtype, bool dropped, bool bias) {
     static const char *const sharings[] = {"one-hot", "full", "sparse"};
-    begin(c, op, "%s, rows %d, in %d, out %d, %d adapters, %s, ranks %s%s%s", psoup_dtype_name(dtype),
+    begin(c, op, "%s, rows %d, in %d, out %d, %d adapters, %s, ranks %s%s%s%s", psoup_dtype_name(dtype),
           (int)s->rows, (int)s->in, (int)s->out, (int)s->n, sharings[s->sharing], s->ragged ? "ragged" : "16",
+          s->factors ? ", factors" : "",
           dropped ? ", x_lora is not x" : "", bias ? ", bias" : "");
 }
 
@@ -217,9 +248,12 @@ static void use_reference(const layer *l, pulls *p, int32_t i, int32_t k) {
     const int32_t in = l->s.in, out = l->s.out, r = l->row[k], rank = l->lora[i].rank;
     const float *dy = p->dy->host + (size_t)r * out, *x = l->x_lora->host + (size_t)r * in;
     for (int32_t j = 0; j < rank; j++) {
-        const float *a = l->a->host + l->a_at[i] + (size_t)j * in, *b = l->b->host + l->b_at[i] + j;
-        const double du = dot(dy, 1, b, rank, out), u = dot(x, 1, a, 1, in);
-        if (p->dweight)
+        const float *a = l->a->host + l->a_at[i] + (size_t)j * in;
+        const double du = u_of(l, p->dy->host, i, r, j), u = u_of(l, NULL, i, r, j);
+        if (p->dweight && is_factors(&l->s, r))
+            p->dweight_want[r * l->s.n + i] += share(l, i, k) == 0 ? 0 : l->lora[i].scale *
+                (own_u(l, p->dy->host, i, r, j) * u + du * own_u(l, NULL, i, r, j));
+        else if (p->dweight)
             p->dweight_want[r * l->s.n + i] += l->lora[i].scale * du * u;
         if (share(l, i, k) == 0)
             continue;
@@ -268,13 +302,75 @@ static void check_backward(checker *c, const shape *s, psoup_dtype dtype, bool d
     free(l.row);
 }
 
+/* ---- rows of factors by finite differences ------------------------------------------------------------ */
+
+/* y = s (Σ w_i B_i)(Σ w_j A_j) x of every row, from these numbers alone; the loss is <dy, y>. */
+typedef struct plain {
+    const layer *l;
+    double *x, *a, *b, *weight, *dy;
+} plain;
+
+static double plain_loss(void *arg) {
+    const plain *p = arg;
+    const shape *s = &p->l->s;
+    const int32_t rank = 16;
+    double loss = 0;
+    for (int32_t r = 0; r < s->rows; r++)
+        for (int32_t j = 0; j < rank; j++) {
+            double down = 0, up = 0;
+            for (int32_t i = 0; i < s->n; i++) {
+                double ax = 0, dyb = 0;
+                for (int32_t k = 0; k < s->in; k++)
+                    ax += p->a[(i * rank + j) * s->in + k] * p->x[r * s->in + k];
+                for (int32_t o = 0; o < s->out; o++)
+                    dyb += p->b[(i * s->out + o) * rank + j] * p->dy[r * s->out + o];
+                down += p->weight[r * s->n + i] * ax;
+                up += p->weight[r * s->n + i] * dyb;
+            }
+            loss += p->l->lora[0].scale * down * up;
+        }
+    return loss;
+}
+
+static void check_differences(checker *c) {
+    const shape s = {1, 7, 5, 3, FULL, false, true}; /* row 0 is one of factors */
+    layer l;
+    begin(c, "linear_mix_backward", "rows of factors by finite differences");
+    open_layer(c, &l, &s, PSOUP_F32, true, false);
+    buffer *dy = input(c, (size_t)(s.rows * s.out)), *y = output(c, dy->n), *u = output(c, l.u_at[s.n]);
+    buffer *du = output(c, u->n), *dx = input(c, l.x->n), *da = input(c, l.a->n), *db = input(c, l.b->n);
+    buffer *dweight = input(c, l.weight->n), *grown[] = {dx, da, db, dweight};
+    const char *const names[] = {"dx", "da", "db", "dweight"};
+    plain p = {&l, doubles_of(l.x_lora->host, l.x->n), doubles_of(l.a->host, l.a->n), doubles_of(l.b->host, l.b->n),
+               doubles_of(l.weight->host, l.weight->n), doubles_of(dy->host, dy->n)};
+    double *const numbers[] = {p.x, p.a, p.b, p.weight};
+    float *before[4];
+    for (int k = 0; k < 4; k++) {
+        before[k] = malloc(grown[k]->n * sizeof(float));
+        memcpy(before[k], grown[k]->host, grown[k]->n * sizeof(float));
+    }
+    for (int32_t i = 0; i < s.n; i++) {
+        l.lora[i].da = da->device + l.a_at[i];
+        l.lora[i].db = db->device + l.b_at[i];
+    }
+    l.mix.dweight = dweight->device;
+    forward(c, &l, y, u);
+    c->ops->linear_mix_backward(c->be, NULL, dx->device, NULL, NULL, du->device, dy->device, l.x->device,
+                                l.x_lora->device, u->device, &l.w, l.lora, &l.mix, s.rows);
+    for (int k = 0; k < 4; k++)
+        differences(c, names[k], grown[k], before[k], numbers[k], grown[k]->n, 1, plain_loss, &p, 2e-5);
+    for (int k = 0; k < 4; k++)
+        free(before[k]), free(numbers[k]);
+    free(p.dy), free(l.row);
+}
+
 /* ---- the copy of x that layers share ----------------------------------------------------------------- */
 
 /* Writes into x between two layers that read it, in each way there is. The second must see what was
  * written. */
 static void check_rewritten(checker *c) {
     static const char *const ways[] = {"write", "copy", "zero", "an op", "a layer"};
-    const shape s = {5, 32, 32, 1, FULL, false};
+    const shape s = {5, 32, 32, 1, FULL, false, false};
     for (int way = 0; way < 5; way++) {
         layer l, other;
         begin(c, "linear_mix", "x is rewritten by %s", ways[way]);
@@ -310,10 +406,15 @@ static void check_rewritten(checker *c) {
 }
 
 static const shape shapes[] = {
-    {1, 1, 1, 1, FULL, true},          {1, 640, 129, 8, FULL, false},    {2, 37, 127, 0, FULL, false},
-    {5, 1000, 33, 1, FULL, true},      {17, 129, 37, 8, SPARSE, true},   {64, 640, 64, 3, FULL, false},
-    {127, 64, 128, 8, ONE_HOT, false}, {129, 127, 2, 3, ONE_HOT, true},  {37, 64, 80, 33, FULL, true},
-    {66, 72, 65, 33, SPARSE, false},   {600, 40, 640, 1, ONE_HOT, false}, {1100, 33, 24, 2, FULL, false},
+    {1, 1, 1, 1, FULL, true, false},          {1, 640, 129, 8, FULL, false, false},
+    {2, 37, 127, 0, FULL, false, false},      {5, 1000, 33, 1, FULL, true, false},
+    {17, 129, 37, 8, SPARSE, true, false},    {64, 640, 64, 3, FULL, false, false},
+    {127, 64, 128, 8, ONE_HOT, false, false}, {129, 127, 2, 3, ONE_HOT, true, false},
+    {37, 64, 80, 33, FULL, true, false},      {66, 72, 65, 33, SPARSE, false, false},
+    {600, 40, 640, 1, ONE_HOT, false, false}, {1100, 33, 24, 2, FULL, false, false},
+    {1, 640, 129, 8, FULL, false, true},      {17, 129, 37, 8, SPARSE, true, true},
+    {127, 64, 48, 3, ONE_HOT, false, true},   {20, 40, 33, 40, FULL, true, true},
+    {66, 72, 65, 33, SPARSE, false, true},    {600, 33, 24, 2, FULL, false, true},
 };
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 
@@ -325,5 +426,6 @@ void check_linear_mix(checker *c) {
     for (int i = 0; i < SHAPES; i++)
         for (int d = 0; d < 3; d++)
             check_backward(c, &shapes[i], dtypes[d], (i + d) % 2, (i + d) % 3 != 1);
+    check_differences(c);
     check_rewritten(c);
 }

@@ -34,7 +34,8 @@ Weight = fields(("dtype", c_int32), ("out", c_int32), ("in", c_int32), ("data", 
                 ("backward", c_void_p))
 Lora = fields(("rank", c_int32), ("scale", c_float), ("a", c_void_p), ("b", c_void_p), ("da", c_void_p),
               ("db", c_void_p))
-Mix = fields(("n", c_int32), ("weight", c_void_p), ("rows", c_void_p), ("first", c_void_p), ("dweight", c_void_p))
+Mix = fields(("n", c_int32), ("weight", c_void_p), ("rows", c_void_p), ("first", c_void_p), ("dweight", c_void_p),
+             ("factors", c_void_p))
 Keys = fields(("dtype", c_int32), ("stride", c_int64), ("k", c_void_p), ("v", c_void_p), ("dk", c_void_p),
               ("dv", c_void_p), ("pages", c_void_p))
 Spans = fields(("span", c_void_p), ("n", c_int32), ("most_queries", c_int32), ("most_keys", c_int32))
