@@ -25,6 +25,13 @@ typedef struct psoup_step {
     size_t n;
     const char *const *names; /* [n] "loss", "reward", "kl", … */
     const double *values;     /* [n] */
+    /* What the clock says of a training step, of all that train side by side: "seconds",
+     * "tokens_per_second" (tokens that went through the update; with PPO tokens sampled, over the whole
+     * step's time), and of PPO "rollout_seconds", "score_seconds", "evaluate_seconds" (log-probabilities and
+     * values) and "update_seconds". No part of the metrics file, whose bytes a run that goes on repeats. */
+    size_t n_times;
+    const char *const *time_names; /* [n_times] */
+    const double *times;           /* [n_times] */
 } psoup_step;
 /* Return non-zero to stop: the trainer returns PSOUP_ERROR_CANCELLED with its weights as they are. With
  * a checkpoint_dir it first keeps them, so that the run can go on. */
@@ -264,6 +271,11 @@ typedef struct psoup_rollout {
 /* Scores n rollouts; return non-zero on failure. */
 typedef int (*psoup_reward_fn)(void *user, const psoup_rollout *rollouts, size_t n, float *scores);
 
+/* Told of the responses [n] of one policy to its sampled prompts, as it is after `step` steps, and of their
+ * scores; return non-zero to stop the run, as with psoup_step_fn. Everything is valid during the call. */
+typedef int (*psoup_samples_fn)(void *user, int64_t step, const psoup_rollout *rollouts,
+                                const float *scores, size_t n);
+
 typedef struct psoup_ppo_policy {
     const char *adapter; /* trained in place; a value head is added to it */
     psoup_reward *const *rewards;
@@ -345,6 +357,15 @@ typedef struct psoup_ppo_options {
     int32_t objective;  /* psoup_objective */
     int32_t group_size; /* responses to each prompt with RLOO and GRPO; divides batch_size */
     int32_t reserved;   /* 0 */
+    /* What the policies say. Before the first step, every samples_every steps and after the last, each
+     * answers the same few of its validation prompts (of its prompts where it has none), always from the same
+     * random words, which are no part of training. */
+    int32_t samples_every; /* 0: never */
+    int32_t samples_count; /* how many prompts: the first ones */
+    const char *samples; /* JSON Lines file of "step", "policy", "id", "prompt", "response" (texts where there
+                          * is a tokenizer, ids otherwise), "score" and "finish"; NULL: none. A run that goes
+                          * on repeats its bytes, as with metrics */
+    psoup_samples_fn on_samples; /* told of them too, with `user`; may be NULL */
 } psoup_ppo_options;
 #define PSOUP_PPO_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_ppo_options), .batch_size = 64, .ppo_epochs = 8,                         \
@@ -355,7 +376,8 @@ typedef struct psoup_ppo_options {
      .adaptive_kl = 1, .kl_target = 6.0f, .kl_horizon = 10000.0f, .ratio_threshold = 10.0f,        \
      .normalize_reward = 1, .whiten_advantages = 1, .whiten_groups = 1, .max_new_tokens = 511,     \
      .draw_group = 4, .temperature = 1.0f, .top_p = 1.0f, .reward_max_tokens = 512,                \
-     .keep_best = 1, .checkpoint_every = 10, .checkpoint_keep = 3, .group_size = 4}
+     .keep_best = 1, .checkpoint_every = 10, .checkpoint_keep = 3, .group_size = 4,               \
+     .samples_count = 4}
 const psoup_field *psoup_ppo_fields(void);
 /* Sets the fields in which a named preset differs from the defaults: "default", or "rlphf", the
  * settings of the paper's released code. */
@@ -367,8 +389,9 @@ typedef struct psoup_ppo psoup_ppo;
 psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *policies, size_t n,
                               const psoup_ppo_options *options, psoup_ppo **out,
                               psoup_error *error);
-/* One step of every policy that still has steps to go: sample, score, update. *remaining receives how
- * many steps are left. */
+/* One step of every policy that still has steps to go: sample, score, update; and the validation and
+ * samples that are due before or after it. *remaining receives how many steps are left. When there are none,
+ * psoup_ppo_run has nothing left to do but to leave the best weights in the adapters. */
 psoup_status psoup_ppo_step(psoup_ppo *ppo, int64_t *remaining, psoup_error *error);
 /* Whether a policy's logits stopped being numbers, at which it left the run; the others go on. */
 int psoup_ppo_diverged(const psoup_ppo *ppo, size_t policy);

@@ -19,7 +19,8 @@ psoup_status psoup__checkpoint_open(psoup__checkpoint *c, psoup_context *context
                                     psoup__reporter *reporter, const char *directory, int32_t every,
                                     int32_t keep, bool resume, psoup_error *error) {
     *c = (psoup__checkpoint){.context = context, .directory = directory, .every = every, .keep = keep,
-                             .resume = resume, .lock = -1, .reporter = reporter, .metrics = -1};
+                             .resume = resume, .lock = -1, .reporter = reporter, .metrics = -1,
+                             .samples = -1};
     psoup_status status = psoup__make_directories(directory, error);
     if (status != PSOUP_OK)
         return status;
@@ -189,6 +190,8 @@ static psoup_status save(psoup__checkpoint *c, int64_t step, psoup_error *error)
     }
     if (c->reporter->writer)
         PSOUP__TRY(psoup__jsonl_sync(c->reporter->writer, &c->metrics, error));
+    if (c->reporter->samples)
+        PSOUP__TRY(psoup__jsonl_sync(c->reporter->samples, &c->samples, error));
     PSOUP__TRY(psoup__safetensors_create(c->context, path, &writer, error));
     PSOUP__TRY(psoup__safetensors_metadata_set(writer, "run", run, error));
     PSOUP__TRY(write_pieces(c, writer, error));
@@ -361,11 +364,14 @@ fail:
 }
 
 psoup_status psoup__checkpoint_start(psoup__checkpoint *c, psoup_error *error) {
-    const psoup__piece metrics = {.name = "metrics", .dtype = PSOUP_I64, .data = &c->metrics, .n = 1};
+    const psoup__piece files[] = {
+        {.name = "metrics", .dtype = PSOUP_I64, .data = &c->metrics, .n = 1},
+        {.name = "samples", .dtype = PSOUP_I64, .data = &c->samples, .n = 1},
+    };
     int64_t *steps = NULL;
     size_t n = 0;
     char *path = NULL;
-    psoup_status status = psoup__checkpoint_add(c, 0, &metrics, 1, error);
+    psoup_status status = psoup__checkpoint_add(c, 0, files, 2, error);
     if (status != PSOUP_OK)
         return status;
     PSOUP__TRY(list(c, &steps, &n, error));
@@ -381,6 +387,8 @@ psoup_status psoup__checkpoint_start(psoup__checkpoint *c, psoup_error *error) {
         PSOUP__TRY(read_checkpoint(c, path, error));
         if (c->reporter->writer)
             PSOUP__TRY(psoup__jsonl_cut(c->reporter->writer, c->metrics, error));
+        if (c->reporter->samples)
+            PSOUP__TRY(psoup__jsonl_cut(c->reporter->samples, c->samples, error));
         PSOUP__TRY(drop_old(c, error)); /* where it was killed before it did */
         psoup__log(c->context, PSOUP_LOG_INFO, "%s: the run goes on", path);
     }

@@ -28,7 +28,7 @@ typedef struct psoup__checkpoint {
     bool resume;
     int lock; /* the directory, held by flock */
     psoup__reporter *reporter;
-    int64_t metrics; /* bytes of its file; −1: none */
+    int64_t metrics, samples; /* bytes of its files; −1: none */
     psoup_json *run; /* what the run is: texts and numbers by name */
     psoup__piece *pieces;
     size_t n, capacity;

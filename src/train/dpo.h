@@ -43,6 +43,8 @@ typedef struct psoup__dpo_trainer {
     /* The items of a micro-batch: pairs of all learners, at most those of a whole set. */
     int32_t *item, *owner, *rows, *pass; /* [items] */
     uint64_t *stream;                    /* [items] of the chosen row; the rejected has the next */
+    double since;   /* when the step began */
+    size_t through; /* tokens that went through it */
 } psoup__dpo_trainer;
 
 /* dpo_step.c: rows are cut after this many tokens. */

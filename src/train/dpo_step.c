@@ -105,6 +105,7 @@ static psoup_status run_items(psoup__dpo_trainer *t, const psoup__dpo_set *set, 
             else
                 lose(t, set, i, at, length, logprob, what);
         }
+        t->through += t->pack->rows;
         if (what == LEARN)
             PSOUP__TRY(psoup__pack_backward(t->pack, error));
     }
@@ -186,6 +187,7 @@ static psoup_status finish_step(psoup__dpo_trainer *t, psoup__dpo_learner *l, ps
     psoup__metric(&metrics, "learning_rate", rate);
     psoup__metric(&metrics, "grad_norm", l->norm);
     psoup__metric(&metrics, "skipped", !l->stepped);
+    psoup__metric_speed(&metrics, t->since, t->through);
     l->at = l->step_end;
     l->step++;
     PSOUP__TRY(psoup__report(&t->reporter, "train", l->name, l->step, l->total, &metrics, error));
@@ -195,6 +197,8 @@ fail:
 
 psoup_status psoup__dpo_step(psoup__dpo_trainer *t, psoup_error *error) {
     psoup_status status = PSOUP_OK;
+    t->since = psoup__now();
+    t->through = 0;
     for (size_t j = 0; j < t->n; j++)
         if (t->learners[j].step < t->learners[j].total)
             begin_step(t, &t->learners[j]);

@@ -1,5 +1,6 @@
 /* Reports of a trainer's steps: to a JSON Lines file and to the caller. */
 #include <assert.h>
+#include <time.h>
 
 #include "train/train.h"
 
@@ -7,6 +8,24 @@ void psoup__metric(psoup__metrics *metrics, const char *name, double value) {
     assert(metrics->n < PSOUP__MAX_METRICS);
     metrics->name[metrics->n] = name;
     metrics->value[metrics->n++] = value;
+}
+
+void psoup__metric_time(psoup__metrics *metrics, const char *name, double value) {
+    assert(metrics->n_times < PSOUP__MAX_TIMES);
+    metrics->time_name[metrics->n_times] = name;
+    metrics->time[metrics->n_times++] = value;
+}
+
+void psoup__metric_speed(psoup__metrics *metrics, double since, size_t tokens) {
+    double seconds = psoup__now() - since;
+    psoup__metric_time(metrics, "seconds", seconds);
+    psoup__metric_time(metrics, "tokens_per_second", seconds > 0.0 ? (double)tokens / seconds : 0.0);
+}
+
+double psoup__now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
 psoup_status psoup__reporter_open(psoup__reporter *reporter, psoup_context *context,
@@ -18,7 +37,8 @@ psoup_status psoup__reporter_open(psoup__reporter *reporter, psoup_context *cont
 
 void psoup__reporter_close(psoup__reporter *reporter) {
     psoup_jsonl_writer_free(reporter->writer);
-    reporter->writer = NULL;
+    psoup_jsonl_writer_free(reporter->samples);
+    reporter->writer = reporter->samples = NULL;
 }
 
 static psoup_status write_line(psoup_jsonl_writer *writer, const psoup_step *step,
@@ -46,7 +66,10 @@ psoup_status psoup__report(psoup__reporter *reporter, const char *phase, const c
                          .total = total,
                          .n = metrics->n,
                          .names = metrics->name,
-                         .values = metrics->value};
+                         .values = metrics->value,
+                         .n_times = metrics->n_times,
+                         .time_names = metrics->time_name,
+                         .times = metrics->time};
     if (reporter->writer) {
         psoup_status status = write_line(reporter->writer, &report, error);
         if (status != PSOUP_OK)

@@ -156,6 +156,10 @@ static const psoup_field ppo_fields[] = {
      "prompt, or their mean and deviation. Without a critic gamma, lambda, value and whitening options "
      "and head_dropout have no part."},
     INT(group_size, "Responses sampled to each prompt, with rloo and grpo; divides batch_size."),
+    INT(samples_every, "PPO steps between samples of what each policy says; 0 takes none."),
+    INT(samples_count, "How many prompts are sampled, of a policy's validation prompts where it has any."),
+    {"samples", PSOUP_FIELD_STRING, offsetof(OPTIONS, samples), NULL,
+     "JSON Lines file that samples are appended to."},
     {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
 };
 #undef OPTIONS
@@ -331,12 +335,19 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         CHECKPOINT_RANGES,
         RANGE(objective, 0, 2),
         RANGE(group_size, critic ? 1 : 2, COUNTS),
+        RANGE(samples_every, 0, COUNTS),
+        RANGE(samples_count, 1, COUNTS),
     };
     psoup_status status =
         check("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume, error);
     if (status == PSOUP_OK && o->reward_text && !o->tokenizer)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_ppo_options: tokenizer is NULL, which reward_text needs");
+    if (status == PSOUP_OK && (o->samples || o->on_samples) != (o->samples_every > 0))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_ppo_options: samples_every is %d: expected %s", o->samples_every,
+                           o->samples_every ? "samples, a file, or on_samples with it"
+                                            : "more than 0, with samples or on_samples");
     if (status == PSOUP_OK && !critic && o->batch_size % o->group_size)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_ppo_options: batch_size is %d: expected a multiple of group_size, %d",

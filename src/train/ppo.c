@@ -143,6 +143,21 @@ static void report_experience(const psoup__experience *x, psoup__metrics *metric
     psoup__metric(metrics, "ended", ended / n);
 }
 
+/* What the clock says of the step of n policies; tokens of all of them, since they share the time. */
+static void report_times(psoup_ppo *ppo, size_t n) {
+    static const char *const names[PSOUP__PHASES] = {"rollout_seconds", "score_seconds",
+                                                     "evaluate_seconds", "update_seconds"};
+    size_t tokens = 0;
+    for (size_t p = 0; p < n; p++)
+        tokens += ppo->active[p]->experience.rollouts.tokens;
+    for (size_t p = 0; p < n; p++) {
+        psoup__metrics *metrics = &ppo->active[p]->metrics;
+        psoup__metric_speed(metrics, ppo->began[0], tokens);
+        for (int k = 0; k < PSOUP__PHASES; k++)
+            psoup__metric_time(metrics, names[k], ppo->began[k + 1] - ppo->began[k]);
+    }
+}
+
 /* ---- the step ------------------------------------------------------------------------------------ */
 
 static int64_t steps_left(const psoup_ppo *ppo) {
@@ -168,9 +183,12 @@ static psoup_status no_policy_left(const psoup_ppo *ppo, psoup_error *error) {
 static psoup_status step(psoup_ppo *ppo, size_t *n, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     const psoup_ppo_options *o = &ppo->options;
+    ppo->began[PSOUP__ROLLOUT] = psoup__now();
     PSOUP__TRY(collect(ppo, *n, error));
     drop_diverged(ppo, n, false);
+    ppo->began[PSOUP__SCORE] = psoup__now();
     PSOUP__TRY(psoup__score_rollouts(ppo->model, o, ppo->requests, *n, error));
+    ppo->began[PSOUP__EVALUATE] = psoup__now();
     PSOUP__TRY(psoup__ppo_evaluate(ppo, ppo->active, *n, false, error));
     for (size_t p = 0; p < *n; p++) {
         reward_tokens(o, ppo->active[p]);
@@ -182,7 +200,7 @@ static psoup_status step(psoup_ppo *ppo, size_t *n, psoup_error *error) {
     for (size_t p = 0; p < *n; p++) {
         psoup__policy *policy = ppo->active[p];
         double kl, reward;
-        policy->metrics.n = 0;
+        policy->metrics.n = policy->metrics.n_times = 0;
         report_experience(&policy->experience, &policy->metrics, &kl, &reward);
         psoup__metric(&policy->metrics, "kl_coefficient", policy->state.kl_coefficient);
         if (o->adaptive_kl)
@@ -190,7 +208,10 @@ static psoup_status step(psoup_ppo *ppo, size_t *n, psoup_error *error) {
                 psoup__kl_coefficient(policy->state.kl_coefficient, kl, o->kl_target,
                                       o->kl_horizon, (double)policy->experience.rollouts.n);
     }
+    ppo->began[PSOUP__UPDATE] = psoup__now();
     PSOUP__TRY(psoup__ppo_update(ppo, ppo->active, *n, error));
+    ppo->began[PSOUP__PHASES] = psoup__now();
+    report_times(ppo, *n);
 fail:
     return status;
 }
@@ -231,15 +252,6 @@ static psoup_status keep(psoup_ppo *ppo, psoup_status told, psoup_error *error) 
         if (ppo->policies[p].state.step > step_done)
             step_done = ppo->policies[p].state.step;
     return psoup__checkpoint_after(&ppo->checkpoint, told, step_done, steps_left(ppo) == 0, error);
-}
-
-psoup_status psoup_ppo_step(psoup_ppo *ppo, int64_t *remaining, psoup_error *error) {
-    if (!ppo)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo_step: ppo is NULL");
-    psoup_status status = keep(ppo, take_step(ppo, error), error);
-    if (remaining)
-        *remaining = steps_left(ppo);
-    return status;
 }
 
 int psoup_ppo_diverged(const psoup_ppo *ppo, size_t policy) {
@@ -303,15 +315,45 @@ fail:
     return status;
 }
 
+static bool anything_due(psoup_ppo *ppo) {
+    return validation_due(ppo) || psoup__ppo_samples_due(ppo);
+}
+
+/* The next thing to do: a validation, samples, or a step. *stepped becomes true with the latter. One
+ * checkpoint is for a step and what is due after it. */
+static psoup_status advance(psoup_ppo *ppo, bool *stepped, psoup_error *error) {
+    psoup_status status;
+    size_t due = validation_due(ppo);
+    if (due) {
+        status = validate(ppo, due, error);
+    } else if ((due = psoup__ppo_samples_due(ppo)) > 0) {
+        status = psoup__ppo_sample(ppo, due, error);
+    } else {
+        *stepped = true;
+        status = take_step(ppo, error);
+    }
+    return status != PSOUP_OK || !anything_due(ppo) ? keep(ppo, status, error) : status;
+}
+
+psoup_status psoup_ppo_step(psoup_ppo *ppo, int64_t *remaining, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    bool stepped = false;
+    if (!ppo)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo_step: ppo is NULL");
+    while (status == PSOUP_OK && (!stepped || anything_due(ppo)))
+        status = advance(ppo, &stepped, error);
+    if (remaining)
+        *remaining = steps_left(ppo);
+    return status;
+}
+
 psoup_status psoup_ppo_run(psoup_ppo *ppo, psoup_error *error) {
     psoup_status status = PSOUP_OK;
+    bool stepped = false;
     if (!ppo)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo_run: ppo is NULL");
-    for (size_t due; (due = validation_due(ppo)) > 0 || steps_left(ppo) > 0;) {
-        status = due ? validate(ppo, due, error) : take_step(ppo, error);
-        if (status != PSOUP_OK || !validation_due(ppo)) /* one checkpoint for a step and its validation */
-            PSOUP__TRY(keep(ppo, status, error));
-    }
+    while (anything_due(ppo) || steps_left(ppo) > 0)
+        PSOUP__TRY(advance(ppo, &stepped, error));
     for (size_t p = 0; p < ppo->n; p++)
         psoup__best_restore(&ppo->policies[p].best, ppo->model->be, ppo->policies[p].adapter->data);
     for (size_t p = 0; p < ppo->n; p++)

@@ -21,6 +21,7 @@ typedef struct psoup__ppo_state { /* what a step moves on, beside weights and mo
     double kl_coefficient;
     psoup__moments moments; /* of the scores */
     int64_t validated;      /* the last step whose validation is done */
+    int64_t sampled;        /* samples are taken of every step before this one */
     int64_t failed;         /* 1: it diverged, and left the run */
 } psoup__ppo_state;
 
@@ -38,8 +39,17 @@ typedef struct psoup__policy {
     int32_t *order; /* [n_prompts] permutation of epoch `epoch` */
     uint64_t epoch; /* UINT64_MAX: none yet */
     psoup__experience experience, validation;
+    psoup__rollouts samples;
     psoup__metrics metrics; /* of the step in progress */
 } psoup__policy;
+
+typedef enum psoup__phase { /* what a step does, one after another */
+    PSOUP__ROLLOUT,
+    PSOUP__SCORE,
+    PSOUP__EVALUATE,
+    PSOUP__UPDATE,
+    PSOUP__PHASES
+} psoup__phase;
 
 struct psoup_ppo {
     psoup_model *model;
@@ -51,6 +61,7 @@ struct psoup_ppo {
     psoup__policy **active; /* [n] scratch of a step */
     psoup__request *requests; /* [n] scratch */
     size_t n;
+    double began[PSOUP__PHASES + 1]; /* when the step's phases did, and its end */
 };
 
 /* ppo_setup.c: finds each policy's adapter where it is now; PSOUP_ERROR_STATE when it is gone. */
@@ -65,6 +76,11 @@ psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies,
 /* The epochs of clipped updates on the policies' experience; adds to their metrics. */
 psoup_status psoup__ppo_update(psoup_ppo *ppo, psoup__policy *const *policies, size_t n,
                                psoup_error *error);
+
+/* ppo_samples.c: makes those whose samples are due now the active ones, and counts them. */
+size_t psoup__ppo_samples_due(psoup_ppo *ppo);
+/* Samples the first n of the active policies, and tells of it. */
+psoup_status psoup__ppo_sample(psoup_ppo *ppo, size_t n, psoup_error *error);
 
 /* ppo_checkpoint.c: takes checkpoint_dir, and goes on from what is there. */
 psoup_status psoup__ppo_start_checkpoint(psoup_ppo *ppo, psoup_error *error);

@@ -89,6 +89,7 @@ static psoup_status add_policy(psoup__checkpoint *c, size_t p, psoup__policy *po
         {.name = "failed", .dtype = PSOUP_I64, .data = &s->failed, .n = 1},
         {.name = "step", .dtype = PSOUP_I64, .data = &s->step, .n = 1},
         {.name = "validated", .dtype = PSOUP_I64, .data = &s->validated, .n = 1},
+        {.name = "sampled", .dtype = PSOUP_I64, .data = &s->sampled, .n = 1},
         {.name = "rollouts", .dtype = PSOUP_I64, .data = &s->rollouts, .n = 1},
         {.name = "updates", .dtype = PSOUP_I64, .data = &s->updates, .n = 1},
         {.name = "kl_coefficient", .dtype = PSOUP_F64, .data = &s->kl_coefficient, .n = 1},

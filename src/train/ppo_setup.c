@@ -151,6 +151,9 @@ psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *polici
     PSOUP__TRY(check_apart(model, policies, n, error));
     PSOUP__TRY(psoup__reporter_open(&ppo->reporter, model->context, ppo->options.metrics,
                                     ppo->options.on_step, ppo->options.user, error));
+    if (ppo->options.samples)
+        PSOUP__TRY(psoup_jsonl_create(model->context, ppo->options.samples, 1, &ppo->reporter.samples,
+                                      error));
     PSOUP__TRY(psoup__pack_create(model, &ppo->pack, error));
     ppo->policies = psoup__alloc(model->context, n, sizeof(*ppo->policies), error);
     ppo->active = psoup__alloc(model->context, n, sizeof(psoup__policy *), error);
@@ -194,6 +197,7 @@ void psoup_ppo_free(psoup_ppo *ppo) {
         psoup__best_free(&policy->best, context);
         free_experience(&policy->experience, context);
         free_experience(&policy->validation, context);
+        psoup__rollouts_free(&policy->samples, context);
         psoup__free(context, policy->order);
         psoup__free(context, policy->name);
     }

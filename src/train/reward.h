@@ -37,6 +37,8 @@ typedef struct psoup__reward_trainer {
     size_t capacity;
     int32_t *item, *owner, *rows, *pass; /* [items] */
     uint64_t *stream;                    /* [items] of the chosen row; the rejected has the next */
+    double since;   /* when the step began */
+    size_t through; /* tokens that went through it */
 } psoup__reward_trainer;
 
 /* reward_step.c: the order of l->epoch. */

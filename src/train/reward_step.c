@@ -86,6 +86,7 @@ static psoup_status run_items(psoup__reward_trainer *t, size_t n, bool learn, ps
             }
             k += 2;
         }
+        t->through += t->pack->rows;
         if (learn)
             PSOUP__TRY(psoup__pack_backward(t->pack, error));
     }
@@ -151,6 +152,7 @@ static psoup_status finish_step(psoup__reward_trainer *t, psoup__reward_learner 
     psoup__metric(&metrics, "learning_rate", rate);
     psoup__metric(&metrics, "grad_norm", l->norm);
     psoup__metric(&metrics, "skipped", !l->stepped);
+    psoup__metric_speed(&metrics, t->since, t->through);
     l->at = l->step_end;
     l->step++;
     PSOUP__TRY(psoup__report(&t->reporter, "train", l->name, l->step, l->total, &metrics, error));
@@ -162,6 +164,8 @@ psoup_status psoup__reward_step(psoup__reward_trainer *t, const psoup_comparison
                                 psoup_error *error) {
     psoup_status status = PSOUP_OK;
     t->comparisons = comparisons;
+    t->since = psoup__now();
+    t->through = 0;
     for (size_t j = 0; j < t->n; j++)
         if (t->learners[j].step < t->learners[j].total)
             begin_step(t, &t->learners[j]);

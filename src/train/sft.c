@@ -92,8 +92,8 @@ fail:
 /* One optimiser step from example s->at of the epoch on. */
 static psoup_status train_step(sft *s, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    size_t end, tokens = 0;
-    double loss = 0.0, norm = 0.0;
+    size_t end, tokens = 0, through = 0;
+    double loss = 0.0, norm = 0.0, since = psoup__now();
     bool stepped;
     if (s->at == s->n) {
         order_epoch(s, ++s->epoch);
@@ -117,6 +117,7 @@ static psoup_status train_step(sft *s, psoup_error *error) {
             s->pack->dlogprob[i] = -1.0f / (float)tokens;
         }
         PSOUP__TRY(psoup__pack_backward(s->pack, error));
+        through += s->pack->rows;
     }
     float rate = psoup__learning_rate(s->options.learning_rate, s->options.schedule,
                                       s->options.warmup_steps, s->step + 1, s->total);
@@ -129,6 +130,7 @@ static psoup_status train_step(sft *s, psoup_error *error) {
     psoup__metric(&metrics, "grad_norm", norm);
     psoup__metric(&metrics, "tokens", (double)tokens);
     psoup__metric(&metrics, "skipped", !stepped);
+    psoup__metric_speed(&metrics, since, through);
     PSOUP__TRY(psoup__report(&s->reporter, "train", s->subject, s->step, s->total, &metrics, error));
 fail:
     return status;

@@ -21,7 +21,8 @@ typedef enum psoup__purpose { /* what a trainer draws; each has a Philox key of 
     PSOUP__FOR_LIMITS,
     PSOUP__FOR_LORA_DROPOUT,
     PSOUP__FOR_HEAD_DROPOUT,
-    PSOUP__FOR_VALIDATION
+    PSOUP__FOR_VALIDATION,
+    PSOUP__FOR_SAMPLES
 } psoup__purpose;
 static inline uint64_t psoup__seed_for(uint64_t seed, psoup__purpose purpose) {
     return seed ^ (UINT64_C(0x9E3779B97F4A7C15) * (uint64_t)purpose);
@@ -71,15 +72,24 @@ void psoup__best_free(psoup__best *best, psoup_context *context);
 /* ---- metrics.c --------------------------------------------------------------------------------- */
 
 #define PSOUP__MAX_METRICS 24
+#define PSOUP__MAX_TIMES 8
 typedef struct psoup__metrics {
     const char *name[PSOUP__MAX_METRICS];
     double value[PSOUP__MAX_METRICS];
     size_t n;
+    const char *time_name[PSOUP__MAX_TIMES]; /* what the clock says: not for the file */
+    double time[PSOUP__MAX_TIMES];
+    size_t n_times;
 } psoup__metrics;
 void psoup__metric(psoup__metrics *metrics, const char *name, double value);
+void psoup__metric_time(psoup__metrics *metrics, const char *name, double value);
+/* "seconds" and "tokens_per_second" of a step that began at `since`. */
+void psoup__metric_speed(psoup__metrics *metrics, double since, size_t tokens);
+double psoup__now(void); /* seconds, of a clock that only goes forward */
 
 typedef struct psoup__reporter {
     psoup_jsonl_writer *writer; /* NULL: no file */
+    psoup_jsonl_writer *samples; /* the same of the policies' samples */
     psoup_step_fn on_step;
     void *user;
 } psoup__reporter;

@@ -363,16 +363,23 @@ static void test_rewards_and_ppo(psoup::model &model) {
     ppo_options.batch_size = 4;
     ppo_options.ppo_epochs = 1;
     ppo_options.max_new_tokens = 4;
-    int reports = 0;
+    ppo_options.samples_every = 1;
+    ppo_options.samples_count = 1;
+    int reports = 0, said = 0;
     {
-        auto ppo = NEED(psoup::ppo::create(model, {by_function, by_model}, ppo_options,
-                                           [&](const psoup_step &) { return ++reports > 0; }));
+        auto ppo = NEED(psoup::ppo::create(
+            model, {by_function, by_model}, ppo_options, [&](const psoup_step &) { return ++reports > 0; },
+            [&](std::int64_t step, psoup::span<const psoup_rollout> r, psoup::span<const float> scores) {
+                CHECK(step == said++ / 2 && r.size() == 1 && r[0].prompt->id == 42 && scores.size() == 1);
+                return true;
+            }));
         psoup::ppo moved = std::move(ppo); /* its callbacks move along */
         CHECK(NEED(moved.step()) == 1);
         CHECK(NEED(moved.trace(0)).rollouts == 4 && !moved.diverged(0));
         NEED(moved.run());
-        CHECK(called >= 2 && reports >= 4);
+        CHECK(called >= 2 && reports >= 4 && said == 6);
     }
+    ppo_options.samples_every = 0;
     by_function.function = [](psoup::span<const psoup_rollout>, psoup::span<float>) { return false; };
     psoup::ppo other = NEED(psoup::ppo::create(model, {by_function}, ppo_options));
     CHECK(!other.run());

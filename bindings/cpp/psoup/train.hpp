@@ -131,6 +131,9 @@ inline result<void> dpo(model &m, const std::vector<std::string> &policies, span
 
 /* Scores rollouts; return false on failure. */
 using reward_function = std::function<bool(span<const psoup_rollout>, span<float> scores)>;
+/* What a policy says after `step` steps, with options.samples_every; return false to stop. */
+using on_samples =
+    std::function<bool(std::int64_t step, span<const psoup_rollout>, span<const float> scores)>;
 
 struct policy {
     std::string adapter;
@@ -152,11 +155,13 @@ class ppo : public handle<psoup_ppo, psoup_ppo_free> {
 public:
     using handle::handle;
     static result<ppo> create(model &m, std::vector<policy> policies,
-                              psoup_ppo_options options = defaults<psoup_ppo_options>(), on_step each = {}) {
-        auto kept = std::make_unique<state>(std::move(policies), std::move(each));
-        if (kept->step.function) {
-            options.on_step = detail::run_step;
-            options.user = &kept->step;
+                              psoup_ppo_options options = defaults<psoup_ppo_options>(), on_step each = {},
+                              on_samples said = {}) {
+        auto kept = std::make_unique<state>(std::move(policies), std::move(each), std::move(said));
+        if (kept->step.function || kept->samples.function) {
+            options.on_step = kept->step.function ? run_step : nullptr;
+            options.on_samples = kept->samples.function ? run_samples : nullptr;
+            options.user = kept.get();
         }
         auto made = detail::make<ppo>(psoup_ppo_create, m.get(), kept->c_policies.data(), kept->c_policies.size(),
                                       &options);
@@ -191,9 +196,11 @@ private:
         auto *c = static_cast<reward_callback *>(user);
         return c->run([&] { return c->function({rollouts, n}, {scores, n}); });
     }
+    using samples_callback = detail::callback<bool(std::int64_t, span<const psoup_rollout>, span<const float>)>;
     /* What C borrows, at addresses that moving a ppo does not change. */
     struct state {
-        state(std::vector<policy> p, on_step each) : policies(std::move(p)), step(std::move(each)) {
+        state(std::vector<policy> p, on_step each, on_samples said)
+            : policies(std::move(p)), step(std::move(each)), samples(std::move(said)) {
             for (policy &each_policy : policies) {
                 functions.push_back(std::make_unique<reward_callback>(each_policy.function));
                 rewards.push_back(detail::pointers(each_policy.rewards));
@@ -215,14 +222,24 @@ private:
         }
         void rethrow() {
             step.rethrow();
+            samples.rethrow();
             for (auto &f : functions) f->rethrow();
         }
         std::vector<policy> policies;
         detail::step_callback step;
+        samples_callback samples;
         std::vector<std::unique_ptr<reward_callback>> functions;
         std::vector<std::vector<psoup_reward *>> rewards;
         std::vector<psoup_ppo_policy> c_policies;
     };
+    static int run_step(void *user, const psoup_step *step) {
+        return detail::run_step(&static_cast<state *>(user)->step, step);
+    }
+    static int run_samples(void *user, std::int64_t step, const psoup_rollout *rollouts, const float *scores,
+                           std::size_t n) {
+        auto &c = static_cast<state *>(user)->samples;
+        return c.run([&] { return c.function(step, {rollouts, n}, {scores, n}); });
+    }
     state *state_ = nullptr;
 };
 

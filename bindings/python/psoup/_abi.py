@@ -670,6 +670,9 @@ psoup_step._fields_ = [
     ("n", c_size_t),
     ("names", POINTER(c_char_p)),
     ("values", POINTER(c_double)),
+    ("n_times", c_size_t),
+    ("time_names", POINTER(c_char_p)),
+    ("times", POINTER(c_double)),
 ]
 psoup_step_fn = CFUNCTYPE(c_int, c_void_p, POINTER(psoup_step))
 psoup_example._fields_ = [
@@ -805,6 +808,7 @@ psoup_rollout._fields_ = [
     ("reserved", c_uint64 * 2),
 ]
 psoup_reward_fn = CFUNCTYPE(c_int, c_void_p, POINTER(psoup_rollout), c_size_t, POINTER(c_float))
+psoup_samples_fn = CFUNCTYPE(c_int, c_void_p, c_int64, POINTER(psoup_rollout), POINTER(c_float), c_size_t)
 psoup_ppo_policy._fields_ = [
     ("adapter", c_char_p),
     ("rewards", POINTER(POINTER(psoup_reward))),
@@ -875,6 +879,10 @@ psoup_ppo_options._fields_ = [
     ("objective", c_int32),
     ("group_size", c_int32),
     ("reserved", c_int32),
+    ("samples_every", c_int32),
+    ("samples_count", c_int32),
+    ("samples", c_char_p),
+    ("on_samples", psoup_samples_fn),
 ]
 psoup_ppo_trace._fields_ = [
     ("size", c_size_t),
@@ -1078,6 +1086,7 @@ DEFAULTS: Dict[Any, Dict[str, Any]] = {
         "checkpoint_every": 10,
         "checkpoint_keep": 3,
         "group_size": 4,
+        "samples_count": 4,
     },
 }
 

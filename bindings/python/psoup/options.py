@@ -434,3 +434,11 @@ class PpoOptions(TypedDict, total=False):
     objective: Union[int, str]
     # responses to each prompt with RLOO and GRPO; divides batch_size; default 4
     group_size: int
+    # 0: never; default 0
+    samples_every: int
+    # how many prompts: the first ones; default 4
+    samples_count: int
+    # JSON Lines file of "step", "policy", "id", "prompt", "response" (texts where there is a
+    # tokenizer, ids otherwise), "score" and "finish"; NULL: none. A run that goes on repeats its
+    # bytes, as with metrics; default None
+    samples: str

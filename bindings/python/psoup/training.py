@@ -38,6 +38,9 @@ class Step(NamedTuple):
     total: int
     metrics: Dict[str, float]
     """"loss", "reward", "kl", ..."""
+    times: Dict[str, float] = {}
+    """What the clock says of a training step: "seconds", "tokens_per_second", and PPO's phases; not in the
+    metrics file."""
 
 
 OnStep = Callable[[Step], Any]
@@ -50,7 +53,8 @@ def _step_callback(on_step: Optional[OnStep]) -> Any:
         if on_step is not None:
             s = pointer.contents
             on_step(Step(text(s.phase), text(s.subject), s.step, s.total,
-                         {text(s.names[i]): s.values[i] for i in range(s.n)}))
+                         {text(s.names[i]): s.values[i] for i in range(s.n)},
+                         {text(s.time_names[i]): s.times[i] for i in range(s.n_times)}))
         return 0
 
     return callback(_abi.psoup_step_fn, run)
@@ -310,14 +314,30 @@ class Trace(NamedTuple):
     kl_coefficient: float
 
 
+OnSamples = Callable[[int, List[Rollout], List[float]], Any]
+"""Told of the steps done, one policy's responses to its sampled prompts, and their scores."""
+
+
+def _rollouts(rollouts: Any, n: int) -> List[Rollout]:
+    seen = []
+    for i in range(n):
+        r = rollouts[i]
+        p = r.prompt.contents
+        seen.append(Rollout(text(r.policy), p.tokens[:p.n], p.id, r.response[:r.n], Finish(r.finish)))
+    return seen
+
+
+def _samples_callback(function: OnSamples) -> Any:
+    def run(user: Any, step: int, rollouts: Any, scores: Any, n: int) -> int:
+        function(step, _rollouts(rollouts, n), scores[:n])
+        return 0
+
+    return callback(_abi.psoup_samples_fn, run)
+
+
 def _reward_callback(function: RewardFunction) -> Any:
     def run(user: Any, rollouts: Any, n: int, scores: Any) -> int:
-        seen = []
-        for i in range(n):
-            r = rollouts[i]
-            p = r.prompt.contents
-            seen.append(Rollout(text(r.policy), p.tokens[:p.n], p.id, r.response[:r.n], Finish(r.finish)))
-        given = function(seen)
+        given = function(_rollouts(rollouts, n))
         if len(given) != n:
             raise ValueError("the reward function gave %d scores for %d rollouts" % (len(given), n))
         for i, score in enumerate(given):
@@ -354,13 +374,14 @@ class Ppo(Handle):
         ppo.run()
 
     Options and their defaults: `ppo_options()`; preset "rlphf" has the settings of the paper's released
-    code. `tokenizer` is for reward_text=1 only. What a reward function or on_step raises comes out of
-    step() or run().
+    code. `tokenizer` is for reward_text=1, and for texts in the file `samples`. With samples_every,
+    on_samples is told what each policy says on the way. What a reward function, on_step or on_samples
+    raises comes out of step() or run().
     """
 
     def __init__(self, model: Model, policies: Sequence[Policy], preset: Optional[str] = None,
                  on_step: Optional[OnStep] = None, tokenizer: Optional[Tokenizer] = None,
-                 **options: Unpack[PpoOptions]) -> None:
+                 on_samples: Optional[OnSamples] = None, **options: Unpack[PpoOptions]) -> None:
         keep: List[Any] = []
         parents: List[Handle] = [model]
         structs = (_abi.psoup_ppo_policy * len(policies))()
@@ -379,6 +400,8 @@ class Ppo(Handle):
                 parents += rewards
         settings = self._settings(preset, options, keep)
         settings.on_step = _step_callback(on_step)
+        if on_samples is not None:
+            settings.on_samples = _samples_callback(on_samples)
         if tokenizer is not None:
             settings.tokenizer = tokenizer.handle
             parents.append(tokenizer)
@@ -396,8 +419,8 @@ class Ppo(Handle):
         return fill(settings, dict(options), keep)
 
     def step(self) -> int:
-        """One step of every policy that still has steps to go: sample, score, update. Returns how many
-        steps are left."""
+        """One step of every policy that still has steps to go: sample, score, update; and the validation
+        and samples that are due. Returns how many steps are left."""
         remaining = c_int64()
         with self.lock:
             call_long(lib.psoup_ppo_step, self.handle, byref(remaining))

@@ -150,6 +150,26 @@ class Ppo(Case):
         self.assertEqual(len(means), 30)
         self.assertGreater(average(seen[-160:]), average(seen[:160]) + 0.5)
 
+    def test_what_is_seen_of_a_run(self):
+        told, times = [], []
+        ppo = psoup.Ppo(tiny(("A",)), [psoup.Policy("A", [[2, 3], [4, 5], [6, 7]], lambda rollouts: [
+            float(len(r.response)) for r in rollouts])], steps=3, samples_every=2, samples_count=2,
+            samples=self.path("samples.jsonl"), on_samples=lambda *what: told.append(what),
+            on_step=lambda s: times.append(s.times), **self.OPTIONS)
+        self.assertEqual(ppo.step(), 2)
+        self.assertEqual([step for step, _, _ in told], [0])
+        ppo.run()
+        self.assertEqual([step for step, _, _ in told], [0, 2, 3])
+        for _, rollouts, scores in told:
+            self.assertEqual([r.prompt for r in rollouts], [[2, 3], [4, 5]])
+            self.assertEqual(scores, [float(len(r.response)) for r in rollouts])
+        with open(self.path("samples.jsonl")) as f:
+            rows = [json.loads(line) for line in f]
+        self.assertEqual([r["response"] for r in rows], [r.response for _, rollouts, _ in told for r in rollouts])
+        for t in times:
+            self.assertGreater(t["tokens_per_second"], 0)
+            self.assertGreaterEqual(t["seconds"] + 1e-3, t["rollout_seconds"] + t["update_seconds"])
+
     def test_objectives_without_a_critic(self):
         for objective in ("rloo", "grpo"):
             ppo = psoup.Ppo(tiny(("A",)), [psoup.Policy("A", [[2, 3], [4, 5]], lambda rollouts: [
