@@ -107,7 +107,8 @@ static inline int watch(void *user, const psoup_step *step) {
 }
 
 static inline int keep_grad_norm(void *user, const psoup_step *step) {
-    *(double *)user = value_of(step, "grad_norm");
+    if (strcmp(step->phase, "train") == 0)
+        *(double *)user = value_of(step, "grad_norm");
     return 0;
 }
 

@@ -109,10 +109,10 @@ START_TEST(option_structs_end_without_padding) {
     } structs[] = {
         ENDS(psoup_context_options, stream),     ENDS(psoup_model_config, more_eos_token_ids),
         ENDS(psoup_adapter_options, seed),       ENDS(psoup_sampling, n_stop_tokens),
-        ENDS(psoup_session_options, reserved2),  ENDS(psoup_step, values),
+        ENDS(psoup_session_options, reserved2),  ENDS(psoup_step, times),
         ENDS(psoup_sft_options, reserved),       ENDS(psoup_reward_options, reserved),
         ENDS(psoup_dpo_options, reserved),
-        ENDS(psoup_ppo_options, reserved),       ENDS(psoup_ppo_trace, kl_coefficient),
+        ENDS(psoup_ppo_options, on_samples),      ENDS(psoup_ppo_trace, kl_coefficient),
         ENDS(psoup_merger_options, resume),      ENDS(psoup_merge_report, mean_error),
         ENDS(psoup_merge_sink, write),           ENDS(psoup_merge_tensors, user),
         ENDS(psoup_merge_device, copy),
