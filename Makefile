@@ -391,7 +391,7 @@ $B/fuzz_%: $B/tests/fuzz/fuzz_%.o $B/libpsoup.a
 bench: deps-bench
 	@$(MAKE) --no-print-directory $(BENCHES:%=$B/tests/%)
 	@set -e; for b in $(BENCHES); do echo "== $$b"; \
-	    $B/tests/$$b $(PYTHON) tests/$$(echo $$b | sed s/model/torch/).py; done
+	    $B/tests/$$b $(PYTHON) tests/$$(echo $$b | sed 's/model/torch/; s/_files//').py; done
 
 bench-gpu: $B/tests/checkops/checkops
 	$B/tests/checkops/checkops --bench

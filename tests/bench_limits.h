@@ -120,7 +120,7 @@ static void *limit_thread(void *arg) {
 
 /* What THREADS threads do in a nanosecond, the best of seven: floating-point operations where x is NULL,
  * else bytes read of x [n]. */
-static double limit(const float *x, size_t n) {
+static inline double limit(const float *x, size_t n) {
     double best = 0;
     for (int repeat = 0; repeat < 7; repeat++) {
         pthread_t threads[THREADS];

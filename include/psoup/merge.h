@@ -89,10 +89,12 @@ typedef struct psoup_merger_options {
     int32_t resume;      /* continue from the shards that a killed run of the same merge has finished, and
                           * keep finished shards where this run fails; of tensors that the caller holds,
                           * which may be others now, none is taken over */
+    int64_t keep_bytes;  /* most bytes of adapters' factors (f32) that stay in memory from one run to the next; 0:
+                          * none. −1: 64 MiB, and 1 GiB from the first psoup_merger_set_weights on. Since 0.4 */
 } psoup_merger_options;
 #define PSOUP_MERGER_OPTIONS_INIT                                                                          \
     {.size = sizeof(psoup_merger_options), .dtype = -1, .density = 1, .gamma = 0.01, .epsilon = 0.15,      \
-     .lambda = 1, .t = PSOUP_MERGE_UNSAID, .normalize = -1, .rescale = -1}
+     .lambda = 1, .t = PSOUP_MERGE_UNSAID, .normalize = -1, .rescale = -1, .keep_bytes = -1}
 #define PSOUP_MERGE_UNSAID (-1e308)
 
 typedef struct psoup_merger psoup_merger;
@@ -105,10 +107,13 @@ void psoup_merger_free(psoup_merger *merger);
  * full model; without a base, one adapter. Methods of task vectors take the sources' differences from it. */
 psoup_status psoup_merger_set_base(psoup_merger *merger, const char *path, psoup_error *error);
 /* Adds a source and its weight: a PEFT directory or GGUF adapter, a model directory, .safetensors or .gguf
- * file. Its files stay open until the merger is freed (one descriptor each), and every run reads them anew;
- * nothing is mapped. Where one was truncated, written to, replaced or removed since it was added, this run and
- * those after it fail (PSOUP_ERROR_IO); where one cannot be read, this run. The error names the file, and the
- * tensor whose bytes are missing.
+ * file. Its files stay open until the merger is freed (one descriptor each); nothing is mapped. Every run reads
+ * models anew, and of adapters the factors that it needs and that no run before it kept (`keep_bytes`). Where a
+ * file that is read was truncated, written to, replaced or removed since it was added, this run and those after
+ * it fail (PSOUP_ERROR_IO); where one cannot be read, this run. The error names the file, and the tensor whose
+ * bytes are missing. Of an adapter whose factors are all kept the files are not looked at: results are made of
+ * what was read and fingerprinted, whatever became of them; a merger that shall see new ones is a new merger.
+ * A run that fails keeps nothing.
  * Adapters alone become one adapter, or with a base a full model. Beside full models an adapter stands for the
  * base with its change, and the base must be set.
  * "MODEL+ADAPTER" names a full model that is MODEL with the adapter folded in. */
@@ -118,8 +123,9 @@ psoup_status psoup_merger_add(psoup_merger *merger, const char *path, double wei
  * are ordered. Not needed where a base is set, where the file says it itself, or where adapter_config.json
  * names a directory that is here. Before the adapters are added. */
 psoup_status psoup_merger_set_reference(psoup_merger *merger, const char *model, psoup_error *error);
-/* New weights for the sources in the order they were added. Nothing is opened or parsed again; the next run reads
- * the tensors that it needs, from the system's page cache where they are still there. */
+/* New weights for the sources in the order they were added. Nothing is opened or parsed again. Of adapters the next
+ * runs read what was not kept yet (psoup_merger_options' keep_bytes), once; of models all that they need, from the
+ * system's page cache where it is still there. */
 psoup_status psoup_merger_set_weights(psoup_merger *merger, const double *weights, size_t n,
                                       psoup_error *error);
 

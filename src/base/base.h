@@ -45,6 +45,8 @@ psoup_status psoup__options(void *defaults, size_t full, const void *options, co
 /* count × size zeroed bytes, 64-byte aligned, from the context's allocator; NULL with *error set when
  * the product overflows or memory is out. count × size == 0 gives a unique pointer. */
 void *psoup__alloc(psoup_context *context, size_t count, size_t size, psoup_error *error);
+/* The same, of any values: for what is written whole before it is read. */
+void *psoup__alloc_unset(psoup_context *context, size_t count, size_t size, psoup_error *error);
 void psoup__free(psoup_context *context, void *memory); /* takes NULL */
 char *psoup__strdup(psoup_context *context, const char *text, psoup_error *error);
 #if defined(__GNUC__)

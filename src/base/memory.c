@@ -35,6 +35,13 @@ static void *system_alloc(size_t bytes) {
 }
 
 void *psoup__alloc(psoup_context *context, size_t count, size_t size, psoup_error *error) {
+    void *memory = psoup__alloc_unset(context, count, size, error);
+    if (memory != NULL)
+        memset(memory, 0, count * size);
+    return memory;
+}
+
+void *psoup__alloc_unset(psoup_context *context, size_t count, size_t size, psoup_error *error) {
     size_t bytes;
     if (!psoup__multiply(count, size, &bytes) || bytes > PTRDIFF_MAX) {
         psoup__fail(error, PSOUP_ERROR_MEMORY, "out of memory: %zu times %zu bytes", count, size);
@@ -46,8 +53,6 @@ void *psoup__alloc(psoup_context *context, size_t count, size_t size, psoup_erro
                        : system_alloc(bytes);
     if (memory == NULL)
         psoup__out_of_memory(error, bytes);
-    else
-        memset(memory, 0, bytes);
     return memory;
 }
 

@@ -65,6 +65,11 @@ typedef struct psoup__source_file {
     char sha256[PSOUP__SHA256_TEXT]; /* "" until asked for */
 } psoup__source_file;
 
+typedef struct psoup__kept { /* a factor that stays in memory between runs */
+    float *values; /* NULL: it does not */
+    char text[PSOUP__HASH_TEXT]; /* its fingerprint; "" until it is read */
+} psoup__kept;
+
 typedef struct psoup__merge_source {
     char *path;             /* as the caller said it, for messages and the certificate */
     psoup__weights *model;  /* one of model, adapter (or both: model with the adapter folded in), held */
@@ -75,6 +80,8 @@ typedef struct psoup__merge_source {
     int *pull_failed; /* what the caller gives piece by piece could not be given */
     psoup__source_file *files; /* [n_files] that it is read from */
     size_t n_files;
+    bool read;         /* an adapter: from its files, in this run */
+    psoup__kept *kept; /* [2 adapter->n] a and b of its pairs in turn; NULL: none */
     char architecture[64];  /* config.json's model_type, or "" */
     psoup__settings settings;
 } psoup__merge_source;
@@ -135,6 +142,8 @@ struct psoup_merger {
     bool same_tokenizers;  /* a tokenizer was asked for: all sources' must be the same */
     bool from_recipe;      /* weights are what the recipe says and need not sum to 1 */
     psoup_json *expected;  /* the certificate that a replay must reproduce */
+    bool reweighs;         /* its weights were changed */
+    size_t kept_bytes;     /* of all sources' factors that are kept */
     bool ran;
     psoup_merge_report report;
 };
@@ -238,6 +247,16 @@ psoup_status psoup__plan_method(psoup__plan *plan, psoup__result *result, const 
                                 psoup_error *error);
 bool psoup__dtype_mergeable(psoup_dtype dtype); /* floats of a file */
 psoup_dtype psoup__result_dtype(const psoup_merger *merger, psoup_dtype dtype);
+
+/* ---- keep.c: adapters' factors that stay in memory between runs ------------------------------------------- */
+
+/* A part's a (0) or b (1) where it is kept, as f32 in its own order; or NULL. */
+const psoup__kept *psoup__keep_find(psoup_merger *merger, const psoup__plan_part *of, int part);
+/* Room for it [n]; NULL where it cannot be kept. psoup__keep_read says that it is there, and its fingerprint. */
+float *psoup__keep_room(psoup_merger *merger, const psoup__plan_part *of, int part, size_t n);
+void psoup__keep_read(psoup_merger *merger, const psoup__plan_part *of, int part, const char *text);
+void psoup__keep_free(psoup_context *context, psoup__merge_source *source);
+void psoup__keep_forget(psoup_merger *merger); /* all of them */
 
 /* ---- certificate.c: what went in and what came out --------------------------------------------------------- */
 

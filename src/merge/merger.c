@@ -63,6 +63,9 @@ psoup_status psoup__options_check(const psoup_merger_options *o, psoup_error *er
         !isfinite(o->t))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_merger_options: density, gamma, epsilon, lambda and t must be finite");
+    if (o->keep_bytes < -1)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_merger_options: keep_bytes %lld; expected -1, 0 or more",
+                           (long long)o->keep_bytes);
     return PSOUP_OK;
 }
 
@@ -223,8 +226,10 @@ psoup_status psoup_merger_set_weights(psoup_merger *merger, const double *weight
     bool sums = merger->options.method <= PSOUP_MERGE_SVD || merger->options.method == PSOUP_MERGE_PEFT_LINEAR;
     psoup_status status =
         psoup__merge_check_weights(weights, n, merger->options.any_sum || !sums, error);
-    if (status == PSOUP_OK && n > 0)
+    if (status == PSOUP_OK && n > 0) {
         memcpy(merger->weights, weights, n * sizeof *weights);
+        merger->reweighs = true;
+    }
     return status;
 }
 
@@ -397,6 +402,8 @@ static psoup_status run(psoup_merger *merger, const char *directory, const psoup
     report_errors(merger, &certificate);
     merger->ran = true;
 fail:
+    if (status != PSOUP_OK) /* what was read last was not looked at again */
+        psoup__keep_forget(merger);
     psoup_text_free(text);
     if (output != NULL)
         output->kind->free(output);

@@ -164,12 +164,14 @@ static void do_task(void *arg, size_t task, int worker) {
     }
 }
 
+/* An adapter that is in memory may be gone. */
 static psoup_status check_sources(const psoup__plan *plan, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_merger *merger = plan->merger;
     for (size_t i = 0; i <= merger->n && status == PSOUP_OK; i++) {
         const psoup__merge_source *source = i < merger->n ? &merger->sources[i] : &merger->base;
-        status = psoup__source_check(source, error);
+        if (source->read || !psoup__source_is_adapter(source))
+            status = psoup__source_check(source, error);
     }
     return status;
 }

@@ -37,6 +37,7 @@ fail:
 void psoup__source_retry(psoup__merge_source *source) {
     for (size_t i = 0; i < source->n_files; i++)
         source->files[i].file->failed = 0;
+    source->read = false;
     if (source->pull_failed != NULL)
         *source->pull_failed = 0;
 }
@@ -183,6 +184,7 @@ fail:
 }
 
 void psoup__source_free(psoup_context *context, psoup__merge_source *source) {
+    psoup__keep_free(context, source);
     psoup__weights_free(source->model);
     psoup__peft_free(source->adapter);
     for (size_t i = 0; i < source->n_held; i++)

@@ -25,7 +25,7 @@ static psoup_status merge_factors(psoup__work *work, size_t n, double *lost, pso
     int32_t rank = psoup__merge_rank(method, merger->options.svd_rank, work->factors, n, &inner);
     if (rank == 0)
         return psoup__fail(error, inner.status, "%.200s: %s", work->result->module, inner.message);
-    float *a = psoup__alloc(merger->context, (size_t)rank, ((size_t)in + (size_t)out) * sizeof *a, error);
+    float *a = psoup__alloc_unset(merger->context, (size_t)rank, ((size_t)in + (size_t)out) * sizeof *a, error);
     if ((work->merged_memory = a) == NULL)
         return PSOUP_ERROR_MEMORY;
     float *b = a + (size_t)rank * (size_t)in;

@@ -604,6 +604,7 @@ psoup_merger_options._fields_ = [
     ("seed", c_uint64),
     ("sha256", c_int32),
     ("resume", c_int32),
+    ("keep_bytes", c_int64),
 ]
 psoup_merge_sink._fields_ = [
     ("size", c_size_t),
@@ -1004,6 +1005,7 @@ DEFAULTS: Dict[Any, Dict[str, Any]] = {
         "t": -1e+308,
         "normalize": -1,
         "rescale": -1,
+        "keep_bytes": -1,
     },
     psoup_merge_sink: {
     },

@@ -54,8 +54,8 @@ class Merger(Handle):
     A base or source is a path (model directory, .safetensors, .gguf, PEFT directory, GGUF adapter) or a
     state dict of arrays and `Pulled` tensors, which are not copied. Options: method="delta" (see
     MergeMethod), dtype, format="gguf", shard_size, svd_rank, any_sum, peer, density, gamma, epsilon,
-    lambda_, t, normalize, rescale, seed, sha256, resume. progress: a callable (label, done, total), or True
-    for a bar.
+    lambda_, t, normalize, rescale, seed, sha256, resume, keep_bytes. progress: a callable (label, done,
+    total), or True for a bar.
     """
 
     def __init__(self, base: Optional[Source] = None, progress: Any = None, context: Optional[Context] = None,
@@ -141,7 +141,8 @@ class Merger(Handle):
         return out
 
     def set_weights(self, weights: Sequence[float]) -> None:
-        """New weights for the sources in the order they were added; nothing is opened again."""
+        """New weights for the sources in the order they were added. Nothing is opened again, and of adapters
+        nothing is read again that the option keep_bytes let stay in memory."""
         row = doubles(weights)
         with self.lock:
             call(lib.psoup_merger_set_weights, self.handle, row.pointer, row.n)

@@ -177,6 +177,9 @@ class MergerOptions(TypedDict, total=False):
     # shards where this run fails; of tensors that the caller holds, which may be others now, none
     # is taken over; default 0
     resume: int
+    # most bytes of adapters' factors (f32) that stay in memory from one run to the next; 0: none.
+    # −1: 64 MiB, and 1 GiB from the first psoup_merger_set_weights on. Since 0.4; default -1
+    keep_bytes: int
 
 
 class SftOptions(TypedDict, total=False):
