@@ -112,7 +112,7 @@ START_TEST(option_structs_end_without_padding) {
         ENDS(psoup_session_options, reserved2),  ENDS(psoup_step, times),
         ENDS(psoup_sft_options, reserved),       ENDS(psoup_reward_options, reserved),
         ENDS(psoup_dpo_options, reserved),
-        ENDS(psoup_ppo_options, on_samples),      ENDS(psoup_ppo_trace, kl_coefficient),
+        ENDS(psoup_ppo_options, on_samples),      ENDS(psoup_ppo_trace, mix),
         ENDS(psoup_merger_options, keep_bytes),  ENDS(psoup_merge_report, mean_error),
         ENDS(psoup_merge_sink, write),           ENDS(psoup_merge_tensors, user),
         ENDS(psoup_merge_device, copy),

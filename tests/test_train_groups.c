@@ -157,7 +157,7 @@ START_TEST(groups_are_compared) {
     psoup__policy *inside = &ppo->policies[0];
     const psoup_ppo_prompt *last = NULL;
     int differ = 0;
-    ck_assert_ptr_null(inside->adapter->head);
+    ck_assert_ptr_null(inside->parts[0].adapter->head);
     for (int step = 0; step < 2; step++) {
         OK(psoup_ppo_step(ppo, NULL, &error));
         OK(psoup_ppo_get_trace(ppo, 0, &t, &error));

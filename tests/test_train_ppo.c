@@ -234,7 +234,7 @@ START_TEST(guard_leaves_the_optimiser_alone) {
     size_t count;
     float *before = weights(model, "P0", &count);
     OK(psoup_ppo_step(ppo, NULL, &error));
-    const psoup__optimizer *optimizer = &ppo->policies[0].optimizer;
+    const psoup__optimizer *optimizer = &ppo->policies[0].parts[0].optimizer;
     ck_assert_double_eq(s.skipped, 3.0);
     ck_assert_int_eq(optimizer->steps, _i ? 3 : 0);
     ck_assert(same_weights(model, "P0", before, count)); /* moments are still zero */

@@ -224,25 +224,32 @@ static psoup_status run_ppo(psoup_model *model, const psoup_ppo_policy *policies
 }
 
 START_TEST(policies_go_on_with_the_same_bytes) {
-    const psoup_ppo_policy policies[2] = {policy(0), policy(1)};
+    /* Two policies; or one, and the others' adapters as a soup. */
+    psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT;
+    psoup_ppo_policy policies[2] = {policy(0), policy(1)};
+    soup.adapters = names + 1;
+    soup.n = 2;
+    if (_i / 2)
+        policies[1].soup = &soup;
     run whole, r;
-    float *expected[2];
-    size_t n;
+    float *expected[3];
+    size_t n, count;
     run_begin(&whole);
     run_begin(&r);
     psoup_ppo_options o = ppo_options(&whole);
     o.checkpoint_dir = NULL;
     o.resume = 0;
-    psoup_model *model = fresh(2);
+    psoup_model *model = fresh(3);
     OK(run_ppo(model, policies, 2, &o));
     expected[0] = weights(model, names[0], &n);
     expected[1] = weights(model, names[1], &n);
+    expected[2] = weights(model, names[2], &count);
     psoup_model_free(model);
     psoup_context_free(context);
-    open_context(1 + _i);
+    open_context(1 + _i % 2);
     int stops = 0;
     for (psoup_status status = PSOUP_ERROR_CANCELLED; status != PSOUP_OK; stops++) {
-        model = fresh(2);
+        model = fresh(3);
         o = ppo_options(&r);
         r.stop_after = stops % 2 ? 1 : 2;
         status = run_ppo(model, policies, 2, &o);
@@ -250,6 +257,7 @@ START_TEST(policies_go_on_with_the_same_bytes) {
         if (status == PSOUP_OK) {
             ck_assert(same_weights(model, names[0], expected[0], n));
             ck_assert(same_weights(model, names[1], expected[1], n));
+            ck_assert(same_weights(model, names[2], expected[2], count));
         }
         psoup_model_free(model);
     }
@@ -257,6 +265,7 @@ START_TEST(policies_go_on_with_the_same_bytes) {
     same_files(whole.metrics, r.metrics);
     free(expected[0]);
     free(expected[1]);
+    free(expected[2]);
     run_end(&whole);
     run_end(&r);
 }
@@ -341,6 +350,38 @@ START_TEST(other_ppo_runs_are_refused) {
 }
 END_TEST
 
+START_TEST(other_soups_are_refused) {
+    psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT;
+    psoup_ppo_policy p = policy(0);
+    run r;
+    run_begin(&r);
+    soup.adapters = names;
+    soup.n = 2;
+    p.soup = &soup;
+    psoup_model *model = fresh(3);
+    psoup_ppo_options o = ppo_options(&r);
+    r.stop_after = 1;
+    REFUSED(run_ppo(model, &p, 1, &o), PSOUP_ERROR_CANCELLED, "was stopped at step 1 of 5");
+    r.stop_after = 0;
+    soup.concentration = 2.0f;
+    REFUSED(run_ppo(model, &p, 1, &o), PSOUP_ERROR_STATE, "its concentration of policy 0 was \"1\", is \"2\"");
+    soup.concentration = 1.0f;
+    soup.n = 1;
+    REFUSED(run_ppo(model, &p, 1, &o), PSOUP_ERROR_STATE,
+            "its policy 0 was \"a soup of 2 adapters\", is \"a soup of 1 adapters\"");
+    soup.n = 2;
+    soup.adapters = names + 1;
+    REFUSED(run_ppo(model, &p, 1, &o), PSOUP_ERROR_STATE, "its adapter 0 of policy 0 was \"P0 of rank 4");
+    soup.adapters = names;
+    p.soup = NULL;
+    REFUSED(run_ppo(model, &p, 1, &o), PSOUP_ERROR_STATE, "its policy 0 was \"a soup of 2 adapters\", is \"P0");
+    p.soup = &soup;
+    OK(run_ppo(model, &p, 1, &o));
+    psoup_model_free(model);
+    run_end(&r);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("resuming rewards and policies");
     TCase *tcase = tcase_create("all");
@@ -349,9 +390,10 @@ int main(void) {
     tcase_add_loop_test(tcase, rewards_go_on_with_the_same_bytes, 0, 2);
     tcase_add_test(tcase, other_reward_runs_are_refused);
     tcase_add_loop_test(tcase, dpo_goes_on_with_the_same_bytes, 0, 2);
-    tcase_add_loop_test(tcase, policies_go_on_with_the_same_bytes, 0, 2);
+    tcase_add_loop_test(tcase, policies_go_on_with_the_same_bytes, 0, 4);
     tcase_add_test(tcase, single_steps_go_on);
     tcase_add_test(tcase, other_ppo_runs_are_refused);
+    tcase_add_test(tcase, other_soups_are_refused);
     suite_add_tcase(suite, tcase);
     return run_suite(suite);
 }

@@ -276,8 +276,28 @@ typedef int (*psoup_reward_fn)(void *user, const psoup_rollout *rollouts, size_t
 typedef int (*psoup_samples_fn)(void *user, int64_t step, const psoup_rollout *rollouts,
                                 const float *scores, size_t n);
 
+/* A soup that is trained for what it will be used for: its adapters learn as one policy while each prompt
+ * of a step is answered under a mix of its own. A prompt's mix is over the adapters whose rewards its inputs
+ * name (one of each dimension, where it was made for one user), or over all where it lists none: drawn from
+ * the Dirichlet distribution with parameters concentration · weight_k · m / Σ weight over those m inputs.
+ * A response's reward is Σ mix_i · reward_i, each reward normalised by its own moments, and its value is
+ * Σ mix_i · head_i, a head of each adapter: what one user's mix promises is then linear in the mix, as what
+ * it is paid is. Responses of one group (RLOO, GRPO) share a mix. One optimiser steps all its adapters, and
+ * clips by their common norm. A soup whose every mix is one and the same adapter trains it to the bits of
+ * its policy alone. Reports have also "reward/ADAPTER", the mean of what an adapter's reward gave to the
+ * responses that had it in their mix. */
+typedef struct psoup_ppo_soup {
+    size_t size;
+    const char *const *adapters; /* [n] trained in place; reward i is what adapter i is trained for */
+    size_t n;                    /* 1 to 64 */
+    float concentration; /* 1 and equal weights: uniform over the simplex; large: ever closer to the weights'
+                          * own shares, which INFINITY gives; 0: always one adapter, drawn by the weights */
+    int32_t reserved;    /* 0 */
+} psoup_ppo_soup;
+#define PSOUP_PPO_SOUP_INIT {.size = sizeof(psoup_ppo_soup), .concentration = 1.0f}
+
 typedef struct psoup_ppo_policy {
-    const char *adapter; /* trained in place; a value head is added to it */
+    const char *adapter; /* trained in place; a value head is added to it. With a soup: its name */
     psoup_reward *const *rewards;
     size_t n_rewards;
     psoup_reward_fn reward_fn; /* instead of reward models when not NULL */
@@ -286,8 +306,11 @@ typedef struct psoup_ppo_policy {
     size_t n_prompts;
     const psoup_ppo_prompt *validation; /* best checkpoint by mean reward on these; may be none */
     size_t n_validation;
-    uint64_t seed; /* of its sampling, shuffling and dropout */
-    uint64_t reserved[4]; /* 0 */
+    uint64_t seed; /* of its sampling, shuffling, mixes and dropout */
+    /* NULL: one adapter. Else n_rewards is the soup's n; reward_fn is called once for each adapter, as
+     * rollouts' policy, with the responses that have it in their mix; and inputs name no reward twice. */
+    const psoup_ppo_soup *soup;
+    uint64_t reserved[3]; /* 0 */
 } psoup_ppo_policy;
 
 typedef enum psoup_early_stop {
@@ -416,6 +439,8 @@ typedef struct psoup_ppo_trace {
     const float *first_ratio;  /* [tokens] ratio in the first pass, before any update: all 1; NaN
                                 * where a token's first pass came after an update */
     double kl_coefficient;     /* after the step */
+    size_t adapters;           /* of the policy: 1 but for a soup */
+    const float *mix;          /* [rollouts, adapters] what each response was sampled under */
 } psoup_ppo_trace;
 psoup_status psoup_ppo_get_trace(const psoup_ppo *ppo, size_t policy, psoup_ppo_trace *out,
                                  psoup_error *error);

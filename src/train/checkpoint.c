@@ -61,7 +61,12 @@ psoup_status psoup__checkpoint_add(psoup__checkpoint *c, size_t owner, const pso
 
 psoup_status psoup__checkpoint_add_learner(psoup__checkpoint *c, size_t owner, psoup__optimizer *o,
                                            psoup__best *best, psoup_error *error) {
-    const psoup__piece pieces[] = {
+    return psoup__checkpoint_add_part(c, owner, 0, o, best, error);
+}
+
+psoup_status psoup__checkpoint_add_part(psoup__checkpoint *c, size_t owner, size_t part,
+                                        psoup__optimizer *o, psoup__best *best, psoup_error *error) {
+    psoup__piece pieces[] = {
         {.name = "weights", .dtype = PSOUP_F32, .data = o->p, .n = o->n, .be = o->be},
         {.name = "adam_m", .dtype = PSOUP_F32, .data = o->m, .n = o->n, .be = o->be},
         {.name = "adam_v", .dtype = PSOUP_F32, .data = o->v, .n = o->n, .be = o->be},
@@ -71,7 +76,10 @@ psoup_status psoup__checkpoint_add_learner(psoup__checkpoint *c, size_t owner, p
         {.name = "best_tie", .dtype = PSOUP_F64, .data = &best->tie, .n = 1},
         {.name = "best_step", .dtype = PSOUP_I64, .data = &best->step, .n = 1},
     };
-    return psoup__checkpoint_add(c, owner, pieces, sizeof(pieces) / sizeof(pieces[0]), error);
+    size_t n = sizeof(pieces) / sizeof(pieces[0]);
+    for (size_t i = 0; i < n; i++)
+        pieces[i].part = part;
+    return psoup__checkpoint_add(c, owner, pieces, n, error);
 }
 
 /* ---- the files of the directory ----------------------------------------------------------------- */
@@ -136,7 +144,10 @@ static psoup_status drop_old(const psoup__checkpoint *c, psoup_error *error) {
 
 enum { PIECE_NAME = 64 };
 static void piece_name(const psoup__piece *piece, char out[PIECE_NAME]) {
-    snprintf(out, PIECE_NAME, "%zu.%s", piece->owner, piece->name);
+    if (piece->part)
+        snprintf(out, PIECE_NAME, "%zu.%zu.%s", piece->owner, piece->part, piece->name);
+    else
+        snprintf(out, PIECE_NAME, "%zu.%s", piece->owner, piece->name);
 }
 
 static size_t piece_count(const psoup__piece *piece) {

@@ -18,7 +18,8 @@ typedef struct psoup__piece {
     size_t n;
     psoup__backend *be; /* whose memory data is; NULL: the host's */
     psoup__best *best;  /* whose data it is then: [n], or none yet */
-    size_t owner;       /* which learner or policy it belongs to */
+    size_t owner;       /* which learner or policy it belongs to, */
+    size_t part;        /* and to which of its adapters */
 } psoup__piece;
 
 typedef struct psoup__checkpoint {
@@ -65,6 +66,9 @@ psoup_status psoup__checkpoint_add(psoup__checkpoint *c, size_t owner, const pso
                                    size_t n, psoup_error *error);
 psoup_status psoup__checkpoint_add_learner(psoup__checkpoint *c, size_t owner, psoup__optimizer *o,
                                            psoup__best *best, psoup_error *error);
+/* The same of one of its adapters, where it has several: `part` from 0. */
+psoup_status psoup__checkpoint_add_part(psoup__checkpoint *c, size_t owner, size_t part,
+                                        psoup__optimizer *o, psoup__best *best, psoup_error *error);
 
 /* Reads the newest checkpoint into the state, or where there is none writes that of step 0. */
 psoup_status psoup__checkpoint_start(psoup__checkpoint *c, psoup_error *error);

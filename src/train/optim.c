@@ -40,22 +40,8 @@ void psoup__optimizer_zero(psoup__optimizer *optimizer) {
     optimizer->be->ops->zero(optimizer->be, optimizer->g, optimizer->n * sizeof(float));
 }
 
-/* Clipping: g ← g · min(1, max_norm / (‖g‖ + 1e-6)), as torch's clip_grad_norm_ has it. */
-psoup_status psoup__optimizer_step(psoup__optimizer *optimizer, float lr, double *norm,
-                                   bool *stepped, psoup_error *error) {
+static void step(psoup__optimizer *optimizer, float lr, double scale) {
     psoup__backend *be = optimizer->be;
-    double squares = 0.0;
-    *stepped = false;
-    psoup_status status =
-        be->ops->sum_squares(be, &squares, optimizer->g, optimizer->n, error);
-    if (status != PSOUP_OK)
-        return status;
-    *norm = sqrt(squares);
-    if (!isfinite(*norm))
-        return PSOUP_OK;
-    double scale = 1.0;
-    if (optimizer->max_grad_norm > 0.0f)
-        scale = fmin(1.0, optimizer->max_grad_norm / (*norm + 1e-6));
     optimizer->steps++;
     psoup__adamw_args args = {
         .lr = lr,
@@ -68,8 +54,35 @@ psoup_status psoup__optimizer_step(psoup__optimizer *optimizer, float lr, double
         .gradient_scale = (float)scale,
     };
     be->ops->adamw(be, optimizer->p, optimizer->m, optimizer->v, optimizer->g, optimizer->n, &args);
+}
+
+/* Clipping: g ← g · min(1, max_norm / (‖g‖ + 1e-6)), as torch's clip_grad_norm_ has it. */
+psoup_status psoup__optimizers_step(psoup__optimizer *const *optimizers, size_t n, float lr,
+                                    double *norm, bool *stepped, psoup_error *error) {
+    double sum = 0.0, scale = 1.0;
+    *stepped = false;
+    for (size_t i = 0; i < n; i++) {
+        psoup__optimizer *o = optimizers[i];
+        double squares = 0.0;
+        psoup_status status = o->be->ops->sum_squares(o->be, &squares, o->g, o->n, error);
+        if (status != PSOUP_OK)
+            return status;
+        sum += squares;
+    }
+    *norm = sqrt(sum);
+    if (!isfinite(*norm))
+        return PSOUP_OK;
+    if (optimizers[0]->max_grad_norm > 0.0f)
+        scale = fmin(1.0, optimizers[0]->max_grad_norm / (*norm + 1e-6));
+    for (size_t i = 0; i < n; i++)
+        step(optimizers[i], lr, scale);
     *stepped = true;
     return PSOUP_OK;
+}
+
+psoup_status psoup__optimizer_step(psoup__optimizer *optimizer, float lr, double *norm,
+                                   bool *stepped, psoup_error *error) {
+    return psoup__optimizers_step(&optimizer, 1, lr, norm, stepped, error);
 }
 
 /* transformers' get_*_schedule_with_warmup: with k = step − 1 steps behind, k / warmup while warming

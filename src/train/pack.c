@@ -51,6 +51,7 @@ void psoup__pack_free(psoup__pack *pack) {
     void *arrays[] = {pack->tokens,      pack->start,       pack->seed,     pack->stream,
                       pack->mix,         pack->row,         pack->target,   pack->logprob,
                       pack->dlogprob,    pack->head_row,    pack->value,    pack->dvalue,
+                      pack->head_value,  pack->head_weight, pack->head_out, pack->head_dout,
                       pack->head_seed,   pack->head_stream, pack->head_offset, pack->list,
                       pack->list_dropout};
     for (size_t i = 0; i < sizeof(arrays) / sizeof(arrays[0]); i++)
@@ -60,7 +61,7 @@ void psoup__pack_free(psoup__pack *pack) {
 }
 
 void psoup__pack_clear(psoup__pack *pack) {
-    pack->n = pack->rows = pack->reads = pack->head_reads = pack->lists = 0;
+    pack->n = pack->rows = pack->reads = pack->values = pack->head_reads = pack->lists = 0;
 }
 
 /* Arrays that share one capacity. */
@@ -108,8 +109,11 @@ psoup_status psoup__pack_sequence(psoup__pack *pack, const psoup__sequence *sequ
     if (sequence->n_then)
         memcpy(pack->tokens + pack->rows + sequence->n_first, sequence->then,
                sequence->n_then * sizeof(*pack->tokens));
+    float *weights = pack->mix + pack->n * adapters;
     for (size_t i = 0; i < adapters; i++)
-        pack->mix[pack->n * adapters + i] = (int32_t)i == sequence->adapter ? 1.0f : 0.0f;
+        weights[i] = !sequence->adapters && (int32_t)i == sequence->adapter ? 1.0f : 0.0f;
+    for (size_t i = 0; sequence->adapters && i < sequence->n_adapters; i++)
+        weights[sequence->adapters[i]] = sequence->weight[i];
     pack->seed[pack->n] = sequence->seed;
     pack->stream[pack->n] = sequence->stream;
     pack->start[pack->n] = *row;
@@ -134,27 +138,53 @@ psoup_status psoup__pack_read(psoup__pack *pack, int32_t row, int32_t target, ps
     return PSOUP_OK;
 }
 
+psoup_status psoup__pack_values(psoup__pack *pack, size_t n, size_t *first, psoup_error *error) {
+    const column columns[] = {{&pack->value, sizeof(*pack->value)},
+                              {&pack->dvalue, sizeof(*pack->dvalue)}};
+    psoup_status status = grow(pack->model->context, columns, 2, &pack->value_capacity,
+                               pack->values + n, error);
+    if (status != PSOUP_OK)
+        return status;
+    *first = pack->values;
+    for (size_t i = 0; i < n; i++, pack->values++)
+        pack->value[pack->values] = pack->dvalue[pack->values] = 0.0f;
+    return PSOUP_OK;
+}
+
+psoup_status psoup__pack_score(psoup__pack *pack, const psoup__adapter *adapter, int32_t row,
+                               psoup_error *error) {
+    size_t value;
+    psoup_status status = psoup__pack_values(pack, 1, &value, error);
+    return status != PSOUP_OK ? status
+                              : psoup__pack_head(pack, adapter, row, value, 1.0f, 0, 0, 0, error);
+}
+
 psoup_status psoup__pack_head(psoup__pack *pack, const psoup__adapter *adapter, int32_t row,
-                              uint64_t seed, uint64_t stream, uint64_t offset, psoup_error *error) {
+                              size_t value, float weight, uint64_t seed, uint64_t stream,
+                              uint64_t offset, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_context *context = pack->model->context;
     size_t at = pack->head_reads;
     const column columns[] = {{&pack->head_row, sizeof(*pack->head_row)},
-                              {&pack->value, sizeof(*pack->value)},
-                              {&pack->dvalue, sizeof(*pack->dvalue)},
+                              {&pack->head_value, sizeof(*pack->head_value)},
+                              {&pack->head_weight, sizeof(*pack->head_weight)},
+                              {&pack->head_out, sizeof(*pack->head_out)},
+                              {&pack->head_dout, sizeof(*pack->head_dout)},
                               {&pack->head_seed, sizeof(*pack->head_seed)},
                               {&pack->head_stream, sizeof(*pack->head_stream)},
                               {&pack->head_offset, sizeof(*pack->head_offset)}};
     const column lists[] = {{&pack->list, sizeof(*pack->list)},
                             {&pack->list_dropout, sizeof(*pack->list_dropout)}};
-    PSOUP__TRY(grow(context, columns, 6, &pack->head_capacity, at + 1, error));
+    PSOUP__TRY(grow(context, columns, 8, &pack->head_capacity, at + 1, error));
     if (pack->lists == 0 || pack->list[pack->lists - 1].adapter != adapter) {
         PSOUP__TRY(grow(context, lists, 2, &pack->list_capacity, pack->lists + 1, error));
         pack->list[pack->lists++] = (psoup__head_rows){.adapter = adapter};
     }
     pack->list[pack->lists - 1].n++;
     pack->head_row[at] = row;
-    pack->value[at] = pack->dvalue[at] = 0.0f;
+    pack->head_value[at] = value;
+    pack->head_weight[at] = weight;
+    pack->head_out[at] = pack->head_dout[at] = 0.0f;
     pack->head_seed[at] = seed;
     pack->head_stream[at] = stream;
     pack->head_offset[at] = offset;
@@ -183,8 +213,8 @@ psoup_status psoup__pack_forward(psoup__pack *pack, bool save, float lora_dropou
                                                  .stream = pack->head_stream + at,
                                                  .offset = pack->head_offset + at};
         list->row = pack->head_row + at;
-        list->value = pack->value + at;
-        list->dvalue = pack->dvalue + at;
+        list->value = pack->head_out + at;
+        list->dvalue = pack->head_dout + at;
         list->dropout = head_dropout > 0.0f ? &pack->list_dropout[i] : NULL;
     }
     PSOUP__TRY(psoup__forward(model, pack->tape, &batch, save, error));
@@ -193,11 +223,15 @@ psoup_status psoup__pack_forward(psoup__pack *pack, bool save, float lora_dropou
                                    (int32_t)pack->reads, pack->logprob, error));
     if (pack->lists)
         PSOUP__TRY(psoup__heads(model, pack->tape, pack->list, (int32_t)pack->lists, error));
+    for (size_t i = 0; i < pack->head_reads; i++)
+        pack->value[pack->head_value[i]] += pack->head_weight[i] * pack->head_out[i];
 fail:
     return status;
 }
 
 psoup_status psoup__pack_backward(psoup__pack *pack, psoup_error *error) {
+    for (size_t i = 0; i < pack->head_reads; i++)
+        pack->head_dout[i] = pack->head_weight[i] * pack->dvalue[pack->head_value[i]];
     psoup__loss_gradient loss = {.row = pack->row,
                                  .target = pack->target,
                                  .dlogprob = pack->dlogprob,

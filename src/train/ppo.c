@@ -1,7 +1,6 @@
 /* One step of PPO, RLOO or GRPO on n policies side by side, in the order of Jang et al. 2023 (section 3
  * and its appendix) and of the trainer it ran on (trl 0.7). Everything from the scores to the KL
  * coefficient is each policy's own. */
-#include <float.h>
 #include <math.h>
 
 #include "train/ppo.h"
@@ -14,7 +13,7 @@ static psoup_status collect(psoup_ppo *ppo, size_t n, psoup_error *error) {
         psoup__policy *policy = ppo->active[p];
         PSOUP__TRY(psoup__ppo_next_prompts(ppo, policy, error));
         ppo->requests[p] = (psoup__request){.policy = &policy->given,
-                                            .adapter = policy->index,
+                                            .adapters = policy->adapters,
                                             .seed = policy->given.seed,
                                             .sequence = policy->state.rollouts,
                                             .step = (uint64_t)policy->state.step,
@@ -49,28 +48,16 @@ static void drop_diverged(psoup_ppo *ppo, size_t *n, bool validation) {
 
 /* ---- 3. normalise, 5. reward, 6. advantages ------------------------------------------------------- */
 
-/* s ← (s − μ) / σ over all scores so far, this batch included. */
-static double normalised(const psoup_ppo_options *o, const psoup__moments *moments, double score) {
-    if (!o->normalize_reward)
-        return score;
-    return (score - moments->mean) / (psoup__moments_deviation(moments) + (double)FLT_EPSILON);
-}
-
 static void reward_tokens(const psoup_ppo_options *o, psoup__policy *policy) {
     psoup__experience *x = &policy->experience;
     const psoup__rollouts *r = &x->rollouts;
-    psoup__moments *moments = &policy->next.moments;
     double beta = o->objective == PSOUP_OBJECTIVE_GRPO ? 0.0 : policy->state.kl_coefficient;
-    /* x->returns is free until the advantages: it holds the penalised scores for the moments. */
-    float *score = x->returns; /* every response has a token: tokens ≥ n */
-    for (size_t i = 0; i < r->n; i++)
-        score[i] = r->score[i] -
-                   (r->finish[i] == PSOUP_FINISH_STOP ? 0.0f : o->truncation_penalty);
-    psoup__moments_update(moments, score, r->n);
+    /* x->returns is free until the advantages, and every response has a token: tokens ≥ n. */
+    psoup__update_moments(o, policy, x->returns);
     for (size_t i = 0; i < r->n; i++) {
         size_t begin = (size_t)r->start[i], n = (size_t)r->start[i + 1] - begin;
         psoup__kl_rewards(x->reward + begin, x->logprob + begin, x->ref_logprob + begin, n,
-                          beta, normalised(o, moments, score[i]));
+                          beta, psoup__mixed_reward(o, policy, i));
     }
 }
 
@@ -120,8 +107,8 @@ static void estimate_advantages(const psoup_ppo_options *o, psoup__experience *x
 /* ---- reports --------------------------------------------------------------------------------- */
 
 /* *kl receives the mean over responses of the summed token KL: log π − log π_ref. */
-static void report_experience(const psoup__experience *x, psoup__metrics *metrics, double *kl,
-                              double *reward) {
+static void report_experience(const psoup__policy *policy, const psoup__experience *x,
+                              psoup__metrics *metrics, double *kl, double *reward) {
     const psoup__rollouts *r = &x->rollouts;
     double score = 0.0, squares = 0.0, sum = 0.0, ended = 0.0, n = (double)r->n;
     for (size_t t = 0; t < r->tokens; t++)
@@ -141,6 +128,7 @@ static void report_experience(const psoup__experience *x, psoup__metrics *metric
     psoup__metric(metrics, "tokens", (double)r->tokens);
     psoup__metric(metrics, "length", (double)r->tokens / n);
     psoup__metric(metrics, "ended", ended / n);
+    psoup__report_parts(policy, r, metrics);
 }
 
 /* What the clock says of the step of n policies; tokens of all of them, since they share the time. */
@@ -201,7 +189,7 @@ static psoup_status step(psoup_ppo *ppo, size_t *n, psoup_error *error) {
         psoup__policy *policy = ppo->active[p];
         double kl, reward;
         policy->metrics.n = policy->metrics.n_times = 0;
-        report_experience(&policy->experience, &policy->metrics, &kl, &reward);
+        report_experience(policy, &policy->experience, &policy->metrics, &kl, &reward);
         psoup__metric(&policy->metrics, "kl_coefficient", policy->state.kl_coefficient);
         if (o->adaptive_kl)
             policy->next.kl_coefficient =
@@ -281,16 +269,17 @@ static psoup_status validate(psoup_ppo *ppo, size_t n, psoup_error *error) {
     for (size_t p = 0; p < n; p++) {
         psoup__policy *policy = ppo->active[p];
         psoup__rollouts *out = &policy->validation.rollouts;
+        uint64_t seed = psoup__seed_for(policy->given.seed, PSOUP__FOR_VALIDATION);
         policy->state.validated = policy->state.step;
         PSOUP__TRY(psoup__rollouts_reserve(out, ppo->model->context, policy->given.n_validation,
-                                           error));
+                                           policy->n_parts, error));
         for (size_t i = 0; i < out->n; i++)
             out->prompt[i] = &policy->given.validation[i];
-        ppo->requests[p] = (psoup__request){
-            .policy = &policy->given,
-            .adapter = policy->index,
-            .seed = psoup__seed_for(policy->given.seed, PSOUP__FOR_VALIDATION),
-            .out = out};
+        psoup__draw_mixes(policy, out, seed, 0, 1);
+        ppo->requests[p] = (psoup__request){.policy = &policy->given,
+                                            .adapters = policy->adapters,
+                                            .seed = seed,
+                                            .out = out};
     }
     PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->options, ppo->requests, n, error));
     drop_diverged(ppo, &n, true);
@@ -300,11 +289,13 @@ static psoup_status validate(psoup_ppo *ppo, size_t n, psoup_error *error) {
         psoup__policy *policy = ppo->active[p];
         psoup__metrics metrics = {.n = 0};
         double kl, reward;
-        report_experience(&policy->validation, &metrics, &kl, &reward);
+        report_experience(policy, &policy->validation, &metrics, &kl, &reward);
         psoup_status told = PSOUP_OK; /* apart: a policy that said stop is not forgotten */
-        if (ppo->options.keep_best)
-            told = psoup__best_offer(&policy->best, ppo->model->be, policy->adapter->data,
-                                     policy->adapter->count, reward, 0.0, policy->state.step, error);
+        for (size_t k = 0; ppo->options.keep_best && told == PSOUP_OK && k < policy->n_parts; k++) {
+            psoup__part *part = &policy->parts[k];
+            told = psoup__best_offer(&part->best, ppo->model->be, part->adapter->data,
+                                     part->adapter->count, reward, 0.0, policy->state.step, error);
+        }
         if (told != PSOUP_OK)
             return told;
         told = psoup__report(&ppo->reporter, "validation", policy->name, policy->state.step,
@@ -355,7 +346,10 @@ psoup_status psoup_ppo_run(psoup_ppo *ppo, psoup_error *error) {
     while (anything_due(ppo) || steps_left(ppo) > 0)
         PSOUP__TRY(advance(ppo, &stepped, error));
     for (size_t p = 0; p < ppo->n; p++)
-        psoup__best_restore(&ppo->policies[p].best, ppo->model->be, ppo->policies[p].adapter->data);
+        for (size_t k = 0; k < ppo->policies[p].n_parts; k++) {
+            const psoup__part *part = &ppo->policies[p].parts[k];
+            psoup__best_restore(&part->best, ppo->model->be, part->adapter->data);
+        }
     for (size_t p = 0; p < ppo->n; p++)
         if (ppo->policies[p].state.failed)
             return psoup__fail(error, PSOUP_ERROR_STATE,

@@ -19,23 +19,32 @@ typedef struct psoup__ppo_state { /* what a step moves on, beside weights and mo
     uint64_t rollouts;            /* sampled so far */
     uint64_t updates;             /* sequences that went through update passes, for dropout */
     double kl_coefficient;
-    psoup__moments moments; /* of the scores */
+    psoup__moments moments[PSOUP__MAX_SOUP]; /* of the scores of each adapter's reward */
     int64_t validated;      /* the last step whose validation is done */
     int64_t sampled;        /* samples are taken of every step before this one */
     int64_t failed;         /* 1: it diverged, and left the run */
 } psoup__ppo_state;
 
-typedef struct psoup__policy {
-    psoup_ppo_policy given;
+typedef struct psoup__part { /* one adapter of a policy */
     char *name;
+    char *metric; /* "reward/NAME", of a soup */
     psoup__adapter *adapter;
-    int32_t index; /* of the adapter, now */
-    bool training; /* its adapter holds gradients for this run */
+    bool training; /* it holds gradients for this run */
+    psoup__optimizer optimizer; /* those of a policy step as one */
+    psoup__best best;
+} psoup__part;
+
+typedef struct psoup__policy {
+    psoup_ppo_policy given; /* given.soup is the policy's own, below */
+    psoup_ppo_soup soup;
+    char *name;
+    psoup__part *parts; /* [n_parts]: one, but of a soup */
+    const char **names; /* [n_parts] the parts' */
+    int32_t *adapters;  /* [n_parts] their numbers in the model, now */
+    size_t n_parts;
     int64_t total; /* steps */
     psoup__ppo_state state;
     psoup__ppo_state next; /* of the step in progress; becomes `state` when it is done */
-    psoup__optimizer optimizer;
-    psoup__best best;
     int32_t *order; /* [n_prompts] permutation of epoch `epoch` */
     uint64_t epoch; /* UINT64_MAX: none yet */
     psoup__experience experience, validation;
@@ -64,10 +73,29 @@ struct psoup_ppo {
     double began[PSOUP__PHASES + 1]; /* when the step's phases did, and its end */
 };
 
-/* ppo_setup.c: finds each policy's adapter where it is now; PSOUP_ERROR_STATE when it is gone. */
+/* ppo_setup.c: finds each policy's adapters where they are now; PSOUP_ERROR_STATE when one is gone. */
 psoup_status psoup__ppo_refresh(psoup_ppo *ppo, psoup_error *error);
 /* The prompts of a policy's next batch, into its experience. */
 psoup_status psoup__ppo_next_prompts(psoup_ppo *ppo, psoup__policy *policy, psoup_error *error);
+
+/* ppo_soup.c: refuses a soup, or inputs of its prompts, that make no sense. */
+psoup_status psoup__soup_check(const psoup_ppo_policy *policy, psoup_error *error);
+psoup_status psoup__soup_check_prompt(const psoup_ppo_policy *policy, const psoup_ppo_prompt *prompt,
+                                      const char *what, size_t i, psoup_error *error);
+/* Writes the mixes of rollouts, whose prompts are set; those of a group share one. Rollout i is number
+ * first + i of the seed's. */
+void psoup__draw_mixes(const psoup__policy *policy, psoup__rollouts *rollouts, uint64_t seed,
+                       uint64_t first, size_t group);
+/* Shares of the Dirichlet distribution with these parameters, which may be 0; in their place. */
+void psoup__dirichlet(double *shares /* [n] */, size_t n, psoup__random *random);
+/* Moves the step's moments on by its scores. */
+void psoup__update_moments(const psoup_ppo_options *options, psoup__policy *policy,
+                           float *scratch /* [rollouts] */);
+/* What response i earned: Σ weight · score, each score normalised by its own moments. */
+double psoup__mixed_reward(const psoup_ppo_options *options, const psoup__policy *policy, size_t i);
+/* "reward/ADAPTER" of a soup. */
+void psoup__report_parts(const psoup__policy *policy, const psoup__rollouts *rollouts,
+                         psoup__metrics *metrics);
 
 /* ppo_update.c: log π, log π_ref and, with values, V of every response token, without dropout. Reads
  * each policy's validation instead of its experience where `validation`. */

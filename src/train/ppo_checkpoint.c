@@ -70,7 +70,17 @@ static psoup_status identify_policy(psoup_ppo *ppo, size_t p, psoup_error *error
     const psoup_ppo_policy *given = &policy->given;
     char key[96];
     snprintf(key, sizeof(key), "policy %zu", p);
-    PSOUP__TRY(psoup__run_adapter(c, key, ppo->model, policy->adapter, false, error));
+    if (given->soup)
+        PSOUP__TRY(psoup__run_text(c, key, error, "a soup of %zu adapters", policy->n_parts));
+    for (size_t k = 0; k < policy->n_parts; k++) {
+        if (given->soup)
+            snprintf(key, sizeof(key), "adapter %zu of policy %zu", k, p);
+        PSOUP__TRY(psoup__run_adapter(c, key, ppo->model, policy->parts[k].adapter, false, error));
+    }
+    if (given->soup) {
+        snprintf(key, sizeof(key), "concentration of policy %zu", p);
+        PSOUP__TRY(psoup__run_text(c, key, error, "%.9g", (double)given->soup->concentration));
+    }
     snprintf(key, sizeof(key), "seed of policy %zu", p);
     PSOUP__TRY(psoup__run_text(c, key, error, "%llu", (unsigned long long)given->seed));
     snprintf(key, sizeof(key), "prompts of policy %zu", p);
@@ -93,15 +103,22 @@ static psoup_status add_policy(psoup__checkpoint *c, size_t p, psoup__policy *po
         {.name = "rollouts", .dtype = PSOUP_I64, .data = &s->rollouts, .n = 1},
         {.name = "updates", .dtype = PSOUP_I64, .data = &s->updates, .n = 1},
         {.name = "kl_coefficient", .dtype = PSOUP_F64, .data = &s->kl_coefficient, .n = 1},
-        {.name = "score_mean", .dtype = PSOUP_F64, .data = &s->moments.mean, .n = 1},
-        {.name = "score_variance", .dtype = PSOUP_F64, .data = &s->moments.variance, .n = 1},
-        {.name = "score_count", .dtype = PSOUP_F64, .data = &s->moments.count, .n = 1},
     };
     psoup_status status =
         psoup__checkpoint_add(c, p, pieces, sizeof(pieces) / sizeof(pieces[0]), error);
-    return status != PSOUP_OK ? status
-                              : psoup__checkpoint_add_learner(c, p, &policy->optimizer, &policy->best,
-                                                              error);
+    for (size_t k = 0; status == PSOUP_OK && k < policy->n_parts; k++) {
+        psoup__moments *m = &s->moments[k];
+        const psoup__piece scores[] = {
+            {.name = "score_mean", .dtype = PSOUP_F64, .data = &m->mean, .n = 1, .part = k},
+            {.name = "score_variance", .dtype = PSOUP_F64, .data = &m->variance, .n = 1, .part = k},
+            {.name = "score_count", .dtype = PSOUP_F64, .data = &m->count, .n = 1, .part = k},
+        };
+        status = psoup__checkpoint_add(c, p, scores, sizeof(scores) / sizeof(scores[0]), error);
+        if (status == PSOUP_OK)
+            status = psoup__checkpoint_add_part(c, p, k, &policy->parts[k].optimizer,
+                                                &policy->parts[k].best, error);
+    }
+    return status;
 }
 
 psoup_status psoup__ppo_start_checkpoint(psoup_ppo *ppo, psoup_error *error) {

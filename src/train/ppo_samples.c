@@ -71,8 +71,17 @@ static psoup_json *words(const psoup_ppo *ppo, const int32_t *ids, size_t n) {
     return out;
 }
 
+/* A soup's mix, by adapter. */
+static psoup_json *mix_of(const psoup__policy *policy, const float *weight) {
+    psoup_json *out = psoup_json_new_object();
+    for (size_t k = 0; k < policy->n_parts; k++)
+        if (weight[k] != 0.0f)
+            psoup_json_set(out, policy->names[k], psoup_json_new_real((double)weight[k]));
+    return out;
+}
+
 static psoup_status write_sample(const psoup_ppo *ppo, const psoup__policy *policy, const psoup_rollout *r,
-                                 float score, psoup_error *error) {
+                                 const float *mix, float score, psoup_error *error) {
     psoup_json *row = psoup_json_new_object();
     const char *finish = r->finish == PSOUP_FINISH_STOP ? "stop" : "length";
     int failed = psoup_json_set(row, "step", psoup_json_new_integer(policy->state.step)) |
@@ -82,6 +91,8 @@ static psoup_status write_sample(const psoup_ppo *ppo, const psoup__policy *poli
                  psoup_json_set(row, "response", words(ppo, r->response, r->n)) |
                  psoup_json_set(row, "score", psoup_json_new_real((double)score)) |
                  psoup_json_set(row, "finish", psoup_json_new_string(finish));
+    if (policy->given.soup)
+        failed |= psoup_json_set(row, "mix", mix_of(policy, mix));
     psoup_status status = failed ? psoup__out_of_memory(error, 0)
                                  : psoup_jsonl_write(ppo->reporter.samples, row, error);
     psoup_json_free(row);
@@ -103,7 +114,8 @@ static psoup_status tell(psoup_ppo *ppo, const psoup__policy *policy, psoup_erro
                                       .n = (size_t)(s->start[i + 1] - s->start[i]),
                                       .finish = s->finish[i]};
         if (ppo->reporter.samples)
-            PSOUP__TRY(write_sample(ppo, policy, &rollouts[i], s->score[i], error));
+            PSOUP__TRY(write_sample(ppo, policy, &rollouts[i], s->weight + i * s->adapters,
+                                    s->score[i], error));
     }
     if (o->on_samples && o->on_samples(o->user, policy->state.step, rollouts, s->score, s->n))
         status = psoup__fail(error, PSOUP_ERROR_CANCELLED,
@@ -122,14 +134,16 @@ psoup_status psoup__ppo_sample(psoup_ppo *ppo, size_t n, psoup_error *error) {
         psoup__policy *policy = ppo->active[p];
         size_t count;
         const psoup_ppo_prompt *prompts = prompts_of(ppo, &policy->given, &count);
-        PSOUP__TRY(psoup__rollouts_reserve(&policy->samples, ppo->model->context, count, error));
+        uint64_t seed = psoup__seed_for(policy->given.seed, PSOUP__FOR_SAMPLES);
+        PSOUP__TRY(psoup__rollouts_reserve(&policy->samples, ppo->model->context, count,
+                                           policy->n_parts, error));
         for (size_t i = 0; i < count; i++)
             policy->samples.prompt[i] = &prompts[i];
-        ppo->requests[p] = (psoup__request){
-            .policy = &policy->given,
-            .adapter = policy->index,
-            .seed = psoup__seed_for(policy->given.seed, PSOUP__FOR_SAMPLES),
-            .out = &policy->samples};
+        psoup__draw_mixes(policy, &policy->samples, seed, 0, 1);
+        ppo->requests[p] = (psoup__request){.policy = &policy->given,
+                                            .adapters = policy->adapters,
+                                            .seed = seed,
+                                            .out = &policy->samples};
     }
     PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->options, ppo->requests, n, error));
     for (size_t p = 0; p < n; p++) { /* who diverged has none; the next step finds it out */

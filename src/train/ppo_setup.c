@@ -7,6 +7,7 @@
 static psoup_status check_prompts(const psoup_model *model, const psoup_ppo_policy *policy,
                                   const psoup_ppo_prompt *prompts, size_t n, const char *what,
                                   psoup_error *error) {
+    psoup_status status = PSOUP_OK;
     int32_t most = model->config.max_position_embeddings;
     if (n > INT32_MAX || (n && !prompts))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': %s is NULL or too long",
@@ -17,6 +18,8 @@ static psoup_status check_prompts(const psoup_model *model, const psoup_ppo_poli
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "policy '%s': %s[%zu] has %zu tokens: expected 1 to %d",
                                policy->adapter, what, i, p->tokens ? p->n : 0, most - 1);
+        if (policy->soup)
+            PSOUP__TRY(psoup__soup_check_prompt(policy, p, what, i, error));
         if (policy->reward_fn)
             continue;
         if (p->inputs && p->n_inputs == 0)
@@ -36,24 +39,51 @@ static psoup_status check_prompts(const psoup_model *model, const psoup_ppo_poli
                                    input->tokens ? "tokens" : "no tokens");
         }
     }
+fail:
+    return status;
+}
+
+/* The names of the adapters that a policy trains. */
+static size_t adapters_of(const psoup_ppo_policy *policy, const char *const **names) {
+    *names = policy->soup ? policy->soup->adapters : &policy->adapter;
+    return policy->soup ? policy->soup->n : 1;
+}
+
+/* An adapter is there, free, and trained by nobody before policy `at`'s adapter `k`. */
+static psoup_status check_adapter(const psoup_model *model, const psoup_ppo_policy *policies, size_t at,
+                                  size_t k, psoup_error *error) {
+    const char *const *names, *const *others;
+    adapters_of(&policies[at], &names);
+    const psoup__adapter *adapter = names[k] ? psoup__model_adapter(model, names[k]) : NULL;
+    if (!adapter)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo: the model has no adapter '%s'",
+                           names[k] ? names[k] : "(NULL)");
+    if (adapter->grad)
+        return psoup__fail(error, PSOUP_ERROR_STATE, "adapter '%s' is being trained already", names[k]);
+    for (size_t i = 0; i <= at; i++) {
+        size_t n = adapters_of(&policies[i], &others);
+        for (size_t j = 0; j < (i < at ? n : k); j++)
+            if (strcmp(others[j], names[k]) == 0)
+                return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s' is there twice", names[k]);
+    }
     return PSOUP_OK;
 }
 
 static psoup_status check_policy(const psoup_model *model, const psoup_ppo_policy *policies,
                                  size_t at, psoup_error *error) {
     const psoup_ppo_policy *policy = &policies[at];
-    const psoup__adapter *adapter =
-        policy->adapter ? psoup__model_adapter(model, policy->adapter) : NULL;
-    if (!adapter)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo: the model has no adapter '%s'",
-                           policy->adapter ? policy->adapter : "(NULL)");
-    if (adapter->grad)
-        return psoup__fail(error, PSOUP_ERROR_STATE, "adapter '%s' is being trained already",
-                           policy->adapter);
-    for (size_t i = 0; i < at; i++)
+    const char *const *names;
+    psoup_status status = PSOUP_OK;
+    if (!policy->adapter && policy->soup)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo: a soup has no name");
+    for (size_t i = 0; policy->soup && i < at; i++)
         if (strcmp(policies[i].adapter, policy->adapter) == 0)
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s' is there twice",
                                policy->adapter);
+    if (policy->soup)
+        PSOUP__TRY(psoup__soup_check(policy, error));
+    for (size_t k = 0; k < adapters_of(policy, &names); k++)
+        PSOUP__TRY(check_adapter(model, policies, at, k, error));
     if (!policy->reward_fn && (policy->n_rewards == 0 || !policy->rewards))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "policy '%s' has neither a reward model nor a callback",
@@ -63,32 +93,64 @@ static psoup_status check_policy(const psoup_model *model, const psoup_ppo_polic
         if (!policy->rewards[i])
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': rewards[%zu] is NULL",
                                policy->adapter, i);
-        psoup_status status = psoup__reward_adapter(policy->rewards[i], &reward, NULL, error);
-        if (status != PSOUP_OK)
-            return status;
+        PSOUP__TRY(psoup__reward_adapter(policy->rewards[i], &reward, NULL, error));
     }
     if (policy->n_prompts == 0)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s' has no prompts",
                            policy->adapter);
-    psoup_status status =
-        check_prompts(model, policy, policy->prompts, policy->n_prompts, "prompts", error);
-    return status != PSOUP_OK ? status
-                              : check_prompts(model, policy, policy->validation,
-                                              policy->n_validation, "validation", error);
+    PSOUP__TRY(check_prompts(model, policy, policy->prompts, policy->n_prompts, "prompts", error));
+    PSOUP__TRY(check_prompts(model, policy, policy->validation, policy->n_validation, "validation",
+                             error));
+fail:
+    return status;
 }
 
 /* A policy that is trained must score nothing: its head would be its value head. */
 static psoup_status check_apart(const psoup_model *model, const psoup_ppo_policy *policies, size_t n,
                                 psoup_error *error) {
     for (size_t p = 0; p < n; p++)
-        for (size_t i = 0; !policies[p].reward_fn && i < policies[p].n_rewards; i++)
-            for (size_t q = 0; q < n; q++)
-                if (policies[p].rewards[i]->model == model &&
-                    strcmp(policies[p].rewards[i]->name, policies[q].adapter) == 0)
-                    return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                                       "adapter '%s' is both a policy and a reward model",
-                                       policies[q].adapter);
+        for (size_t i = 0; !policies[p].reward_fn && i < policies[p].n_rewards; i++) {
+            const psoup_reward *reward = policies[p].rewards[i];
+            const char *const *names;
+            for (size_t q = 0; reward->model == model && q < n; q++)
+                for (size_t k = 0; k < adapters_of(&policies[q], &names); k++)
+                    if (strcmp(reward->name, names[k]) == 0)
+                        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                                           "adapter '%s' is both a policy and a reward model",
+                                           names[k]);
+        }
     return PSOUP_OK;
+}
+
+static psoup_status start_part(psoup_ppo *ppo, psoup__policy *policy, size_t k, const char *name,
+                               psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup_model *model = ppo->model;
+    const psoup_ppo_options *o = &ppo->options;
+    psoup__part *part = &policy->parts[k];
+    policy->names[k] = part->name = psoup__strdup(model->context, name, error);
+    part->metric = psoup__format(model->context, error, "reward/%s", name);
+    if (!part->name || !part->metric)
+        return PSOUP_ERROR_MEMORY;
+    part->adapter = psoup__model_adapter(model, name);
+    if (psoup__has_critic(o))
+        PSOUP__TRY(psoup__adapter_add_head(model, part->adapter, error));
+    PSOUP__TRY(psoup__adapter_train(model, part->adapter, true, error));
+    part->training = true;
+    size_t trained = part->adapter->count; /* a head that stands at its end is left alone */
+    if (!psoup__has_critic(o) && part->adapter->head)
+        trained -= (size_t)model->config.hidden_size + 1;
+    part->optimizer = (psoup__optimizer){.p = part->adapter->data,
+                                         .g = part->adapter->grad,
+                                         .n = trained,
+                                         .beta1 = o->beta1,
+                                         .beta2 = o->beta2,
+                                         .epsilon = o->epsilon,
+                                         .weight_decay = o->weight_decay,
+                                         .max_grad_norm = o->max_grad_norm};
+    PSOUP__TRY(psoup__optimizer_start(&part->optimizer, model->be, error));
+fail:
+    return status;
 }
 
 static psoup_status start_policy(psoup_ppo *ppo, psoup__policy *policy,
@@ -97,32 +159,28 @@ static psoup_status start_policy(psoup_ppo *ppo, psoup__policy *policy,
     psoup_model *model = ppo->model;
     const psoup_ppo_options *o = &ppo->options;
     policy->given = *given;
+    const char *const *names;
+    size_t n = adapters_of(given, &names);
     policy->name = psoup__strdup(model->context, given->adapter, error);
     policy->order = psoup__alloc(model->context, given->n_prompts, sizeof(*policy->order), error);
-    if (!policy->name || !policy->order)
+    policy->parts = psoup__alloc(model->context, n, sizeof(*policy->parts), error);
+    policy->names = psoup__alloc(model->context, n, sizeof(*policy->names), error);
+    policy->adapters = psoup__alloc(model->context, n, sizeof(*policy->adapters), error);
+    if (!policy->name || !policy->order || !policy->parts || !policy->names || !policy->adapters)
         return PSOUP_ERROR_MEMORY;
+    policy->n_parts = n;
     policy->given.adapter = policy->name;
+    if (given->soup) {
+        policy->soup = *given->soup;
+        policy->soup.adapters = policy->names;
+        policy->given.soup = &policy->soup;
+    }
     policy->epoch = UINT64_MAX;
     policy->state.kl_coefficient = o->kl_coefficient;
     int64_t epoch = (int64_t)(given->n_prompts / ((size_t)o->batch_size / psoup__group_size(o)));
     policy->total = o->steps ? o->steps : epoch ? epoch : 1;
-    policy->adapter = psoup__model_adapter(model, policy->name);
-    if (psoup__has_critic(o))
-        PSOUP__TRY(psoup__adapter_add_head(model, policy->adapter, error));
-    PSOUP__TRY(psoup__adapter_train(model, policy->adapter, true, error));
-    policy->training = true;
-    size_t trained = policy->adapter->count; /* a head that stands at its end is left alone */
-    if (!psoup__has_critic(o) && policy->adapter->head)
-        trained -= (size_t)model->config.hidden_size + 1;
-    policy->optimizer = (psoup__optimizer){.p = policy->adapter->data,
-                                           .g = policy->adapter->grad,
-                                           .n = trained,
-                                           .beta1 = o->beta1,
-                                           .beta2 = o->beta2,
-                                           .epsilon = o->epsilon,
-                                           .weight_decay = o->weight_decay,
-                                           .max_grad_norm = o->max_grad_norm};
-    PSOUP__TRY(psoup__optimizer_start(&policy->optimizer, model->be, error));
+    for (size_t k = 0; k < n; k++)
+        PSOUP__TRY(start_part(ppo, policy, k, names[k], error));
 fail:
     return status;
 }
@@ -185,16 +243,26 @@ static void free_experience(psoup__experience *x, psoup_context *context) {
     psoup__free(context, x->first_ratio);
 }
 
+static void free_part(psoup_model *model, psoup__part *part) {
+    psoup__optimizer_end(&part->optimizer);
+    if (part->training && psoup__model_adapter(model, part->name) == part->adapter)
+        psoup__adapter_train(model, part->adapter, false, NULL);
+    psoup__best_free(&part->best, model->context);
+    psoup__free(model->context, part->metric);
+    psoup__free(model->context, part->name);
+}
+
 void psoup_ppo_free(psoup_ppo *ppo) {
     if (!ppo)
         return;
     psoup_context *context = ppo->model->context;
     for (size_t p = 0; p < ppo->n; p++) {
         psoup__policy *policy = &ppo->policies[p];
-        psoup__optimizer_end(&policy->optimizer);
-        if (policy->training && psoup__model_adapter(ppo->model, policy->name) == policy->adapter)
-            psoup__adapter_train(ppo->model, policy->adapter, false, NULL);
-        psoup__best_free(&policy->best, context);
+        for (size_t k = 0; k < policy->n_parts; k++)
+            free_part(ppo->model, &policy->parts[k]);
+        psoup__free(context, policy->parts);
+        psoup__free(context, policy->names);
+        psoup__free(context, policy->adapters);
         free_experience(&policy->experience, context);
         free_experience(&policy->validation, context);
         psoup__rollouts_free(&policy->samples, context);
@@ -213,11 +281,14 @@ void psoup_ppo_free(psoup_ppo *ppo) {
 psoup_status psoup__ppo_refresh(psoup_ppo *ppo, psoup_error *error) {
     for (size_t p = 0; p < ppo->n; p++) {
         psoup__policy *policy = &ppo->policies[p];
-        if (psoup__model_adapter(ppo->model, policy->name) != policy->adapter ||
-            policy->adapter->grad != policy->optimizer.g)
-            return psoup__fail(error, PSOUP_ERROR_STATE,
-                               "policy '%s': its adapter was removed or replaced", policy->name);
-        policy->index = psoup_model_find_adapter(ppo->model, policy->name);
+        for (size_t k = 0; k < policy->n_parts; k++) {
+            const psoup__part *part = &policy->parts[k];
+            if (psoup__model_adapter(ppo->model, part->name) != part->adapter ||
+                part->adapter->grad != part->optimizer.g)
+                return psoup__fail(error, PSOUP_ERROR_STATE,
+                                   "policy '%s': its adapter was removed or replaced", part->name);
+            policy->adapters[k] = psoup_model_find_adapter(ppo->model, part->name);
+        }
     }
     return PSOUP_OK;
 }
@@ -228,7 +299,8 @@ psoup_status psoup__ppo_next_prompts(psoup_ppo *ppo, psoup__policy *policy, psou
     size_t batch = (size_t)ppo->options.batch_size, n = policy->given.n_prompts;
     size_t group = psoup__group_size(&ppo->options);
     psoup__rollouts *out = &policy->experience.rollouts;
-    psoup_status status = psoup__rollouts_reserve(out, ppo->model->context, batch, error);
+    psoup_status status =
+        psoup__rollouts_reserve(out, ppo->model->context, batch, policy->n_parts, error);
     if (status != PSOUP_OK)
         return status;
     for (size_t i = 0; i < batch; i++) {
@@ -241,6 +313,7 @@ psoup_status psoup__ppo_next_prompts(psoup_ppo *ppo, psoup__policy *policy, psou
         }
         out->prompt[i] = &policy->given.prompts[policy->order[place % n]];
     }
+    psoup__draw_mixes(policy, out, policy->given.seed, policy->state.rollouts, group);
     return PSOUP_OK;
 }
 
@@ -266,7 +339,9 @@ psoup_status psoup_ppo_get_trace(const psoup_ppo *ppo, size_t policy, psoup_ppo_
                              .returns = x->returns,
                              .score = x->rollouts.score,
                              .first_ratio = x->first_ratio,
-                             .kl_coefficient = ppo->policies[policy].state.kl_coefficient};
+                             .kl_coefficient = ppo->policies[policy].state.kl_coefficient,
+                             .adapters = ppo->policies[policy].n_parts,
+                             .mix = x->rollouts.weight};
     memcpy(out, &trace, out->size < sizeof(trace) ? out->size : sizeof(trace));
     return PSOUP_OK;
 }

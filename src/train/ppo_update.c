@@ -7,6 +7,8 @@
 /* One response in a pass, under its policy or under the reference (the base, a zero mix). */
 typedef struct item {
     size_t policy; /* place in the list of policies */
+    int32_t row;   /* in its pass: where its first token is read */
+    size_t value;  /* in its pass: the first of its values */
     size_t rollout;
     uint64_t stream;
     double scale; /* of a token's loss in an update: its share of the mini-batch's mean */
@@ -27,6 +29,10 @@ typedef struct work {
 static psoup__experience *experience_of(const work *w, const item *it) {
     psoup__policy *policy = w->policies[it->policy];
     return w->validation ? &policy->validation : &policy->experience;
+}
+
+static size_t response_tokens(const psoup__rollouts *r, size_t rollout) {
+    return (size_t)(r->start[rollout + 1] - r->start[rollout]);
 }
 
 static psoup_status work_start(work *w, size_t capacity, psoup_error *error) {
@@ -62,7 +68,7 @@ static psoup_status plan(work *w, psoup_error *error) {
 }
 
 /* The distribution of response token t, and the value before it, are read at position |q| + t − 1. */
-static psoup_status pack_item(work *w, const item *it, bool values, psoup_error *error) {
+static psoup_status pack_item(work *w, item *it, bool values, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup__pack *pack = w->ppo->pack;
     const psoup__policy *policy = w->policies[it->policy];
@@ -70,37 +76,63 @@ static psoup_status pack_item(work *w, const item *it, bool values, psoup_error 
     const int32_t *response = r->response + r->start[it->rollout];
     size_t n = (size_t)(r->start[it->rollout + 1] - r->start[it->rollout]);
     const psoup_ppo_prompt *prompt = r->prompt[it->rollout];
-    uint64_t head_seed = psoup__seed_for(policy->given.seed, PSOUP__FOR_HEAD_DROPOUT);
     psoup__sequence sequence = {.first = prompt->tokens,
                                 .n_first = prompt->n,
                                 .then = response,
                                 .n_then = n - 1,
-                                .adapter = it->reference ? -1 : policy->index,
+                                .adapter = -1,
+                                .adapters = it->reference ? NULL : policy->adapters,
+                                .weight = r->weight + it->rollout * r->adapters,
+                                .n_adapters = r->adapters,
                                 .seed = psoup__seed_for(policy->given.seed,
                                                         PSOUP__FOR_LORA_DROPOUT),
                                 .stream = it->stream};
     int32_t row;
     PSOUP__TRY(psoup__pack_sequence(pack, &sequence, &row, error));
-    row += (int32_t)prompt->n - 1;
+    it->row = row + (int32_t)prompt->n - 1;
     for (size_t t = 0; t < n; t++)
-        PSOUP__TRY(psoup__pack_read(pack, row + (int32_t)t, response[t], error));
-    for (size_t t = 0; t < n && values && !it->reference; t++)
-        PSOUP__TRY(psoup__pack_head(pack, policy->adapter, row + (int32_t)t, head_seed, it->stream,
-                                    t, error));
+        PSOUP__TRY(psoup__pack_read(pack, it->row + (int32_t)t, response[t], error));
+    if (values && !it->reference)
+        PSOUP__TRY(psoup__pack_values(pack, n, &it->value, error));
+fail:
+    return status;
+}
+
+/* One adapter's part of the values of items [begin, end), which are of one policy. */
+static psoup_status pack_heads(work *w, int32_t pass, size_t begin, size_t end, size_t part,
+                               psoup_error *error) {
+    const psoup__policy *policy = w->policies[w->items[begin].policy];
+    uint64_t seed = psoup__seed_for(policy->given.seed, PSOUP__FOR_HEAD_DROPOUT);
+    psoup_status status = PSOUP_OK;
+    for (size_t i = begin; i < end; i++) {
+        const item *it = &w->items[i];
+        const psoup__rollouts *r = &experience_of(w, it)->rollouts;
+        float weight = r->weight[it->rollout * r->adapters + part];
+        if (w->pass[i] != pass || it->reference || weight == 0.0f)
+            continue;
+        for (size_t t = 0; t < response_tokens(r, it->rollout); t++)
+            PSOUP__TRY(psoup__pack_head(w->ppo->pack, policy->parts[part].adapter,
+                                        it->row + (int32_t)t, it->value + t, weight, seed,
+                                        it->stream, t, error));
+    }
 fail:
     return status;
 }
 
 static psoup_status pack_pass(work *w, int32_t pass, bool values, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
     psoup__pack_clear(w->ppo->pack);
-    for (size_t i = 0; i < w->n; i++) {
-        if (w->pass[i] != pass)
-            continue;
-        psoup_status status = pack_item(w, &w->items[i], values, error);
-        if (status != PSOUP_OK)
-            return status;
+    for (size_t i = 0; i < w->n; i++)
+        if (w->pass[i] == pass)
+            PSOUP__TRY(pack_item(w, &w->items[i], values, error));
+    for (size_t i = 0, end; values && i < w->n; i = end) {
+        for (end = i; end < w->n && w->items[end].policy == w->items[i].policy;)
+            end++;
+        for (size_t k = 0; k < w->policies[w->items[i].policy]->n_parts; k++)
+            PSOUP__TRY(pack_heads(w, pass, i, end, k, error));
     }
-    return PSOUP_OK;
+fail:
+    return status;
 }
 
 /* ---- before the updates -------------------------------------------------------------------------- */
@@ -143,7 +175,7 @@ psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies,
     for (int32_t pass = 0; pass < w.passes; pass++) {
         PSOUP__TRY(pack_pass(&w, pass, values, error));
         PSOUP__TRY(psoup__pack_forward(ppo->pack, false, 0.0f, 0.0f, error));
-        size_t read = 0, head = 0;
+        size_t read = 0;
         for (size_t i = 0; i < w.n; i++) {
             if (w.pass[i] != pass)
                 continue;
@@ -157,7 +189,7 @@ psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies,
                 }
                 x->logprob[t] = ppo->pack->logprob[read++];
                 x->first_ratio[t] = NAN;
-                x->value[t] = values ? ppo->pack->value[head++] : 0.0f;
+                x->value[t] = values ? ppo->pack->value[w.items[i].value + (size_t)(t - begin)] : 0.0f;
             }
         }
     }
@@ -183,7 +215,7 @@ typedef struct progress {
 } progress;
 
 /* The loss of one response of a pass, and its gradient; `read` is its first token in the pack. */
-static void lose(work *w, const item *it, progress *g, size_t read, size_t head) {
+static void lose(work *w, const item *it, progress *g, size_t read) {
     const psoup_ppo_options *o = &w->ppo->options;
     psoup__pack *pack = w->ppo->pack;
     psoup__experience *x = experience_of(w, it);
@@ -203,13 +235,26 @@ static void lose(work *w, const item *it, progress *g, size_t read, size_t head)
         psoup__kl_loss(pack->dlogprob + read, pack->logprob + read, x->ref_logprob + begin, n,
                        w->policies[it->policy]->state.kl_coefficient, it->scale, &g->terms);
     if (psoup__has_critic(o))
-        psoup__value_loss(pack->dvalue + head, pack->value + head, x->value + begin,
+        psoup__value_loss(pack->dvalue + it->value, pack->value + it->value, x->value + begin,
                           x->returns + begin, n, o->clip_range_value,
                           o->value_coefficient * it->scale, &g->terms);
     if (it->last) {
         g->last_kl += g->terms.kl - kl_before;
         g->last_tokens += n;
     }
+}
+
+static void zero_gradients(psoup__policy *policy) {
+    for (size_t k = 0; k < policy->n_parts; k++)
+        psoup__optimizer_zero(&policy->parts[k].optimizer);
+}
+
+static psoup_status step_parts(psoup__policy *policy, float lr, double *norm, bool *stepped,
+                               psoup_error *error) {
+    psoup__optimizer *all[PSOUP__MAX_SOUP];
+    for (size_t k = 0; k < policy->n_parts; k++)
+        all[k] = &policy->parts[k].optimizer;
+    return psoup__optimizers_step(all, policy->n_parts, lr, norm, stepped, error);
 }
 
 /* Ends a policy's mini-batch: its step, or not. A mini-batch that drives the mean ratio too far, or
@@ -222,14 +267,12 @@ static psoup_status step_policy(psoup_ppo *ppo, psoup__policy *policy, progress 
     double n = (double)g->tokens, ratios = (double)terms->ratios, norm = 0.0;
     bool good = terms->finite && terms->ratio / ratios <= o->ratio_threshold, stepped = false;
     if (good)
-        PSOUP__TRY(psoup__optimizer_step(&policy->optimizer, o->learning_rate, &norm, &stepped,
-                                         error));
+        PSOUP__TRY(step_parts(policy, o->learning_rate, &norm, &stepped, error));
     if (!stepped) {
         g->skipped++;
         if (o->skipped_step) { /* as trl did: momentum moves on */
-            psoup__optimizer_zero(&policy->optimizer);
-            PSOUP__TRY(psoup__optimizer_step(&policy->optimizer, o->learning_rate, &norm, &stepped,
-                                             error));
+            zero_gradients(policy);
+            PSOUP__TRY(step_parts(policy, o->learning_rate, &norm, &stepped, error));
         }
     } else {
         g->policy_loss += terms->policy_loss / ratios;
@@ -251,10 +294,6 @@ fail:
     return status;
 }
 
-static size_t response_tokens(const psoup__rollouts *r, int32_t rollout) {
-    return (size_t)(r->start[rollout + 1] - r->start[rollout]);
-}
-
 /* Adds rollouts [begin, end) of a policy's permutation. Their loss is the mean over tokens of each
  * loss_group of them, averaged over the groups; or over all tokens, where there are no groups. RLOO's is
  * over responses instead. */
@@ -267,7 +306,7 @@ static void add_mini_batch(work *w, size_t p, progress *g, size_t begin, size_t 
     for (size_t first = begin; first < end; first += size) {
         size_t last = first + size < end ? first + size : end, tokens = 0;
         for (size_t i = first; i < last; i++)
-            tokens += response_tokens(r, g->order[i]);
+            tokens += response_tokens(r, (size_t)g->order[i]);
         g->tokens += tokens;
         size_t count = w->ppo->options.objective == PSOUP_OBJECTIVE_RLOO ? last - first : tokens;
         for (size_t i = first; i < last; i++)
@@ -291,20 +330,20 @@ static psoup_status run_mini_batch(work *w, progress *all, size_t n, size_t begi
             continue;
         g->terms = (psoup__ppo_terms){.finite = true};
         add_mini_batch(w, p, g, begin, end);
-        psoup__optimizer_zero(&w->policies[p]->optimizer);
+        zero_gradients(w->policies[p]);
     }
     PSOUP__TRY(plan(w, error));
     for (int32_t pass = 0; pass < w->passes; pass++) {
         PSOUP__TRY(pack_pass(w, pass, psoup__has_critic(o), error));
         PSOUP__TRY(psoup__pack_forward(w->ppo->pack, true, o->lora_dropout, o->head_dropout,
                                        error));
-        size_t read = 0; /* no item of the reference here: heads and log-probs run in step */
+        size_t read = 0;
         for (size_t i = 0; i < w->n; i++) {
             if (w->pass[i] != pass)
                 continue;
             const item *it = &w->items[i];
-            lose(w, it, &all[it->policy], read, read);
-            read += response_tokens(&experience_of(w, it)->rollouts, (int32_t)it->rollout);
+            lose(w, it, &all[it->policy], read);
+            read += response_tokens(&experience_of(w, it)->rollouts, it->rollout);
         }
         PSOUP__TRY(psoup__pack_backward(w->ppo->pack, error));
     }

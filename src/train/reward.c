@@ -120,8 +120,8 @@ psoup_status psoup__score_sequences(psoup__pack *pack, const psoup__sequence *se
             if (pack->n && pack->rows + length > PSOUP__PASS_TOKENS)
                 break;
             PSOUP__TRY(psoup__pack_sequence(pack, sequence, &row, error));
-            PSOUP__TRY(psoup__pack_head(pack, model->adapters[sequence->adapter],
-                                        row + (int32_t)length - 1, 0, 0, 0, error));
+            PSOUP__TRY(psoup__pack_score(pack, model->adapters[sequence->adapter],
+                                         row + (int32_t)length - 1, error));
         }
         PSOUP__TRY(psoup__pack_forward(pack, false, 0.0f, 0.0f, error));
         for (size_t i = from; i < at; i++)

@@ -47,8 +47,8 @@ static psoup_status pack_items(psoup__reward_trainer *t, size_t n, int32_t pass,
             sequence.seed = seed;
             sequence.stream = t->stream[i] + (uint64_t)side;
             PSOUP__TRY(psoup__pack_sequence(t->pack, &sequence, &row, error));
-            PSOUP__TRY(psoup__pack_head(t->pack, l->adapter, row + (int32_t)sequence.n_first - 1, 0,
-                                        0, 0, error));
+            PSOUP__TRY(psoup__pack_score(t->pack, l->adapter, row + (int32_t)sequence.n_first - 1,
+                                         error));
         }
     }
 fail:

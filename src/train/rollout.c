@@ -5,9 +5,9 @@
 #include "train/train.h"
 
 psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *context, size_t n,
-                                     psoup_error *error) {
+                                     size_t adapters, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    size_t a = rollouts->prompt_capacity, b = a, c = a, d = a;
+    size_t a = rollouts->capacity, b = a, c = a, d = a, e = a * adapters, f = e;
     PSOUP__TRY(psoup__reserve(context, &rollouts->prompt, &a, n + 1, sizeof(*rollouts->prompt),
                               error));
     PSOUP__TRY(psoup__reserve(context, &rollouts->start, &b, n + 1, sizeof(*rollouts->start),
@@ -16,7 +16,12 @@ psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *c
                               error));
     PSOUP__TRY(psoup__reserve(context, &rollouts->score, &d, n + 1, sizeof(*rollouts->score),
                               error));
-    rollouts->prompt_capacity = d;
+    PSOUP__TRY(psoup__reserve(context, &rollouts->weight, &e, (n + 1) * adapters,
+                              sizeof(*rollouts->weight), error));
+    PSOUP__TRY(psoup__reserve(context, &rollouts->part_score, &f, (n + 1) * adapters,
+                              sizeof(*rollouts->part_score), error));
+    rollouts->capacity = d;
+    rollouts->adapters = adapters;
     rollouts->n = n;
     rollouts->tokens = 0;
     rollouts->diverged = false;
@@ -30,6 +35,8 @@ void psoup__rollouts_free(psoup__rollouts *rollouts, psoup_context *context) {
     psoup__free(context, rollouts->response);
     psoup__free(context, rollouts->finish);
     psoup__free(context, rollouts->score);
+    psoup__free(context, rollouts->weight);
+    psoup__free(context, rollouts->part_score);
     *rollouts = (psoup__rollouts){.n = 0};
 }
 
@@ -82,7 +89,7 @@ psoup_status psoup__sample_rollouts(psoup_model *model, const psoup_ppo_options 
         total += requests[r].out->n;
     psoup_prompt *prompts = psoup__alloc(context, total, sizeof(*prompts), error);
     psoup_sampling *sampling = psoup__alloc(context, total, sizeof(*sampling), error);
-    float *mix = psoup__multiply(n, adapters, &size)
+    float *mix = psoup__multiply(total, adapters, &size)
                      ? psoup__alloc(context, size, sizeof(*mix), error) : NULL;
     if (!prompts || !sampling || !mix) {
         status = PSOUP_ERROR_MEMORY;
@@ -90,10 +97,12 @@ psoup_status psoup__sample_rollouts(psoup_model *model, const psoup_ppo_options 
     }
     for (size_t r = 0; r < n; r++) {
         const psoup__request *request = &requests[r];
+        const psoup__rollouts *out = request->out;
         size_t first = k;
-        mix[r * adapters + (size_t)request->adapter] = 1.0f;
-        for (size_t i = 0; i < request->out->n; i++, k++) {
-            const psoup_ppo_prompt *prompt = request->out->prompt[i];
+        for (size_t i = 0; i < out->n; i++, k++) {
+            const psoup_ppo_prompt *prompt = out->prompt[i];
+            for (size_t a = 0; a < out->adapters; a++)
+                mix[k * adapters + (size_t)request->adapters[a]] = out->weight[i * out->adapters + a];
             sampling[k] = (psoup_sampling){.size = sizeof(*sampling),
                                            .max_new_tokens = options->max_new_tokens,
                                            .min_new_tokens = options->min_new_tokens,
@@ -104,7 +113,7 @@ psoup_status psoup__sample_rollouts(psoup_model *model, const psoup_ppo_options 
                                            .seed = request->seed};
             prompts[k] = (psoup_prompt){.tokens = prompt->tokens,
                                         .n = prompt->n,
-                                        .mix = mix + r * adapters,
+                                        .mix = mix + k * adapters,
                                         .sequence = request->sequence + i,
                                         .sampling = &sampling[k]};
             longest = prompt->n > longest ? prompt->n : longest;

@@ -20,7 +20,7 @@ typedef struct scoring {
     const psoup__request *requests;
     reading *readings; /* [n] */
     size_t n;
-    psoup_reward_input *plain; /* [requests · rollouts]: inputs of prompts that list none */
+    psoup_reward_input *plain; /* inputs of prompts that list none; the next free one */
     int32_t *arena;            /* retokenised texts */
     size_t arena_length, arena_capacity;
     char *text;
@@ -97,6 +97,11 @@ static psoup__sequence sequence_of(const scoring *s, const reading *r, int32_t a
     return sequence;
 }
 
+/* Of a soup: how much of the response's reward is this one. */
+static float weight_of(const psoup__rollouts *out, size_t rollout, int32_t reward) {
+    return out->weight[rollout * out->adapters + (size_t)reward];
+}
+
 /* Lists the readings of one request. */
 static psoup_status list_readings(scoring *s, size_t request, psoup_error *error) {
     const psoup__request *q = &s->requests[request];
@@ -105,13 +110,16 @@ static psoup_status list_readings(scoring *s, size_t request, psoup_error *error
         const psoup_ppo_prompt *prompt = out->prompt[i];
         const psoup_reward_input *inputs = prompt->inputs;
         size_t n = prompt->n_inputs;
-        if (!inputs) {
-            *s->plain = (psoup_reward_input){
-                .reward = 0, .weight = 1.0f, .tokens = prompt->tokens, .n = prompt->n};
-            inputs = s->plain++;
-            n = 1;
+        if (!inputs) { /* every reward of a soup reads the prompt; of another policy there is one */
+            inputs = s->plain;
+            n = out->adapters;
+            for (size_t k = 0; k < n; k++)
+                *s->plain++ = (psoup_reward_input){
+                    .reward = (int32_t)k, .weight = 1.0f, .tokens = prompt->tokens, .n = prompt->n};
         }
         for (size_t k = 0; k < n; k++) {
+            if (q->policy->soup && weight_of(out, i, inputs[k].reward) == 0.0f)
+                continue;
             reading *r = &s->readings[s->n++];
             *r = (reading){.reward = q->policy->rewards[inputs[k].reward],
                            .input = &inputs[k],
@@ -159,21 +167,21 @@ fail:
 /* Scores by reward models of all requests that have any. */
 static psoup_status score_by_models(scoring *s, size_t n_requests, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    size_t readings = 0, rollouts = 0;
+    size_t readings = 0, plains = 0;
     psoup__sequence *sequences = NULL;
     psoup_reward_input *plain = NULL;
     float *scores = NULL;
     bool *done = NULL;
     for (size_t r = 0; r < n_requests; r++)
         for (size_t i = 0; !s->requests[r].policy->reward_fn && i < s->requests[r].out->n; i++) {
-            const psoup_ppo_prompt *prompt = s->requests[r].out->prompt[i];
-            readings += prompt->inputs ? prompt->n_inputs : 1;
-            rollouts++;
+            const psoup__rollouts *out = s->requests[r].out;
+            readings += out->prompt[i]->inputs ? out->prompt[i]->n_inputs : out->adapters;
+            plains += out->prompt[i]->inputs ? 0 : out->adapters;
         }
     if (readings == 0)
         return PSOUP_OK;
     s->readings = psoup__alloc(s->context, readings, sizeof(*s->readings), error);
-    s->plain = plain = psoup__alloc(s->context, rollouts, sizeof(*plain), error);
+    s->plain = plain = psoup__alloc(s->context, plains, sizeof(*plain), error);
     sequences = psoup__alloc(s->context, readings, sizeof(*sequences), error);
     scores = psoup__alloc(s->context, readings, sizeof(*scores), error);
     done = psoup__alloc(s->context, readings, sizeof(*done), error);
@@ -186,14 +194,18 @@ static psoup_status score_by_models(scoring *s, size_t n_requests, psoup_error *
         if (s->requests[r].policy->reward_fn)
             continue;
         PSOUP__TRY(list_readings(s, r, error));
-        memset(out->score, 0, out->n * sizeof(*out->score));
+        memset(out->part_score, 0, out->n * out->adapters * sizeof(*out->part_score));
     }
     for (size_t i = 0; i < s->n; i++)
         if (!done[i])
             PSOUP__TRY(score_model(s, i, sequences, scores, done, error));
     for (size_t i = 0; i < s->n; i++) {
         const reading *r = &s->readings[i];
-        s->requests[r->request].out->score[r->rollout] += r->input->weight * r->score;
+        psoup__rollouts *out = s->requests[r->request].out;
+        if (s->requests[r->request].policy->soup)
+            out->part_score[r->rollout * out->adapters + (size_t)r->input->reward] = r->score;
+        else
+            out->part_score[r->rollout] += r->input->weight * r->score;
     }
 fail:
     psoup__free(s->context, done);
@@ -206,24 +218,46 @@ fail:
     return status;
 }
 
+/* The callback's scores of one adapter's reward, of those responses that have it in their mix. */
 static psoup_status score_by_callback(psoup_context *context, const psoup__request *request,
-                                      psoup_error *error) {
+                                      size_t adapter, psoup_error *error) {
     psoup__rollouts *out = request->out;
+    const psoup_ppo_policy *policy = request->policy;
     psoup_rollout *rollouts = psoup__alloc(context, out->n, sizeof(*rollouts), error);
-    if (!rollouts)
-        return PSOUP_ERROR_MEMORY;
-    for (size_t i = 0; i < out->n; i++)
-        rollouts[i] = (psoup_rollout){.policy = request->policy->adapter,
+    size_t *place = psoup__alloc(context, out->n, sizeof(*place), error), n = 0;
+    psoup_status status = rollouts && place ? PSOUP_OK : PSOUP_ERROR_MEMORY;
+    for (size_t i = 0; status == PSOUP_OK && i < out->n; i++) {
+        if (out->weight[i * out->adapters + adapter] == 0.0f)
+            continue;
+        rollouts[n] = (psoup_rollout){.policy = policy->soup ? policy->soup->adapters[adapter]
+                                                             : policy->adapter,
                                       .prompt = out->prompt[i],
                                       .response = out->response + out->start[i],
                                       .n = (size_t)(out->start[i + 1] - out->start[i]),
                                       .finish = out->finish[i]};
-    int failed =
-        request->policy->reward_fn(request->policy->reward_user, rollouts, out->n, out->score);
+        place[n++] = i;
+    }
+    /* The scores go where those of a soup are summed afterwards. */
+    if (status == PSOUP_OK && n && policy->reward_fn(policy->reward_user, rollouts, n, out->score))
+        status = psoup__fail(error, PSOUP_ERROR_CANCELLED, "policy '%s': its reward callback failed",
+                             policy->adapter);
+    for (size_t i = 0; status == PSOUP_OK && i < n; i++)
+        out->part_score[place[i] * out->adapters + adapter] = out->score[i];
+    psoup__free(context, place);
     psoup__free(context, rollouts);
-    return failed ? psoup__fail(error, PSOUP_ERROR_CANCELLED,
-                                "policy '%s': its reward callback failed", request->policy->adapter)
-                  : PSOUP_OK;
+    return status;
+}
+
+/* Σ weight · part_score, of those that have a weight. */
+static void sum_parts(psoup__rollouts *out) {
+    for (size_t i = 0; i < out->n; i++) {
+        const float *weight = out->weight + i * out->adapters;
+        const float *score = out->part_score + i * out->adapters;
+        double sum = 0.0;
+        for (size_t a = 0; a < out->adapters; a++)
+            sum += weight[a] != 0.0f ? (double)weight[a] * score[a] : 0.0;
+        out->score[i] = (float)sum;
+    }
 }
 
 psoup_status psoup__score_rollouts(psoup_model *model, const psoup_ppo_options *options,
@@ -232,9 +266,10 @@ psoup_status psoup__score_rollouts(psoup_model *model, const psoup_ppo_options *
     scoring s = {.context = model->context, .options = options, .requests = requests};
     PSOUP__TRY(score_by_models(&s, n, error));
     for (size_t r = 0; r < n; r++) {
-        const psoup__rollouts *out = requests[r].out;
-        if (requests[r].policy->reward_fn)
-            PSOUP__TRY(score_by_callback(model->context, &requests[r], error));
+        psoup__rollouts *out = requests[r].out;
+        for (size_t a = 0; requests[r].policy->reward_fn && a < out->adapters; a++)
+            PSOUP__TRY(score_by_callback(model->context, &requests[r], a, error));
+        sum_parts(out);
         for (size_t i = 0; i < out->n; i++)
             if (!isfinite(out->score[i]))
                 return psoup__fail(error, PSOUP_ERROR_STATE,

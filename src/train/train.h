@@ -22,7 +22,8 @@ typedef enum psoup__purpose { /* what a trainer draws; each has a Philox key of 
     PSOUP__FOR_LORA_DROPOUT,
     PSOUP__FOR_HEAD_DROPOUT,
     PSOUP__FOR_VALIDATION,
-    PSOUP__FOR_SAMPLES
+    PSOUP__FOR_SAMPLES,
+    PSOUP__FOR_MIXES
 } psoup__purpose;
 static inline uint64_t psoup__seed_for(uint64_t seed, psoup__purpose purpose) {
     return seed ^ (UINT64_C(0x9E3779B97F4A7C15) * (uint64_t)purpose);
@@ -50,6 +51,10 @@ void psoup__optimizer_zero(psoup__optimizer *optimizer); /* g = 0 */
  * finite steps nothing: *stepped is false and p, m, v and the counter are as they were. */
 psoup_status psoup__optimizer_step(psoup__optimizer *optimizer, float lr, double *norm,
                                    bool *stepped, psoup_error *error);
+/* The same of n of them as if their buffers were one: clipped by their common norm, and stepped all or
+ * none. */
+psoup_status psoup__optimizers_step(psoup__optimizer *const *optimizers, size_t n, float lr,
+                                    double *norm, bool *stepped, psoup_error *error);
 /* The rate of step `step` (from 1) of `total`: warm-up from 0, then the schedule. */
 float psoup__learning_rate(float peak, psoup_schedule schedule, int64_t warmup, int64_t step,
                            int64_t total);
@@ -71,7 +76,8 @@ void psoup__best_free(psoup__best *best, psoup_context *context);
 
 /* ---- metrics.c --------------------------------------------------------------------------------- */
 
-#define PSOUP__MAX_METRICS 24
+#define PSOUP__MAX_SOUP 64 /* adapters of a soup that is trained as one */
+#define PSOUP__MAX_METRICS (24 + PSOUP__MAX_SOUP)
 #define PSOUP__MAX_TIMES 8
 typedef struct psoup__metrics {
     const char *name[PSOUP__MAX_METRICS];
@@ -196,6 +202,9 @@ typedef struct psoup__sequence {
     size_t n_first, n_then;
     int32_t adapter;       /* its mix is one-hot here; −1: the base */
     uint64_t seed, stream; /* of dropout */
+    const int32_t *adapters; /* [n_adapters] or, where not NULL, its mix is over these: */
+    const float *weight;     /* [n_adapters] */
+    size_t n_adapters;
 } psoup__sequence;
 
 /* A pass being filled, run, and differentiated. */
@@ -212,10 +221,15 @@ typedef struct psoup__pack {
     size_t reads, read_capacity;
     int32_t *row, *target;     /* [reads] */
     float *logprob, *dlogprob; /* [reads] */
-    /* head outputs that are read; one list per run of equal adapters */
+    /* values that are read: each the weighted sum of heads' outputs on a row */
+    size_t values, value_capacity;
+    float *value, *dvalue; /* [values] */
+    /* those outputs; one list per run of equal adapters */
     size_t head_reads, head_capacity, lists, list_capacity;
-    int32_t *head_row;                                /* [head_reads] */
-    float *value, *dvalue;                            /* [head_reads] */
+    int32_t *head_row;                               /* [head_reads] */
+    size_t *head_value;                              /* [head_reads] which value it is part of, */
+    float *head_weight;                              /* [head_reads] and by what weight */
+    float *head_out, *head_dout;                     /* [head_reads] */
     uint64_t *head_seed, *head_stream, *head_offset; /* [head_reads] */
     psoup__head_rows *list;                           /* [lists] */
     psoup__dropout *list_dropout;                     /* [lists] */
@@ -227,8 +241,15 @@ void psoup__pack_clear(psoup__pack *pack);
 psoup_status psoup__pack_sequence(psoup__pack *pack, const psoup__sequence *sequence, int32_t *row,
                                   psoup_error *error);
 psoup_status psoup__pack_read(psoup__pack *pack, int32_t row, int32_t target, psoup_error *error);
+/* Values to come, of no heads yet; *first receives the first one's place. */
+psoup_status psoup__pack_values(psoup__pack *pack, size_t n, size_t *first, psoup_error *error);
+/* Adds weight · the adapter's head on a row to a value. */
 psoup_status psoup__pack_head(psoup__pack *pack, const psoup__adapter *adapter, int32_t row,
-                              uint64_t seed, uint64_t stream, uint64_t offset, psoup_error *error);
+                              size_t value, float weight, uint64_t seed, uint64_t stream,
+                              uint64_t offset, psoup_error *error);
+/* A value that is one head's output, without dropout. */
+psoup_status psoup__pack_score(psoup__pack *pack, const psoup__adapter *adapter, int32_t row,
+                               psoup_error *error);
 /* Runs it and fills logprob and value. */
 psoup_status psoup__pack_forward(psoup__pack *pack, bool save, float lora_dropout,
                                  float head_dropout, psoup_error *error);
@@ -254,22 +275,24 @@ psoup_status psoup__score_sequences(psoup__pack *pack, const psoup__sequence *se
 
 /* Responses of one policy, one after another. */
 typedef struct psoup__rollouts {
-    size_t n, tokens, prompt_capacity, token_capacity;
+    size_t n, tokens, adapters, capacity, token_capacity;
     const psoup_ppo_prompt **prompt; /* [n] */
+    float *weight;     /* [n, adapters] each response's mix over its policy's adapters */
+    float *part_score; /* [n, adapters] what each one's reward gave; read where its weight is not 0 */
     int32_t *start;                  /* [n + 1] */
     int32_t *response;               /* [tokens] */
     psoup_finish *finish;            /* [n] */
-    float *score;                    /* [n] as the reward gave it */
+    float *score;                    /* [n] Σ weight · part_score */
     bool diverged;                   /* logits were not numbers: there is nothing here */
 } psoup__rollouts;
 psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *context, size_t n,
-                                     psoup_error *error);
+                                     size_t adapters, psoup_error *error);
 void psoup__rollouts_free(psoup__rollouts *rollouts, psoup_context *context);
 
 /* What one policy wants: out->n prompts, set by the caller. */
 typedef struct psoup__request {
     const psoup_ppo_policy *policy;
-    int32_t adapter;       /* its number in the model */
+    const int32_t *adapters; /* [out->adapters] their numbers in the model */
     uint64_t seed, sequence; /* of its sampling; rollout i takes sequence + i */
     uint64_t step;         /* of the drawn limits */
     bool draw;             /* draw limits, where the options say so */

@@ -380,6 +380,23 @@ static void test_rewards_and_ppo(psoup::model &model) {
         CHECK(called >= 2 && reports >= 4 && said == 6);
     }
     ppo_options.samples_every = 0;
+    {
+        psoup::policy soup = by_function;
+        int by_adapter[2] = {0, 0};
+        soup.adapter = "soup";
+        soup.soup = {"A", "B"};
+        soup.concentration = 2.0f;
+        soup.function = [&](psoup::span<const psoup_rollout> rollouts, psoup::span<float> out) {
+            by_adapter[std::string(rollouts[0].policy) == "B"]++;
+            for (std::size_t i = 0; i < rollouts.size(); i++)
+                out[i] = 0.0f;
+            return true;
+        };
+        auto ppo = NEED(psoup::ppo::create(model, {soup}, ppo_options));
+        NEED(ppo.step());
+        auto trace = NEED(ppo.trace(0));
+        CHECK(trace.adapters == 2 && trace.mix[0] > 0 && trace.mix[0] < 1 && by_adapter[0] && by_adapter[1]);
+    }
     by_function.function = [](psoup::span<const psoup_rollout>, psoup::span<float>) { return false; };
     psoup::ppo other = NEED(psoup::ppo::create(model, {by_function}, ppo_options));
     CHECK(!other.run());

@@ -142,6 +142,8 @@ struct policy {
     std::vector<reward *> rewards;
     span<const psoup_ppo_prompt> validation = {};
     std::uint64_t seed = 0;
+    std::vector<std::string> soup = {}; /* adapters that learn as one policy, whose name `adapter` is */
+    float concentration = 1.0f;         /* of their mixes */
 };
 
 inline result<psoup_ppo_options> ppo_preset(const std::string &name) {
@@ -201,6 +203,7 @@ private:
     struct state {
         state(std::vector<policy> p, on_step each, on_samples said)
             : policies(std::move(p)), step(std::move(each)), samples(std::move(said)) {
+            soups.reserve(policies.size());
             for (policy &each_policy : policies) {
                 functions.push_back(std::make_unique<reward_callback>(each_policy.function));
                 rewards.push_back(detail::pointers(each_policy.rewards));
@@ -217,6 +220,16 @@ private:
                 c.validation = each_policy.validation.data();
                 c.n_validation = each_policy.validation.size();
                 c.seed = each_policy.seed;
+                soup_adapters.emplace_back();
+                for (const std::string &name : each_policy.soup)
+                    soup_adapters.back().push_back(name.c_str());
+                if (!each_policy.soup.empty()) {
+                    soups.push_back(PSOUP_PPO_SOUP_INIT);
+                    soups.back().adapters = soup_adapters.back().data();
+                    soups.back().n = soup_adapters.back().size();
+                    soups.back().concentration = each_policy.concentration;
+                    c.soup = &soups.back();
+                }
                 c_policies.push_back(c);
             }
         }
@@ -230,6 +243,8 @@ private:
         samples_callback samples;
         std::vector<std::unique_ptr<reward_callback>> functions;
         std::vector<std::vector<psoup_reward *>> rewards;
+        std::vector<std::vector<const char *>> soup_adapters;
+        std::vector<psoup_ppo_soup> soups;
         std::vector<psoup_ppo_policy> c_policies;
     };
     static int run_step(void *user, const psoup_step *step) {

@@ -389,6 +389,10 @@ class psoup_rollout(Structure):
     pass
 
 
+class psoup_ppo_soup(Structure):
+    pass
+
+
 class psoup_ppo_policy(Structure):
     pass
 
@@ -810,6 +814,13 @@ psoup_rollout._fields_ = [
 ]
 psoup_reward_fn = CFUNCTYPE(c_int, c_void_p, POINTER(psoup_rollout), c_size_t, POINTER(c_float))
 psoup_samples_fn = CFUNCTYPE(c_int, c_void_p, c_int64, POINTER(psoup_rollout), POINTER(c_float), c_size_t)
+psoup_ppo_soup._fields_ = [
+    ("size", c_size_t),
+    ("adapters", POINTER(c_char_p)),
+    ("n", c_size_t),
+    ("concentration", c_float),
+    ("reserved", c_int32),
+]
 psoup_ppo_policy._fields_ = [
     ("adapter", c_char_p),
     ("rewards", POINTER(POINTER(psoup_reward))),
@@ -821,7 +832,8 @@ psoup_ppo_policy._fields_ = [
     ("validation", POINTER(psoup_ppo_prompt)),
     ("n_validation", c_size_t),
     ("seed", c_uint64),
-    ("reserved", c_uint64 * 4),
+    ("soup", POINTER(psoup_ppo_soup)),
+    ("reserved", c_uint64 * 3),
 ]
 psoup_ppo_options._fields_ = [
     ("size", c_size_t),
@@ -900,6 +912,8 @@ psoup_ppo_trace._fields_ = [
     ("score", POINTER(c_float)),
     ("first_ratio", POINTER(c_float)),
     ("kl_coefficient", c_double),
+    ("adapters", c_size_t),
+    ("mix", POINTER(c_float)),
 ]
 
 STRUCTS = (
@@ -941,6 +955,7 @@ STRUCTS = (
     psoup_reward_input,
     psoup_ppo_prompt,
     psoup_rollout,
+    psoup_ppo_soup,
     psoup_ppo_policy,
     psoup_ppo_options,
     psoup_ppo_trace,
@@ -1054,6 +1069,9 @@ DEFAULTS: Dict[Any, Dict[str, Any]] = {
         "keep_best": 1,
         "checkpoint_every": 100,
         "checkpoint_keep": 3,
+    },
+    psoup_ppo_soup: {
+        "concentration": 1.0,
     },
     psoup_ppo_options: {
         "batch_size": 64,

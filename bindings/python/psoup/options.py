@@ -332,6 +332,14 @@ class DpoOptions(TypedDict, total=False):
     resume: int
 
 
+class PpoSoup(TypedDict, total=False):
+    # 1 to 64; default 0
+    n: int
+    # 1 and equal weights: uniform over the simplex; large: ever closer to the weights' own shares,
+    # which INFINITY gives; 0: always one adapter, drawn by the weights; default 1.0
+    concentration: float
+
+
 class PpoOptions(TypedDict, total=False):
     # 0: one epoch over the prompts; default 0
     steps: int

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optiona
 
 from . import _abi, data
 from ._abi import Finish
-from ._library import Handle, call, call_long, callback, create, encoded, fill, lib, new, text
+from ._library import Handle, call, call_long, callback, create, encoded, fill, lib, new, text, texts
 from .arrays import copied, empty, ids, pointer_of
 from .errors import ArgumentError
 from .model import Model, Tokens, adapter_options
@@ -293,6 +293,11 @@ class Policy(NamedTuple):
     validation: Sequence[Union[PpoPrompt, Tokens]] = ()
     """The best weights are those of the highest mean reward on these."""
     seed: int = 0
+    soup: Sequence[str] = ()
+    """Adapters that learn as one policy, each prompt's responses under a mix of its own; `adapter` is then
+    its name, reward i is what adapter i is trained for, and a function is called for each of them."""
+    concentration: float = 1.0
+    """Of the Dirichlet distribution that a soup's mixes are drawn from."""
 
 
 class Trace(NamedTuple):
@@ -312,6 +317,8 @@ class Trace(NamedTuple):
     """[rollouts] as the reward gave it."""
     first_ratio: Any
     kl_coefficient: float
+    mix: Any
+    """[rollouts · adapters] of the policy: all 1 but for a soup."""
 
 
 OnSamples = Callable[[int, List[Rollout], List[float]], Any]
@@ -367,6 +374,14 @@ def _ppo_prompts(prompts: Sequence[Union[PpoPrompt, Tokens]], keep: List[Any]) -
     return structs
 
 
+def _soup(policy: Policy, keep: List[Any]) -> Any:
+    adapters = texts(policy.soup)
+    soup = _abi.psoup_ppo_soup(size=ctypes.sizeof(_abi.psoup_ppo_soup), adapters=adapters, n=len(policy.soup),
+                               concentration=policy.concentration)
+    keep += [adapters, soup]
+    return ctypes.pointer(soup)
+
+
 class Ppo(Handle):
     """PPO of several policies side by side, each an adapter of one model with its own rewards.
 
@@ -390,6 +405,8 @@ class Ppo(Handle):
             struct.prompts, struct.n_prompts = _ppo_prompts(policy.prompts, keep), len(policy.prompts)
             struct.validation = _ppo_prompts(policy.validation, keep)
             struct.n_validation = len(policy.validation)
+            if policy.soup:
+                struct.soup = _soup(policy, keep)
             if callable(policy.reward):
                 struct.reward_fn = _reward_callback(policy.reward)
             else:
@@ -445,7 +462,8 @@ class Ppo(Handle):
             return Trace(take("start", struct.rollouts + 1, "int32"), take("response", n, "int32"),
                          take("logprob", n), take("ref_logprob", n), take("value", n), take("reward", n),
                          take("advantage", n), take("returns", n), take("score", struct.rollouts),
-                         take("first_ratio", n), struct.kl_coefficient)
+                         take("first_ratio", n), struct.kl_coefficient,
+                         take("mix", struct.rollouts * struct.adapters))
 
     def _number(self, policy: Union[int, str]) -> int:
         return self.policies.index(policy) if isinstance(policy, str) else policy

@@ -214,5 +214,25 @@ class Ppo(Case):
             ppo.close()
 
 
+class Soup(unittest.TestCase):
+    def test_a_soup_learns_under_mixes_of_its_own(self):
+        seen = set()
+
+        def reward(rollouts):
+            seen.update(r.policy for r in rollouts)
+            return [float(len(r.response)) for r in rollouts]
+
+        soup = psoup.Policy("soup", [[2, 3], [4, 5]], reward, soup=("A", "B"), concentration=0.5)
+        with psoup.Ppo(tiny(("A", "B")), [soup], steps=1, batch_size=4, max_new_tokens=4) as ppo:
+            ppo.run()
+            mix = list(ppo.trace("soup").mix)
+        self.assertEqual(seen, {"A", "B"})
+        self.assertEqual(len(mix), 8)
+        for row in range(4):
+            self.assertAlmostEqual(sum(mix[2 * row:2 * row + 2]), 1.0, 6)
+        with self.assertRaisesRegex(psoup.Error, "concentration is -1"):
+            psoup.Ppo(tiny(("A", "B")), [soup._replace(concentration=-1.0)], steps=1)
+
+
 if __name__ == "__main__":
     unittest.main()
