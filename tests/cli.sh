@@ -87,9 +87,9 @@ for c in $commands; do
     no 2 "--nonsense" $c --nonsense
 done
 for pair in "tokenize --model --no-special --decode" "merge --out --base --method --dtype --any-sum" \
-    "generate --model --adapter --mix --any-sum --prompt --prompts --template --preference \
+    "generate --model --adapter --mix --mix-method --any-sum --prompt --prompts --template --preference \
      --max-new-tokens --min-new-tokens --temperature --top-k --top-p --no-repeat-ngram --seed --batch --out" \
-    "score --model --adapter --mix --any-sum --tokens --prompts --logits" "winrate --seed"; do
+    "score --model --adapter --mix --mix-method --any-sum --tokens --prompts --logits" "winrate --seed"; do
     set -- $pair
     c=$1
     shift
@@ -175,6 +175,14 @@ no 1 'sum to 1.25' generate --model base $A --mix P1A=0.5,P2A=0.75 --prompt x
 no 1 'mix' generate --model base $A --mix P1A=x --prompt x
 no 1 'mix' generate --model base $A --mix P1A --prompt x
 ok generate --model base $A --mix P1A=0.5,P2A=0.75 --any-sum --prompt x $sample
+no 1 '--mix-method: mix method "sum"; expected delta' generate --model base $A --mix P1A=1 --mix-method sum --prompt x
+put methods.jsonl '{"prompt": "Why?", "mix": {"P1A": 0.5, "P2A": 0.5}, "mix_method": "factors"}
+{"prompt": "Why?", "mix": {"P1A": 0.5, "P2A": 0.5}}\n'
+ok generate --model base $A --prompts methods.jsonl $sample
+head -n 1 out | sed 's/.*"finish"/"finish"/' >first
+ok generate --model base $A --mix P1A=0.5,P2A=0.5 --mix-method factors --prompt "Why?" $sample --json
+sed -i 's/.*"finish"/"finish"/' out
+check "a row's own method, the same log-prob" cmp -s out first
 for bad in '{"prompt": "a", "mix": {"P9Z": 1}}|:2: mix: no adapter is named "P9Z"' \
     '{"prompt": "a", "mix": {"P1A": 0.5}}|:2: mix: the weights sum to 0.5' \
     '{"prompt": "a", "mix": {"P1A": "x"}}|:2: mix: the weight of "P1A"' \
@@ -290,9 +298,12 @@ ok merge --method svd:2 --out m-svd P1A=0.5 P2A=0.5 --json
 check "svd:2 loses something" has '"worst_error": 0\.[0-9]*[1-9]'
 ok merge --method factors --out m-factors P1A=0.5 P2A=0.5
 check "factors says what it loses" has 'mean 0\.[0-9]*, worst 0\.'
-for m in svd factors; do
-    ok score --model base --adapter m=m-$m --mix m=1 --tokens "$tokens"
-done
+ok score --model base --adapter m=m-svd --mix m=1 --tokens "$tokens"
+ok score --model base $A --mix P1A=0.5,P2A=0.5 --mix-method factors --tokens "$tokens" --json
+mv out soup-factors
+ok score --model base --adapter m=m-factors --mix m=1 --tokens "$tokens" --json
+check "factors per row are the merged ones" near out soup-factors
+check "and not the soup" differ soup-factors soup
 ok merge --out m-models --dtype bf16 base=0.5 m-base=0.5
 ok info m-models --json
 check "bf16" has '"dtype": "bf16"'

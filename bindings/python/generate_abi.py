@@ -39,7 +39,8 @@ def tree():
         clang = os.environ.get("CLANG", "clang")
         text = subprocess.run(
             [clang, "-Xclang", "-ast-dump=json", "-fsyntax-only", "-std=c11", "-I" + INCLUDE, source],
-            check=True, stdout=subprocess.PIPE).stdout
+            check=True, stdout=subprocess.PIPE,
+            env=dict(os.environ, CCACHE_DISABLE="1")).stdout  # ccache would answer with an older tree
     return json.loads(text)["inner"]
 
 

@@ -110,6 +110,9 @@ psoup_status cli_decode(const psoup_tokenizer *tokenizer, const int32_t *ids, si
 size_t cli_character(const char *text, size_t length);
 /* The text with U+FFFD for every byte that is not UTF-8, and for NUL. Free with free(). */
 char *cli_utf8(const char *text, size_t length);
+/* A line's "mix_method", or where it has none, what --mix-method says (NULL: delta). */
+psoup_status cli_mix_method(const psoup_json *line, const char *option, const char *path, int64_t number,
+                            int32_t *method, psoup_error *error);
 /* A row's {"NAME": W, …} into mix [adapters], all 0 before; path and line for messages. */
 psoup_status cli_read_mix(const cli_model *m, const psoup_json *object, bool any_sum,
                           const char *path, int64_t line, float *mix, psoup_error *error);

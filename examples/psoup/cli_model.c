@@ -121,6 +121,18 @@ char *cli_utf8(const char *text, size_t length) {
 
 /* ---- mixes ------------------------------------------------------------------------------------- */
 
+psoup_status cli_mix_method(const psoup_json *line, const char *option, const char *path, int64_t number,
+                            int32_t *method, psoup_error *error) {
+    const psoup_json *own = psoup_json_get(line, "mix_method");
+    psoup_error inner;
+    *method = PSOUP_MIX_DELTA;
+    if (own && psoup_mix_method_parse(psoup_json_string(own, "?"), method, &inner) != PSOUP_OK)
+        return cli_error(error, PSOUP_ERROR_FORMAT, "%s:%lld: %s", path, (long long)number, inner.message);
+    if (!own && option && psoup_mix_method_parse(option, method, &inner) != PSOUP_OK)
+        return cli_error(error, PSOUP_ERROR_ARGUMENT, "--mix-method: %s", inner.message);
+    return PSOUP_OK;
+}
+
 psoup_status cli_read_mix(const cli_model *m, const psoup_json *object, bool any_sum,
                           const char *path, int64_t line, float *mix, psoup_error *error) {
     const psoup_json *weight;

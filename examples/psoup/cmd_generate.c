@@ -11,10 +11,11 @@ typedef struct job {
     int32_t *tokens;
     size_t n;
     float *mix;
+    int32_t method;
 } job;
 
 typedef struct generate_args {
-    const char *model, *device, *mix, *prompt, *prompts, *template, *preference, *out;
+    const char *model, *device, *mix, *method, *prompt, *prompts, *template, *preference, *out;
     cli_list adapters;
     bool any_sum, json, ignore_stop;
     int32_t threads, batch;
@@ -55,6 +56,9 @@ static psoup_status read_job(const generate_args *args, const cli_model *m, psou
     out->mix = calloc((size_t)psoup_model_adapters(m->model) + 1, sizeof *out->mix);
     if (!out->mix)
         return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    status = cli_mix_method(row, args->method, args->prompts, line, &out->method, error);
+    if (status != PSOUP_OK)
+        return status;
     if (psoup_json_get(row, "mix"))
         return cli_read_mix(m, psoup_json_get(row, "mix"), args->any_sum, args->prompts, line,
                             out->mix, error);
@@ -217,7 +221,8 @@ static psoup_status run(const generate_args *args, const cli_model *m, job *jobs
         status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     for (size_t i = 0; prompts && i < n; i++)
         prompts[i] = (psoup_prompt){
-            .tokens = jobs[i].tokens, .n = jobs[i].n, .mix = jobs[i].mix, .sequence = i};
+            .tokens = jobs[i].tokens, .n = jobs[i].n, .mix = jobs[i].mix, .sequence = i,
+            .mix_method = jobs[i].method};
     session.max_sequences = args->batch;
     if (status == PSOUP_OK)
         status = psoup_generate(m->model, prompts, n, &args->sampling, &session,
@@ -244,11 +249,12 @@ int cmd_generate(int argc, char **argv) {
         {"--model", CLI_TEXT, &a.model, "DIR", "the base model"},
         {"--adapter", CLI_LIST, &a.adapters, "NAME=DIR", "a PEFT adapter under a name"},
         {"--mix", CLI_TEXT, &a.mix, "NAME=W,…", "weights of the adapters; absent: the base"},
+        {"--mix-method", CLI_TEXT, &a.method, "NAME", "what is weighed: delta, or factors (delta)"},
         {"--any-sum", CLI_FLAG, &a.any_sum, NULL, "accept weights that do not sum to 1"},
         {"--prompt", CLI_TEXT, &a.prompt, "TEXT", "one prompt; its answer is printed as it grows"},
         {"--prompts", CLI_TEXT, &a.prompts, "FILE",
          "JSON Lines of \"prompt\" (or \"instruction\", "
-         "\"input\"), each with its own \"mix\" if any"},
+         "\"input\"), each with its own \"mix\" and \"mix_method\" if any"},
         {"--template", CLI_TEXT, &a.template, "NAME", "tulu, alpaca, or text with {instruction}"},
         {"--preference", CLI_TEXT, &a.preference, "TEXT", "preference prompt for the template"},
         {"--max-new-tokens", CLI_INT, &a.sampling.max_new_tokens, "N", "at most (128)"},

@@ -6,7 +6,7 @@
 #include <string.h>
 
 typedef struct score_args {
-    const char *model, *device, *mix, *tokens, *prompts, *logits;
+    const char *model, *device, *mix, *method, *tokens, *prompts, *logits;
     cli_list adapters;
     bool any_sum, json;
     int32_t threads;
@@ -77,7 +77,7 @@ static psoup_status print_scores(const score_args *args, size_t number, const in
 }
 
 static psoup_status score(const score_args *args, const cli_model *m, const psoup_row *rows,
-                          size_t n, psoup_error *error) {
+                          const int32_t *methods, size_t n, psoup_error *error) {
     psoup_model_config config = PSOUP_MODEL_CONFIG_INIT;
     size_t tokens = 0, at = 0;
     for (size_t i = 0; i < n; i++)
@@ -87,12 +87,12 @@ static psoup_status score(const score_args *args, const cli_model *m, const psou
     if (status == PSOUP_OK && !logprobs)
         status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     if (status == PSOUP_OK)
-        status = psoup_model_logprobs(m->model, rows, n, logprobs, error);
+        status = psoup_model_logprobs_mixed(m->model, rows, methods, n, logprobs, error);
     if (status == PSOUP_OK && args->logits) {
         int64_t shape[] = {(int64_t)tokens, config.vocab_size};
         logits = malloc((tokens * (size_t)config.vocab_size + 1) * sizeof *logits);
         psoup_named_tensor tensor = {"logits", PSOUP_F32, 2, shape, logits};
-        status = logits ? psoup_model_logits(m->model, rows, n, logits, error)
+        status = logits ? psoup_model_logits_mixed(m->model, rows, methods, n, logits, error)
                         : cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
         if (status == PSOUP_OK)
             status = psoup_safetensors_write(m->context, args->logits, &tensor, 1, error);
@@ -108,24 +108,31 @@ static psoup_status score(const score_args *args, const cli_model *m, const psou
 
 /* One more row, from a line of the file or (line NULL) from --tokens, with its own mix or --mix. */
 static psoup_status add_row(const score_args *args, const cli_model *m, const psoup_json *line,
-                            int64_t number, psoup_row **rows, size_t *n, psoup_error *error) {
+                            int64_t number, psoup_row **rows, int32_t **methods, size_t *n,
+                            psoup_error *error) {
     psoup_row *grown = realloc(*rows, (*n + 1) * sizeof *grown);
+    int32_t *method = realloc(*methods, (*n + 1) * sizeof *method);
     float *mix = calloc((size_t)psoup_model_adapters(m->model) + 1, sizeof *mix);
     const psoup_json *own = psoup_json_get(line, "mix");
     int32_t *ids = NULL;
     if (grown)
         *rows = grown;
-    if (!grown || !mix) {
+    if (method)
+        *methods = method;
+    if (!grown || !method || !mix) {
         free(mix);
         return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     }
-    psoup_row *row = &grown[(*n)++];
+    psoup_row *row = &grown[*n];
+    method += (*n)++;
     *row = (psoup_row){.mix = mix};
     psoup_status status = line ? row_tokens(args, m, line, number, &ids, &row->n, error)
                                : cli_parse_ids("--tokens", args->tokens, &ids, &row->n, error);
     row->tokens = ids;
     if (status == PSOUP_OK && row->n == 0)
         status = cli_error(error, PSOUP_ERROR_ARGUMENT, "row %zu has no tokens", *n);
+    if (status == PSOUP_OK)
+        status = cli_mix_method(line, args->method, args->prompts, number, method, error);
     if (status != PSOUP_OK)
         return status;
     if (own)
@@ -136,25 +143,27 @@ static psoup_status add_row(const score_args *args, const cli_model *m, const ps
 static psoup_status run(const score_args *args, const cli_model *m, psoup_error *error) {
     psoup_jsonl_reader *reader = NULL;
     psoup_row *rows = NULL;
+    int32_t *methods = NULL;
     size_t n = 0;
     psoup_status status = args->prompts
                               ? psoup_jsonl_open(m->context, args->prompts, &reader, error)
-                              : add_row(args, m, NULL, 0, &rows, &n, error);
+                              : add_row(args, m, NULL, 0, &rows, &methods, &n, error);
     while (status == PSOUP_OK && reader) {
         psoup_json *line = NULL;
         status = psoup_jsonl_next(reader, &line, error);
         if (status != PSOUP_OK || !line)
             break;
-        status = add_row(args, m, line, psoup_jsonl_line(reader), &rows, &n, error);
+        status = add_row(args, m, line, psoup_jsonl_line(reader), &rows, &methods, &n, error);
         psoup_json_free(line);
     }
     if (status == PSOUP_OK)
-        status = score(args, m, rows, n, error);
+        status = score(args, m, rows, methods, n, error);
     for (size_t i = 0; i < n; i++) {
         free((void *)rows[i].tokens);
         free((void *)rows[i].mix);
     }
     free(rows);
+    free(methods);
     psoup_jsonl_reader_free(reader);
     return status;
 }
@@ -167,10 +176,12 @@ int cmd_score(int argc, char **argv) {
         {"--model", CLI_TEXT, &a.model, "DIR", "the base model"},
         {"--adapter", CLI_LIST, &a.adapters, "NAME=DIR", "a PEFT adapter under a name"},
         {"--mix", CLI_TEXT, &a.mix, "NAME=W,…", "weights of the adapters; absent: the base"},
+        {"--mix-method", CLI_TEXT, &a.method, "NAME", "what is weighed: delta, or factors (delta)"},
         {"--any-sum", CLI_FLAG, &a.any_sum, NULL, "accept weights that do not sum to 1"},
         {"--tokens", CLI_TEXT, &a.tokens, "IDS", "token ids, separated by blanks"},
         {"--prompts", CLI_TEXT, &a.prompts, "FILE",
-         "JSON Lines of \"tokens\", or of \"prompt\" and \"completion\", and \"mix\" if any"},
+         "JSON Lines of \"tokens\", or of \"prompt\" and \"completion\", and \"mix\" and \"mix_method\" if "
+         "any"},
         {"--logits", CLI_TEXT, &a.logits, "FILE",
          "write the logits, f32 [tokens, vocabulary], as "
          "safetensors"},

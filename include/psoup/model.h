@@ -185,6 +185,17 @@ psoup_status psoup_model_adapter_data(const psoup_model *model, const char *name
 psoup_status psoup_model_parse_mix(const psoup_model *model, const char *text, int any_sum,
                                    float *weights, psoup_error *error);
 
+/* What the weights of a mix, those of one row, are given to. Rows of one batch may differ in it. Both are the merger's
+ * methods of these names, per row and without merging. */
+typedef enum psoup_mix_method {
+    PSOUP_MIX_DELTA = 0,  /* Σ w_i s_i B_i A_i, the weighted sum of what the adapters change (Jang et al. 2023, eq. 5) */
+    PSOUP_MIX_FACTORS = 1 /* s (Σ w_i B_i)(Σ w_j A_j), as the paper's released code sums them. In each linear adapters of
+                           * weights other than 0 have one rank and one scale, or leave it alone. Since 0.4 */
+} psoup_mix_method;
+/* The name of a method ("factors"; borrowed, static; "?" for a value that is none), and back. */
+const char *psoup_mix_method_name(int32_t method);
+psoup_status psoup_mix_method_parse(const char *name, int32_t *out, psoup_error *error);
+
 /* ---- scores --------------------------------------------------------------------------------- */
 
 /* One sequence of a batch. */
@@ -202,6 +213,12 @@ psoup_status psoup_model_logprobs(psoup_model *model, const psoup_row *rows, siz
 psoup_status psoup_model_logits(psoup_model *model, const psoup_row *rows, size_t n, float *out,
                                 psoup_error *error);
 
+/* The same two, each row by its own method: methods [n] psoup_mix_method, NULL: all delta. Since 0.4. */
+psoup_status psoup_model_logprobs_mixed(psoup_model *model, const psoup_row *rows, const int32_t *methods, size_t n,
+                                        float *out, psoup_error *error);
+psoup_status psoup_model_logits_mixed(psoup_model *model, const psoup_row *rows, const int32_t *methods, size_t n,
+                                      float *out, psoup_error *error);
+
 /* The gradient of Σ_i Σ_t weight · log p(token t of row i), for callers with objectives of their own
  * and for tests. weights has the layout of psoup_model_logprobs' out; NULL: all 1. */
 typedef struct psoup_gradients psoup_gradients;
@@ -213,6 +230,10 @@ enum {
 psoup_status psoup_model_gradients(psoup_model *model, const psoup_row *rows, size_t n,
                                    const float *weights, uint32_t what, psoup_gradients **out,
                                    psoup_error *error);
+/* The same, each row by its own method as above. Since 0.4. */
+psoup_status psoup_model_gradients_mixed(psoup_model *model, const psoup_row *rows, const int32_t *methods, size_t n,
+                                         const float *weights, uint32_t what, psoup_gradients **out,
+                                         psoup_error *error);
 /* Borrowed; NULL when there is none of that name. *count receives its elements. */
 const float *psoup_gradients_get(const psoup_gradients *gradients, const char *name, size_t *count);
 void psoup_gradients_free(psoup_gradients *gradients);
@@ -241,7 +262,9 @@ typedef struct psoup_prompt {
     const float *mix;  /* [psoup_model_adapters(model)]; NULL: the base */
     uint64_t sequence; /* with the seed, its stream of random words: token t takes word t */
     const psoup_sampling *sampling; /* NULL: the call's */
-    uint64_t reserved[2];           /* 0 */
+    int32_t mix_method;             /* psoup_mix_method; since 0.4 */
+    int32_t reserved;               /* 0 */
+    uint64_t reserved2[1];          /* 0 */
 } psoup_prompt;
 
 typedef enum psoup_finish {

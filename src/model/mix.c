@@ -1,4 +1,4 @@
-/* A mix as text: "P1A=0.5,P2B=0.5". */
+/* A mix as text, "P1A=0.5,P2B=0.5", and what it may mix. */
 #include "model/model.h"
 
 #include <math.h>
@@ -72,4 +72,57 @@ psoup_status psoup_model_parse_mix(const psoup_model *model, const char *text, i
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "mix: the weights sum to %.9g; expected 1", sum);
     return status;
+}
+
+/* Where the adapter's pair has another rank or scale than `first` has; −1: nowhere. One that leaves a linear alone is
+ * left out of it, as the merger's `factors` leaves it. */
+static int32_t unlike(const psoup_model *model, const psoup__adapter *first, const psoup__adapter *adapter) {
+    for (int32_t i = 0; i < model->config.num_hidden_layers * PSOUP__LINEARS; i++) {
+        const psoup__lora *a = &first->lora[i], *b = &adapter->lora[i];
+        if (a->rank > 0 && b->rank > 0 && (a->rank != b->rank || a->scale != b->scale))
+            return i;
+    }
+    return -1;
+}
+
+psoup_status psoup__mix_check(const psoup_model *model, const float *mix, int32_t method, const char *what,
+                              psoup_error *error) {
+    if (method != PSOUP_MIX_DELTA && method != PSOUP_MIX_FACTORS)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: mix method %d; expected %d (delta) or %d (factors)", what,
+                           (int)method, PSOUP_MIX_DELTA, PSOUP_MIX_FACTORS);
+    for (int32_t i = 0; mix && i < model->n_adapters; i++)
+        if (!isfinite(mix[i]))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: the weight of adapter \"%s\" is %g", what,
+                               model->adapters[i]->name, (double)mix[i]);
+    for (int32_t i = 0; mix && method == PSOUP_MIX_FACTORS && i < model->n_adapters; i++)
+        for (int32_t j = 0; mix[i] != 0 && j < i; j++) {
+            const psoup__adapter *a = model->adapters[j], *b = model->adapters[i];
+            int32_t pair = mix[j] != 0 ? unlike(model, a, b) : -1;
+            if (pair >= 0)
+                return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                                   "%s: method factors: in layer %d, %s, adapter \"%s\" has rank %d and scale %g, \"%s\" "
+                                   "rank %d and scale %g; expected equal ones",
+                                   what, (int)pair / PSOUP__LINEARS, psoup__linear_names[pair % PSOUP__LINEARS], a->name,
+                                   (int)a->lora[pair].rank, (double)a->lora[pair].scale, b->name,
+                                   (int)b->lora[pair].rank, (double)b->lora[pair].scale);
+        }
+    return PSOUP_OK;
+}
+
+static const char *const method_names[] = {"delta", "factors"};
+enum { METHODS = sizeof method_names / sizeof *method_names };
+
+const char *psoup_mix_method_name(int32_t method) {
+    return method >= 0 && method < METHODS ? method_names[method] : "?";
+}
+
+psoup_status psoup_mix_method_parse(const char *name, int32_t *out, psoup_error *error) {
+    if (!name || !out)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_mix_method_parse: an argument is NULL");
+    for (int32_t i = 0; i < METHODS; i++)
+        if (strcmp(name, method_names[i]) == 0) {
+            *out = i;
+            return PSOUP_OK;
+        }
+    return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "mix method \"%.64s\"; expected delta or factors", name);
 }

@@ -146,6 +146,12 @@ psoup_status psoup__adapter_save(const psoup_model *model, const psoup__adapter 
  * frozen packed weights of config.torch_dtype. */
 psoup_status psoup__model_train_base(psoup_model *model, bool train, psoup_error *error);
 
+/* ---- mix.c ---- */
+
+/* Whether this mix [n_adapters] can be mixed so; `what` names it in the message. */
+psoup_status psoup__mix_check(const psoup_model *model, const float *mix, int32_t method, const char *what,
+                              psoup_error *error);
+
 /* Points lora, head and their gradients into data and grad. */
 void psoup__adapter_point(const psoup_model *model, psoup__adapter *adapter);
 extern const char *const psoup__linear_names[PSOUP__LINEARS]; /* "self_attn.q_proj" … */
@@ -158,6 +164,7 @@ typedef struct psoup__batch {
     const int32_t *tokens; /* [rows] */
     const int32_t *start;  /* [n + 1]; start[n] == rows */
     const float *mix;      /* [n, n_adapters], NULL: the base */
+    const int32_t *method; /* [n] psoup_mix_method, PSOUP_MIX_DELTA or PSOUP_MIX_FACTORS; NULL: delta */
     int32_t ahead;         /* 0; else each sequence has one row, and goes on by itself for so many tokens: its pages
                             * are all listed, every adapter lists every row, and no size says how long it is yet */
     float dropout;         /* on the adapters' input; 0: none */

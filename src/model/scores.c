@@ -9,6 +9,7 @@ enum { BATCH_TOKENS = 2048 }; /* a longer row makes a batch of its own */
 typedef struct packer {
     psoup_model *model;
     const psoup_row *rows;
+    const int32_t *methods; /* [n] or NULL */
     size_t n, first, next;
     int32_t *tokens, *start, *row, *target;
     float *mix;
@@ -36,10 +37,10 @@ static void packer_free(packer *p) {
     psoup__free(context, p->mix);
 }
 
-static psoup_status packer_create(packer *p, psoup_model *model, const psoup_row *rows, size_t n,
-                                  psoup_error *error) {
+static psoup_status packer_create(packer *p, psoup_model *model, const psoup_row *rows, const int32_t *methods,
+                                  size_t n, psoup_error *error) {
     psoup_context *context = model->context;
-    *p = (packer){.model = model, .rows = rows, .n = n};
+    *p = (packer){.model = model, .rows = rows, .methods = methods, .n = n};
     psoup_status status = check_rows(rows, n, error);
     if (status != PSOUP_OK)
         return status;
@@ -89,15 +90,21 @@ static bool packer_next(packer *p) {
     p->start[n] = tokens;
     p->scored = scored;
     p->batch = (psoup__batch){
-        .n = n, .rows = tokens, .tokens = p->tokens, .start = p->start, .mix = p->mix};
+        .n = n, .rows = tokens, .tokens = p->tokens, .start = p->start, .mix = p->mix,
+        .method = p->methods ? p->methods + p->first : NULL};
     return true;
 }
 
 psoup_status psoup_model_logprobs(psoup_model *model, const psoup_row *rows, size_t n, float *out,
                                   psoup_error *error) {
+    return psoup_model_logprobs_mixed(model, rows, NULL, n, out, error);
+}
+
+psoup_status psoup_model_logprobs_mixed(psoup_model *model, const psoup_row *rows, const int32_t *methods, size_t n,
+                                        float *out, psoup_error *error) {
     packer p;
     psoup__tape *tape = NULL;
-    psoup_status status = packer_create(&p, model, rows, n, error);
+    psoup_status status = packer_create(&p, model, rows, methods, n, error);
     if (status != PSOUP_OK)
         return status;
     PSOUP__TRY(psoup__tape_create(model, &tape, error));
@@ -114,9 +121,14 @@ fail:
 
 psoup_status psoup_model_logits(psoup_model *model, const psoup_row *rows, size_t n, float *out,
                                 psoup_error *error) {
+    return psoup_model_logits_mixed(model, rows, NULL, n, out, error);
+}
+
+psoup_status psoup_model_logits_mixed(psoup_model *model, const psoup_row *rows, const int32_t *methods, size_t n,
+                                      float *out, psoup_error *error) {
     packer p;
     psoup__tape *tape = NULL;
-    psoup_status status = packer_create(&p, model, rows, n, error);
+    psoup_status status = packer_create(&p, model, rows, methods, n, error);
     if (status != PSOUP_OK)
         return status;
     PSOUP__TRY(psoup__tape_create(model, &tape, error));
@@ -281,6 +293,12 @@ fail:
 psoup_status psoup_model_gradients(psoup_model *model, const psoup_row *rows, size_t n,
                                    const float *weights, uint32_t what, psoup_gradients **out,
                                    psoup_error *error) {
+    return psoup_model_gradients_mixed(model, rows, NULL, n, weights, what, out, error);
+}
+
+psoup_status psoup_model_gradients_mixed(psoup_model *model, const psoup_row *rows, const int32_t *methods, size_t n,
+                                         const float *weights, uint32_t what, psoup_gradients **out,
+                                         psoup_error *error) {
     psoup_context *context = model->context;
     const psoup__ops *ops = model->be->ops;
     size_t base_at = 0, adapters_at = 0, mix_at = 0;
@@ -288,7 +306,7 @@ psoup_status psoup_model_gradients(psoup_model *model, const psoup_row *rows, si
     psoup_gradients *g = NULL;
     packer p;
     *out = NULL;
-    psoup_status status = packer_create(&p, model, rows, n, error);
+    psoup_status status = packer_create(&p, model, rows, methods, n, error);
     if (status != PSOUP_OK)
         return status;
     status = PSOUP_ERROR_MEMORY;

@@ -4,6 +4,7 @@
  * Nothing of a step counts until a sequence's token is delivered: a step that fails or is stopped is
  * simply done again by the next, with the same bits. */
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "model/session.h"
@@ -42,7 +43,7 @@ void psoup_session_free(psoup_session *session) {
         be->ops->release(be, device[i]);
     void *host[] = {session->running, session->parts, session->tokens,     session->start,
                     session->pages,   session->past,  session->mix,        session->draws,
-                    session->drawn,   session->logprobs, session->sample_row, session};
+                    session->drawn,   session->logprobs, session->sample_row, session->method, session};
     for (size_t i = 0; i < sizeof host / sizeof *host; i++)
         psoup__free(context, host[i]);
 }
@@ -64,6 +65,7 @@ static psoup_status allocate(psoup_session *s, psoup_error *error) {
         (s->pages = psoup__alloc(context, places, sizeof *s->pages, error)) &&
         (s->past = psoup__alloc(context, places, sizeof *s->past, error)) &&
         (s->sample_row = psoup__alloc(context, places, sizeof *s->sample_row, error)) &&
+        (s->method = psoup__alloc(context, places, sizeof *s->method, error)) &&
         (s->draws = psoup__alloc(context, places, sizeof *s->draws, error)) &&
         (s->drawn = psoup__alloc(context, places, sizeof *s->drawn, error)) &&
         (s->logprobs = psoup__alloc(context, places, sizeof *s->logprobs, error));
@@ -161,12 +163,11 @@ static psoup_status check_prompt(const psoup_session *session, int64_t id,
                                "prompt %lld: token %d is out of range; the vocabulary has %d",
                                (long long)id, (int)prompt->tokens[i],
                                (int)model->config.vocab_size);
-    for (int32_t i = 0; prompt->mix && i < model->n_adapters; i++)
-        if (!isfinite(prompt->mix[i]))
-            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                               "prompt %lld: the weight of adapter \"%s\" is %g", (long long)id,
-                               model->adapters[i]->name, (double)prompt->mix[i]);
-    return PSOUP_OK;
+    if (prompt->reserved || prompt->reserved2[0])
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "prompt %lld: its reserved fields are not 0", (long long)id);
+    char what[32];
+    snprintf(what, sizeof what, "prompt %lld", (long long)id);
+    return psoup__mix_check(model, prompt->mix, prompt->mix_method, what, error);
 }
 
 static psoup_status copy_sequence(psoup_session *session, const psoup_prompt *prompt,
@@ -185,6 +186,7 @@ static psoup_status copy_sequence(psoup_session *session, const psoup_prompt *pr
     s->room = s->room < s->sampling.max_new_tokens ? s->room : s->sampling.max_new_tokens;
     s->n_stop = (int32_t)n_stop;
     s->edition = model->edition;
+    s->method = prompt->mix_method;
     s->n_pages = psoup__cache_pages(session->cache, s->prompt + s->room);
     size_t most = (size_t)s->prompt + (size_t)s->room, adapters = (size_t)model->n_adapters;
     size_t history = s->sampling.no_repeat_ngram_size > 0 ? most : 0;
@@ -294,6 +296,7 @@ static psoup_status gather(psoup_session *session, psoup__batch *batch, int32_t 
         memcpy(session->tokens + rows, s->tokens + s->past, (size_t)take * sizeof *s->tokens);
         if (adapters)
             memcpy(session->mix + (size_t)n * adapters, s->mix, adapters * sizeof *s->mix);
+        session->method[n] = s->method;
         rows += take;
         session->parts[n] = (part){.s = s, .take = take, .sampled = -1};
         if (take == pending) {
@@ -317,7 +320,8 @@ static psoup_status gather(psoup_session *session, psoup__batch *batch, int32_t 
                             .rows = rows,
                             .tokens = session->tokens,
                             .start = session->start,
-                            .mix = adapters ? session->mix : NULL};
+                            .mix = adapters ? session->mix : NULL,
+                            .method = session->method};
     return PSOUP_OK;
 }
 

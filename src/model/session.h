@@ -16,6 +16,7 @@ typedef struct sequence {
     int32_t past; /* tokens whose keys and values the cache holds */
     int32_t *pages, n_pages; /* of the cache; it has them while it runs */
     float *mix; /* [n_adapters] */
+    int32_t method; /* psoup_mix_method */
     uint64_t edition; /* of the model's adapters */
     int32_t *banned; /* [n_stop + prompt + room] */
 } sequence;
@@ -53,6 +54,7 @@ struct psoup_session {
     int32_t **pages;                  /* [places] */
     float *mix;                       /* [places, n_adapters] */
     size_t mix_capacity;
+    int32_t *method;                  /* [places] */
     int32_t *sample_row;              /* [places] */
     psoup__draw *draws;               /* [places] */
     psoup__draw *device_draws;        /* device [chunk_rows] */

@@ -1,6 +1,7 @@
 #include "model/tape.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 static const int32_t no_rows[1] = {0};
@@ -111,14 +112,15 @@ static psoup_status check_batch(const psoup_model *model, const psoup__batch *ba
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "token %d is out of range; the vocabulary has %d",
                                (int)batch->tokens[i], (int)model->config.vocab_size);
-    size_t weights = batch->mix ? (size_t)batch->n * (size_t)model->n_adapters : 0;
-    for (size_t i = 0; i < weights; i++)
-        if (!isfinite(batch->mix[i]))
-            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                               "mix of sequence %zu: the weight of adapter \"%s\" is %g",
-                               i / (size_t)model->n_adapters,
-                               model->adapters[i % (size_t)model->n_adapters]->name,
-                               (double)batch->mix[i]);
+    for (int32_t s = 0; batch->mix && s < batch->n; s++) {
+        char what[32];
+        snprintf(what, sizeof what, "mix of sequence %d", (int)s);
+        psoup_status status = psoup__mix_check(model, batch->mix + (size_t)s * (size_t)model->n_adapters,
+                                               batch->method && !cached ? batch->method[s] : PSOUP_MIX_DELTA,
+                                               what, error); /* a session has checked the method once */
+        if (status != PSOUP_OK)
+            return status;
+    }
     if (!(batch->dropout >= 0 && batch->dropout < 1))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "dropout is %g; expected 0 ≤ p < 1",
                            (double)batch->dropout);
@@ -154,6 +156,7 @@ static void lay_out_host(psoup__tape *t, bool cached) {
     t->position_host = psoup__slab_take(s, rows, sizeof *t->position_host);
     t->used_by = psoup__slab_take(s, cells, sizeof *t->used_by);
     t->weight_host = psoup__slab_take(s, cells, sizeof *t->weight_host);
+    t->factors_host = psoup__slab_take(s, t->factors ? rows : 0, sizeof *t->factors_host);
     t->first = psoup__slab_take(s, active + 1, sizeof *t->first);
     size_t dropped = t->dropout > 0 ? rows : 0;
     t->drop_seed = psoup__slab_take(s, dropped, sizeof *t->drop_seed);
@@ -215,6 +218,7 @@ static void lay_out_device(psoup__tape *t, bool cached) {
     t->pages = psoup__slab_take(s, t->n_pages, sizeof *t->pages);
     t->mix_rows = psoup__slab_take(s, cells, sizeof *t->mix_rows);
     t->mix_weight = psoup__slab_take(s, cells, sizeof *t->mix_weight);
+    t->mix_factors = psoup__slab_take(s, t->factors ? rows : 0, sizeof *t->mix_factors);
     t->act = take_rows(s, rows, m->config.intermediate_size);
     t->dropped = t->dropout > 0 ? take_rows(s, rows, psoup__model_widest(m)) : NULL;
     t->rstd = take_rows(s, rows, 1);
@@ -261,6 +265,13 @@ static int32_t count_active(const psoup_model *model, const psoup__batch *batch)
     return active;
 }
 
+static bool any_factors(const psoup__batch *batch) {
+    bool any = false;
+    for (int32_t s = 0; batch->mix && batch->method && s < batch->n; s++)
+        any = any || batch->method[s] == PSOUP_MIX_FACTORS;
+    return any;
+}
+
 /* The mix per row over the active adapters, and the rows of each. */
 static void expand_mix(psoup__tape *t, const psoup__batch *batch) {
     size_t n_adapters = (size_t)t->model->n_adapters, active = (size_t)t->active;
@@ -285,6 +296,9 @@ static void expand_mix(psoup__tape *t, const psoup__batch *batch) {
         t->adapter[slot++] = (int32_t)i;
         t->first[slot] = used;
     }
+    for (int32_t s = 0; t->factors && s < batch->n; s++)
+        for (int32_t r = batch->start[s]; r < batch->start[s + 1]; r++)
+            t->factors_host[r] = batch->method[s] == PSOUP_MIX_FACTORS;
 }
 
 void psoup__tape_collect(psoup__tape *t) {
@@ -358,6 +372,7 @@ psoup_status psoup__tape_prepare(psoup__tape *t, const psoup__batch *batch, bool
     t->ahead = batch->ahead;
     t->dropout = batch->dropout;
     t->active = count_active(model, batch);
+    t->factors = t->active > 0 && any_factors(batch);
     t->n_adapters = model->n_adapters;
     t->edition = model->edition;
     t->n_pages = 0;
@@ -391,8 +406,10 @@ psoup_status psoup__tape_prepare(psoup__tape *t, const psoup__batch *batch, bool
     ops->write(model->be, t->mix_weight, t->weight_host, cells * sizeof *t->mix_weight);
     ops->write(model->be, t->mix_rows, t->used_by,
                (size_t)t->first[t->active] * sizeof *t->mix_rows);
-    t->mix = (psoup__mix){
-        .n = t->active, .weight = t->mix_weight, .rows = t->mix_rows, .first = t->first};
+    if (t->factors)
+        ops->write(model->be, t->mix_factors, t->factors_host, rows * sizeof *t->mix_factors);
+    t->mix = (psoup__mix){.n = t->active, .weight = t->mix_weight, .rows = t->mix_rows, .first = t->first,
+                          .factors = t->factors ? t->mix_factors : NULL};
     return PSOUP_OK;
 fail:
     t->rows = 0;

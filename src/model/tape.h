@@ -70,6 +70,7 @@ struct psoup__tape {
     int32_t ahead;    /* see psoup__batch */
     float dropout;
     int32_t active;   /* adapters with a non-zero weight somewhere */
+    bool factors;     /* some sequence is mixed by PSOUP_MIX_FACTORS */
     int32_t n_adapters;
     uint64_t edition;
     int32_t *adapter; /* host [active]: their numbers, ascending */
@@ -79,6 +80,7 @@ struct psoup__tape {
     int32_t *start;   /* [n + 1] */
     int32_t *position_host, *used_by; /* [rows], [rows · active] */
     float *weight_host;               /* [rows, active] */
+    int32_t *factors_host;            /* [rows], where `factors` */
     int32_t *first;                   /* [active + 1] */
     uint64_t *drop_seed, *drop_stream, *drop_offset; /* [rows] */
     psoup__span *span_host;           /* [n] */
@@ -93,6 +95,7 @@ struct psoup__tape {
     int32_t *pages;      /* [n_pages], of all sequences in turn; none where ops->page is 0 */
     size_t n_pages;
     float *mix_weight;
+    int32_t *mix_factors; /* [rows], where `factors` */
     float *act;      /* [rows, ffn] */
     float *dropped;  /* [rows, widest input]: an adapter's input after dropout */
     float *rstd, *hidden; /* [rows], [rows, dim]: the last norm */

@@ -72,6 +72,7 @@ static void pad(psoup_session *session, psoup__batch *batch) {
         session->start[i + 1] = i + 1;
         if (adapters)
             memcpy(session->mix + (size_t)i * adapters, session->mix, adapters * sizeof *session->mix);
+        session->method[i] = session->method[0];
     }
     batch->n = batch->rows = full;
 }

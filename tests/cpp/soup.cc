@@ -125,6 +125,8 @@ static void test_scores_and_generation(psoup::model &model) {
     CHECK(p.size() == 9 && p[0] != p[3] && p[3] != p[6]);
     CHECK(NEED(model.logprobs({&rows[1], 1})) == floats(p.begin() + 3, p.begin() + 6));
     CHECK(NEED(model.logits({rows.data(), 1})).size() == 4 * 16);
+    const psoup::row factors{tokens, both, PSOUP_MIX_FACTORS};
+    CHECK(NEED(model.logprobs({&factors, 1})) != floats(p.begin() + 6, p.end()));
     const psoup::row wrong{tokens, three};
     CHECK(!model.logprobs({&wrong, 1}));
     CHECK(NEED(model.parse_mix("B=1")) == (floats{0, 1}) && !model.parse_mix("C=1"));
@@ -137,7 +139,7 @@ static void test_scores_and_generation(psoup::model &model) {
     CHECK(sampling.max_new_tokens == 128 && sampling.temperature == 1);
     sampling.max_new_tokens = 5;
     sampling.ignore_stop = 1;
-    const std::vector<psoup::prompt> prompts{{tokens, first, 0, nullptr}, {tokens, {}, 1, nullptr}};
+    const std::vector<psoup::prompt> prompts{{tokens, first, 0, nullptr}, {tokens, both, 1, nullptr, PSOUP_MIX_FACTORS}};
     std::vector<ids> streamed(2);
     auto out = NEED(model.generate(prompts, sampling, [&](const psoup::token &t) {
         streamed[static_cast<std::size_t>(t.id)].push_back(t.token);

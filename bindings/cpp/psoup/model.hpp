@@ -80,6 +80,7 @@ private:
 struct row {
     span<const std::int32_t> tokens;
     span<const float> mix = {};
+    std::int32_t mix_method = PSOUP_MIX_DELTA;
 };
 
 struct prompt {
@@ -87,6 +88,7 @@ struct prompt {
     span<const float> mix = {};
     std::uint64_t sequence = 0;
     const psoup_sampling *sampling = nullptr; /* nullptr: the call's */
+    std::int32_t mix_method = PSOUP_MIX_DELTA;
 };
 
 struct token {
@@ -181,21 +183,22 @@ public:
     result<std::vector<float>> logprobs(span<const row> rows) {
         std::size_t n = 0;
         for (const row &r : rows) n += r.tokens.empty() ? 0 : r.tokens.size() - 1;
-        return scores(psoup_model_logprobs, rows, n);
+        return scores(psoup_model_logprobs_mixed, rows, n);
     }
     result<std::vector<float>> logits(span<const row> rows) {
         auto c = config();
         if (!c) return c.error();
         std::size_t n = 0;
         for (const row &r : rows) n += r.tokens.size();
-        return scores(psoup_model_logits, rows, n * static_cast<std::size_t>(c->vocab_size));
+        return scores(psoup_model_logits_mixed, rows, n * static_cast<std::size_t>(c->vocab_size));
     }
     /* weights: as logprobs' result, or empty for all 1. what: PSOUP_GRADIENT_… */
     result<psoup::gradients> gradients(span<const row> rows, std::uint32_t what, span<const float> weights = {}) {
         auto c_rows = rows_of(rows);
         if (!c_rows) return c_rows.error();
-        return detail::make<psoup::gradients>(psoup_model_gradients, get(), c_rows->data(), c_rows->size(),
-                                              weights.empty() ? nullptr : weights.data(), what);
+        const auto methods = methods_of(rows);
+        return detail::make<psoup::gradients>(psoup_model_gradients_mixed, get(), c_rows->data(), methods.data(),
+                                              c_rows->size(), weights.empty() ? nullptr : weights.data(), what);
     }
 
     /* ---- generation */
@@ -222,6 +225,7 @@ public:
         out.mix = *mix;
         out.sequence = p.sequence;
         out.sampling = p.sampling;
+        out.mix_method = p.mix_method;
         return out;
     }
 
@@ -236,11 +240,17 @@ private:
         }
         return out;
     }
+    static std::vector<std::int32_t> methods_of(span<const row> rows) {
+        std::vector<std::int32_t> out;
+        for (const row &r : rows) out.push_back(r.mix_method);
+        return out;
+    }
     template <class F> result<std::vector<float>> scores(F f, span<const row> rows, std::size_t n) {
         auto c_rows = rows_of(rows);
         if (!c_rows) return c_rows.error();
         std::vector<float> out(n);
-        auto done = detail::call(f, get(), c_rows->data(), c_rows->size(), out.data());
+        const auto methods = methods_of(rows);
+        auto done = detail::call(f, get(), c_rows->data(), methods.data(), c_rows->size(), out.data());
         if (!done) return done.error();
         return out;
     }
@@ -275,6 +285,7 @@ public:
         c.mix = p.mix.empty() ? nullptr : p.mix.data();
         c.sequence = p.sequence;
         c.sampling = p.sampling;
+        c.mix_method = p.mix_method;
         return detail::call(psoup_session_submit, get(), id, &c);
     }
     /* How many are running or waiting afterwards. */

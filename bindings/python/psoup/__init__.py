@@ -5,7 +5,7 @@ personal soup costs no merge and no memory. `psoup.Model` and `psoup.Session` ru
 others train it, `psoup.Merger` and `psoup.merge` make files and state dicts of it.
 """
 
-from ._abi import Dtype, EarlyStop, Finish, LogLevel, MergeMethod, MergePeer, RopeScaling, Schedule, Status
+from ._abi import Dtype, EarlyStop, Finish, LogLevel, MergeMethod, MergePeer, MixMethod, RopeScaling, Schedule, Status
 from ._library import Bar
 from .arrays import View, empty, empty_like, packed, view
 from .context import *  # noqa: F403

@@ -88,6 +88,11 @@ PSOUP_DOWN_PROJ = 64
 PSOUP_ALL_LINEAR = 127
 
 
+class MixMethod(IntEnum):
+    DELTA = 0
+    FACTORS = 1
+
+
 PSOUP_GRADIENT_BASE = 1
 PSOUP_GRADIENT_ADAPTERS = 2
 PSOUP_GRADIENT_MIX = 4
@@ -168,6 +173,7 @@ ENUMS = {  # by their C names
     "psoup_json_type": JsonType,
     "psoup_field_type": FieldType,
     "psoup_rope_scaling": RopeScaling,
+    "psoup_mix_method": MixMethod,
     "psoup_finish": Finish,
     "psoup_merge_method": MergeMethod,
     "psoup_merge_peer": MergePeer,
@@ -512,7 +518,9 @@ psoup_prompt._fields_ = [
     ("mix", POINTER(c_float)),
     ("sequence", c_uint64),
     ("sampling", POINTER(psoup_sampling)),
-    ("reserved", c_uint64 * 2),
+    ("mix_method", c_int32),
+    ("reserved", c_int32),
+    ("reserved2", c_uint64 * 1),
 ]
 psoup_session_options._fields_ = [
     ("size", c_size_t),
@@ -1116,6 +1124,7 @@ ENUM_FIELDS: Dict[Any, Dict[str, Any]] = {
     psoup_named_tensor: {"dtype": Dtype},
     psoup_field: {"type": FieldType},
     psoup_model_config: {"rope_scaling": RopeScaling, "torch_dtype": Dtype},
+    psoup_prompt: {"mix_method": MixMethod},
     psoup_completion: {"finish": Finish},
     psoup_merger_options: {"method": MergeMethod, "dtype": Dtype, "peer": MergePeer, "format": MergeFormat},
     psoup_merge_view: {"dtype": Dtype, "place": MergePlace},
@@ -1200,9 +1209,14 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_model_adapter_name": (c_char_p, [POINTER(psoup_model), c_int32]),
     "psoup_model_adapter_data": (c_int, [POINTER(psoup_model), c_char_p, POINTER(POINTER(c_float)), POINTER(c_size_t), POINTER(psoup_error)]),
     "psoup_model_parse_mix": (c_int, [POINTER(psoup_model), c_char_p, c_int, POINTER(c_float), POINTER(psoup_error)]),
+    "psoup_mix_method_name": (c_char_p, [c_int32]),
+    "psoup_mix_method_parse": (c_int, [c_char_p, POINTER(c_int32), POINTER(psoup_error)]),
     "psoup_model_logprobs": (c_int, [POINTER(psoup_model), POINTER(psoup_row), c_size_t, POINTER(c_float), POINTER(psoup_error)]),
     "psoup_model_logits": (c_int, [POINTER(psoup_model), POINTER(psoup_row), c_size_t, POINTER(c_float), POINTER(psoup_error)]),
+    "psoup_model_logprobs_mixed": (c_int, [POINTER(psoup_model), POINTER(psoup_row), POINTER(c_int32), c_size_t, POINTER(c_float), POINTER(psoup_error)]),
+    "psoup_model_logits_mixed": (c_int, [POINTER(psoup_model), POINTER(psoup_row), POINTER(c_int32), c_size_t, POINTER(c_float), POINTER(psoup_error)]),
     "psoup_model_gradients": (c_int, [POINTER(psoup_model), POINTER(psoup_row), c_size_t, POINTER(c_float), c_uint32, POINTER(POINTER(psoup_gradients)), POINTER(psoup_error)]),
+    "psoup_model_gradients_mixed": (c_int, [POINTER(psoup_model), POINTER(psoup_row), POINTER(c_int32), c_size_t, POINTER(c_float), c_uint32, POINTER(POINTER(psoup_gradients)), POINTER(psoup_error)]),
     "psoup_gradients_get": (POINTER(c_float), [POINTER(psoup_gradients), c_char_p, POINTER(c_size_t)]),
     "psoup_gradients_free": (None, [POINTER(psoup_gradients)]),
     "psoup_session_create": (c_int, [POINTER(psoup_model), POINTER(psoup_session_options), POINTER(POINTER(psoup_session)), POINTER(psoup_error)]),

@@ -3,7 +3,8 @@
 A *mix* is the weights of a row over the model's adapters: None or {} is the base, {"P1A": 1.0} one policy,
 {"P1A": 0.5, "P2B": 0.5} or "P1A=0.5,P2B=0.5" a personal soup, and a sequence of floats one weight per
 adapter in the order of `model.adapters`. Named weights sum to 1 unless `model.mix(..., any_sum=True)` says
-otherwise; a sequence may sum to anything.
+otherwise; a sequence may sum to anything. What the weights are given to is the row's *method*, a `MixMethod` or its
+name: "delta", the weighted sum of what the adapters change, or "factors", s (sum w B)(sum w A).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from . import _abi
-from ._abi import Finish
+from ._abi import Finish, MixMethod
 from ._library import Handle, call, callback, create, encoded, lib, new, record, text
 from .arrays import copied, empty, floats, ids, pointer_of
 from .context import Context, default_context
@@ -32,6 +33,7 @@ __all__ = ["Model", "Session", "Gradients", "Prompt", "Completion", "Token", "TA
 Path = Union[str, "PathLike[str]"]
 Tokens = Any  # a sequence of ints, or an int32 array, which is not copied
 Mix = Union[None, str, Mapping[str, float], Sequence[float], Any]
+Method = Union[str, int, MixMethod]
 
 TARGETS = {name: getattr(_abi, "PSOUP_" + name.upper()) for name in (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all_linear")}
@@ -67,6 +69,8 @@ class Prompt(NamedTuple):
     """With the seed, its stream of random words; None: its number in the call."""
     sampling: Optional[Mapping[str, Any]] = None
     """Options as for `Model.generate`, in place of all of the call's; None: the call's."""
+    method: Method = MixMethod.DELTA
+    """What the mix's weights are given to."""
 
 
 def targets(value: Union[int, str, Sequence[str]]) -> int:
@@ -86,6 +90,16 @@ def adapter_options(options: Mapping[str, Any]) -> Any:
     if "targets" in options:
         options["targets"] = targets(options["targets"])
     return new(_abi.psoup_adapter_options, options)
+
+
+def method_of(value: Method) -> int:
+    """psoup_mix_method's number of a name or a `MixMethod`."""
+    if not isinstance(value, str):
+        return int(value)
+    if value.upper() not in MixMethod.__members__:
+        raise ArgumentError("there is no mix method %r: expected one of %s"
+                            % (value, ", ".join(m.name.lower() for m in MixMethod)))
+    return int(MixMethod[value.upper()])
 
 
 def sampling_of(options: Mapping[str, Any], keep: List[Any]) -> Any:
@@ -215,8 +229,13 @@ class Model(Handle):
 
     # ---- scores --------------------------------------------------------------------------------------
 
-    def _rows(self, rows: Sequence[Tokens], mix: Mix, mixes: Optional[Sequence[Mix]]) -> Tuple[Any, List[int], Any]:
-        """psoup_row[n], the rows' lengths, and what the structs borrow."""
+    def _rows(self, rows: Sequence[Tokens], mix: Mix, mixes: Optional[Sequence[Mix]], method: Method,
+              methods: Optional[Sequence[Method]]) -> Tuple[Any, Any, List[int], Any]:
+        """psoup_row[n], their methods and lengths, and what the structs borrow."""
+        if methods is not None and len(methods) != len(rows):
+            raise ArgumentError("there are %d rows and %d methods" % (len(rows), len(methods)))
+        how = (c_int32 * max(len(rows), 1))(*(method_of(m) for m in (
+            methods if methods is not None else [method] * len(rows))))
         if mixes is not None and len(mixes) != len(rows):
             raise ArgumentError("there are %d rows and %d mixes" % (len(rows), len(mixes)))
         structs, lengths, keep = (_abi.psoup_row * len(rows))(), [], []
@@ -227,7 +246,7 @@ class Model(Handle):
                 structs[i].mix = weights.pointer
             lengths.append(row.n)
             keep += [row, weights]
-        return structs, lengths, keep
+        return structs, how, lengths, keep
 
     def _mix_row(self, mix: Mix) -> Any:
         if mix is not None and not isinstance(mix, (str, Mapping, list, tuple)):
@@ -239,29 +258,32 @@ class Model(Handle):
         weights = self.mix(mix)
         return floats(weights, "the mix") if weights is not None else None
 
-    def logprobs(self, rows: Sequence[Tokens], mix: Mix = None, mixes: Optional[Sequence[Mix]] = None) -> List[Any]:
+    def logprobs(self, rows: Sequence[Tokens], mix: Mix = None, mixes: Optional[Sequence[Mix]] = None,
+                 method: Method = "delta", methods: Optional[Sequence[Method]] = None) -> List[Any]:
         """For each row, the log-probabilities of its tokens 1 ... n-1 given those before, float32. `mix` is
-        every row's, or `mixes` has one a row."""
+        every row's, or `mixes` has one a row; `method` and `methods` likewise."""
         with self.lock:  # mixes are as long as there are adapters
-            structs, lengths, keep = self._rows(rows, mix, mixes)
+            structs, how, lengths, keep = self._rows(rows, mix, mixes, method, methods)
             counts = [max(n - 1, 0) for n in lengths]
             out = empty(sum(counts))
-            call(lib.psoup_model_logprobs, self.handle, structs, len(rows), pointer_of(out, c_float))
+            call(lib.psoup_model_logprobs_mixed, self.handle, structs, how, len(rows), pointer_of(out, c_float))
         return _split(out, counts)
 
-    def logits(self, rows: Sequence[Tokens], mix: Mix = None, mixes: Optional[Sequence[Mix]] = None) -> List[Any]:
+    def logits(self, rows: Sequence[Tokens], mix: Mix = None, mixes: Optional[Sequence[Mix]] = None,
+               method: Method = "delta", methods: Optional[Sequence[Method]] = None) -> List[Any]:
         """For each row, [its length, vocab_size] float32."""
         with self.lock:
-            structs, lengths, keep = self._rows(rows, mix, mixes)
+            structs, how, lengths, keep = self._rows(rows, mix, mixes, method, methods)
             vocabulary = self.config["vocab_size"]
             out = empty(sum(lengths) * vocabulary)
-            call(lib.psoup_model_logits, self.handle, structs, len(rows), pointer_of(out, c_float))
+            call(lib.psoup_model_logits_mixed, self.handle, structs, how, len(rows), pointer_of(out, c_float))
         parts = _split(out, [n * vocabulary for n in lengths])
         return [p.reshape(n, vocabulary) if hasattr(p, "reshape") else p.cast("B").cast("f", (n, vocabulary))
                 for p, n in zip(parts, lengths)]
 
     def gradients(self, rows: Sequence[Tokens], mix: Mix = None, mixes: Optional[Sequence[Mix]] = None,
-                  weights: Any = None, what: Sequence[str] = ("adapters",)) -> "Gradients":
+                  weights: Any = None, what: Sequence[str] = ("adapters",), method: Method = "delta",
+                  methods: Optional[Sequence[Method]] = None) -> "Gradients":
         """The gradient of the sum over rows and tokens of weight * log p(token). `weights` has the layout
         of `logprobs`, concatenated; None: all 1. `what` is any of "base", "adapters" and "mix"."""
         bits = 0
@@ -269,19 +291,20 @@ class Model(Handle):
             bits |= getattr(_abi, "PSOUP_GRADIENT_" + word.upper())
         scale = floats(weights) if weights is not None else None
         with self.lock:
-            structs, lengths, keep = self._rows(rows, mix, mixes)
+            structs, how, lengths, keep = self._rows(rows, mix, mixes, method, methods)
             if scale is not None and scale.n != sum(n - 1 for n in lengths):
                 raise ArgumentError("there are %d weights and %d tokens" % (scale.n, sum(n - 1 for n in lengths)))
-            return Gradients(create(_abi.psoup_gradients, lib.psoup_model_gradients, self.handle, structs, len(rows),
-                                    scale.pointer if scale else None, bits), self)
+            return Gradients(create(_abi.psoup_gradients, lib.psoup_model_gradients_mixed, self.handle, structs, how,
+                                    len(rows), scale.pointer if scale else None, bits), self)
 
     # ---- generation ------------------------------------------------------------------------------------
 
-    def _prompt(self, prompt: Union[Prompt, Tokens], mix: Mix, number: int, keep: List[Any]) -> Any:
+    def _prompt(self, prompt: Union[Prompt, Tokens], mix: Mix, method: Method, number: int, keep: List[Any]) -> Any:
         if not isinstance(prompt, Prompt):
-            prompt = Prompt(prompt, mix)
+            prompt = Prompt(prompt, mix, method=method)
         row, weights = ids(prompt.tokens), self._mix_row(prompt.mix)
         struct = _abi.psoup_prompt(tokens=row.pointer, n=row.n)
+        struct.mix_method = method_of(prompt.method)
         struct.sequence = prompt.sequence if prompt.sequence is not None else number
         if weights is not None:
             struct.mix = weights.pointer
@@ -295,13 +318,16 @@ class Model(Handle):
     def generate(self, prompts: Sequence[Union[Prompt, Tokens]], mix: Mix = None,
                  mixes: Optional[Sequence[Mix]] = None, on_token: Optional[Callable[[Token], Any]] = None,
                  stop_tokens: Optional[Sequence[int]] = None, max_sequences: int = 0, max_tokens: int = 0,
-                 prefill_rows: int = 0, **sampling: Unpack[Sampling]) -> List[Completion]:
-        """Generates for all prompts together, each with its mix. `on_token(token)` sees every new token
+                 prefill_rows: int = 0, method: Method = "delta", methods: Optional[Sequence[Method]] = None,
+                 **sampling: Unpack[Sampling]) -> List[Completion]:
+        """Generates for all prompts together, each with its mix and method. `on_token(token)` sees every new token
         as it comes; `token.id` is the prompt's number. Sampling: max_new_tokens=128, temperature=1.0 (0:
         greedy), top_p, top_k, min_new_tokens, no_repeat_ngram_size, seed. stop_tokens: None is the
         model's own end tokens. max_sequences decode together."""
         if mixes is not None and len(mixes) != len(prompts):
             raise ArgumentError("there are %d prompts and %d mixes" % (len(prompts), len(mixes)))
+        if methods is not None and len(methods) != len(prompts):
+            raise ArgumentError("there are %d prompts and %d methods" % (len(prompts), len(methods)))
         keep: List[Any] = []
         structs = (_abi.psoup_prompt * len(prompts))()
         settings = sampling_of({**sampling, "stop_tokens": stop_tokens}, keep)
@@ -309,7 +335,8 @@ class Model(Handle):
                                                    "prefill_rows": prefill_rows})
         with self.lock:
             for i, prompt in enumerate(prompts):
-                structs[i] = self._prompt(prompt, mixes[i] if mixes is not None else mix, i, keep)
+                structs[i] = self._prompt(prompt, mixes[i] if mixes is not None else mix,
+                                          methods[i] if methods is not None else method, i, keep)
             generation = create(_abi.psoup_generation, lib.psoup_generate, self.handle, structs, len(prompts),
                                 settings, session, _token_callback(on_token), None, long=True)
         try:
@@ -365,12 +392,13 @@ class Session(Handle):
                       lib.psoup_session_free, [model], lock=model.lock)
 
     def submit(self, id: int, prompt: Tokens, mix: Mix = None, sequence: Optional[int] = None,
-               stop_tokens: Optional[Sequence[int]] = None, **sampling: Unpack[Sampling]) -> None:
+               stop_tokens: Optional[Sequence[int]] = None, method: Method = "delta",
+               **sampling: Unpack[Sampling]) -> None:
         """Queues a prompt under an id of the caller's. sequence: its stream of random words; None: the id."""
         keep: List[Any] = []
         with self.lock:
-            struct = self.model._prompt(Prompt(prompt, mix, sequence, {**sampling, "stop_tokens": stop_tokens}),
-                                        None, id, keep)
+            struct = self.model._prompt(Prompt(prompt, mix, sequence, {**sampling, "stop_tokens": stop_tokens}, method),
+                                        None, method, id, keep)
             call(lib.psoup_session_submit, self.handle, id, struct)
             self.running += 1
 

@@ -32,6 +32,9 @@ UNUSED = {
     "psoup_merge_set_device", "psoup_merge_copy",
     # MergeMethod has the names.
     "psoup_merge_method_name", "psoup_merge_method_parse",
+    # MixMethod has the names; the _mixed forms serve both.
+    "psoup_mix_method_name", "psoup_mix_method_parse", "psoup_model_logprobs", "psoup_model_logits",
+    "psoup_model_gradients",
     "psoup_model_find_adapter",  # name in model.adapters
     "psoup_model_context",       # model.context
 }

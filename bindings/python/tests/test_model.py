@@ -54,6 +54,29 @@ class Models(Case):
         for a, b in zip(model.logprobs(rows, weights), merged.logprobs(rows)):
             self.assertNear(a, b, 1e-5)
 
+    def test_factors_are_those_of_the_merged_adapter(self):
+        model = tiny()
+        for name in ("A", "B"):
+            model.save_adapter(name, self.path(name))
+        with psoup.Merger(method="factors") as merger:
+            for name, w in (("A", 0.3), ("B", 0.7)):
+                merger.add(self.path(name), w)
+            merger.write(self.path("soup"))
+        rows, mix = [[2, 3, 4, 5, 6, 7], [8, 9, 10]], {"A": 0.3, "B": 0.7}
+        by_row = model.logprobs(rows, mix, methods=["factors", psoup.MixMethod.DELTA])
+        alone = [model.logprobs([rows[0]], mix, method="factors")[0], model.logprobs([rows[1]], mix)[0]]
+        self.assertEqual([list(r) for r in by_row], [list(r) for r in alone])
+        model.load_adapter("C", self.path("soup"))
+        self.assertNear(by_row[0], model.logprobs([rows[0]], {"C": 1})[0], 1e-5)
+        self.assertNotEqual(list(by_row[0]), list(model.logprobs([rows[0]], mix)[0]))
+        text = model.generate([rows[0]], mix, method="factors", max_new_tokens=4, temperature=0)[0]
+        told = psoup.Prompt(rows[0], mix, method=psoup.MixMethod.FACTORS)
+        self.assertEqual(list(model.generate([told], max_new_tokens=4, temperature=0)[0].logprobs), list(text.logprobs))
+        with self.assertRaisesRegex(psoup.ArgumentError, "no mix method 'sum': expected one of delta, factors"):
+            model.logprobs(rows, mix, method="sum")
+        with self.assertRaisesRegex(psoup.ArgumentError, "2 rows and 1 methods"):
+            model.logprobs(rows, mix, methods=["delta"])
+
     def test_logits_agree_with_logprobs(self):
         import math
         model = tiny()
