@@ -537,6 +537,36 @@ ppo rlphf '{"name": "P1B", "reward": "rewards/P1B", "preference": "P1B"}' ', "dr
 trains ppo --preset rlphf --config ppo.json
 check "preset rlphf" test -f rlphf/P1B/adapter_config.json
 
+# ---- ppo: a soup ----------------------------------------------------------------------------------
+parts='{"name": "easy", "reward": "rewards/P1A", "preference": "P1A"}, {"name": "deep", "reward": "rewards/P1B",
+    "preference": "P1B"}, {"name": "short", "reward": "rewards/P2A", "preference": "P2A", "init": "policies/P2A"}, {"name":
+    "kind", "reward": "rewards/all", "preference": "P3A"}'
+ppo souped "{\"name\": \"soup\", \"soup\": [$parts], \"seed\": 9}, {\"name\": \"P1A\", \"reward\": \"rewards/P1A\",
+    \"preference\": \"P1A\", \"seed\": 4}" ', "validation": "instructions.jsonl", "metrics": "soup.jsonl", "samples": "said.jsonl", "samples_every": 1'
+trains ppo --config ppo.json
+check "a soup's adapters" test "$(ls souped/soup | tr '\n' ' ')" = "deep easy kind short "
+check "each one's reward" grep -q '"subject": "soup".*"reward/easy".*"reward/deep".*"reward/short".*"reward/kind"' soup.jsonl
+check "a user's mix" grep -q '"policy": "soup".*"mix": {"\(easy\|deep\)": 0[.0-9]*, "short": 0[.0-9]*, "kind": 0[.0-9]*}' said.jsonl
+check "beside a soup, the same bits" cmp -s souped/P1A/adapter_model.safetensors policies/P1A/adapter_model.safetensors
+ok generate --model base --adapter easy=souped/soup/easy --adapter kind=souped/soup/kind --mix easy=0.5,kind=0.5 \
+    --prompt "Why?" $sample
+ppo plain "{\"name\": \"soup\", \"soup\": [{\"name\": \"a\", \"reward\": \"rewards/P1A\"}, {\"name\": \"b\", \"reward\":
+    \"rewards/P2A\"}], \"concentration\": 0.3}" ', "objective": "rloo", "group_size": 2'
+trains ppo --config ppo.json
+check "a soup without preferences" test -f plain/soup/b/adapter_config.json
+bad_soup() { ppo left/p "{\"name\": \"s\", $1}"; no 1 "$2" ppo --config ppo.json; }
+bad_soup '"soup": []' 'policies\[0\]: soup: expected a list of 1 to 64'
+bad_soup '"soup": [{"name": "a"}]' 'soup\[0\]: expected a "name" .* "reward"'
+bad_soup '"reward": "rewards/P1A", "concentration": 2' '"concentration" is of a soup'
+bad_soup '"reward": "rewards/P1A", "soup": [{"name": "a", "reward": "rewards/P1A"}]' 'are of a soup.s adapters'
+bad_soup '"soup": [{"name": "a", "reward": "rewards/P1A", "preference": "P1A"}, {"name": "b", "reward": "rewards/P1A"}]' \
+    'every adapter of the soup, or of none'
+bad_soup '"soup": [{"name": "a", "reward": "rewards/P1A", "preference": "P1A"}, {"name": "b", "reward": "rewards/P1A",
+    "preference": "P1A"}]' 'two adapters of the soup have preference "P1A"'
+bad_soup '"soup": [{"name": "a", "reward": "rewards/P1A", "preference": "P1A"}]' 'its soup has no user'
+bad_soup '"soup": [{"name": "a", "reward": "rewards/P1A", "inits": "x"}]' 'nearest known one is "init"'
+bad_soup '"soup": [{"name": "a", "reward": "rewards/P1A"}], "concentration": -1' 'concentration is -1: expected 0'
+
 # ---- killed, stopped and resumed ------------------------------------------------------------------
 # keeps NAME: a run of two policies into NAME, its metrics beside; with a second argument kept there.
 keeps() {

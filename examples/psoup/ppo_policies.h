@@ -1,0 +1,63 @@
+/* The policies of `psoup ppo`: what its configuration says of them, and what is made of that. */
+#ifndef PPO_POLICIES_H
+#define PPO_POLICIES_H
+
+#include "config.h"
+
+enum { MAX_POLICIES = 64, MAX_DIMENSIONS = 16, MAX_SOUP = 64 };
+
+typedef struct ppo_run {
+    const char *model, *tokenizer, *device, *prompts, *validation, *preferences, *output, *template;
+    const psoup_json *policies;
+    int32_t new_preferences, threads;
+    uint64_t seed;
+    adapter_config lora;
+    psoup_ppo_options options;
+} ppo_run;
+
+/* One adapter that is trained: a policy, or a part of a soup. */
+typedef struct policy_part {
+    const char *name, *reward_directory, *preference, *init;
+    char *reward_name;
+    psoup_reward *reward;
+} policy_part;
+
+/* One policy's share of the configuration, and what was made of it. */
+typedef struct policy_run {
+    policy_part self; /* a soup's has its name alone */
+    const psoup_json *soup;
+    float concentration;
+    uint64_t seed;
+    policy_part *parts; /* [n_parts] itself, or a soup's */
+    size_t n_parts;
+    const char **names;     /* [n_parts] */
+    psoup_reward **rewards; /* [n_parts] */
+    psoup_ppo_soup mixed;
+    psoup_ppo_prompt *prompts[2]; /* training, validation */
+    size_t n[2];
+    psoup_reward_input *inputs[2]; /* of a user's prompts: one per preference */
+} policy_run;
+
+typedef struct ppo_state {
+    ppo_run *run;
+    const char *config_path;
+    cli_model m;
+    psoup_preferences *preferences;
+    psoup_json *rows[2];
+    token_pool pool;
+    policy_run policies[MAX_POLICIES];
+    size_t n;
+} ppo_state;
+
+/* What the configuration lists, checked. */
+psoup_status ppo_read_policies(ppo_state *s, psoup_error *error);
+/* Adapters and reward models into the model. */
+psoup_status ppo_load_adapters(ppo_state *s, psoup_error *error);
+/* A policy's prompts for training (0) or validation (1). */
+psoup_status ppo_make_prompts(ppo_state *s, policy_run *p, int part, psoup_error *error);
+/* A policy as the library takes it; borrows from p. */
+psoup_ppo_policy ppo_policy(policy_run *p);
+psoup_status ppo_save(ppo_state *s, const policy_run *p, psoup_error *error);
+void ppo_free_policies(ppo_state *s);
+
+#endif
