@@ -1,4 +1,5 @@
-/* The optimiser's step over a flat buffer, and the norm it clips by. Bound by memory: 28 bytes an element. */
+/* The optimiser's step over a flat buffer, and what it clips by: values, and the norm. Bound by memory: the step by 28
+ * bytes an element. */
 #include "device.cuh"
 
 template <typename A>
@@ -26,6 +27,26 @@ PSOUP__KERNEL(adamw_step, PSOUP__ADAMW_THREADS) {
     }
     for (uint64_t i = packs * 4 + start; i < a.n; i += step)
         step_one(a, a.p[i], a.m[i], a.v[i], a.g[i]);
+}
+
+template <typename A>
+__device__ __forceinline__ float clipped(const A &a, float x) {
+    return x > a.limit ? a.limit : x < -a.limit ? -a.limit : x;
+}
+
+PSOUP__KERNEL(clip_values, PSOUP__ADAMW_THREADS) {
+    const uint64_t step = (uint64_t)gridDim.x * PSOUP__ADAMW_THREADS;
+    const uint64_t start = (uint64_t)blockIdx.x * PSOUP__ADAMW_THREADS + threadIdx.x;
+    const uint64_t packs = aligned16(a.x) ? a.n / 4 : 0;
+    for (uint64_t i = start; i < packs; i += step) {
+        pack<float> x = load_pack(a.x + i * 4);
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            x.x[c] = clipped(a, x.x[c]);
+        store_pack(a.x + i * 4, x);
+    }
+    for (uint64_t i = packs * 4 + start; i < a.n; i += step)
+        a.x[i] = clipped(a, a.x[i]);
 }
 
 /* Thread t of all takes elements 4(t + k·threads) … + 3, whatever the device and the alignment, and four sums

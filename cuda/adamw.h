@@ -14,6 +14,14 @@ typedef struct psoup__adamw_step_args {
     float keep, step, root, rest1, beta2, rest2, epsilon, scale;
 } psoup__adamw_step_args;
 
+/* x = min(max(x, −limit), limit); NaN stays. */
+typedef struct psoup__clip_values_args {
+    float *x; /* [n] */
+    uint64_t n;
+    float limit;
+    uint32_t spare;
+} psoup__clip_values_args;
+
 /* part[i]: the squares of block i's elements. The parts are as many on any device. */
 typedef struct psoup__sum_squares_args {
     double *part; /* [SQUARES_PARTS] */
@@ -23,6 +31,7 @@ typedef struct psoup__sum_squares_args {
 
 #define PSOUP__ADAMW_KERNELS(X) \
     X(adamw_step, adamw_step) \
+    X(clip_values, clip_values) \
     X(sum_squares, sum_squares)
 
 #endif

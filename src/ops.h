@@ -276,6 +276,8 @@ typedef struct psoup__ops {
     /* One optimiser step over a flat buffer of n parameters. */
     void (*adamw)(psoup__backend *be, float *p, float *m, float *v, const float *g, size_t n,
                   const psoup__adamw_args *args);
+    /* x ← min(max(x, −limit), limit), in place; NaN stays. */
+    void (*clip_values)(psoup__backend *be, float *x, size_t n, float limit);
     /* *out (host) = Σ x²: f64, in one fixed order. Waits. */
     psoup_status (*sum_squares)(psoup__backend *be, double *out, const float *x, size_t n,
                                 psoup_error *error);

@@ -491,6 +491,8 @@ reward '"data": "none.jsonl"'; no 1 'none.jsonl' reward --config bad.json
 reward '"data": "odd.jsonl"'; no 1 'odd.jsonl: row 1: "preference"' reward --config bad.json
 reward '"data": "comparisons.jsonl", "validation_fraction": 1.5'; no 1 'validation_fraction' reward --config bad.json
 reward '"data": "empty.jsonl"'; no 1 'empty.jsonl: no rows' reward --config bad.json
+sed '1s/{/{"margin": "much", /' comparisons.jsonl >margin.jsonl
+reward '"data": "margin.jsonl"'; no 1 'margin.jsonl: row 1: margin: expected a number' reward --config bad.json
 reward '"data": "comparisons.jsonl", "batch_size": 0'; no 1 'batch_size' reward --config bad.json
 put odd.jsonl '{"user_input": "a", "completion_a": "b", "completion_b": "c", "preference": "../x"}\n'
 reward '"data": "odd.jsonl"'; no 1 '"../x" cannot name' reward --config bad.json

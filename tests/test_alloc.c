@@ -288,8 +288,8 @@ static psoup_status sft_base(uint64_t *sum) {
 }
 
 static psoup_status reward_train(uint64_t *sum) {
-    static const psoup_comparison pairs[2] = {{words[0], 6, words[1], 5, 0},
-                                              {words[2], 4, words[3], 6, 0}};
+    static const psoup_comparison pairs[2] = {{words[0], 6, words[1], 5, 0, 0.0f},
+                                              {words[2], 4, words[3], 6, 0, 0.0f}};
     psoup_reward_options options = PSOUP_REWARD_OPTIONS_INIT;
     double accuracy = 0, loss;
     options.metrics = at("out/metrics.jsonl");

@@ -389,6 +389,14 @@ START_TEST(adamw_matches) {
         near("v", square, v_want, n, 1e-6);
         for (size_t i = 0; i < n; i++)
             sum += (double)p[i] * p[i];
+        for (size_t i = 0; i < n; i++)
+            square[i] = i % 7 == 3 ? NAN : p[i];
+        m.ops->clip_values(m.be, square, n, 0.75f);
+        for (size_t i = 0; i < n; i++)
+            if (i % 7 == 3)
+                ck_assert(isnan(square[i]));
+            else
+                ck_assert_float_eq(square[i], p[i] > 0.75f ? 0.75f : p[i] < -0.75f ? -0.75f : p[i]);
         ck_assert(m.ops->sum_squares(m.be, &got, p, n, NULL) == PSOUP_OK);
         ck_assert_double_eq_tol(got, sum, 1e-12 * sum);
         ck_assert(m.ops->sum_squares(m.be, &got, p, 0, NULL) == PSOUP_OK && got == 0);

@@ -103,7 +103,7 @@ START_TEST(reward_is_the_cpus) {
         }
         for (int i = 0; i < 12; i++) {
             const psoup_example *a = &examples[i], *b = &examples[(i + 5) % 12];
-            pairs[i] = (psoup_comparison){a->tokens, a->n, b->tokens, b->n, i % 2};
+            pairs[i] = (psoup_comparison){a->tokens, a->n, b->tokens, b->n, i % 2, 0.0f};
             rows[i] = (psoup_row){a->tokens, a->n, NULL};
         }
         psoup_reward_options o = PSOUP_REWARD_OPTIONS_INIT;

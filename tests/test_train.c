@@ -35,7 +35,8 @@ START_TEST(rewards_advantages_and_losses_are_trls) {
     double scale = 1.0 / (double)total;
     for (size_t i = 0; i < psoup_json_size(lengths); i++) {
         size_t n = (size_t)psoup_json_integer(psoup_json_at(lengths, i), 0);
-        psoup__kl_rewards(reward + at, logprob.x + at, ref.x + at, n, real(c, "beta"), score.x[i]);
+        psoup__kl_rewards(reward + at, logprob.x + at, ref.x + at, n, PSOUP_KL_DEFAULT, real(c, "beta"),
+                          score.x[i]);
         psoup__gae(advantage + at, returns + at, reward + at, value.x + at, n, real(c, "gamma"),
                    real(c, "lambda_"));
         psoup__policy_loss(dlogprob + at, new_logprob.x + at, logprob.x + at, advantage32.x + at, n,
@@ -80,6 +81,42 @@ START_TEST(kl_controller_is_trls) {
              i);
     }
     free(kl.x);
+    psoup_json_free(file);
+}
+END_TEST
+
+START_TEST(kl_estimates_are_trls) {
+    psoup_json *file = golden("preferences.json");
+    const psoup_json *c = psoup_json_at(psoup_json_get(file, "kl"), (size_t)_i);
+    psoup_kl_estimator k = (psoup_kl_estimator)(PSOUP_KL_K1 + _i);
+    tokens logprob = read_tokens(c, "logprob"), ref = read_tokens(c, "ref_logprob"), kl = read_tokens(c, "kl");
+    tokens reward = read_tokens(c, "reward"), slope = read_tokens(c, "dlogprob");
+    float *got = calloc(kl.n, sizeof(*got));
+    double beta = real(c, "beta"), sum = 0.0;
+    const char names[3][3] = {"k1", "k2", "k3"};
+    ck_assert_str_eq(psoup_json_string(psoup_json_get(c, "estimator"), ""), names[_i]);
+    psoup__kl_rewards(got, logprob.x, ref.x, kl.n, k, beta, 2.5);
+    for (size_t t = 0; t < kl.n; t++) {
+        double other = psoup__kl_estimate(PSOUP_KL_DEFAULT, logprob.x[t], ref.x[t]);
+        near(psoup__kl_estimate(k, logprob.x[t], ref.x[t]), kl.x[t], 1e-6, "kl", t);
+        near(got[t], reward.x[t] + (t + 1 == kl.n ? 2.5 : 0.0), 1e-6, "reward", t);
+        ck_assert((k == PSOUP_KL_K1) == (fabs(other - kl.x[t]) < 1e-6) || logprob.x[t] == ref.x[t]);
+        sum += kl.x[t];
+    }
+    if (k != PSOUP_KL_K1) { /* as a loss, added to what is there */
+        psoup__ppo_terms terms = {.finite = true};
+        for (size_t t = 0; t < kl.n; t++)
+            got[t] = 1.0f;
+        psoup__kl_loss(got, logprob.x, ref.x, kl.n, k, beta, 0.5, &terms);
+        for (size_t t = 0; t < kl.n; t++)
+            near(got[t], 1.0 + 0.5 * slope.x[t], 1e-6, "dlogprob", t);
+        near(terms.policy_loss, beta * sum, 1e-6, "loss", 0);
+        near(terms.policy_loss, real(c, "loss"), 1e-6, "loss", 0);
+    }
+    tokens all[] = {logprob, ref, kl, reward, slope};
+    for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++)
+        free(all[i].x);
+    free(got);
     psoup_json_free(file);
 }
 END_TEST
@@ -153,7 +190,8 @@ START_TEST(adamw_is_torchs) {
                           .beta2 = 0.999f,
                           .epsilon = 1e-8f,
                           .weight_decay = (float)real(c, "weight_decay"),
-                          .max_grad_norm = (float)real(c, "max_grad_norm")};
+                          .max_grad_norm = (float)real(c, "max_grad_norm"),
+                          .max_grad_value = (float)real(c, "max_grad_value")};
     o.p = be->ops->alloc(be, o.n, sizeof(float), &error);
     o.g = be->ops->alloc(be, o.n, sizeof(float), &error);
     OK(psoup__optimizer_start(&o, be, &error));
@@ -269,13 +307,14 @@ static void cover(const psoup_field *fields, size_t size, size_t outside, size_t
 START_TEST(field_tables_cover_the_options) {
     size_t always = sizeof(size_t) + sizeof(psoup_step_fn) + sizeof(void *);
     size_t reserved = sizeof(int32_t);
-    cover(psoup_sft_fields(), sizeof(psoup_sft_options), always + reserved,
+    cover(psoup_sft_fields(), sizeof(psoup_sft_options), always,
           offsetof(psoup_sft_options, seed) - offsetof(psoup_sft_options, keep_best) - 4);
     cover(psoup_reward_fields(), sizeof(psoup_reward_options), always + reserved,
           offsetof(psoup_reward_options, seed) - offsetof(psoup_reward_options, keep_best) - 4);
-    cover(psoup_dpo_fields(), sizeof(psoup_dpo_options), always + reserved,
+    cover(psoup_dpo_fields(), sizeof(psoup_dpo_options), always,
           offsetof(psoup_dpo_options, seed) - offsetof(psoup_dpo_options, keep_best) - 4);
-    cover(psoup_ppo_fields(), sizeof(psoup_ppo_options), always + reserved + sizeof(psoup_tokenizer *),
+    cover(psoup_ppo_fields(), sizeof(psoup_ppo_options),
+          always + reserved + sizeof(psoup_tokenizer *) + sizeof(psoup_samples_fn),
           offsetof(psoup_ppo_options, metrics) - offsetof(psoup_ppo_options, keep_best) - 4);
 }
 END_TEST
@@ -347,10 +386,11 @@ int main(void) {
     tcase_add_checked_fixture(tests, set_up, tear_down);
     tcase_add_loop_test(tests, rewards_advantages_and_losses_are_trls, 0, 3);
     tcase_add_test(tests, kl_controller_is_trls);
+    tcase_add_loop_test(tests, kl_estimates_are_trls, 0, 3);
     tcase_add_test(tests, running_moments_are_trls);
     tcase_add_loop_test(tests, bradley_terry_is_autograds, 0, 3);
     tcase_add_test(tests, guards_see_what_is_not_finite);
-    tcase_add_loop_test(tests, adamw_is_torchs, 0, 2);
+    tcase_add_loop_test(tests, adamw_is_torchs, 0, 4);
     tcase_add_loop_test(tests, schedules_are_transformers, 0, 3);
     tcase_add_test(tests, plans_depend_on_the_owner_alone);
     tcase_add_test(tests, field_tables_cover_the_options);

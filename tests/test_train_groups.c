@@ -8,6 +8,13 @@ static const psoup_objective objectives[2] = {PSOUP_OBJECTIVE_RLOO, PSOUP_OBJECT
 
 enum { MOST = 32 };
 
+/* A group's advantages. */
+static void compare(bool rloo, psoup_scale_rewards scale, double *advantage, const double *reward, size_t k) {
+    (rloo ? psoup__leave_one_out : psoup__group_centre)(advantage, reward, k);
+    if (!rloo && scale == PSOUP_SCALE_GROUP)
+        psoup__scale_advantages(advantage, k, psoup__reward_deviation(reward, k));
+}
+
 /* A response's loss and gradient as the library adds them up. */
 static void lose(bool rloo, float *dlogprob, const float *logprob, const float *old, const float *ref,
                  float advantage, size_t n, double beta, double clip, double scale,
@@ -19,7 +26,7 @@ static void lose(bool rloo, float *dlogprob, const float *logprob, const float *
         psoup__response_loss(dlogprob, logprob, old, advantage, n, clip, scale, terms);
     } else {
         psoup__policy_loss(dlogprob, logprob, old, same, n, clip, scale, terms);
-        psoup__kl_loss(dlogprob, logprob, ref, n, beta, scale, terms);
+        psoup__kl_loss(dlogprob, logprob, ref, n, PSOUP_KL_DEFAULT, beta, scale, terms);
     }
 }
 
@@ -29,6 +36,7 @@ START_TEST(advantages_and_losses_are_trls) {
     const char *const keys[] = {"lengths", "score", "logprob", "ref_logprob", "new_logprob",
                                 "advantage", "advantage32", "dlogprob"};
     bool rloo = strcmp(psoup_json_string(psoup_json_get(c, "kind"), ""), "rloo") == 0;
+    const char *scaled = psoup_json_string(psoup_json_get(c, "scale"), "");
     float *x[8], dlogprob[MOST], reward[MOST];
     double sums[MOST], advantage[MOST], loss = 0.0, beta = real(c, "beta");
     size_t n, total, k = (size_t)real(c, "k"), at = 0;
@@ -36,13 +44,16 @@ START_TEST(advantages_and_losses_are_trls) {
         x[i] = floats(c, keys[i], &total);
     free(floats(c, "score", &n));
     for (size_t i = 0; i < n; at += (size_t)x[0][i++]) {
-        psoup__kl_rewards(reward, x[2] + at, x[3] + at, (size_t)x[0][i], rloo ? beta : 0.0, x[1][i]);
+        psoup__kl_rewards(reward, x[2] + at, x[3] + at, (size_t)x[0][i], PSOUP_KL_DEFAULT, rloo ? beta : 0.0,
+                          x[1][i]);
         sums[i] = 0.0;
         for (size_t t = 0; t < (size_t)x[0][i]; t++)
             sums[i] += reward[t];
     }
     for (size_t i = 0; i < n; i += k)
-        (rloo ? psoup__leave_one_out : psoup__group_normalise)(advantage + i, sums + i, k);
+        compare(rloo, strcmp(scaled, "group") == 0 ? PSOUP_SCALE_GROUP : PSOUP_SCALE_NONE, advantage + i, sums + i, k);
+    if (strcmp(scaled, "batch") == 0)
+        psoup__scale_advantages(advantage, n, psoup__reward_deviation(sums, n));
     at = 0;
     for (size_t i = 0; i < n; i++) {
         size_t length = (size_t)x[0][i];
@@ -104,11 +115,11 @@ START_TEST(guards_see_what_is_not_finite) {
         psoup__response_loss(d, logprob, one, 1.0, 2, 0.2, 0.5, &terms);
         ck_assert(!terms.finite && !(terms.ratio <= 10.0));
         terms = (psoup__ppo_terms){.finite = true};
-        psoup__kl_loss(d, one, logprob, 2, 0.1, 0.5, &terms);
+        psoup__kl_loss(d, one, logprob, 2, PSOUP_KL_DEFAULT, 0.1, 0.5, &terms);
         ck_assert(!terms.finite);
     }
     double same[3] = {2.0, 2.0, 2.0}, advantage[3];
-    psoup__group_normalise(advantage, same, 3);
+    compare(false, PSOUP_SCALE_GROUP, advantage, same, 3);
     ck_assert(advantage[0] == 0.0 && advantage[1] == 0.0 && advantage[2] == 0.0);
 }
 END_TEST
@@ -179,8 +190,7 @@ START_TEST(groups_are_compared) {
                     ck_assert_float_eq(t.first_ratio[k], 1.0f);
                 }
             }
-            (objectives[_i] == PSOUP_OBJECTIVE_RLOO ? psoup__leave_one_out
-                                                    : psoup__group_normalise)(advantage, reward, 4);
+            compare(objectives[_i] == PSOUP_OBJECTIVE_RLOO, PSOUP_SCALE_GROUP, advantage, reward, 4);
             for (size_t i = g; i < g + 4; i++) {
                 sum += advantage[i - g];
                 for (int32_t k = t.start[i]; k < t.start[i + 1]; k++) {
@@ -418,7 +428,7 @@ int main(void) {
     TCase *tests = tcase_create("groups");
     tcase_set_timeout(tests, 120);
     tcase_add_checked_fixture(tests, set_up, tear_down);
-    tcase_add_loop_test(tests, advantages_and_losses_are_trls, 0, 4);
+    tcase_add_loop_test(tests, advantages_and_losses_are_trls, 0, 6);
     tcase_add_test(tests, gradients_are_what_differences_say);
     tcase_add_test(tests, guards_see_what_is_not_finite);
     tcase_add_loop_test(tests, reward_rises, 0, 2);

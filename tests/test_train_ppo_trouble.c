@@ -143,7 +143,7 @@ static psoup_status whole_run(psoup_model *model, psoup_reward *reward) {
     psoup_ppo_policy p = policy(0);
     psoup_ppo *ppo = NULL;
     static const psoup_example example = {words[0], 2, 1};
-    psoup_comparison pair = {words[0], 2, words[1], 3, 0};
+    psoup_comparison pair = {words[0], 2, words[1], 3, 0, 0.0f};
     p.reward_fn = NULL;
     p.rewards = &reward;
     p.n_rewards = 1;

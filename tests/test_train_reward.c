@@ -162,6 +162,54 @@ START_TEST(gradient_is_the_formulas) {
 }
 END_TEST
 
+static double first_loss;
+static int keep_loss(void *user, const psoup_step *step) {
+    if (step->step == 1)
+        first_loss = value_of(step, "loss");
+    return 0;
+}
+
+/* A comparison's margin is added to the option's, where it is asked for; with a zero head the first loss is the mean
+ * of log(1 + e^margin). */
+START_TEST(margins_are_each_comparisons_own) {
+    float *expected = NULL;
+    size_t count;
+    make_pairs(1);
+    for (int form = 0; form < 4; form++) {
+        psoup_model *model = tiny_model();
+        psoup_reward *reward = make_reward(model, "R", 1);
+        psoup_comparison train[PAIRS];
+        psoup_reward_options o = plain();
+        double loss = 0.0;
+        o.batch_size = 4;
+        o.max_steps = 3;
+        o.margin = form ? 0.25f : 0.75f;
+        o.margins = form > 0;
+        o.on_step = keep_loss;
+        only(0, train, PAIRS);
+        for (int i = 0; i < 4; i++) {
+            train[i].margin = form == 0 ? NAN : form == 1 ? 0.5f : 0.25f * (float)i;
+            loss += log1p(exp(form < 2 ? 0.75 : 0.25 + train[i].margin)) / 4.0;
+        }
+        if (form == 3) {
+            train[2].margin = INFINITY;
+            ck_assert_int_eq(psoup_reward_train(&reward, 1, train, 4, NULL, 0, &o, &error), PSOUP_ERROR_ARGUMENT);
+            ck_assert_ptr_nonnull(strstr(error.message, "train[2] has margin inf"));
+        } else {
+            OK(psoup_reward_train(&reward, 1, train, 4, NULL, 0, &o, &error));
+            near(first_loss, loss, 1e-6, "loss", (size_t)form);
+        }
+        if (form == 0)
+            expected = weights(model, "R", &count);
+        else
+            ck_assert(same_weights(model, "R", expected, count) == (form == 1));
+        psoup_reward_free(reward);
+        psoup_model_free(model);
+    }
+    free(expected);
+}
+END_TEST
+
 static psoup_model *two(psoup_reward *rewards[2]) {
     psoup_model *model = tiny_model();
     rewards[0] = make_reward(model, "R0", 1);
@@ -298,6 +346,7 @@ int main(void) {
     tcase_add_checked_fixture(tests, set_up, tear_down);
     tcase_add_test(tests, learns_a_rule_and_scores_alike_in_any_batch);
     tcase_add_test(tests, gradient_is_the_formulas);
+    tcase_add_test(tests, margins_are_each_comparisons_own);
     tcase_add_test(tests, side_by_side_is_alone);
     tcase_add_test(tests, long_rows_keep_their_first_tokens);
     tcase_add_test(tests, best_is_kept_and_stopping_is_clean);

@@ -149,7 +149,7 @@ static void append(demo_run *run, comparison_list *list, demo_tokens prompt, dem
         *list = (comparison_list){items, list->n, capacity};
     }
     demo_tokens c = demo_join(run, prompt, chosen, 1), r = demo_join(run, prompt, rejected, 1);
-    list->items[list->n++] = (psoup_comparison){c.ids, c.n, r.ids, r.n, reward};
+    list->items[list->n++] = (psoup_comparison){c.ids, c.n, r.ids, r.n, reward, 0.0f};
 }
 
 static void read_feedback(demo_run *run, const char *name, int first, int told,

@@ -1,6 +1,7 @@
 /* psoup reward: reward models from comparisons. */
 #include "config.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -20,7 +21,8 @@ static const psoup_field reward_run_fields[] = {
     FIELD(PSOUP_FIELD_STRING, model, "Model directory; required."),
     FIELD(PSOUP_FIELD_STRING, tokenizer, "tokenizer.json; null: the model's own."),
     FIELD(PSOUP_FIELD_STRING, data,
-          "JSON Lines of user_input, completion_a (better), completion_b, preference; required."),
+          "JSON Lines of user_input, completion_a (better), completion_b, preference, and margin where the pair "
+          "has one; required."),
     FIELD(PSOUP_FIELD_STRING, validation, "The same, held out; null: a fraction of the data."),
     FIELD(PSOUP_FIELD_FLOAT, validation_fraction, "How much of the data is held out, by prompt."),
     FIELD(PSOUP_FIELD_STRING, output, "Directory; each model goes to output/NAME; required."),
@@ -53,6 +55,16 @@ static psoup_status reward_named(reward_set *set, const reward_run *run, psoup_m
     return psoup_reward_create(model, name, &run->lora.options, &set->items[set->n++], error);
 }
 
+static psoup_status row_margin(const psoup_json *row, const char *path, size_t i, float *out,
+                               psoup_error *error) {
+    const psoup_json *margin = psoup_json_get(row, "margin");
+    double value = psoup_json_real(margin, margin ? NAN : 0.0);
+    if (!isfinite((float)value))
+        return cli_error(error, PSOUP_ERROR_FORMAT, "%s: row %zu: margin: expected a number", path, i + 1);
+    *out = (float)value;
+    return PSOUP_OK;
+}
+
 static psoup_status read_comparisons(const reward_run *run, const cli_model *m, const char *path,
                                      const psoup_json *rows, reward_set *set, token_pool *pool,
                                      psoup_comparison *out, psoup_error *error) {
@@ -78,6 +90,8 @@ static psoup_status read_comparisons(const reward_run *run, const cli_model *m, 
         if (status == PSOUP_OK)
             status = pool_encode_pair(pool, m->tokenizer, prompt, worse, end, &c->rejected,
                                       &c->n_rejected, &n_prompt, error);
+        if (status == PSOUP_OK)
+            status = row_margin(row, path, i, &c->margin, error);
     }
     return status;
 }
@@ -175,6 +189,7 @@ int cmd_reward(int argc, char **argv) {
                       .lora = {.options = PSOUP_ADAPTER_OPTIONS_INIT},
                       .options = PSOUP_REWARD_OPTIONS_INIT};
     run.lora.options.rank = 8; /* the paper's reward models */
+    run.options.margins = 1;   /* of rows that have one */
     const config_section sections[] = {{"Files", reward_run_fields, &run},
                                        {"New adapters", adapter_fields, &run.lora},
                                        {"Training", psoup_reward_fields(), &run.options}};

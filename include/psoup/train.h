@@ -91,7 +91,7 @@ typedef struct psoup_sft_options {
     int32_t checkpoint_every;   /* optimiser steps between checkpoints; 0: when it is stopped only */
     int32_t checkpoint_keep;    /* so many stay */
     int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
-    int32_t reserved; /* 0 */
+    float max_grad_value; /* elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not */
 } psoup_sft_options;
 #define PSOUP_SFT_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_sft_options), .epochs = 1, .batch_tokens = 1024, .accumulation = 1,      \
@@ -136,6 +136,8 @@ typedef struct psoup_comparison {
     const int32_t *rejected;
     size_t n_rejected;
     int32_t reward; /* which of the rewards it trains */
+    float margin;   /* read where psoup_reward_options.margins says so; by how much the annotators preferred it:
+                     * Touvron et al. 2023 (Llama 2), arXiv 2307.09288, equation 2 */
 } psoup_comparison;
 
 typedef struct psoup_reward_options {
@@ -161,6 +163,8 @@ typedef struct psoup_reward_options {
     int32_t checkpoint_every;   /* optimiser steps between checkpoints; 0: when it is stopped only */
     int32_t checkpoint_keep;    /* so many stay */
     int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
+    float max_grad_value; /* elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not */
+    int32_t margins;  /* 1: each comparison's own margin is added to `margin` */
     int32_t reserved; /* 0 */
 } psoup_reward_options;
 /* The paper's: AdamW 2e-5, decay 0.001, linear to 0, no warm-up, one epoch, 512 tokens. */
@@ -219,7 +223,7 @@ typedef struct psoup_dpo_options {
     int32_t checkpoint_every;   /* optimiser steps between checkpoints; 0: when it is stopped only */
     int32_t checkpoint_keep;    /* so many stay */
     int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
-    int32_t reserved; /* 0 */
+    float max_grad_value; /* elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not */
 } psoup_dpo_options;
 #define PSOUP_DPO_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_dpo_options), .epochs = 1, .batch_size = 8, .accumulation = 1,           \
@@ -327,11 +331,30 @@ typedef enum psoup_objective {
     /* The mean of the group's others; the KL penalty is in the reward. A whole response has one ratio, and
      * the loss is the mean over responses. Ahmadian et al. 2024, arXiv 2402.14740. */
     PSOUP_OBJECTIVE_RLOO = 1,
-    /* The group's mean, in units of its deviation; the KL penalty is a term of each token's loss,
-     * kl_coefficient · (π_ref/π − log(π_ref/π) − 1). The paper's mean of means is loss_group 1. Shao et
-     * al. 2024, arXiv 2402.03300, equations 3 and 4. */
+    /* The group's mean, in units of its deviation (scale_rewards); the KL penalty is a term of each token's
+     * loss, kl_coefficient · (π_ref/π − log(π_ref/π) − 1) (kl_estimator). The paper's mean of means is
+     * loss_group 1. Shao et al. 2024, arXiv 2402.03300, equations 3 and 4. */
     PSOUP_OBJECTIVE_GRPO = 2
 } psoup_objective;
+
+/* How KL(π ‖ π_ref) is estimated from a token that π drew, with d = log π − log π_ref: Schulman 2020, "Approximating
+ * KL Divergence". It is what the penalty in the reward of PPO and RLOO costs, what "kl" reports and an adaptive
+ * kl_coefficient follows, and the term of GRPO's loss. */
+typedef enum psoup_kl_estimator {
+    PSOUP_KL_DEFAULT = 0, /* k1; k3 in GRPO's loss: as the papers have it */
+    PSOUP_KL_K1 = 1,      /* d: unbiased, of either sign. Refused with GRPO: the mean of its gradient is 0 */
+    PSOUP_KL_K2 = 2,      /* d² / 2: never negative, biased; as a loss its mean gradient is that of KL(π ‖ π_ref) */
+    PSOUP_KL_K3 = 3       /* e^−d − 1 + d: never negative, unbiased; as a loss its mean gradient is that of
+                           * KL(π_ref ‖ π) */
+} psoup_kl_estimator;
+
+/* What GRPO's advantages, the rewards less their group's mean, are divided by. */
+typedef enum psoup_scale_rewards {
+    PSOUP_SCALE_GROUP = 0, /* their group's deviation: the paper's */
+    PSOUP_SCALE_NONE = 1,  /* nothing: Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783. Questions whose answers are all
+                            * alike weigh no more than others */
+    PSOUP_SCALE_BATCH = 2  /* the deviation of all rewards of the step: Liu et al. 2025, arXiv 2508.08221 */
+} psoup_scale_rewards;
 
 typedef struct psoup_ppo_options {
     size_t size;
@@ -379,7 +402,7 @@ typedef struct psoup_ppo_options {
     int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
     int32_t objective;  /* psoup_objective */
     int32_t group_size; /* responses to each prompt with RLOO and GRPO; divides batch_size */
-    int32_t reserved;   /* 0 */
+    int32_t kl_estimator; /* psoup_kl_estimator */
     /* What the policies say. Before the first step, every samples_every steps and after the last, each
      * answers the same few of its validation prompts (of its prompts where it has none), always from the same
      * random words, which are no part of training. */
@@ -389,6 +412,10 @@ typedef struct psoup_ppo_options {
                           * is a tokenizer, ids otherwise), "score" and "finish"; NULL: none. A run that goes
                           * on repeats its bytes, as with metrics */
     psoup_samples_fn on_samples; /* told of them too, with `user`; may be NULL */
+    int32_t scale_rewards; /* psoup_scale_rewards, of GRPO */
+    float max_grad_value;  /* elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not */
+    float reward_clip;     /* a response's normalised score is kept within ± this; 0: not */
+    int32_t reserved;      /* 0 */
 } psoup_ppo_options;
 #define PSOUP_PPO_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_ppo_options), .batch_size = 64, .ppo_epochs = 8,                         \

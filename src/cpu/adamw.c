@@ -1,4 +1,4 @@
-/* The optimiser's step and the norm it clips by. */
+/* The optimiser's step, and what it clips by: values, and the norm. */
 #include "cpu/variant.h"
 #include "cpu/vector.h"
 
@@ -43,6 +43,28 @@ static void adamw(psoup__backend *be, float *p, float *m, float *v, const float 
     psoup__parallel(be->context, tiles(n, STEP_TILE), adamw_task, &job);
 }
 
+typedef struct clip_job {
+    float *x; /* [n] */
+    size_t n;
+    float limit;
+} clip_job;
+
+static void clip_task(void *arg, size_t task, int worker) {
+    const clip_job *job = arg;
+    const size_t start = task * STEP_TILE, n = least(STEP_TILE, job->n - start);
+    float *x = job->x + start, high = job->limit, low = -high;
+    INDEPENDENT
+    for (size_t i = 0; i < n; i++) {
+        float below = x[i] > high ? high : x[i]; /* NaN compares as false: it stays */
+        x[i] = below < low ? low : below;
+    }
+}
+
+static void clip_values(psoup__backend *be, float *x, size_t n, float limit) {
+    clip_job job = {x, n, limit};
+    psoup__parallel(be->context, tiles(n, STEP_TILE), clip_task, &job);
+}
+
 /* At most PARTS partial sums, whose size depends on n alone. */
 enum { PARTS = 256, BLOCK = 1024 };
 
@@ -84,5 +106,6 @@ static psoup_status sum_squares(psoup__backend *be, double *out, const float *x,
 
 void PSOUP__NAME(psoup__cpu_fill_adamw)(psoup__ops *ops) {
     ops->adamw = adamw;
+    ops->clip_values = clip_values;
     ops->sum_squares = sum_squares;
 }

@@ -1,4 +1,4 @@
-/* The optimiser's step and the norm it clips by. */
+/* The optimiser's step, and what it clips by: values, and the norm. */
 #include <math.h>
 
 #include "gpu/internal.h"
@@ -22,6 +22,11 @@ static void adamw(psoup__backend *be, float *p, float *m, float *v, const float 
                    .scale = o->gradient_scale});
 }
 
+static void clip_values(psoup__backend *be, float *x, size_t n, float limit) {
+    psoup__gpu *gpu = psoup__gpu_of(be);
+    PSOUP__LAUNCH(gpu, clip_values, psoup__gpu_flat(gpu, n, 4), {.x = x, .n = n, .limit = limit});
+}
+
 /* A part for each block that has elements, at most SQUARES_PARTS: the host adds them up. */
 static psoup_status sum_squares(psoup__backend *be, double *out, const float *x, size_t n,
                                 psoup_error *error) {
@@ -43,5 +48,6 @@ fail:
 
 void psoup__gpu_fill_adamw(psoup__ops *ops) {
     ops->adamw = adamw;
+    ops->clip_values = clip_values;
     ops->sum_squares = sum_squares;
 }

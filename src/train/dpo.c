@@ -192,7 +192,8 @@ static psoup_status start_policy(psoup__dpo_trainer *t, psoup__dpo_learner *l, s
                                       .beta2 = o->beta2,
                                       .epsilon = o->epsilon,
                                       .weight_decay = o->weight_decay,
-                                      .max_grad_norm = o->max_grad_norm};
+                                      .max_grad_norm = o->max_grad_norm,
+                                      .max_grad_value = o->max_grad_value};
     PSOUP__TRY(psoup__optimizer_start(&l->optimizer, t->model->be, error));
 fail:
     return status;

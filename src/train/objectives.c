@@ -4,12 +4,24 @@
 
 #include "train/train.h"
 
-/* r_t = −β (log π(t) − log π_ref(t)) + [t last] s: Jang et al. 2023 section 3, after Ziegler et al.
- * 2019 (arXiv 1909.08593) equation 2; trl 0.7 ppo_trainer.py, compute_rewards. */
-void psoup__kl_rewards(float *reward, const float *logprob, const float *ref, size_t n, double beta,
-                       double score) {
+/* With d = log π(t) − log π_ref(t), t drawn from π: k1 = d, k2 = d² / 2, k3 = e^−d − 1 + d. Schulman 2020,
+ * "Approximating KL Divergence"; trl 0.23 ppo_trainer.py, kl_estimator. */
+double psoup__kl_estimate(psoup_kl_estimator estimator, double logprob, double ref) {
+    double d = logprob - ref;
+    switch (estimator) {
+    case PSOUP_KL_K2: return 0.5 * d * d;
+    case PSOUP_KL_K3: return expm1(-d) + d;
+    default: return d;
+    }
+}
+
+/* r_t = −β k(t) + [t last] s, k the estimate of KL: Jang et al. 2023 section 3, after Ziegler et al. 2019
+ * (arXiv 1909.08593) equation 2; trl 0.7 ppo_trainer.py, compute_rewards. */
+void psoup__kl_rewards(float *reward, const float *logprob, const float *ref, size_t n,
+                       psoup_kl_estimator estimator, double beta, double score) {
     for (size_t t = 0; t < n; t++)
-        reward[t] = (float)(-beta * ((double)logprob[t] - ref[t]) + (t + 1 == n ? score : 0.0));
+        reward[t] = (float)(-beta * psoup__kl_estimate(estimator, logprob[t], ref[t]) +
+                            (t + 1 == n ? score : 0.0));
 }
 
 /* δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γλ A_{t+1},  return_t = A_t + V_t, and V past the end is
@@ -51,17 +63,31 @@ void psoup__leave_one_out(double *advantage, const double *reward, size_t k) {
         advantage[i] = reward[i] - (sum - reward[i]) / (double)(k - 1);
 }
 
-/* A_i = (R_i − mean) / (σ + 1e-4), σ unbiased: Shao et al. 2024 (arXiv 2402.03300) section 4.1.2, with
- * trl's guard of groups that agree. */
-void psoup__group_normalise(double *advantage, const double *reward, size_t k) {
-    double mean = 0.0, squares = 0.0;
+static double mean_of(const double *x, size_t n) {
+    double mean = 0.0;
+    for (size_t i = 0; i < n; i++)
+        mean += x[i] / (double)n;
+    return mean;
+}
+
+/* A_i = R_i − mean: Shao et al. 2024 (arXiv 2402.03300) section 4.1.2, before its division. */
+void psoup__group_centre(double *advantage, const double *reward, size_t k) {
+    double mean = mean_of(reward, k);
     for (size_t i = 0; i < k; i++)
-        mean += reward[i] / (double)k;
-    for (size_t i = 0; i < k; i++)
+        advantage[i] = reward[i] - mean;
+}
+
+double psoup__reward_deviation(const double *reward, size_t n) {
+    double mean = mean_of(reward, n), squares = 0.0;
+    for (size_t i = 0; i < n; i++)
         squares += (reward[i] - mean) * (reward[i] - mean);
-    double deviation = sqrt(squares / (double)(k - 1));
-    for (size_t i = 0; i < k; i++)
-        advantage[i] = (reward[i] - mean) / (deviation + 1e-4);
+    return sqrt(squares / (double)(n - 1));
+}
+
+/* A_i / (σ + 1e-4): the division of the same section, with trl's guard of groups that agree. */
+void psoup__scale_advantages(double *advantage, size_t n, double deviation) {
+    for (size_t i = 0; i < n; i++)
+        advantage[i] /= deviation + 1e-4;
 }
 
 /* L = max(−A ρ, −A clip(ρ, 1−ε, 1+ε)), ρ = exp(log π − log π_old): Schulman et al. 2017 (arXiv
@@ -115,16 +141,18 @@ void psoup__response_loss(float *dlogprob, const float *logprob, const float *ol
     terms->ratios++;
 }
 
-/* L = β (ρ − log ρ − 1), ρ = π_ref(t)/π(t), which is never negative and of mean KL(π ‖ π_ref) where π drew
- * t: Shao et al. 2024 equation 4, after Schulman 2020. ∂L/∂log π = β (1 − ρ). */
-void psoup__kl_loss(float *dlogprob, const float *logprob, const float *ref, size_t n, double beta,
-                    double scale, psoup__ppo_terms *terms) {
+/* L = β k3 = β (ρ − log ρ − 1), ρ = π_ref(t)/π(t): Shao et al. 2024 equation 4. ∂L/∂log π = β (1 − ρ), whose mean
+ * where π drew t is the gradient of β KL(π_ref ‖ π). L = β k2 = β d² / 2 has ∂L/∂log π = β d, whose mean is that of
+ * β KL(π ‖ π_ref). */
+void psoup__kl_loss(float *dlogprob, const float *logprob, const float *ref, size_t n,
+                    psoup_kl_estimator estimator, double beta, double scale, psoup__ppo_terms *terms) {
+    psoup_kl_estimator k = estimator == PSOUP_KL_DEFAULT ? PSOUP_KL_K3 : estimator;
     for (size_t t = 0; t < n; t++) {
-        double difference = (double)ref[t] - logprob[t];
-        double ratio = exp(difference);
-        dlogprob[t] += (float)(beta * (1.0 - ratio) * scale);
-        terms->policy_loss += beta * (ratio - difference - 1.0);
-        terms->finite = terms->finite && isfinite(ratio);
+        double d = (double)logprob[t] - ref[t];
+        double estimate = psoup__kl_estimate(k, logprob[t], ref[t]);
+        dlogprob[t] += (float)(beta * (k == PSOUP_KL_K2 ? d : -expm1(-d)) * scale);
+        terms->policy_loss += beta * estimate;
+        terms->finite = terms->finite && isfinite(estimate);
     }
 }
 

@@ -1,4 +1,4 @@
-/* AdamW over one flat buffer, clipping by its norm, and learning-rate schedules. */
+/* AdamW over one flat buffer, clipping by value and by norm, and learning-rate schedules. */
 #include <math.h>
 
 #include "train/train.h"
@@ -56,11 +56,9 @@ static void step(psoup__optimizer *optimizer, float lr, double scale) {
     be->ops->adamw(be, optimizer->p, optimizer->m, optimizer->v, optimizer->g, optimizer->n, &args);
 }
 
-/* Clipping: g ← g · min(1, max_norm / (‖g‖ + 1e-6)), as torch's clip_grad_norm_ has it. */
-psoup_status psoup__optimizers_step(psoup__optimizer *const *optimizers, size_t n, float lr,
-                                    double *norm, bool *stepped, psoup_error *error) {
-    double sum = 0.0, scale = 1.0;
-    *stepped = false;
+/* ‖g‖ of all of them. */
+static psoup_status norm_of(psoup__optimizer *const *optimizers, size_t n, double *norm, psoup_error *error) {
+    double sum = 0.0;
     for (size_t i = 0; i < n; i++) {
         psoup__optimizer *o = optimizers[i];
         double squares = 0.0;
@@ -70,10 +68,28 @@ psoup_status psoup__optimizers_step(psoup__optimizer *const *optimizers, size_t 
         sum += squares;
     }
     *norm = sqrt(sum);
-    if (!isfinite(*norm))
-        return PSOUP_OK;
-    if (optimizers[0]->max_grad_norm > 0.0f)
-        scale = fmin(1.0, optimizers[0]->max_grad_norm / (*norm + 1e-6));
+    return PSOUP_OK;
+}
+
+/* Clipping: g ← min(max(g, −max_value), max_value), as torch's clip_grad_value_ has it, and then
+ * g ← g · min(1, max_norm / (‖g‖ + 1e-6)), as its clip_grad_norm_. */
+psoup_status psoup__optimizers_step(psoup__optimizer *const *optimizers, size_t n, float lr,
+                                    double *norm, bool *stepped, psoup_error *error) {
+    double clipped, scale = 1.0;
+    float max_norm = optimizers[0]->max_grad_norm, max_value = optimizers[0]->max_grad_value;
+    *stepped = false;
+    psoup_status status = norm_of(optimizers, n, norm, error);
+    if (status != PSOUP_OK || !isfinite(*norm))
+        return status;
+    clipped = *norm;
+    for (size_t i = 0; max_value > 0.0f && i < n; i++)
+        optimizers[i]->be->ops->clip_values(optimizers[i]->be, optimizers[i]->g, optimizers[i]->n, max_value);
+    if (max_value > 0.0f && max_norm > 0.0f)
+        status = norm_of(optimizers, n, &clipped, error);
+    if (status != PSOUP_OK)
+        return status;
+    if (max_norm > 0.0f)
+        scale = fmin(1.0, max_norm / (clipped + 1e-6));
     for (size_t i = 0; i < n; i++)
         step(optimizers[i], lr, scale);
     *stepped = true;

@@ -19,7 +19,9 @@
         FLOAT(epsilon, "Added to AdamW's denominator."),                                           \
         FLOAT(weight_decay, "AdamW's decoupled weight decay, per step times the learning rate."),  \
         FLOAT(max_grad_norm, "Gradients of a larger norm are scaled down to this one; 0 turns "    \
-                             "clipping off.")
+                             "clipping off."),                                                     \
+        FLOAT(max_grad_value, "Elements of a gradient beyond plus or minus this are set to it, "   \
+                              "before its norm is taken; 0 leaves them.")
 #define RUN                                                                                        \
     {"seed", PSOUP_FIELD_UINT64, offsetof(OPTIONS, seed), NULL,                                    \
      "Seed of the order of the examples and of dropout."}
@@ -67,6 +69,7 @@ static const psoup_field reward_fields[] = {
     FLOAT(lora_dropout, "Probability of dropping an element of an adapter's input."),
     FLOAT(margin, "How much higher the chosen response has to score before the loss is indifferent "
                   "to its half."),
+    BOOL(margins, "Whether each comparison's own margin is added to that."),
     FLOAT(centering, "Weight of the squared sum of both scores, which keeps scores around 0."),
     INT(max_tokens, "Longer rows keep their first tokens; 0 allows what the model can hold."),
     INT(validate_every, "Optimiser steps between validations; 0 validates at the end only."),
@@ -160,6 +163,13 @@ static const psoup_field ppo_fields[] = {
     INT(samples_count, "How many prompts are sampled, of a policy's validation prompts where it has any."),
     {"samples", PSOUP_FIELD_STRING, offsetof(OPTIONS, samples), NULL,
      "JSON Lines file that samples are appended to."},
+    {"kl_estimator", PSOUP_FIELD_ENUM, offsetof(OPTIONS, kl_estimator), "default|k1|k2|k3",
+     "How KL to the reference is estimated from a token, with d its log-ratio: d, half of d squared, or "
+     "exp(-d) - 1 + d; default is k1, and k3 in grpo's loss."},
+    {"scale_rewards", PSOUP_FIELD_ENUM, offsetof(OPTIONS, scale_rewards), "group|none|batch",
+     "What grpo divides its advantages by: the deviation of the group's rewards, nothing, or the deviation of "
+     "all rewards of the step."},
+    FLOAT(reward_clip, "A response's normalised score is kept within plus or minus this; 0 leaves it."),
     {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
 };
 #undef OPTIONS
@@ -240,13 +250,13 @@ static psoup_status check(const char *where, const range *ranges, size_t n, cons
 #define RANGE(name, low, high) {#name, (double)o->name, low, high}
 #define COUNTS 2147483647.0
 #define CHECKPOINT_RANGES                                                                          \
-    RANGE(checkpoint_every, 0, COUNTS), RANGE(checkpoint_keep, 1, COUNTS), RANGE(resume, 0, 1),    \
-        RANGE(reserved, 0, 0)
+    RANGE(checkpoint_every, 0, COUNTS), RANGE(checkpoint_keep, 1, COUNTS), RANGE(resume, 0, 1)
 #define REALS 3.4e38
 #define BELOW_ONE 0.99999997
 #define ADAM_RANGES                                                                                \
     RANGE(learning_rate, 0, REALS), RANGE(beta1, 0, BELOW_ONE), RANGE(beta2, 0, BELOW_ONE),        \
-        RANGE(epsilon, 0, REALS), RANGE(weight_decay, 0, REALS), RANGE(max_grad_norm, 0, REALS)
+        RANGE(epsilon, 0, REALS), RANGE(weight_decay, 0, REALS), RANGE(max_grad_norm, 0, REALS), \
+        RANGE(max_grad_value, 0, REALS)
 #define LENGTH(ranges) (sizeof(ranges) / sizeof((ranges)[0]))
 
 psoup_status psoup__sft_check(const psoup_sft_options *o, psoup_error *error) {
@@ -271,6 +281,7 @@ psoup_status psoup__reward_check(const psoup_reward_options *o, psoup_error *err
         RANGE(margin, -REALS, REALS),   RANGE(centering, 0, REALS),
         RANGE(max_tokens, 0, COUNTS),   RANGE(validate_every, 0, COUNTS),
         RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
+        RANGE(margins, 0, 1),           RANGE(reserved, 0, 0),
     };
     return check("psoup_reward_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
                  error);
@@ -337,6 +348,10 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         RANGE(group_size, critic ? 1 : 2, COUNTS),
         RANGE(samples_every, 0, COUNTS),
         RANGE(samples_count, 1, COUNTS),
+        RANGE(kl_estimator, 0, 3),
+        RANGE(scale_rewards, 0, 2),
+        RANGE(reward_clip, 0, REALS),
+        RANGE(reserved, 0, 0),
     };
     psoup_status status =
         check("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume, error);
@@ -352,5 +367,12 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_ppo_options: batch_size is %d: expected a multiple of group_size, %d",
                            o->batch_size, o->group_size);
+    if (status == PSOUP_OK && o->objective == PSOUP_OBJECTIVE_GRPO && o->kl_estimator == PSOUP_KL_K1)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_ppo_options: kl_estimator is k1: expected k2 or k3 with grpo, whose loss it "
+                           "is a term of: there the mean gradient of k1 is 0");
+    if (status == PSOUP_OK && o->objective != PSOUP_OBJECTIVE_GRPO && o->scale_rewards != PSOUP_SCALE_GROUP)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_ppo_options: scale_rewards is of grpo alone: expected group");
     return status;
 }

@@ -57,35 +57,35 @@ static void reward_tokens(const psoup_ppo_options *o, psoup__policy *policy) {
     for (size_t i = 0; i < r->n; i++) {
         size_t begin = (size_t)r->start[i], n = (size_t)r->start[i + 1] - begin;
         psoup__kl_rewards(x->reward + begin, x->logprob + begin, x->ref_logprob + begin, n,
-                          beta, psoup__mixed_reward(o, policy, i));
+                          o->kl_estimator, beta, psoup__mixed_reward(o, policy, i));
     }
 }
 
 /* One advantage for all tokens of a response, from the rewards of its group. */
 static psoup_status compare_groups(const psoup_ppo *ppo, psoup__experience *x, psoup_error *error) {
+    const psoup_ppo_options *o = &ppo->options;
     const psoup__rollouts *r = &x->rollouts;
-    size_t k = psoup__group_size(&ppo->options);
-    double *reward = psoup__alloc(ppo->model->context, 2 * k, sizeof(*reward), error);
-    double *advantage = reward + k;
+    size_t k = psoup__group_size(o);
+    bool rloo = o->objective == PSOUP_OBJECTIVE_RLOO;
+    double *reward = psoup__alloc(ppo->model->context, 2 * r->n, sizeof(*reward), error);
+    double *advantage = reward + r->n;
     if (!reward)
         return PSOUP_ERROR_MEMORY;
+    for (size_t i = 0; i < r->n; i++)
+        for (int32_t t = r->start[i]; t < r->start[i + 1]; t++)
+            reward[i] += x->reward[t];
     for (size_t first = 0; first < r->n; first += k) {
-        const int32_t *start = r->start + first; /* [k + 1] */
-        for (size_t i = 0; i < k; i++) {
-            reward[i] = 0.0;
-            for (int32_t t = start[i]; t < start[i + 1]; t++)
-                reward[i] += x->reward[t];
-        }
-        if (ppo->options.objective == PSOUP_OBJECTIVE_RLOO)
-            psoup__leave_one_out(advantage, reward, k);
-        else
-            psoup__group_normalise(advantage, reward, k);
-        for (size_t i = 0; i < k; i++)
-            for (int32_t t = start[i]; t < start[i + 1]; t++) {
-                x->advantage[t] = (float)advantage[i];
-                x->returns[t] = (float)reward[i];
-            }
+        (rloo ? psoup__leave_one_out : psoup__group_centre)(advantage + first, reward + first, k);
+        if (!rloo && o->scale_rewards == PSOUP_SCALE_GROUP)
+            psoup__scale_advantages(advantage + first, k, psoup__reward_deviation(reward + first, k));
     }
+    if (!rloo && o->scale_rewards == PSOUP_SCALE_BATCH)
+        psoup__scale_advantages(advantage, r->n, psoup__reward_deviation(reward, r->n));
+    for (size_t i = 0; i < r->n; i++)
+        for (int32_t t = r->start[i]; t < r->start[i + 1]; t++) {
+            x->advantage[t] = (float)advantage[i];
+            x->returns[t] = (float)reward[i];
+        }
     psoup__free(ppo->model->context, reward);
     return PSOUP_OK;
 }
@@ -106,13 +106,14 @@ static void estimate_advantages(const psoup_ppo_options *o, psoup__experience *x
 
 /* ---- reports --------------------------------------------------------------------------------- */
 
-/* *kl receives the mean over responses of the summed token KL: log π − log π_ref. */
-static void report_experience(const psoup__policy *policy, const psoup__experience *x,
-                              psoup__metrics *metrics, double *kl, double *reward) {
+/* *kl receives the mean over responses of the summed estimates of KL of their tokens. */
+static void report_experience(const psoup_ppo_options *o, const psoup__policy *policy,
+                              const psoup__experience *x, psoup__metrics *metrics, double *kl,
+                              double *reward) {
     const psoup__rollouts *r = &x->rollouts;
     double score = 0.0, squares = 0.0, sum = 0.0, ended = 0.0, n = (double)r->n;
     for (size_t t = 0; t < r->tokens; t++)
-        sum += (double)x->logprob[t] - x->ref_logprob[t];
+        sum += psoup__kl_estimate(o->kl_estimator, x->logprob[t], x->ref_logprob[t]);
     for (size_t i = 0; i < r->n; i++) {
         score += r->score[i];
         ended += r->finish[i] == PSOUP_FINISH_STOP;
@@ -189,7 +190,7 @@ static psoup_status step(psoup_ppo *ppo, size_t *n, psoup_error *error) {
         psoup__policy *policy = ppo->active[p];
         double kl, reward;
         policy->metrics.n = policy->metrics.n_times = 0;
-        report_experience(policy, &policy->experience, &policy->metrics, &kl, &reward);
+        report_experience(o, policy, &policy->experience, &policy->metrics, &kl, &reward);
         psoup__metric(&policy->metrics, "kl_coefficient", policy->state.kl_coefficient);
         if (o->adaptive_kl)
             policy->next.kl_coefficient =
@@ -289,7 +290,7 @@ static psoup_status validate(psoup_ppo *ppo, size_t n, psoup_error *error) {
         psoup__policy *policy = ppo->active[p];
         psoup__metrics metrics = {.n = 0};
         double kl, reward;
-        report_experience(policy, &policy->validation, &metrics, &kl, &reward);
+        report_experience(&ppo->options, policy, &policy->validation, &metrics, &kl, &reward);
         psoup_status told = PSOUP_OK; /* apart: a policy that said stop is not forgotten */
         for (size_t k = 0; ppo->options.keep_best && told == PSOUP_OK && k < policy->n_parts; k++) {
             psoup__part *part = &policy->parts[k];

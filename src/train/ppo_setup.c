@@ -147,7 +147,8 @@ static psoup_status start_part(psoup_ppo *ppo, psoup__policy *policy, size_t k, 
                                          .beta2 = o->beta2,
                                          .epsilon = o->epsilon,
                                          .weight_decay = o->weight_decay,
-                                         .max_grad_norm = o->max_grad_norm};
+                                         .max_grad_norm = o->max_grad_norm,
+                                         .max_grad_value = o->max_grad_value};
     PSOUP__TRY(psoup__optimizer_start(&part->optimizer, model->be, error));
 fail:
     return status;

@@ -151,11 +151,14 @@ void psoup__draw_mixes(const psoup__policy *policy, psoup__rollouts *rollouts, u
 
 /* ---- rewards ----------------------------------------------------------------------------------------- */
 
-/* s ← (s − μ) / σ over all scores so far, this batch included. */
+/* s ← (s − μ) / σ over all scores so far, this batch included; then within ±reward_clip: trl's
+ * use_score_scaling, use_score_norm and score_clip. */
 static double normalised(const psoup_ppo_options *o, const psoup__moments *moments, double score) {
-    if (!o->normalize_reward)
-        return score;
-    return (score - moments->mean) / (psoup__moments_deviation(moments) + (double)FLT_EPSILON);
+    if (o->normalize_reward)
+        score = (score - moments->mean) / (psoup__moments_deviation(moments) + (double)FLT_EPSILON);
+    if (o->reward_clip > 0.0f)
+        score = fmin(fmax(score, -(double)o->reward_clip), o->reward_clip);
+    return score;
 }
 
 static float penalised(const psoup_ppo_options *o, const psoup__rollouts *r, size_t i, size_t part) {

@@ -232,7 +232,7 @@ static void lose(work *w, const item *it, progress *g, size_t read) {
         psoup__policy_loss(pack->dlogprob + read, pack->logprob + read, x->logprob + begin,
                            x->advantage + begin, n, o->clip_range, it->scale, &g->terms);
     if (o->objective == PSOUP_OBJECTIVE_GRPO)
-        psoup__kl_loss(pack->dlogprob + read, pack->logprob + read, x->ref_logprob + begin, n,
+        psoup__kl_loss(pack->dlogprob + read, pack->logprob + read, x->ref_logprob + begin, n, o->kl_estimator,
                        w->policies[it->policy]->state.kl_coefficient, it->scale, &g->terms);
     if (psoup__has_critic(o))
         psoup__value_loss(pack->dvalue + it->value, pack->value + it->value, x->value + begin,

@@ -76,7 +76,10 @@ static psoup_status run_items(psoup__reward_trainer *t, size_t n, bool learn, ps
                 continue;
             psoup__reward_learner *l = &t->learners[t->owner[i]];
             double w = t->pack->value[k], r = t->pack->value[k + 1], dw, dr;
-            l->loss += psoup__bradley_terry(w, r, t->options.margin, t->options.centering, &dw, &dr);
+            double margin = t->options.margin;
+            if (t->options.margins)
+                margin += t->comparisons[t->item[i]].margin;
+            l->loss += psoup__bradley_terry(w, r, margin, t->options.centering, &dw, &dr);
             l->right += w > r;
             l->margin += w - r;
             if (learn) {

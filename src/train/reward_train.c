@@ -1,4 +1,5 @@
 /* Bradley–Terry training of several reward models of one base, side by side. */
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -56,6 +57,8 @@ static psoup_status identify_rows(psoup__reward_trainer *t, const char *key,
         psoup__hash_tokens(hash, rows[i].chosen, rows[i].n_chosen);
         psoup__hash_tokens(hash, rows[i].rejected, rows[i].n_rejected);
         psoup__hash_update(hash, &rows[i].reward, sizeof(rows[i].reward));
+        if (t->options.margins)
+            psoup__hash_update(hash, &rows[i].margin, sizeof(rows[i].margin));
     }
     psoup_status status = psoup__run_rows(&t->checkpoint, key, n, hash, error);
     psoup__free(t->model->context, hash);
@@ -111,8 +114,8 @@ fail:
 
 /* ---- setting up ------------------------------------------------------------------------------- */
 
-static psoup_status check_comparisons(const psoup_comparison *comparisons, size_t n,
-                                      size_t n_rewards, const char *what, psoup_error *error) {
+static psoup_status check_comparisons(const psoup_comparison *comparisons, size_t n, size_t n_rewards,
+                                      bool margins, const char *what, psoup_error *error) {
     if (n > INT32_MAX || (n && !comparisons))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "reward training: %s is NULL or too long",
                            what);
@@ -125,6 +128,10 @@ static psoup_status check_comparisons(const psoup_comparison *comparisons, size_
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "reward training: %s[%zu] names reward %d of %zu", what, i,
                                pair->reward, n_rewards);
+        if (margins && !isfinite(pair->margin))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "reward training: %s[%zu] has margin %g: expected a finite number", what, i,
+                               (double)pair->margin);
     }
     return PSOUP_OK;
 }
@@ -195,7 +202,8 @@ static psoup_status start_training(psoup__reward_trainer *t, psoup_error *error)
                                           .beta2 = o->beta2,
                                           .epsilon = o->epsilon,
                                           .weight_decay = o->weight_decay,
-                                          .max_grad_norm = o->max_grad_norm};
+                                          .max_grad_norm = o->max_grad_norm,
+                                          .max_grad_value = o->max_grad_value};
         PSOUP__TRY(psoup__optimizer_start(&l->optimizer, t->model->be, error));
     }
 fail:
@@ -246,8 +254,8 @@ psoup_status psoup_reward_train(psoup_reward *const *rewards, size_t n_rewards,
     PSOUP__TRY(psoup__options(&t.options, sizeof(t.options), options, "psoup_reward_options",
                               error));
     PSOUP__TRY(psoup__reward_check(&t.options, error));
-    PSOUP__TRY(check_comparisons(train, n_train, n_rewards, "train", error));
-    PSOUP__TRY(check_comparisons(validation, n_validation, n_rewards, "validation", error));
+    PSOUP__TRY(check_comparisons(train, n_train, n_rewards, t.options.margins, "train", error));
+    PSOUP__TRY(check_comparisons(validation, n_validation, n_rewards, t.options.margins, "validation", error));
     PSOUP__TRY(set_up(&t, rewards, n_rewards, train, n_train, validation, n_validation, error));
     PSOUP__TRY(psoup__reporter_open(&t.reporter, t.model->context, t.options.metrics,
                                     t.options.on_step, t.options.user, error));
@@ -275,7 +283,7 @@ psoup_status psoup_reward_accuracy(psoup_reward *const *rewards, size_t n_reward
     psoup__reward_trainer t = {.model = rewards[0]->model, .options = PSOUP_REWARD_OPTIONS_INIT};
     double right = 0.0, sum = 0.0;
     t.options.max_tokens = 0;
-    PSOUP__TRY(check_comparisons(comparisons, n, n_rewards, "comparisons", error));
+    PSOUP__TRY(check_comparisons(comparisons, n, n_rewards, false, "comparisons", error));
     PSOUP__TRY(set_up(&t, rewards, n_rewards, NULL, 0, comparisons, n, error));
     for (size_t j = 0; j < t.n; j++)
         t.learners[j].due = true;

@@ -335,7 +335,8 @@ psoup_status psoup_sft(psoup_model *model, const char *adapter, const psoup_exam
                                      .beta2 = s.options.beta2,
                                      .epsilon = s.options.epsilon,
                                      .weight_decay = s.options.weight_decay,
-                                     .max_grad_norm = s.options.max_grad_norm};
+                                     .max_grad_norm = s.options.max_grad_norm,
+                                     .max_grad_value = s.options.max_grad_value};
     PSOUP__TRY(psoup__optimizer_start(&s.optimizer, model->be, error));
     PSOUP__TRY(run(&s, error));
 fail:

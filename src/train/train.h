@@ -40,14 +40,14 @@ typedef struct psoup__optimizer {
     float *m, *v;  /* device [n] */
     size_t n;
     int64_t steps; /* made so far */
-    float beta1, beta2, epsilon, weight_decay, max_grad_norm;
+    float beta1, beta2, epsilon, weight_decay, max_grad_norm, max_grad_value;
 } psoup__optimizer;
 /* p, g, n and the hyperparameters are set by the caller; this adds the moments. */
 psoup_status psoup__optimizer_start(psoup__optimizer *optimizer, psoup__backend *be,
                                     psoup_error *error);
 void psoup__optimizer_end(psoup__optimizer *optimizer); /* takes a zeroed struct */
 void psoup__optimizer_zero(psoup__optimizer *optimizer); /* g = 0 */
-/* One step at rate `lr`, with g clipped to max_grad_norm; *norm is g's before. A gradient that is not
+/* One step at rate `lr`, with g clipped to max_grad_value and then max_grad_norm; *norm is g's before both. A gradient that is not
  * finite steps nothing: *stepped is false and p, m, v and the counter are as they were. */
 psoup_status psoup__optimizer_step(psoup__optimizer *optimizer, float lr, double *norm,
                                    bool *stepped, psoup_error *error);
@@ -131,19 +131,23 @@ static inline size_t psoup__group_size(const psoup_ppo_options *options) {
 
 /* ---- objectives.c: pure functions on host arrays --------------------------------------------- */
 
-/* reward[t] = −beta (logprob[t] − ref[t]), plus score on the last token. */
-void psoup__kl_rewards(float *reward, const float *logprob, const float *ref, size_t n, double beta,
-                       double score);
+/* The estimate of KL(π ‖ π_ref) by one token; the default is k1. */
+double psoup__kl_estimate(psoup_kl_estimator estimator, double logprob, double ref);
+/* reward[t] = −beta · that estimate of token t, plus score on the last token. */
+void psoup__kl_rewards(float *reward, const float *logprob, const float *ref, size_t n,
+                       psoup_kl_estimator estimator, double beta, double score);
 /* Generalised advantages and returns of one response; the value after its end is 0. */
 void psoup__gae(float *advantage, float *returns, const float *reward, const float *value, size_t n,
                 double gamma, double lambda);
 /* x ← (x − mean) / sqrt(variance + 1e-8), variance unbiased. */
 void psoup__whiten(float *x, size_t n);
 
-/* Advantages of k responses to one prompt, by their rewards: over the mean of the others, or over the mean
- * in units of the deviation. */
+/* Advantages of k responses to one prompt, by their rewards: over the mean of the others, or over the mean;
+ * psoup__scale_advantages divides them by what psoup__reward_deviation says of a group or a batch. */
 void psoup__leave_one_out(double *advantage, const double *reward, size_t k);
-void psoup__group_normalise(double *advantage, const double *reward, size_t k);
+void psoup__group_centre(double *advantage, const double *reward, size_t k);
+double psoup__reward_deviation(const double *reward, size_t n); /* unbiased */
+void psoup__scale_advantages(double *advantage, size_t n, double deviation);
 
 /* Sums over a mini-batch. Divide policy_loss, ratio and clipped by `ratios`, the rest by `tokens`. */
 typedef struct psoup__ppo_terms {
@@ -161,9 +165,9 @@ void psoup__policy_loss(float *dlogprob, const float *logprob, const float *old_
 void psoup__response_loss(float *dlogprob, const float *logprob, const float *old_logprob,
                           double advantage, size_t n, double clip, double scale,
                           psoup__ppo_terms *terms);
-/* Adds to dlogprob scale · ∂/∂logprob of beta · (ρ − log ρ − 1), ρ = π_ref/π, and the loss to terms. */
-void psoup__kl_loss(float *dlogprob, const float *logprob, const float *ref, size_t n, double beta,
-                    double scale, psoup__ppo_terms *terms);
+/* Adds to dlogprob scale · ∂/∂logprob of beta · the estimate, k2 or by default k3, and the loss to terms. */
+void psoup__kl_loss(float *dlogprob, const float *logprob, const float *ref, size_t n,
+                    psoup_kl_estimator estimator, double beta, double scale, psoup__ppo_terms *terms);
 /* dvalue[t] = scale · ∂/∂value of the clipped squared error; adds to terms. */
 void psoup__value_loss(float *dvalue, const float *value, const float *old_value,
                        const float *returns, size_t n, double clip, double scale,

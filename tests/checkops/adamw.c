@@ -32,6 +32,31 @@ static void check_adamw_step(checker *c, size_t n) {
     free(x), free(mean), free(square);
 }
 
+/* Also where it does not begin at 16 bytes; what is within stays as it is, and so does NaN. */
+static void check_clip_values(checker *c, size_t n) {
+    const float limit = 0.5f;
+    begin(c, "clip_values", "n %zu", n);
+    buffer *x = input(c, n), *shifted = input(c, n + 1);
+    double *want = doubles_of(x->host, n), *beside = doubles_of(shifted->host, n + 1);
+    x->host[0] = INFINITY;
+    want[0] = (double)limit;
+    put(c, x);
+    memcpy(shifted->host + 1, x->host, n * sizeof *x->host);
+    put(c, shifted);
+    for (size_t i = 0; i < n; i++)
+        beside[i + 1] = want[i] = fmin(fmax(want[i], -(double)limit), (double)limit);
+    c->ops->clip_values(c->be, x->device, n, limit);
+    c->ops->clip_values(c->be, shifted->device + 1, n, limit);
+    expect(c, "x", x, want, 0);
+    expect(c, "x at an odd address", shifted, beside, 0);
+    x->host[n - 1] = NAN;
+    put(c, x);
+    c->ops->clip_values(c->be, x->device, n, limit);
+    get(c, x);
+    expect_true(c, "NaN stays", isnan(x->host[n - 1]));
+    free(want), free(beside);
+}
+
 /* Also where it does not begin at 16 bytes: the same bits as where it does. */
 static void check_sum_squares(checker *c, size_t n) {
     psoup_error error;
@@ -53,6 +78,8 @@ void check_adamw(checker *c) {
     for (int i = 0; i < RAGGED; i++)
         check_adamw_step(c, (size_t)ragged[i]);
     check_adamw_step(c, 37 * 640 + 3);
+    for (int i = 0; i < RAGGED; i++)
+        check_clip_values(c, (size_t)ragged[i] * 37);
     check_sum_squares(c, 0);
     for (int i = 0; i < RAGGED; i++)
         check_sum_squares(c, (size_t)ragged[i] * 37);

@@ -308,7 +308,7 @@ static void test_rewards_and_ppo(psoup::model &model) {
     small.rank = 2;
     auto reward = NEED(psoup::reward::create(model, "R", small));
     const ids good{2, 3, 9}, bad{2, 3, 5}, asked{2, 3};
-    const psoup_comparison comparison{good.data(), good.size(), bad.data(), bad.size(), 0};
+    const psoup_comparison comparison{good.data(), good.size(), bad.data(), bad.size(), 0, 0.0f};
     auto options = psoup::defaults<psoup_reward_options>();
     options.epochs = 10;
     options.learning_rate = 0.05f;

@@ -17,6 +17,7 @@ import torch
 from trl.trainer.dpo_config import FDivergenceType
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.ppo_trainer import PPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
 torch.manual_seed(20240529)
@@ -55,7 +56,7 @@ def advantages(trainer, begin, **names):
     return names["advantages"]
 
 
-def group_case(kind, lengths, k, beta, clip, move):
+def group_case(kind, lengths, k, beta, clip, move, scale="group"):
     batch, width = len(lengths), max(lengths)
     mask = torch.zeros(batch, width, dtype=torch.float64)
     for row, n in zip(mask, lengths):
@@ -66,7 +67,7 @@ def group_case(kind, lengths, k, beta, clip, move):
     trainer = {"rloo": RLOOTrainer, "grpo": GRPOTrainer}[kind]
     t = trainer.__new__(trainer)
     t.beta, t.num_generations, t.epsilon_low, t.epsilon_high = beta, k, clip, clip
-    t.normalize_advantages, t.scale_rewards, t.reward_clip_range = False, "group", None
+    t.normalize_advantages, t.scale_rewards, t.reward_clip_range = False, scale, None
     t.importance_sampling_level, t.loss_type, t.use_vllm = "token", "grpo", False
     t.top_entropy_quantile, t.args = 1.0, types.SimpleNamespace(delta=None)
     t.current_gradient_accumulation_steps = 1
@@ -89,16 +90,42 @@ def group_case(kind, lengths, k, beta, clip, move):
     def flat(tensor):
         return [x for row, n in zip(tensor.tolist(), lengths) for x in row[:n]]
 
-    return dict(kind=kind, lengths=lengths, k=k, beta=beta, clip=clip, logprob=flat(old),
+    return dict(kind=kind, scale=scale, lengths=lengths, k=k, beta=beta, clip=clip, logprob=flat(old),
                 ref_logprob=flat(ref), new_logprob=flat(new.detach()), score=scores.tolist(),
                 advantage=a.tolist(), advantage32=a32.tolist(), loss=loss.item(), dlogprob=flat(new.grad))
+
+
+def kl_case(estimator, beta, n=16):
+    """The penalty in the reward, by the lines of trl's PPO for k1 and k3; trl 0.7's "mse" is k2. And the estimate as
+    a loss, of which autograd says the gradient."""
+    ref = numbers((n,), 0.7, -2)
+    new = (ref + numbers((n,), 0.8)).float().double().requires_grad_()
+    with torch.no_grad():
+        new[0], new[1], new[2] = ref[0], ref[1] - 6, ref[2] + 6
+        new.copy_(new.float().double())
+    if estimator == "k2":
+        kl = 0.5 * (new - ref).square()
+    else:
+        source = inspect.getsource(PPOTrainer.train)
+        source = source[source.index("logr = ref_logprobs - logprobs"):source.index("non_score_reward =")]
+        names = dict(logprobs=new, ref_logprobs=ref, args=types.SimpleNamespace(kl_estimator=estimator))
+        exec(textwrap.dedent("                " + source), names)
+        kl = names["kl"]
+    (beta * kl).sum().backward()
+    return dict(estimator=estimator, beta=beta, logprob=new.tolist(), ref_logprob=ref.tolist(),
+                kl=kl.tolist(), reward=(-beta * kl).tolist(), loss=(beta * kl).sum().item(),
+                dlogprob=new.grad.tolist())
 
 
 lengths = [5, 3, 1, 7, 2, 6]
 groups = [group_case("rloo", lengths, 3, 0.05, 0.2, 0.1), group_case("rloo", lengths, 2, 0.0, 0.1, 0.3),
           group_case("grpo", lengths, 3, 0.04, 0.2, 0.3), group_case("grpo", lengths, 6, 0.5, 0.1, 0.2)]
 
+dpo = [dpo_case(0.1, 0.0), dpo_case(0.5, 0.1), dpo_case(0.02, 0.5)]
+groups += [group_case("grpo", lengths, 3, 0.04, 0.2, 0.3, "none"),
+           group_case("grpo", lengths, 3, 0.04, 0.2, 0.3, "batch")]
+kl = [kl_case(k, 0.3) for k in ("k1", "k2", "k3")]
+
 with open(os.path.join(here, "preferences.json"), "w") as out:
-    json.dump(dict(dpo=[dpo_case(0.1, 0.0), dpo_case(0.5, 0.1), dpo_case(0.02, 0.5)],
-                   groups=groups), out)
+    json.dump(dict(dpo=dpo, groups=groups, kl=kl), out)
     out.write("\n")

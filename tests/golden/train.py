@@ -118,7 +118,7 @@ def bradley_terry_cases():
     return cases
 
 
-def adamw_case(decay, clip):
+def adamw_case(decay, clip, value=0.0):
     p = torch.nn.Parameter(torch.randn(37))
     start = p.tolist()
     optimizer = torch.optim.AdamW([p], lr=3e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
@@ -126,12 +126,13 @@ def adamw_case(decay, clip):
     steps = []
     for _ in range(6):
         p.grad = torch.randn(37)
-        gradient = p.grad.tolist()
-        norm = torch.nn.utils.clip_grad_norm_([p], clip if clip else 1e30).item()
+        gradient, norm = p.grad.tolist(), p.grad.norm().item()
+        torch.nn.utils.clip_grad_value_([p], value if value else 1e30)
+        torch.nn.utils.clip_grad_norm_([p], clip if clip else 1e30)
         optimizer.step()
         scheduler.step()
         steps.append(dict(gradient=gradient, norm=norm, p=p.tolist()))
-    return dict(learning_rate=3e-2, weight_decay=decay, max_grad_norm=clip, warmup=2, total=6,
+    return dict(learning_rate=3e-2, weight_decay=decay, max_grad_norm=clip, max_grad_value=value, warmup=2, total=6,
                 start=start, steps=steps)
 
 
@@ -164,5 +165,6 @@ write("objectives.json", dict(
          ppo_case([12, 3], 0.05, 0.97, 0.8, 0.1, 0.5, 1.0, 0.15),
          ppo_case([2, 2, 2], 0.0, 1.0, 1.0, 0.2, 0.2, 0.1, 1.0)],
     kl=kl_case(), moments=moments_case(), bradley_terry=bradley_terry_cases()))
-write("optim.json", dict(adamw=[adamw_case(0.0, 0.0), adamw_case(0.1, 1.0)],
+write("optim.json", dict(adamw=[adamw_case(0.0, 0.0), adamw_case(0.1, 1.0), adamw_case(0.1, 0.0, 0.5),
+                                adamw_case(0.0, 1.0, 0.5)],
                          schedules=schedule_cases()))

@@ -307,6 +307,8 @@ def optimiser(n):
     total = c_double()
     ops.need(ops.sum_squares(ctypes.addressof(total), g, n, error), error)
     check("sum_squares", "%d" % n, torch.tensor([total.value], dtype=torch.float64), (g.before ** 2).sum(), 1e-12)
+    ops.clip_values(g, n, 0.5)
+    check("clip_values", "%d" % n, g, g.before.clamp(-0.5, 0.5), 0)
 
 
 # ---- linear_mix --------------------------------------------------------------------------------------------

@@ -166,6 +166,19 @@ class Objective(IntEnum):
     GRPO = 2
 
 
+class KlEstimator(IntEnum):
+    DEFAULT = 0
+    K1 = 1
+    K2 = 2
+    K3 = 3
+
+
+class ScaleRewards(IntEnum):
+    GROUP = 0
+    NONE = 1
+    BATCH = 2
+
+
 ENUMS = {  # by their C names
     "psoup_status": Status,
     "psoup_dtype": Dtype,
@@ -182,6 +195,8 @@ ENUMS = {  # by their C names
     "psoup_schedule": Schedule,
     "psoup_early_stop": EarlyStop,
     "psoup_objective": Objective,
+    "psoup_kl_estimator": KlEstimator,
+    "psoup_scale_rewards": ScaleRewards,
 }
 
 # ---- structs and callbacks: the names are C's -------------------------------------------------
@@ -719,7 +734,7 @@ psoup_sft_options._fields_ = [
     ("checkpoint_every", c_int32),
     ("checkpoint_keep", c_int32),
     ("resume", c_int32),
-    ("reserved", c_int32),
+    ("max_grad_value", c_float),
 ]
 psoup_comparison._fields_ = [
     ("chosen", POINTER(c_int32)),
@@ -727,6 +742,7 @@ psoup_comparison._fields_ = [
     ("rejected", POINTER(c_int32)),
     ("n_rejected", c_size_t),
     ("reward", c_int32),
+    ("margin", c_float),
 ]
 psoup_reward_options._fields_ = [
     ("size", c_size_t),
@@ -756,6 +772,8 @@ psoup_reward_options._fields_ = [
     ("checkpoint_every", c_int32),
     ("checkpoint_keep", c_int32),
     ("resume", c_int32),
+    ("max_grad_value", c_float),
+    ("margins", c_int32),
     ("reserved", c_int32),
 ]
 psoup_dpo_pair._fields_ = [
@@ -796,7 +814,7 @@ psoup_dpo_options._fields_ = [
     ("checkpoint_every", c_int32),
     ("checkpoint_keep", c_int32),
     ("resume", c_int32),
-    ("reserved", c_int32),
+    ("max_grad_value", c_float),
 ]
 psoup_reward_input._fields_ = [
     ("reward", c_int32),
@@ -899,11 +917,15 @@ psoup_ppo_options._fields_ = [
     ("resume", c_int32),
     ("objective", c_int32),
     ("group_size", c_int32),
-    ("reserved", c_int32),
+    ("kl_estimator", c_int32),
     ("samples_every", c_int32),
     ("samples_count", c_int32),
     ("samples", c_char_p),
     ("on_samples", psoup_samples_fn),
+    ("scale_rewards", c_int32),
+    ("max_grad_value", c_float),
+    ("reward_clip", c_float),
+    ("reserved", c_int32),
 ]
 psoup_ppo_trace._fields_ = [
     ("size", c_size_t),
@@ -1132,7 +1154,7 @@ ENUM_FIELDS: Dict[Any, Dict[str, Any]] = {
     psoup_reward_options: {"schedule": Schedule},
     psoup_dpo_options: {"schedule": Schedule},
     psoup_rollout: {"finish": Finish},
-    psoup_ppo_options: {"early_stop": EarlyStop, "objective": Objective},
+    psoup_ppo_options: {"early_stop": EarlyStop, "objective": Objective, "kl_estimator": KlEstimator, "scale_rewards": ScaleRewards},
 }
 
 # ---- functions: name: (result, [parameters]) ----------------------------------------------------

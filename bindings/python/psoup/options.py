@@ -228,6 +228,9 @@ class SftOptions(TypedDict, total=False):
     checkpoint_keep: int
     # 1: continue from the newest checkpoint in checkpoint_dir, where there is one; default 0
     resume: int
+    # elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not; default
+    # 0
+    max_grad_value: float
 
 
 class RewardOptions(TypedDict, total=False):
@@ -279,6 +282,11 @@ class RewardOptions(TypedDict, total=False):
     checkpoint_keep: int
     # 1: continue from the newest checkpoint in checkpoint_dir, where there is one; default 0
     resume: int
+    # elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not; default
+    # 0
+    max_grad_value: float
+    # 1: each comparison's own margin is added to `margin`; default 0
+    margins: int
 
 
 class DpoOptions(TypedDict, total=False):
@@ -330,6 +338,9 @@ class DpoOptions(TypedDict, total=False):
     checkpoint_keep: int
     # 1: continue from the newest checkpoint in checkpoint_dir, where there is one; default 0
     resume: int
+    # elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not; default
+    # 0
+    max_grad_value: float
 
 
 class PpoSoup(TypedDict, total=False):
@@ -445,6 +456,8 @@ class PpoOptions(TypedDict, total=False):
     objective: Union[int, str]
     # responses to each prompt with RLOO and GRPO; divides batch_size; default 4
     group_size: int
+    # psoup_kl_estimator; default 0
+    kl_estimator: Union[int, str]
     # 0: never; default 0
     samples_every: int
     # how many prompts: the first ones; default 4
@@ -453,3 +466,10 @@ class PpoOptions(TypedDict, total=False):
     # tokenizer, ids otherwise), "score" and "finish"; NULL: none. A run that goes on repeats its
     # bytes, as with metrics; default None
     samples: str
+    # psoup_scale_rewards, of GRPO; default 0
+    scale_rewards: Union[int, str]
+    # elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not; default
+    # 0
+    max_grad_value: float
+    # a response's normalised score is kept within ± this; 0: not; default 0
+    reward_clip: float

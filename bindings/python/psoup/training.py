@@ -153,15 +153,17 @@ class Comparison(NamedTuple):
     rejected: Tokens
     reward: int = 0
     """Which of the rewards it trains."""
+    margin: float = 0.0
+    """By how much more than the option `margin` the chosen response has to score higher."""
 
 
 def _comparisons(comparisons: Sequence[Comparison], keep: List[Any]) -> Any:
     structs = (_abi.psoup_comparison * len(comparisons))()
-    for struct, (chosen, rejected, reward) in zip(structs, comparisons):
+    for struct, (chosen, rejected, reward, margin) in zip(structs, comparisons):
         better, worse = ids(chosen), ids(rejected)
         struct.chosen, struct.n_chosen = better.pointer, better.n
         struct.rejected, struct.n_rejected = worse.pointer, worse.n
-        struct.reward = reward
+        struct.reward, struct.margin = reward, margin
         keep += [better, worse]
     return structs
 
@@ -174,13 +176,18 @@ def _rewards(rewards: Sequence[Reward]) -> Tuple[Any, Model]:
     return (POINTER(_abi.psoup_reward) * len(rewards))(*[r.handle for r in rewards]), rewards[0].model
 
 
+def _reward_settings(options: Any, keep: Optional[List[Any]] = None) -> Any:
+    """A comparison's own margin counts here unless told otherwise: it is 0 where it was not given."""
+    return new(_abi.psoup_reward_options, {"margins": 1, **options}, keep)
+
+
 def train_rewards(rewards: Sequence[Reward], train: Sequence[Comparison],
                   validation: Sequence[Comparison] = (), on_step: Optional[OnStep] = None,
                   **options: Unpack[RewardOptions]) -> None:
     """Bradley-Terry training of several reward models of one base, side by side. Options and their
     defaults: `reward_options()`."""
     keep: List[Any] = []
-    struct = new(_abi.psoup_reward_options, dict(options), keep)
+    struct = _reward_settings(options, keep)
     struct.on_step = _step_callback(on_step)
     handles, model = _rewards(rewards)
     with model.lock:
@@ -190,7 +197,7 @@ def train_rewards(rewards: Sequence[Reward], train: Sequence[Comparison],
 
 def reward_options(**options: Unpack[RewardOptions]) -> Dict[str, Any]:
     """Every option of `train_rewards` with its value."""
-    return data.fields(lib.psoup_reward_fields(), new(_abi.psoup_reward_options, dict(options)))
+    return data.fields(lib.psoup_reward_fields(), _reward_settings(options))
 
 
 def reward_accuracy(rewards: Sequence[Reward], comparisons: Sequence[Comparison]) -> Tuple[float, float]:

@@ -87,6 +87,16 @@ class Rewards(Case):
         self.assertEqual(again.name, "again")
         self.assertEqual(list(again.score([up, down])), list(scores[0]))
 
+    def test_a_comparison_has_its_own_margin(self):
+        steps = []
+        pairs = [psoup.Comparison([2, 3, 9], [2, 3, 5], margin=m) for m in (0.0, 50.0)]
+        for margins in (1, 0):
+            psoup.train_rewards([psoup.Reward(tiny(()), "R")], pairs, on_step=steps.append, max_steps=1,
+                                margins=margins)
+        self.assertAlmostEqual(steps[0].metrics["loss"], (0.693147 + 50.0) / 2, places=4)
+        self.assertAlmostEqual(steps[1].metrics["loss"], 0.693147, places=4)
+        self.assertEqual(psoup.reward_options()["margins"], True)
+
     def test_rewards_of_two_models_are_refused(self):
         with self.assertRaises(psoup.ArgumentError):
             psoup.reward_accuracy([psoup.Reward(tiny(()), "R"), psoup.Reward(tiny(()), "R")],
