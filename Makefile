@@ -274,6 +274,7 @@ run-tests: $(TESTS:%=$B/tests/%) $B/tests/checkops/checkops $B/tests/philox host
 	    if $B/tests/checkops/checkops --bench 2>/dev/null; then echo "the host driver was timed"; exit 1; fi; \
 	    echo "== an engine on a GPU"; $B/embed_engine_gpu
 	@echo "== the program"; sh tests/cli.sh $B/psoup
+	@echo "== a training, seen"; PYTHON=$(PYTHON) sh tests/seen.sh $B/psoup
 
 check: deps-test
 	@$(MAKE) --no-print-directory all run-tests check-names check-abi check-install check-python check-gpu

@@ -6,7 +6,6 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 /* ---- messages ---------------------------------------------------------------------------------- */
 
@@ -165,36 +164,7 @@ bool cli_parse(int argc, char **argv, const cli_option *options, const char *abo
     return true;
 }
 
-/* ---- progress ---------------------------------------------------------------------------------- */
-
-static bool bar_drawn; /* a line on the terminal to be wiped before other output */
-
-void cli_progress_end(void) {
-    if (bar_drawn)
-        fputs("\r\033[K", stderr);
-    bar_drawn = false;
-}
-
-static void draw_bar(const char *label, const char *note, int64_t done, int64_t total) {
-    char bar[25];
-    int filled = total > 0 ? (int)(done * 24 / total) : 0;
-    for (int i = 0; i < 24; i++)
-        bar[i] = i < filled ? '#' : '.';
-    bar[24] = 0;
-    fprintf(stderr, "\r\033[K%s [%s] %lld/%lld %s", label, bar, (long long)done, (long long)total,
-            note);
-    fflush(stderr);
-    bar_drawn = true;
-    if (done >= total)
-        cli_progress_end();
-}
-
-int cli_progress(void *user, const char *label, int64_t done, int64_t total) {
-    (void)user;
-    if (isatty(STDERR_FILENO))
-        draw_bar(label, "", done, total);
-    return 0;
-}
+/* ---- stopping ---------------------------------------------------------------------------------- */
 
 static volatile sig_atomic_t asked_to_stop;
 
@@ -212,29 +182,12 @@ void cli_training_begin(const char *checkpoint_dir) {
     sigaction(SIGINT, &action, NULL);
 }
 
+int cli_asked_to_stop(void) { return asked_to_stop; }
+
 int cli_training_fail(const psoup_error *error) {
     if (!asked_to_stop || error->status != PSOUP_ERROR_CANCELLED)
         return cli_fail(error);
     cli_progress_end();
     fprintf(stderr, "%s; the same command with --resume goes on\n", error->message);
     return 0;
-}
-
-int cli_training_step(void *user, const psoup_step *step) {
-    const cli_training *training = user;
-    char note[256];
-    size_t used = 0;
-    if (training->quiet)
-        return asked_to_stop;
-    note[0] = 0;
-    for (size_t i = 0; i < step->n && i < 4 && used + 48 < sizeof note; i++)
-        used += (size_t)snprintf(note + used, sizeof note - used, "%s%s %.4g", i ? "  " : "",
-                                 step->names[i], step->values[i]);
-    if (!strcmp(step->phase, "validation")) {
-        cli_progress_end();
-        fprintf(stderr, "%s: step %lld/%lld, validation: %s\n", step->subject,
-                (long long)step->step, (long long)step->total, note);
-    } else if (isatty(STDERR_FILENO))
-        draw_bar(step->subject, note, step->step, step->total);
-    return asked_to_stop;
 }

@@ -68,14 +68,28 @@ void cli_log(void *user, psoup_log_level level, const char *line); /* for psoup_
 
 /* A progress bar on standard error, only where that is a terminal. */
 int cli_progress(void *user, const char *label, int64_t done, int64_t total);
-/* A psoup_step_fn that draws training as a progress bar with its main metrics, or, off a terminal,
- * prints a line for each validation, and stops it when it was asked to. `user` is a cli_training. */
+/* A psoup_step_fn that shows training: on a terminal as a table of all who train, redrawn in place, with
+ * their main metrics, speed and the time left; off one as a line for each validation, and one a minute. It
+ * stops the training when that was asked to stop. `user` is a cli_training. */
+enum { CLI_TRAINEES = 64, CLI_SHOWN = 11, CLI_PHASES = 4 };
+typedef struct cli_trainee {
+    char name[64];
+    int64_t step, total, best_step;
+    double values[CLI_SHOWN], validation, best; /* NaN where there is none */
+} cli_trainee;
 typedef struct cli_training {
     bool quiet; /* nothing at all */
+    /* How far it is; all 0 at first. */
+    cli_trainee rows[CLI_TRAINEES];
+    size_t n;
+    double began, shown, speed, share[CLI_PHASES];
+    int64_t first; /* steps that were done before this run of the program */
 } cli_training;
 int cli_training_step(void *user, const psoup_step *step);
 /* Where a run has a directory for checkpoints: SIGTERM and SIGINT ask it to stop; a second one kills it. */
 void cli_training_begin(const char *checkpoint_dir);
+/* Whether it was; for work that has no psoup_step_fn. */
+int cli_asked_to_stop(void);
 /* cli_fail; or for a run that was asked to stop, and kept itself, how it goes on: status 0. */
 int cli_training_fail(const psoup_error *error);
 void cli_progress_end(void);
