@@ -15,21 +15,30 @@
 
 _Static_assert(sizeof(size_t) == sizeof(int64_t), "places are kept as I64");
 
+static psoup_status take(psoup__checkpoint *c, psoup_error *error) {
+    psoup_status status = psoup__make_directories(c->directory, error);
+    if (status != PSOUP_OK)
+        return status;
+    c->lock = open(c->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (c->lock < 0)
+        return psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot open: %m", c->directory);
+    if (flock(c->lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+        return psoup__fail(error, PSOUP_ERROR_STATE, "%s: another run keeps its checkpoints there",
+                           c->directory);
+    return PSOUP_OK;
+}
+
 psoup_status psoup__checkpoint_open(psoup__checkpoint *c, psoup_context *context,
                                     psoup__reporter *reporter, const char *directory, int32_t every,
                                     int32_t keep, bool resume, psoup_error *error) {
-    *c = (psoup__checkpoint){.context = context, .directory = directory, .every = every, .keep = keep,
+    *c = (psoup__checkpoint){.context = context, .team = reporter->team, .every = every, .keep = keep,
                              .resume = resume, .lock = -1, .reporter = reporter, .metrics = -1,
                              .samples = -1};
-    psoup_status status = psoup__make_directories(directory, error);
+    c->directory = c->team->rank == 0 ? directory : NULL;
+    c->kept = c->directory != NULL;
+    psoup_status status = c->kept ? take(c, error) : PSOUP_OK;
     if (status != PSOUP_OK)
         return status;
-    c->lock = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (c->lock < 0)
-        return psoup__fail(error, PSOUP_ERROR_IO, "%s: cannot open: %m", directory);
-    if (flock(c->lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
-        return psoup__fail(error, PSOUP_ERROR_STATE, "%s: another run keeps its checkpoints there",
-                           directory);
     c->buffer = psoup__alloc(context, PSOUP__PIECE, sizeof(float), error);
     c->run = psoup_json_new_object();
     if (!c->buffer)
@@ -38,7 +47,7 @@ psoup_status psoup__checkpoint_open(psoup__checkpoint *c, psoup_context *context
 }
 
 void psoup__checkpoint_close(psoup__checkpoint *c) {
-    if (!c->directory)
+    if (!c->context)
         return;
     if (c->lock >= 0)
         close(c->lock);
@@ -214,13 +223,29 @@ fail:
     return status;
 }
 
+/* A rank is gone: rank 0 keeps what there is, and says so behind why. */
+static psoup_status save_alone(psoup__checkpoint *c, psoup_status told, int64_t step, psoup_error *error) {
+    psoup_error trouble = {0};
+    if (!c->directory)
+        return told;
+    psoup_status status = save(c, step, &trouble);
+    char why[700];
+    snprintf(why, sizeof(why), "%.690s", error ? error->message : "");
+    return psoup__fail(error, told, status == PSOUP_OK ? "%s; %s has the run as it was after step %lld%s"
+                                                       : "%s; %s has no checkpoint of step %lld: %.200s",
+                       why, c->directory, (long long)step, trouble.message);
+}
+
 psoup_status psoup__checkpoint_after(psoup__checkpoint *c, psoup_status told, int64_t step, bool last,
                                      psoup_error *error) {
     bool due = told == PSOUP_OK ? last || (c->every && step % c->every == 0)
                                 : told == PSOUP_ERROR_CANCELLED;
-    if (!c->directory || !due)
+    if (c->kept && c->team->lost)
+        return save_alone(c, told, step, error);
+    if (!c->kept || !due)
         return told;
-    psoup_status status = save(c, step, error);
+    psoup_status status = c->directory ? save(c, step, error) : PSOUP_OK;
+    status = psoup__team_outcome(c->team, status, error);
     return status == PSOUP_OK ? told : status;
 }
 
@@ -374,17 +399,11 @@ fail:
     return status;
 }
 
-psoup_status psoup__checkpoint_start(psoup__checkpoint *c, psoup_error *error) {
-    const psoup__piece files[] = {
-        {.name = "metrics", .dtype = PSOUP_I64, .data = &c->metrics, .n = 1},
-        {.name = "samples", .dtype = PSOUP_I64, .data = &c->samples, .n = 1},
-    };
+static psoup_status start_files(psoup__checkpoint *c, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
     int64_t *steps = NULL;
     size_t n = 0;
     char *path = NULL;
-    psoup_status status = psoup__checkpoint_add(c, 0, files, 2, error);
-    if (status != PSOUP_OK)
-        return status;
     PSOUP__TRY(list(c, &steps, &n, error));
     if (n == 0) {
         PSOUP__TRY(save(c, 0, error));
@@ -406,6 +425,23 @@ psoup_status psoup__checkpoint_start(psoup__checkpoint *c, psoup_error *error) {
 fail:
     psoup__free(c->context, path);
     psoup__free(c->context, steps);
+    return status;
+}
+
+psoup_status psoup__checkpoint_start(psoup__checkpoint *c, psoup_error *error) {
+    const psoup__piece files[] = {
+        {.name = "metrics", .dtype = PSOUP_I64, .data = &c->metrics, .n = 1},
+        {.name = "samples", .dtype = PSOUP_I64, .data = &c->samples, .n = 1},
+    };
+    psoup_status status = psoup__checkpoint_add(c, 0, files, 2, error);
+    if (status == PSOUP_OK && c->team->comm)
+        status = psoup__ranks_agree(c, error);
+    if (status == PSOUP_OK && c->directory)
+        status = start_files(c, error);
+    if (c->kept && (status == PSOUP_OK || c->directory))
+        status = psoup__team_outcome(c->team, status, error);
+    if (status == PSOUP_OK && c->team->comm)
+        status = psoup__ranks_share(c, error);
     return status;
 }
 

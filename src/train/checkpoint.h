@@ -24,7 +24,9 @@ typedef struct psoup__piece {
 
 typedef struct psoup__checkpoint {
     psoup_context *context;
-    const char *directory; /* borrowed; NULL: no checkpoints are made */
+    psoup__team *team;
+    const char *directory; /* borrowed; NULL: no checkpoints are made, or rank 0 makes them */
+    bool kept;             /* somebody makes them */
     int32_t every, keep;
     bool resume;
     int lock; /* the directory, held by flock */
@@ -36,7 +38,11 @@ typedef struct psoup__checkpoint {
     float *buffer; /* [PSOUP__PIECE] */
 } psoup__checkpoint;
 
-/* Takes the directory, which nobody else may be using. */
+/* Takes the directory, which nobody else may be using; of several ranks rank 0 does. Without a directory they
+ * still compare what each one's run is. */
+static inline bool psoup__checkpoint_wanted(const char *directory, const psoup__team *team) {
+    return directory || team->comm;
+}
 psoup_status psoup__checkpoint_open(psoup__checkpoint *c, psoup_context *context,
                                     psoup__reporter *reporter, const char *directory, int32_t every,
                                     int32_t keep, bool resume, psoup_error *error);
@@ -70,12 +76,18 @@ psoup_status psoup__checkpoint_add_learner(psoup__checkpoint *c, size_t owner, p
 psoup_status psoup__checkpoint_add_part(psoup__checkpoint *c, size_t owner, size_t part,
                                         psoup__optimizer *o, psoup__best *best, psoup_error *error);
 
-/* Reads the newest checkpoint into the state, or where there is none writes that of step 0. */
+/* Reads the newest checkpoint into the state, or where there is none writes that of step 0. Of several ranks
+ * all have to be of one run, and have rank 0's state afterwards. */
 psoup_status psoup__checkpoint_start(psoup__checkpoint *c, psoup_error *error);
 /* After a step's reports, which came to `told`: writes a checkpoint when one is due, it was the last step,
- * or the run was told to stop. Returns `told`, or why it could not be written. */
+ * the run was told to stop, or a rank is gone, when the state is that of the step before. Returns `told`, or why it could not be written. */
 psoup_status psoup__checkpoint_after(psoup__checkpoint *c, psoup_status told, int64_t step, bool last,
                                      psoup_error *error);
+/* ranks.c: refuses ranks that are of another run than rank 0, naming the difference. */
+psoup_status psoup__ranks_agree(psoup__checkpoint *c, psoup_error *error);
+/* Rank 0's state to all. */
+psoup_status psoup__ranks_share(psoup__checkpoint *c, psoup_error *error);
+
 /* Refuses a state that was read and makes no sense. */
 psoup_status psoup__checkpoint_expect(const psoup__checkpoint *c, bool sense, const char *what,
                                       psoup_error *error);

@@ -216,8 +216,6 @@ static psoup_status set_up(psoup__dpo_trainer *t, const char *const *policies, s
     PSOUP__TRY(psoup__pack_create(t->model, &t->pack, error));
     for (size_t j = 0; j < n; j++)
         PSOUP__TRY(start_policy(t, &t->learners[j], j, policies[j], error));
-    PSOUP__TRY(psoup__dpo_ask_reference(t, &t->train, error));
-    PSOUP__TRY(psoup__dpo_ask_reference(t, &t->validation, error));
 fail:
     return status;
 }
@@ -241,6 +239,7 @@ static void tear_down(psoup__dpo_trainer *t) {
     psoup__free(context, t->learners);
     psoup__checkpoint_close(&t->checkpoint);
     psoup__reporter_close(&t->reporter);
+    psoup__team_leave(&t->team);
     psoup__pack_free(t->pack);
 }
 
@@ -256,17 +255,21 @@ psoup_status psoup_dpo(psoup_model *model, const char *const *policies, size_t n
                  .train = {.pairs = train, .n = n_train},
                  .validation = {.pairs = validation, .n = n_validation}};
     PSOUP__TRY(psoup__options(&t.options, sizeof(t.options), options, "psoup_dpo_options", error));
+    PSOUP__TRY(psoup__team_join(&t.team, model->context, t.options.comm, error));
     PSOUP__TRY(psoup__dpo_check(&t.options, error));
     PSOUP__TRY(check_policies(model, policies, n_policies, error));
     PSOUP__TRY(check_pairs(&t, &t.train, n_policies, "train", error));
     PSOUP__TRY(check_pairs(&t, &t.validation, n_policies, "validation", error));
-    PSOUP__TRY(psoup__reporter_open(&t.reporter, model->context, t.options.metrics,
+    PSOUP__TRY(psoup__reporter_open(&t.reporter, &t.team, t.options.metrics,
                                     t.options.on_step, t.options.user, error));
     PSOUP__TRY(set_up(&t, policies, n_policies, error));
-    if (t.options.checkpoint_dir)
+    if (psoup__checkpoint_wanted(t.options.checkpoint_dir, &t.team))
         PSOUP__TRY(start_checkpoint(&t, error));
+    PSOUP__TRY(psoup__dpo_ask_reference(&t, &t.train, error));
+    PSOUP__TRY(psoup__dpo_ask_reference(&t, &t.validation, error));
     PSOUP__TRY(run(&t, error));
 fail:
+    psoup__team_tell(&t.team, status, error);
     tear_down(&t);
     return status;
 }

@@ -38,6 +38,7 @@ typedef struct psoup__dpo_trainer {
     psoup__dpo_learner *learners;
     size_t n;
     psoup__pack *pack;
+    psoup__team team;
     psoup__reporter reporter;
     psoup__checkpoint checkpoint;
     /* The items of a micro-batch: pairs of all learners, at most those of a whole set. */
@@ -49,7 +50,7 @@ typedef struct psoup__dpo_trainer {
 
 /* dpo_step.c: rows are cut after this many tokens. */
 size_t psoup__dpo_longest_row(const psoup__dpo_trainer *t);
-/* log π_ref of all pairs, once: the base does not change. */
+/* log π_ref of all pairs, once: the base does not change. Each rank asks of its share. */
 psoup_status psoup__dpo_ask_reference(psoup__dpo_trainer *t, psoup__dpo_set *set, psoup_error *error);
 /* The order of l->epoch. */
 void psoup__dpo_order(const psoup__dpo_trainer *t, psoup__dpo_learner *l);

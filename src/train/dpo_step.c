@@ -20,6 +20,13 @@ static const int32_t *response(const psoup__dpo_trainer *t, const psoup_dpo_pair
     return side ? pair->rejected : pair->chosen;
 }
 
+static int64_t rows_of(const psoup__dpo_trainer *t, const psoup_dpo_pair *pair) {
+    size_t length[2];
+    for (int side = 0; side < 2; side++)
+        response(t, pair, side, &length[side]);
+    return (int64_t)(2 * (pair->n_prompt - 1) + length[0] + length[1]);
+}
+
 /* Both rows of the items of one pass; what is read are their responses' tokens, chosen before rejected.
  * Token k is read at position |prompt| + k − 1, so that a row needs no last token. */
 static psoup_status pack_items(psoup__dpo_trainer *t, const psoup__dpo_set *set, size_t n,
@@ -77,13 +84,8 @@ static psoup_status run_items(psoup__dpo_trainer *t, const psoup__dpo_set *set, 
                               psoup_error *error) {
     psoup_status status = PSOUP_OK;
     int32_t passes = 0;
-    for (size_t i = 0; i < n; i++) {
-        const psoup_dpo_pair *pair = &set->pairs[t->item[i]];
-        size_t length[2];
-        for (int side = 0; side < 2; side++)
-            response(t, pair, side, &length[side]);
-        t->rows[i] = (int32_t)(2 * (pair->n_prompt - 1) + length[0] + length[1]);
-    }
+    for (size_t i = 0; i < n; i++)
+        t->rows[i] = (int32_t)rows_of(t, &set->pairs[t->item[i]]);
     PSOUP__TRY(psoup__plan(t->model->context, t->rows, t->owner, n, PSOUP__PASS_TOKENS, t->pass,
                            &passes, error));
     for (int32_t pass = 0; pass < passes; pass++) {
@@ -113,21 +115,43 @@ fail:
     return status;
 }
 
+/* Makes a pair an item, where it is this rank's. */
+static void list_item(psoup__dpo_trainer *t, const psoup__dpo_set *set, size_t *n, int32_t item,
+                      size_t owner, uint64_t stream) {
+    if (!psoup__team_mine(&t->team, rows_of(t, &set->pairs[item])))
+        return;
+    t->item[*n] = item;
+    t->owner[*n] = (int32_t)owner;
+    t->stream[(*n)++] = stream;
+}
+
 psoup_status psoup__dpo_ask_reference(psoup__dpo_trainer *t, psoup__dpo_set *set, psoup_error *error) {
     set->reference = psoup__alloc(t->model->context, set->n, 2 * sizeof(*set->reference), error);
     if (!set->reference)
         return PSOUP_ERROR_MEMORY;
-    for (size_t i = 0; i < set->n; i++) {
-        t->item[i] = (int32_t)i;
-        t->owner[i] = 0;
-        t->stream[i] = 0;
-    }
-    return run_items(t, set, set->n, REFERENCE, error);
+    size_t n = 0;
+    psoup__team_deal(&t->team);
+    for (size_t i = 0; i < set->n; i++)
+        list_item(t, set, &n, (int32_t)i, 0, 0);
+    psoup_status status = run_items(t, set, n, REFERENCE, error);
+    return status != PSOUP_OK ? status /* with zeros for what others were asked, a sum is a union */
+                              : psoup__team_sum(&t->team, set->reference, 2 * set->n, error);
 }
 
 /* ---- steps ------------------------------------------------------------------------------------ */
 
 static void clear_sums(psoup__dpo_learner *l) { l->loss = l->right = l->chosen = l->rejected = 0.0; }
+
+/* Over all ranks. */
+static psoup_status add_sums(psoup__dpo_trainer *t, psoup__dpo_learner *l, psoup_error *error) {
+    double sums[] = {l->loss, l->right, l->chosen, l->rejected};
+    psoup_status status = psoup__team_sum(&t->team, sums, 4, error);
+    l->loss = sums[0];
+    l->right = sums[1];
+    l->chosen = sums[2];
+    l->rejected = sums[3];
+    return status;
+}
 
 static void report_sums(const psoup__dpo_learner *l, double n, psoup__metrics *metrics) {
     psoup__metric(metrics, "loss", l->loss / n);
@@ -165,12 +189,10 @@ static psoup_status run_micro_batch(psoup__dpo_trainer *t, psoup_error *error) {
             continue;
         size_t left = l->step_end - l->micro_end, size = (size_t)t->options.batch_size;
         size = left < size ? left : size;
-        for (size_t end = l->micro_end + size; l->micro_end < end; l->micro_end++, n++) {
-            t->item[n] = l->train[l->order[l->micro_end]];
-            t->owner[n] = (int32_t)j;
-            t->stream[n] = l->sequences;
-            l->sequences += 2;
-        }
+        psoup__team_deal(&t->team);
+        for (size_t end = l->micro_end + size; l->micro_end < end; l->micro_end++)
+            list_item(t, &t->train, &n, l->train[l->order[l->micro_end]], j,
+                      l->sequences + 2 * (l->micro_end - l->at));
     }
     return run_items(t, &t->train, n, LEARN, error);
 }
@@ -188,6 +210,7 @@ static psoup_status finish_step(psoup__dpo_trainer *t, psoup__dpo_learner *l, ps
     psoup__metric(&metrics, "grad_norm", l->norm);
     psoup__metric(&metrics, "skipped", !l->stepped);
     psoup__metric_speed(&metrics, t->since, t->through);
+    l->sequences += 2 * (l->step_end - l->at);
     l->at = l->step_end;
     l->step++;
     PSOUP__TRY(psoup__report(&t->reporter, "train", l->name, l->step, l->total, &metrics, error));
@@ -204,6 +227,14 @@ psoup_status psoup__dpo_step(psoup__dpo_trainer *t, psoup_error *error) {
             begin_step(t, &t->learners[j]);
     for (int32_t a = 0; a < t->options.accumulation; a++)
         PSOUP__TRY(run_micro_batch(t, error));
+    for (size_t j = 0; j < t->n; j++) { /* all of them before the first steps, should a rank be gone */
+        psoup__dpo_learner *l = &t->learners[j];
+        if (l->step == l->total)
+            continue;
+        PSOUP__TRY(add_sums(t, l, error));
+        PSOUP__TRY(psoup__team_sum_gradient(&t->team, &l->optimizer, error));
+    }
+    PSOUP__TRY(psoup__team_count(&t->team, &t->through, error));
     for (size_t j = 0; j < t->n; j++) {
         psoup__dpo_learner *l = &t->learners[j];
         if (l->step < l->total && !psoup__goes_on(&status, finish_step(t, l, error)))
@@ -235,13 +266,14 @@ psoup_status psoup__dpo_validate(psoup__dpo_trainer *t, psoup_error *error) {
         if (!l->due)
             continue;
         clear_sums(l);
-        for (size_t i = 0; i < l->n_validation; i++, n++) {
-            t->item[n] = l->validation[i];
-            t->owner[n] = (int32_t)j;
-            t->stream[n] = 0;
-        }
+        psoup__team_deal(&t->team);
+        for (size_t i = 0; i < l->n_validation; i++)
+            list_item(t, &t->validation, &n, l->validation[i], j, 0);
     }
     PSOUP__TRY(run_items(t, &t->validation, n, EVALUATE, error));
+    for (size_t j = 0; j < t->n; j++)
+        if (t->learners[j].due)
+            PSOUP__TRY(add_sums(t, &t->learners[j], error));
     for (size_t j = 0; j < t->n; j++) {
         psoup__dpo_learner *l = &t->learners[j];
         if (l->due && !psoup__goes_on(&status, finish_validation(t, l, error)))

@@ -28,11 +28,11 @@ double psoup__now(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-psoup_status psoup__reporter_open(psoup__reporter *reporter, psoup_context *context,
-                                  const char *path, psoup_step_fn on_step, void *user,
-                                  psoup_error *error) {
-    *reporter = (psoup__reporter){.on_step = on_step, .user = user};
-    return path ? psoup_jsonl_create(context, path, 1, &reporter->writer, error) : PSOUP_OK;
+psoup_status psoup__reporter_open(psoup__reporter *reporter, psoup__team *team, const char *path,
+                                  psoup_step_fn on_step, void *user, psoup_error *error) {
+    *reporter = (psoup__reporter){.team = team, .on_step = on_step, .user = user};
+    return path && team->rank == 0 ? psoup_jsonl_create(team->context, path, 1, &reporter->writer, error)
+                                   : PSOUP_OK;
 }
 
 void psoup__reporter_close(psoup__reporter *reporter) {
@@ -75,7 +75,11 @@ psoup_status psoup__report(psoup__reporter *reporter, const char *phase, const c
         if (status != PSOUP_OK)
             return status;
     }
-    if (reporter->on_step && reporter->on_step(reporter->user, &report))
+    bool stop = reporter->on_step && reporter->on_step(reporter->user, &report);
+    psoup_status status = psoup__team_vote(reporter->team, &stop, error);
+    if (status != PSOUP_OK)
+        return status;
+    if (stop)
         return psoup__fail(error, PSOUP_ERROR_CANCELLED,
                            "training of '%s' was stopped at step %lld of %lld", subject,
                            (long long)step, (long long)total);

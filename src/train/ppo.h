@@ -63,6 +63,7 @@ typedef enum psoup__phase { /* what a step does, one after another */
 struct psoup_ppo {
     psoup_model *model;
     psoup_ppo_options options;
+    psoup__team team;
     psoup__reporter reporter;
     psoup__checkpoint checkpoint;
     psoup__pack *pack;

@@ -208,7 +208,7 @@ psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *polici
     for (size_t p = 0; p < n; p++)
         PSOUP__TRY(check_policy(model, policies, p, error));
     PSOUP__TRY(check_apart(model, policies, n, error));
-    PSOUP__TRY(psoup__reporter_open(&ppo->reporter, model->context, ppo->options.metrics,
+    PSOUP__TRY(psoup__reporter_open(&ppo->reporter, &ppo->team, ppo->options.metrics,
                                     ppo->options.on_step, ppo->options.user, error));
     if (ppo->options.samples)
         PSOUP__TRY(psoup_jsonl_create(model->context, ppo->options.samples, 1, &ppo->reporter.samples,

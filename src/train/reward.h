@@ -31,6 +31,7 @@ typedef struct psoup__reward_trainer {
     psoup__reward_learner *learners;
     size_t n;
     psoup__pack *pack;
+    psoup__team team;
     psoup__reporter reporter;
     psoup__checkpoint checkpoint;
     /* The items of a micro-batch: comparisons of all learners. */

@@ -15,6 +15,12 @@ static psoup__sequence row_of(const psoup_model *model, int32_t max_tokens, cons
     return (psoup__sequence){.first = tokens, .n_first = length, .adapter = adapter};
 }
 
+static int64_t rows_of(const psoup__reward_trainer *t, int32_t item) {
+    const psoup_comparison *pair = &t->comparisons[item];
+    return (int64_t)(row_length(t->model, t->options.max_tokens, pair->n_chosen) +
+                     row_length(t->model, t->options.max_tokens, pair->n_rejected));
+}
+
 static psoup_status reserve_items(psoup__reward_trainer *t, size_t n, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_context *context = t->model->context;
@@ -60,11 +66,8 @@ fail:
 static psoup_status run_items(psoup__reward_trainer *t, size_t n, bool learn, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     int32_t passes = 0;
-    for (size_t i = 0; i < n; i++) {
-        const psoup_comparison *pair = &t->comparisons[t->item[i]];
-        t->rows[i] = (int32_t)(row_length(t->model, t->options.max_tokens, pair->n_chosen) +
-                               row_length(t->model, t->options.max_tokens, pair->n_rejected));
-    }
+    for (size_t i = 0; i < n; i++)
+        t->rows[i] = (int32_t)rows_of(t, t->item[i]);
     PSOUP__TRY(psoup__plan(t->model->context, t->rows, t->owner, n, PSOUP__PASS_TOKENS, t->pass,
                            &passes, error));
     for (int32_t pass = 0; pass < passes; pass++) {
@@ -99,6 +102,25 @@ fail:
 
 static void clear_sums(psoup__reward_learner *l) { l->loss = l->right = l->margin = 0.0; }
 
+/* Over all ranks. */
+static psoup_status add_sums(psoup__reward_trainer *t, psoup__reward_learner *l, psoup_error *error) {
+    double sums[] = {l->loss, l->right, l->margin};
+    psoup_status status = psoup__team_sum(&t->team, sums, 3, error);
+    l->loss = sums[0];
+    l->right = sums[1];
+    l->margin = sums[2];
+    return status;
+}
+
+/* Makes a comparison an item, where it is this rank's. */
+static void list_item(psoup__reward_trainer *t, size_t *n, int32_t item, size_t owner, uint64_t stream) {
+    if (!psoup__team_mine(&t->team, rows_of(t, item)))
+        return;
+    t->item[*n] = item;
+    t->owner[*n] = (int32_t)owner;
+    t->stream[(*n)++] = stream;
+}
+
 /* The validation comparisons of every learner that is due. */
 psoup_status psoup__reward_evaluate(psoup__reward_trainer *t, const psoup_comparison *comparisons,
                                     psoup_error *error) {
@@ -111,13 +133,14 @@ psoup_status psoup__reward_evaluate(psoup__reward_trainer *t, const psoup_compar
             continue;
         clear_sums(l);
         PSOUP__TRY(reserve_items(t, n + l->n_validation, error));
-        for (size_t i = 0; i < l->n_validation; i++, n++) {
-            t->item[n] = l->validation[i];
-            t->owner[n] = (int32_t)j;
-            t->stream[n] = 0;
-        }
+        psoup__team_deal(&t->team);
+        for (size_t i = 0; i < l->n_validation; i++)
+            list_item(t, &n, l->validation[i], j, 0);
     }
     PSOUP__TRY(run_items(t, n, false, error));
+    for (size_t j = 0; j < t->n; j++)
+        if (t->learners[j].due)
+            PSOUP__TRY(add_sums(t, &t->learners[j], error));
 fail:
     return status;
 }
@@ -156,6 +179,7 @@ static psoup_status finish_step(psoup__reward_trainer *t, psoup__reward_learner 
     psoup__metric(&metrics, "grad_norm", l->norm);
     psoup__metric(&metrics, "skipped", !l->stepped);
     psoup__metric_speed(&metrics, t->since, t->through);
+    l->sequences += 2 * (l->step_end - l->at);
     l->at = l->step_end;
     l->step++;
     PSOUP__TRY(psoup__report(&t->reporter, "train", l->name, l->step, l->total, &metrics, error));
@@ -181,15 +205,21 @@ psoup_status psoup__reward_step(psoup__reward_trainer *t, const psoup_comparison
             size_t left = l->step_end - l->micro_end, size = (size_t)t->options.batch_size;
             size = left < size ? left : size;
             PSOUP__TRY(reserve_items(t, n + size, error));
-            for (size_t end = l->micro_end + size; l->micro_end < end; l->micro_end++, n++) {
-                t->item[n] = l->train[l->order[l->micro_end]];
-                t->owner[n] = (int32_t)j;
-                t->stream[n] = l->sequences;
-                l->sequences += 2;
-            }
+            psoup__team_deal(&t->team);
+            for (size_t end = l->micro_end + size; l->micro_end < end; l->micro_end++)
+                list_item(t, &n, l->train[l->order[l->micro_end]], j,
+                          l->sequences + 2 * (l->micro_end - l->at));
         }
         PSOUP__TRY(run_items(t, n, true, error));
     }
+    for (size_t j = 0; j < t->n; j++) { /* all of them before the first steps, should a rank be gone */
+        psoup__reward_learner *l = &t->learners[j];
+        if (l->step == l->total)
+            continue;
+        PSOUP__TRY(add_sums(t, l, error));
+        PSOUP__TRY(psoup__team_sum_gradient(&t->team, &l->optimizer, error));
+    }
+    PSOUP__TRY(psoup__team_count(&t->team, &t->through, error));
     for (size_t j = 0; j < t->n; j++) {
         psoup__reward_learner *l = &t->learners[j];
         if (l->step == l->total)

@@ -228,6 +228,7 @@ static void tear_down(psoup__reward_trainer *t) {
     psoup__free(context, t->learners);
     psoup__checkpoint_close(&t->checkpoint);
     psoup__reporter_close(&t->reporter);
+    psoup__team_leave(&t->team);
     psoup__pack_free(t->pack);
 }
 
@@ -253,23 +254,25 @@ psoup_status psoup_reward_train(psoup_reward *const *rewards, size_t n_rewards,
     psoup__reward_trainer t = {.model = rewards[0]->model, .options = PSOUP_REWARD_OPTIONS_INIT};
     PSOUP__TRY(psoup__options(&t.options, sizeof(t.options), options, "psoup_reward_options",
                               error));
+    PSOUP__TRY(psoup__team_join(&t.team, t.model->context, t.options.comm, error));
     PSOUP__TRY(psoup__reward_check(&t.options, error));
     PSOUP__TRY(check_comparisons(train, n_train, n_rewards, t.options.margins, "train", error));
     PSOUP__TRY(check_comparisons(validation, n_validation, n_rewards, t.options.margins, "validation", error));
     PSOUP__TRY(set_up(&t, rewards, n_rewards, train, n_train, validation, n_validation, error));
-    PSOUP__TRY(psoup__reporter_open(&t.reporter, t.model->context, t.options.metrics,
+    PSOUP__TRY(psoup__reporter_open(&t.reporter, &t.team, t.options.metrics,
                                     t.options.on_step, t.options.user, error));
-    if (t.options.checkpoint_dir) {
+    if (psoup__checkpoint_wanted(t.options.checkpoint_dir, &t.team)) {
         PSOUP__TRY(psoup__checkpoint_open(&t.checkpoint, t.model->context, &t.reporter,
                                           t.options.checkpoint_dir, t.options.checkpoint_every,
                                           t.options.checkpoint_keep, t.options.resume, error));
         PSOUP__TRY(identify(&t, train, n_train, validation, n_validation, error));
     }
     PSOUP__TRY(start_training(&t, error));
-    if (t.checkpoint.directory)
+    if (t.checkpoint.run)
         PSOUP__TRY(start_checkpoint(&t, error));
     PSOUP__TRY(run(&t, train, validation, error));
 fail:
+    psoup__team_tell(&t.team, status, error);
     tear_down(&t);
     return status;
 }

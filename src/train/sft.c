@@ -13,6 +13,7 @@ typedef struct sft {
     size_t n_validation;
     int32_t *usable; /* [n] those with a token that carries loss */
     int32_t *order;  /* [n] permutation of an epoch, of places in `usable` */
+    bool *mine;      /* [n] in that order: this rank's, of a step */
     size_t n;
     /* How far it is. */
     int64_t epoch, step, total, validated; /* validated: the last step whose validation is done */
@@ -20,6 +21,7 @@ typedef struct sft {
     uint64_t sequences; /* trained on so far: the dropout's stream */
     psoup__pack *pack;
     psoup__optimizer optimizer;
+    psoup__team team;
     psoup__reporter reporter;
     psoup__best best;
     psoup__checkpoint checkpoint;
@@ -89,6 +91,55 @@ fail:
     return status;
 }
 
+/* Fills a pack with this rank's examples from *at to `end`, as many as its tokens allow. */
+static psoup_status pack_share(sft *s, size_t *at, size_t end, size_t *packed, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    *packed = 0;
+    psoup__pack_clear(s->pack);
+    for (; *at < end; ++*at) {
+        const psoup_example *example = nth(s, *at);
+        size_t length = length_of(s, example);
+        if (!s->mine[*at])
+            continue;
+        if (*packed && *packed + length > (size_t)s->options.batch_tokens)
+            break;
+        *packed += length;
+        PSOUP__TRY(pack_example(s, example, s->sequences + (*at - s->at), error));
+    }
+fail:
+    return status;
+}
+
+/* The gradient of the examples from s->at to `end`, of which this rank takes its share; and their loss. */
+static psoup_status add_gradient(sft *s, size_t end, size_t tokens, double *loss, size_t *through,
+                                 psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    double sums[2] = {0.0, 0.0}; /* loss, tokens that went through */
+    psoup__team_deal(&s->team);
+    for (size_t i = s->at; i < end; i++)
+        s->mine[i] = psoup__team_mine(&s->team, (int64_t)length_of(s, nth(s, i)));
+    psoup__optimizer_zero(&s->optimizer);
+    for (size_t at = s->at, packed; at < end;) {
+        PSOUP__TRY(pack_share(s, &at, end, &packed, error));
+        if (packed == 0)
+            break;
+        PSOUP__TRY(psoup__pack_forward(s->pack, true, s->adapter < 0 ? 0 : s->options.lora_dropout,
+                                       0.0f, error));
+        for (size_t i = 0; i < s->pack->reads; i++) {
+            sums[0] -= s->pack->logprob[i];
+            s->pack->dlogprob[i] = -1.0f / (float)tokens;
+        }
+        PSOUP__TRY(psoup__pack_backward(s->pack, error));
+        sums[1] += (double)s->pack->rows;
+    }
+    PSOUP__TRY(psoup__team_sum(&s->team, sums, 2, error));
+    PSOUP__TRY(psoup__team_sum_gradient(&s->team, &s->optimizer, error));
+    *loss = sums[0];
+    *through = (size_t)sums[1];
+fail:
+    return status;
+}
+
 /* One optimiser step from example s->at of the epoch on. */
 static psoup_status train_step(sft *s, psoup_error *error) {
     psoup_status status = PSOUP_OK;
@@ -104,24 +155,13 @@ static psoup_status train_step(sft *s, psoup_error *error) {
         end = micro_batch_end(s, end);
     for (size_t i = s->at; i < end; i++)
         tokens += loss_tokens(s, nth(s, i));
+    PSOUP__TRY(add_gradient(s, end, tokens, &loss, &through, error)); /* should a rank be gone, nothing is done yet */
 
-    psoup__optimizer_zero(&s->optimizer);
-    while (s->at < end) {
-        psoup__pack_clear(s->pack);
-        for (size_t micro = micro_batch_end(s, s->at); s->at < micro; s->at++)
-            PSOUP__TRY(pack_example(s, nth(s, s->at), s->sequences++, error));
-        PSOUP__TRY(psoup__pack_forward(s->pack, true, s->adapter < 0 ? 0 : s->options.lora_dropout,
-                                       0.0f, error));
-        for (size_t i = 0; i < s->pack->reads; i++) {
-            loss -= s->pack->logprob[i];
-            s->pack->dlogprob[i] = -1.0f / (float)tokens;
-        }
-        PSOUP__TRY(psoup__pack_backward(s->pack, error));
-        through += s->pack->rows;
-    }
     float rate = psoup__learning_rate(s->options.learning_rate, s->options.schedule,
                                       s->options.warmup_steps, s->step + 1, s->total);
     PSOUP__TRY(psoup__optimizer_step(&s->optimizer, rate, &norm, &stepped, error));
+    s->sequences += end - s->at;
+    s->at = end;
     s->step++;
 
     psoup__metrics metrics = {.n = 0};
@@ -142,20 +182,22 @@ static bool validation_due(const sft *s) {
            (s->step == s->total || (every && s->step % every == 0));
 }
 
-static psoup_status validate(sft *s, psoup_error *error) {
+/* Sums over this rank's share of the validation examples. */
+static psoup_status evaluate(sft *s, double *loss, double *tokens, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     const psoup_example *examples = s->validation;
-    double loss = 0.0;
-    size_t n = s->n_validation, tokens = 0;
-    s->validated = s->step;
+    size_t n = s->n_validation;
+    psoup__team_deal(&s->team);
     for (size_t at = 0; at < n;) {
         psoup__pack_clear(s->pack);
         for (size_t packed = 0; at < n; at++) {
+            size_t length = length_of(s, &examples[at]);
             if (loss_tokens(s, &examples[at]) == 0)
                 continue;
-            size_t length = length_of(s, &examples[at]);
             if (packed && packed + length > (size_t)s->options.batch_tokens)
                 break;
+            if (!psoup__team_mine(&s->team, (int64_t)length))
+                continue;
             packed += length;
             PSOUP__TRY(pack_example(s, &examples[at], 0, error));
         }
@@ -163,18 +205,28 @@ static psoup_status validate(sft *s, psoup_error *error) {
             break;
         PSOUP__TRY(psoup__pack_forward(s->pack, false, 0.0f, 0.0f, error));
         for (size_t i = 0; i < s->pack->reads; i++)
-            loss -= s->pack->logprob[i];
-        tokens += s->pack->reads;
+            *loss -= s->pack->logprob[i];
+        *tokens += (double)s->pack->reads;
     }
-    if (tokens == 0)
+fail:
+    return status;
+}
+
+static psoup_status validate(sft *s, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    double sums[2] = {0.0, 0.0}; /* loss, tokens */
+    PSOUP__TRY(evaluate(s, &sums[0], &sums[1], error));
+    PSOUP__TRY(psoup__team_sum(&s->team, sums, 2, error));
+    s->validated = s->step;
+    if (sums[1] == 0.0)
         return PSOUP_OK;
-    loss /= (double)tokens;
+    double loss = sums[0] / sums[1];
     if (s->options.keep_best)
         PSOUP__TRY(psoup__best_offer(&s->best, s->optimizer.be, s->optimizer.p, s->optimizer.n,
                                      -loss, 0.0, s->step, error));
     psoup__metrics metrics = {.n = 0};
     psoup__metric(&metrics, "loss", loss);
-    psoup__metric(&metrics, "tokens", (double)tokens);
+    psoup__metric(&metrics, "tokens", sums[1]);
     PSOUP__TRY(psoup__report(&s->reporter, "validation", s->subject, s->step, s->total, &metrics,
                              error));
 fail:
@@ -200,7 +252,8 @@ static psoup_status choose_examples(sft *s, const psoup_example *train, size_t n
     s->examples = train;
     s->usable = psoup__alloc(context, n_train, sizeof(*s->usable), error);
     s->order = psoup__alloc(context, n_train, sizeof(*s->order), error);
-    if (!s->usable || !s->order)
+    s->mine = psoup__alloc(context, n_train, sizeof(*s->mine), error);
+    if (!s->usable || !s->order || !s->mine)
         return PSOUP_ERROR_MEMORY;
     for (size_t i = 0; i < n_train; i++)
         if (loss_tokens(s, &train[i]))
@@ -275,7 +328,7 @@ fail:
 static psoup_status run(sft *s, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     s->total = count_steps(s);
-    if (s->checkpoint.directory)
+    if (s->checkpoint.run)
         PSOUP__TRY(start_checkpoint(s, error));
     order_epoch(s, s->epoch);
     while (s->step < s->total || validation_due(s)) {
@@ -300,6 +353,7 @@ psoup_status psoup_sft(psoup_model *model, const char *adapter, const psoup_exam
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_sft: model is NULL");
     s.options = defaults;
     PSOUP__TRY(psoup__options(&s.options, sizeof(s.options), options, "psoup_sft_options", error));
+    PSOUP__TRY(psoup__team_join(&s.team, model->context, s.options.comm, error));
     PSOUP__TRY(psoup__sft_check(&s.options, error));
     PSOUP__TRY(check_examples(train, n_train, "train", error));
     PSOUP__TRY(check_examples(validation, n_validation, "validation", error));
@@ -321,9 +375,9 @@ psoup_status psoup_sft(psoup_model *model, const char *adapter, const psoup_exam
             goto fail;
     }
     PSOUP__TRY(psoup__pack_create(model, &s.pack, error));
-    PSOUP__TRY(psoup__reporter_open(&s.reporter, model->context, s.options.metrics,
-                                    s.options.on_step, s.options.user, error));
-    if (s.options.checkpoint_dir)
+    PSOUP__TRY(psoup__reporter_open(&s.reporter, &s.team, s.options.metrics, s.options.on_step,
+                                    s.options.user, error));
+    if (psoup__checkpoint_wanted(s.options.checkpoint_dir, &s.team))
         PSOUP__TRY(open_checkpoint(&s, trained, n_train, error));
     PSOUP__TRY(trained ? psoup__adapter_train(model, trained, true, error)
                        : psoup__model_train_base(model, true, error));
@@ -340,13 +394,16 @@ psoup_status psoup_sft(psoup_model *model, const char *adapter, const psoup_exam
     PSOUP__TRY(psoup__optimizer_start(&s.optimizer, model->be, error));
     PSOUP__TRY(run(&s, error));
 fail:
+    psoup__team_tell(&s.team, status, error);
     psoup__checkpoint_close(&s.checkpoint);
     psoup__reporter_close(&s.reporter);
+    psoup__team_leave(&s.team);
     psoup__optimizer_end(&s.optimizer);
     psoup__best_free(&s.best, model->context);
     psoup__pack_free(s.pack);
     psoup__free(model->context, s.order);
     psoup__free(model->context, s.usable);
+    psoup__free(model->context, s.mine);
     if (begun) {
         bool report = status == PSOUP_OK; /* the first failure is the one that is told */
         psoup_status end = trained

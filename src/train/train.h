@@ -59,6 +59,37 @@ psoup_status psoup__optimizers_step(psoup__optimizer *const *optimizers, size_t 
 float psoup__learning_rate(float peak, psoup_schedule schedule, int64_t warmup, int64_t step,
                            int64_t total);
 
+/* ---- team.c: one rank's part in a run of several ----------------------------------------------- */
+
+typedef struct psoup__team {
+    psoup_context *context;
+    const psoup_comm *comm; /* NULL: one process alone */
+    int32_t rank, world;
+    int64_t *load; /* [world] rows dealt to each */
+    float *piece;  /* [PSOUP__PIECE] */
+    bool lost;     /* a call failed: some rank is gone, and nothing works any more */
+    bool agreed;   /* all ranks know why the run ends */
+} psoup__team;
+psoup_status psoup__team_join(psoup__team *team, psoup_context *context, const psoup_comm *comm,
+                              psoup_error *error);
+void psoup__team_leave(psoup__team *team); /* takes a zeroed struct */
+/* After a failure that the others do not know of, tells them: they are not kept waiting. */
+void psoup__team_tell(psoup__team *team, psoup_status status, const psoup_error *error);
+/* Shares rows out: every rank deals the same items in the same order, each of which goes to the one that has
+ * the fewest rows so far; true where that is this one. */
+void psoup__team_deal(psoup__team *team);
+bool psoup__team_mine(psoup__team *team, int64_t rows);
+/* x[i] ← Σ over ranks; of host memory, or of an optimiser's gradient. */
+psoup_status psoup__team_sum(psoup__team *team, double *x, size_t n, psoup_error *error);
+psoup_status psoup__team_sum_floats(psoup__team *team, float *x, size_t n, psoup_error *error);
+psoup_status psoup__team_sum_gradient(psoup__team *team, psoup__optimizer *optimizer, psoup_error *error);
+psoup_status psoup__team_count(psoup__team *team, size_t *n, psoup_error *error);
+/* Whether any rank says stop. */
+psoup_status psoup__team_vote(psoup__team *team, bool *stop, psoup_error *error);
+psoup_status psoup__team_broadcast(psoup__team *team, void *data, size_t bytes, psoup_error *error);
+/* What came of something that rank 0 did alone: its status, and its error, to all. */
+psoup_status psoup__team_outcome(psoup__team *team, psoup_status status, psoup_error *error);
+
 /* ---- best.c ------------------------------------------------------------------------------------ */
 
 /* The best weights so far, on the host. */
@@ -94,15 +125,16 @@ void psoup__metric_speed(psoup__metrics *metrics, double since, size_t tokens);
 double psoup__now(void); /* seconds, of a clock that only goes forward */
 
 typedef struct psoup__reporter {
+    psoup__team *team;
     psoup_jsonl_writer *writer; /* NULL: no file */
     psoup_jsonl_writer *samples; /* the same of the policies' samples */
     psoup_step_fn on_step;
     void *user;
 } psoup__reporter;
-psoup_status psoup__reporter_open(psoup__reporter *reporter, psoup_context *context,
-                                  const char *path, psoup_step_fn on_step, void *user,
-                                  psoup_error *error);
-/* Writes the line, then calls back; PSOUP_ERROR_CANCELLED when the callback says so. */
+/* The file is rank 0's alone. */
+psoup_status psoup__reporter_open(psoup__reporter *reporter, psoup__team *team, const char *path,
+                                  psoup_step_fn on_step, void *user, psoup_error *error);
+/* Writes the line, then calls back; PSOUP_ERROR_CANCELLED when the callback says so, of any rank. */
 psoup_status psoup__report(psoup__reporter *reporter, const char *phase, const char *subject,
                            int64_t step, int64_t total, const psoup__metrics *metrics,
                            psoup_error *error);
