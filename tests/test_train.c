@@ -305,7 +305,7 @@ static void cover(const psoup_field *fields, size_t size, size_t outside, size_t
 }
 
 START_TEST(field_tables_cover_the_options) {
-    size_t always = sizeof(size_t) + sizeof(psoup_step_fn) + sizeof(void *);
+    size_t always = sizeof(size_t) + sizeof(psoup_step_fn) + sizeof(void *) + sizeof(psoup_comm *);
     size_t reserved = sizeof(int32_t);
     cover(psoup_sft_fields(), sizeof(psoup_sft_options), always,
           offsetof(psoup_sft_options, seed) - offsetof(psoup_sft_options, keep_best) - 4);

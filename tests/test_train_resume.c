@@ -308,7 +308,8 @@ START_TEST(one_run_at_a_time_and_the_last_ones_are_kept) {
     psoup_sft_options o = options_of(&r);
     OK(psoup__make_directories(r.checkpoints, &error));
     psoup__checkpoint other;
-    psoup__reporter nobody = {.writer = NULL};
+    psoup__team alone = {.world = 1};
+    psoup__reporter nobody = {.team = &alone};
     OK(psoup__checkpoint_open(&other, context, &nobody, r.checkpoints, 1, 1, true, &error));
     REFUSED(train(model, "P", &o), PSOUP_ERROR_STATE, "another run keeps its checkpoints there");
     psoup__checkpoint_close(&other);

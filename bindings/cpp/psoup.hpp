@@ -16,6 +16,7 @@
 #ifndef PSOUP_HPP
 #define PSOUP_HPP
 
+#include "psoup/comm.hpp"
 #include "psoup/common.hpp"
 #include "psoup/data.hpp"
 #include "psoup/eval.hpp"

@@ -334,7 +334,7 @@ from typing import Sequence, TypedDict, Union
                     or field.startswith("reserved"):
                 continue
             bare = re.sub(r"^(const |enum )", "", ctype)
-            if ctype == "const char *":
+            if ctype == "const char *" or ctype.startswith("char["):
                 kind = "str"
             elif "[" in ctype:
                 kind = "Sequence[int]"

@@ -116,3 +116,33 @@ float psoup__learning_rate(float peak, psoup_schedule schedule, int64_t warmup, 
     default: return peak;
     }
 }
+
+/* ---- going back ----------------------------------------------------------------------------------- */
+
+psoup_status psoup__snapshot_take(psoup__snapshot *s, const psoup__optimizer *o, psoup_error *error) {
+    const float *const from[] = {o->p, o->m, o->v};
+    psoup_status status = PSOUP_OK;
+    size_t count;
+    if (!psoup__multiply(o->n, 3, &count))
+        return psoup__out_of_memory(error, SIZE_MAX);
+    if (!s->data)
+        s->data = psoup__alloc(o->be->context, count, sizeof(*s->data), error);
+    if (!s->data)
+        return PSOUP_ERROR_MEMORY;
+    for (size_t k = 0; status == PSOUP_OK && k < 3; k++)
+        status = o->be->ops->read(o->be, s->data + k * o->n, from[k], o->n * sizeof(float), error);
+    s->steps = o->steps;
+    return status;
+}
+
+void psoup__snapshot_restore(const psoup__snapshot *s, psoup__optimizer *o) {
+    float *const to[] = {o->p, o->m, o->v};
+    for (size_t k = 0; k < 3; k++)
+        o->be->ops->write(o->be, to[k], s->data + k * o->n, o->n * sizeof(float));
+    o->steps = s->steps;
+}
+
+void psoup__snapshot_free(psoup__snapshot *s, psoup_context *context) {
+    psoup__free(context, s->data);
+    s->data = NULL;
+}

@@ -21,7 +21,7 @@ static psoup_status collect(psoup_ppo *ppo, size_t n, psoup_error *error) {
                                             .out = &policy->experience.rollouts};
         policy->next.rollouts += policy->experience.rollouts.n;
     }
-    PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->options, ppo->requests, n, error));
+    PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->team, &ppo->options, ppo->requests, n, error));
 fail:
     return status;
 }
@@ -176,7 +176,7 @@ static psoup_status step(psoup_ppo *ppo, size_t *n, psoup_error *error) {
     PSOUP__TRY(collect(ppo, *n, error));
     drop_diverged(ppo, n, false);
     ppo->began[PSOUP__SCORE] = psoup__now();
-    PSOUP__TRY(psoup__score_rollouts(ppo->model, o, ppo->requests, *n, error));
+    PSOUP__TRY(psoup__score_rollouts(ppo->model, &ppo->team, o, ppo->requests, *n, error));
     ppo->began[PSOUP__EVALUATE] = psoup__now();
     PSOUP__TRY(psoup__ppo_evaluate(ppo, ppo->active, *n, false, error));
     for (size_t p = 0; p < *n; p++) {
@@ -218,7 +218,12 @@ static psoup_status take_step(psoup_ppo *ppo, psoup_error *error) {
         ppo->active[n++] = policy;
     }
     if (n) {
-        PSOUP__TRY(step(ppo, &n, error));
+        PSOUP__TRY(psoup__ppo_begin(ppo, n, error));
+        status = step(ppo, &n, error);
+        psoup__team_tell(&ppo->team, status, error);
+        if (ppo->team.lost)
+            psoup__ppo_go_back(ppo);
+        PSOUP__TRY(status);
         PSOUP__TRY(no_policy_left(ppo, error));
     }
     for (size_t p = 0; p < n; p++)
@@ -271,7 +276,6 @@ static psoup_status validate(psoup_ppo *ppo, size_t n, psoup_error *error) {
         psoup__policy *policy = ppo->active[p];
         psoup__rollouts *out = &policy->validation.rollouts;
         uint64_t seed = psoup__seed_for(policy->given.seed, PSOUP__FOR_VALIDATION);
-        policy->state.validated = policy->state.step;
         PSOUP__TRY(psoup__rollouts_reserve(out, ppo->model->context, policy->given.n_validation,
                                            policy->n_parts, error));
         for (size_t i = 0; i < out->n; i++)
@@ -282,10 +286,12 @@ static psoup_status validate(psoup_ppo *ppo, size_t n, psoup_error *error) {
                                             .seed = seed,
                                             .out = out};
     }
-    PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->options, ppo->requests, n, error));
+    PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->team, &ppo->options, ppo->requests, n, error));
     drop_diverged(ppo, &n, true);
-    PSOUP__TRY(psoup__score_rollouts(ppo->model, &ppo->options, ppo->requests, n, error));
+    PSOUP__TRY(psoup__score_rollouts(ppo->model, &ppo->team, &ppo->options, ppo->requests, n, error));
     PSOUP__TRY(psoup__ppo_evaluate(ppo, ppo->active, n, true, error));
+    for (size_t p = 0; p < n; p++)
+        ppo->active[p]->state.validated = ppo->active[p]->state.step;
     for (size_t p = 0; p < n; p++) {
         psoup__policy *policy = ppo->active[p];
         psoup__metrics metrics = {.n = 0};
@@ -324,6 +330,7 @@ static psoup_status advance(psoup_ppo *ppo, bool *stepped, psoup_error *error) {
         *stepped = true;
         status = take_step(ppo, error);
     }
+    psoup__team_tell(&ppo->team, status, error);
     return status != PSOUP_OK || !anything_due(ppo) ? keep(ppo, status, error) : status;
 }
 
@@ -332,6 +339,7 @@ psoup_status psoup_ppo_step(psoup_ppo *ppo, int64_t *remaining, psoup_error *err
     bool stepped = false;
     if (!ppo)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo_step: ppo is NULL");
+    ppo->team.agreed = false;
     while (status == PSOUP_OK && (!stepped || anything_due(ppo)))
         status = advance(ppo, &stepped, error);
     if (remaining)
@@ -344,6 +352,7 @@ psoup_status psoup_ppo_run(psoup_ppo *ppo, psoup_error *error) {
     bool stepped = false;
     if (!ppo)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo_run: ppo is NULL");
+    ppo->team.agreed = false;
     while (anything_due(ppo) || steps_left(ppo) > 0)
         PSOUP__TRY(advance(ppo, &stepped, error));
     for (size_t p = 0; p < ppo->n; p++)

@@ -32,6 +32,7 @@ typedef struct psoup__part { /* one adapter of a policy */
     bool training; /* it holds gradients for this run */
     psoup__optimizer optimizer; /* those of a policy step as one */
     psoup__best best;
+    psoup__snapshot before; /* of the step in progress, where rank 0 keeps the run of several */
 } psoup__part;
 
 typedef struct psoup__policy {
@@ -110,6 +111,17 @@ psoup_status psoup__ppo_update(psoup_ppo *ppo, psoup__policy *const *policies, s
 size_t psoup__ppo_samples_due(psoup_ppo *ppo);
 /* Samples the first n of the active policies, and tells of it. */
 psoup_status psoup__ppo_sample(psoup_ppo *ppo, size_t n, psoup_error *error);
+
+/* ppo_ranks.c, of several ranks: what a step begins with is kept, where rank 0 keeps the run; and restored. */
+psoup_status psoup__ppo_begin(psoup_ppo *ppo, size_t n, psoup_error *error);
+void psoup__ppo_go_back(psoup_ppo *ppo);
+/* Of an experience, what each rank evaluated of its share, to all. */
+psoup_status psoup__ppo_share_evaluation(psoup_ppo *ppo, psoup__experience *x, bool values,
+                                         psoup_error *error);
+psoup_status psoup__ppo_share_ratios(psoup_ppo *ppo, psoup__experience *x, psoup_error *error);
+/* What the ranks' shares of a mini-batch came to, its last loss group's apart, over all of them. */
+psoup_status psoup__ppo_add_terms(psoup_ppo *ppo, psoup__ppo_terms *terms, double *last_kl,
+                                  size_t *last_tokens, psoup_error *error);
 
 /* ppo_checkpoint.c: takes checkpoint_dir, and goes on from what is there. */
 psoup_status psoup__ppo_start_checkpoint(psoup_ppo *ppo, psoup_error *error);

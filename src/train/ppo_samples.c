@@ -117,7 +117,9 @@ static psoup_status tell(psoup_ppo *ppo, const psoup__policy *policy, psoup_erro
             PSOUP__TRY(write_sample(ppo, policy, &rollouts[i], s->weight + i * s->adapters,
                                     s->score[i], error));
     }
-    if (o->on_samples && o->on_samples(o->user, policy->state.step, rollouts, s->score, s->n))
+    bool stop = o->on_samples && o->on_samples(o->user, policy->state.step, rollouts, s->score, s->n);
+    PSOUP__TRY(psoup__team_vote(&ppo->team, &stop, error));
+    if (stop)
         status = psoup__fail(error, PSOUP_ERROR_CANCELLED,
                              "training of '%s' was stopped at step %lld of %lld", policy->name,
                              (long long)policy->state.step, (long long)policy->total);
@@ -145,7 +147,7 @@ psoup_status psoup__ppo_sample(psoup_ppo *ppo, size_t n, psoup_error *error) {
                                             .seed = seed,
                                             .out = &policy->samples};
     }
-    PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->options, ppo->requests, n, error));
+    PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->team, &ppo->options, ppo->requests, n, error));
     for (size_t p = 0; p < n; p++) { /* who diverged has none; the next step finds it out */
         ppo->active[p]->state.sampled = ppo->active[p]->state.step + 1;
         if (ppo->active[p]->samples.diverged)
@@ -153,7 +155,7 @@ psoup_status psoup__ppo_sample(psoup_ppo *ppo, size_t n, psoup_error *error) {
         ppo->requests[left] = ppo->requests[p];
         ppo->active[left++] = ppo->active[p];
     }
-    PSOUP__TRY(psoup__score_rollouts(ppo->model, &ppo->options, ppo->requests, left, error));
+    PSOUP__TRY(psoup__score_rollouts(ppo->model, &ppo->team, &ppo->options, ppo->requests, left, error));
     for (size_t p = 0; p < left; p++) { /* all are told; the first that says stop decides */
         psoup_status told = tell(ppo, ppo->active[p], status == PSOUP_OK ? error : NULL);
         status = status == PSOUP_OK ? told : status;

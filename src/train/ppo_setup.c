@@ -204,13 +204,14 @@ psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *polici
     ppo->options = defaults;
     PSOUP__TRY(psoup__options(&ppo->options, sizeof(ppo->options), options, "psoup_ppo_options",
                               error));
+    PSOUP__TRY(psoup__team_join(&ppo->team, model->context, ppo->options.comm, error));
     PSOUP__TRY(psoup__ppo_check(&ppo->options, error));
     for (size_t p = 0; p < n; p++)
         PSOUP__TRY(check_policy(model, policies, p, error));
     PSOUP__TRY(check_apart(model, policies, n, error));
     PSOUP__TRY(psoup__reporter_open(&ppo->reporter, &ppo->team, ppo->options.metrics,
                                     ppo->options.on_step, ppo->options.user, error));
-    if (ppo->options.samples)
+    if (ppo->options.samples && ppo->team.rank == 0)
         PSOUP__TRY(psoup_jsonl_create(model->context, ppo->options.samples, 1, &ppo->reporter.samples,
                                       error));
     PSOUP__TRY(psoup__pack_create(model, &ppo->pack, error));
@@ -224,11 +225,12 @@ psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *polici
     ppo->n = n;
     for (size_t p = 0; p < n; p++)
         PSOUP__TRY(start_policy(ppo, &ppo->policies[p], &policies[p], error));
-    if (ppo->options.checkpoint_dir)
+    if (psoup__checkpoint_wanted(ppo->options.checkpoint_dir, &ppo->team))
         PSOUP__TRY(psoup__ppo_start_checkpoint(ppo, error));
     *out = ppo;
     return PSOUP_OK;
 fail:
+    psoup__team_tell(&ppo->team, status, error);
     psoup_ppo_free(ppo);
     return status;
 }
@@ -249,6 +251,7 @@ static void free_part(psoup_model *model, psoup__part *part) {
     if (part->training && psoup__model_adapter(model, part->name) == part->adapter)
         psoup__adapter_train(model, part->adapter, false, NULL);
     psoup__best_free(&part->best, model->context);
+    psoup__snapshot_free(&part->before, model->context);
     psoup__free(model->context, part->metric);
     psoup__free(model->context, part->name);
 }
@@ -275,6 +278,7 @@ void psoup_ppo_free(psoup_ppo *ppo) {
     psoup__free(context, ppo->requests);
     psoup__checkpoint_close(&ppo->checkpoint);
     psoup__reporter_close(&ppo->reporter);
+    psoup__team_leave(&ppo->team);
     psoup__pack_free(ppo->pack);
     psoup__free(context, ppo);
 }

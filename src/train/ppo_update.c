@@ -161,15 +161,22 @@ psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies,
     size_t items = 0;
     for (size_t p = 0; p < n; p++) {
         item any = {.policy = p};
-        items += 2 * experience_of(&w, &any)->rollouts.n;
-        PSOUP__TRY(reserve_tokens(ppo->model->context, experience_of(&w, &any), error));
+        psoup__experience *x = experience_of(&w, &any);
+        items += 2 * x->rollouts.n;
+        PSOUP__TRY(reserve_tokens(ppo->model->context, x, error));
+        psoup__rollouts_deal(&x->rollouts, &ppo->team, true);
+        for (size_t t = 0; t < x->rollouts.tokens; t++) {
+            x->first_ratio[t] = NAN;
+            x->value[t] = 0.0f;
+        }
     }
     PSOUP__TRY(work_start(&w, items, error));
     for (size_t p = 0; p < n; p++)
         for (int reference = 0; reference < 2; reference++) {
             item it = {.policy = p, .reference = reference};
             for (; it.rollout < experience_of(&w, &it)->rollouts.n; it.rollout++)
-                add_item(&w, it);
+                if (experience_of(&w, &it)->rollouts.mine[it.rollout])
+                    add_item(&w, it);
         }
     PSOUP__TRY(plan(&w, error));
     for (int32_t pass = 0; pass < w.passes; pass++) {
@@ -188,10 +195,14 @@ psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies,
                     continue;
                 }
                 x->logprob[t] = ppo->pack->logprob[read++];
-                x->first_ratio[t] = NAN;
-                x->value[t] = values ? ppo->pack->value[w.items[i].value + (size_t)(t - begin)] : 0.0f;
+                if (values)
+                    x->value[t] = ppo->pack->value[w.items[i].value + (size_t)(t - begin)];
             }
         }
+    }
+    for (size_t p = 0; p < n; p++) {
+        item any = {.policy = p};
+        PSOUP__TRY(psoup__ppo_share_evaluation(ppo, experience_of(&w, &any), values, error));
     }
 fail:
     work_end(&w);
@@ -249,6 +260,13 @@ static void zero_gradients(psoup__policy *policy) {
         psoup__optimizer_zero(&policy->parts[k].optimizer);
 }
 
+static psoup_status add_gradients(psoup_ppo *ppo, psoup__policy *policy, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t k = 0; status == PSOUP_OK && k < policy->n_parts; k++)
+        status = psoup__team_sum_gradient(&ppo->team, &policy->parts[k].optimizer, error);
+    return status;
+}
+
 static psoup_status step_parts(psoup__policy *policy, float lr, double *norm, bool *stepped,
                                psoup_error *error) {
     psoup__optimizer *all[PSOUP__MAX_SOUP];
@@ -261,13 +279,17 @@ static psoup_status step_parts(psoup__policy *policy, float lr, double *norm, bo
  * whose numbers are not finite, is dropped whole: its gradient was only ever in the buffer. */
 static psoup_status step_policy(psoup_ppo *ppo, psoup__policy *policy, progress *g,
                                 psoup_error *error) {
-    psoup_status status = PSOUP_OK;
+    psoup_status status = psoup__ppo_add_terms(ppo, &g->terms, &g->last_kl, &g->last_tokens, error);
     const psoup_ppo_options *o = &ppo->options;
     const psoup__ppo_terms *terms = &g->terms;
+    if (status != PSOUP_OK)
+        return status;
     double n = (double)g->tokens, ratios = (double)terms->ratios, norm = 0.0;
     bool good = terms->finite && terms->ratio / ratios <= o->ratio_threshold, stepped = false;
-    if (good)
+    if (good) {
+        PSOUP__TRY(add_gradients(ppo, policy, error));
         PSOUP__TRY(step_parts(policy, o->learning_rate, &norm, &stepped, error));
+    }
     if (!stepped) {
         g->skipped++;
         if (o->skipped_step) { /* as trl did: momentum moves on */
@@ -301,6 +323,7 @@ static void add_mini_batch(work *w, size_t p, progress *g, size_t begin, size_t 
     const psoup__rollouts *r = &w->policies[p]->experience.rollouts;
     size_t wanted = (size_t)w->ppo->options.loss_group, size = wanted ? wanted : end - begin;
     double groups = (double)((end - begin + size - 1) / size);
+    psoup__team_deal(&w->ppo->team);
     g->tokens = g->last_tokens = 0;
     g->last_kl = 0.0;
     for (size_t first = begin; first < end; first += size) {
@@ -309,12 +332,16 @@ static void add_mini_batch(work *w, size_t p, progress *g, size_t begin, size_t 
             tokens += response_tokens(r, (size_t)g->order[i]);
         g->tokens += tokens;
         size_t count = w->ppo->options.objective == PSOUP_OBJECTIVE_RLOO ? last - first : tokens;
-        for (size_t i = first; i < last; i++)
-            add_item(w, (item){.policy = p,
-                               .rollout = (size_t)g->order[i],
-                               .stream = w->policies[p]->next.updates++,
-                               .scale = 1.0 / (groups * (double)count),
-                               .last = last == end});
+        for (size_t i = first; i < last; i++) {
+            const item it = {.policy = p,
+                             .rollout = (size_t)g->order[i],
+                             .stream = w->policies[p]->next.updates++,
+                             .scale = 1.0 / (groups * (double)count),
+                             .last = last == end};
+            size_t rows = r->prompt[it.rollout]->n + response_tokens(r, it.rollout);
+            if (psoup__team_mine(&w->ppo->team, (int64_t)rows))
+                add_item(w, it);
+        }
     }
 }
 
@@ -423,6 +450,8 @@ psoup_status psoup__ppo_update(psoup_ppo *ppo, psoup__policy *const *policies, s
             running -= all[p].stopped;
         }
     }
+    for (size_t p = 0; p < n; p++)
+        PSOUP__TRY(psoup__ppo_share_ratios(ppo, &policies[p]->experience, error));
     for (size_t p = 0; p < n; p++)
         report_progress(policies[p], &all[p], psoup__has_critic(o));
 fail:

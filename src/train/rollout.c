@@ -7,7 +7,7 @@
 psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *context, size_t n,
                                      size_t adapters, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    size_t a = rollouts->capacity, b = a, c = a, d = a, e = a * adapters, f = e;
+    size_t a = rollouts->capacity, b = a, c = a, d = a, e = a * adapters, f = e, g = a;
     PSOUP__TRY(psoup__reserve(context, &rollouts->prompt, &a, n + 1, sizeof(*rollouts->prompt),
                               error));
     PSOUP__TRY(psoup__reserve(context, &rollouts->start, &b, n + 1, sizeof(*rollouts->start),
@@ -20,6 +20,7 @@ psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *c
                               sizeof(*rollouts->weight), error));
     PSOUP__TRY(psoup__reserve(context, &rollouts->part_score, &f, (n + 1) * adapters,
                               sizeof(*rollouts->part_score), error));
+    PSOUP__TRY(psoup__reserve(context, &rollouts->mine, &g, n + 1, sizeof(*rollouts->mine), error));
     rollouts->capacity = d;
     rollouts->adapters = adapters;
     rollouts->n = n;
@@ -37,30 +38,84 @@ void psoup__rollouts_free(psoup__rollouts *rollouts, psoup_context *context) {
     psoup__free(context, rollouts->score);
     psoup__free(context, rollouts->weight);
     psoup__free(context, rollouts->part_score);
+    psoup__free(context, rollouts->mine);
     *rollouts = (psoup__rollouts){.n = 0};
 }
 
-/* Keeps a completion: up to and with its first end token, also where sampling went on past it. */
-static psoup_status keep(psoup_model *model, psoup__rollouts *out, size_t i, psoup_completion c,
-                         psoup_error *error) {
+void psoup__rollouts_deal(psoup__rollouts *out, psoup__team *team, bool responses) {
+    psoup__team_deal(team);
+    for (size_t i = 0; i < out->n; i++) {
+        size_t rows = out->prompt[i]->n + (responses ? (size_t)(out->start[i + 1] - out->start[i]) : 0);
+        bool again = !responses && i && out->prompt[i] == out->prompt[i - 1];
+        out->mine[i] = again ? out->mine[i - 1] : psoup__team_mine(team, (int64_t)rows);
+    }
+}
+
+/* Takes note of a completion: it is kept up to and with its first end token, also where sampling went on past
+ * it. Its length stands in start[i + 1] until all are known. */
+static void note(const psoup_model *model, psoup__rollouts *out, size_t i, const psoup_completion *c) {
     int32_t ends[PSOUP__END_TOKENS];
     size_t n = 0, n_ends = psoup__end_tokens(&model->config, ends);
     bool ended = false;
-    for (; n < c.n && !ended; n++)
+    for (; n < c->n && !ended; n++)
         for (size_t e = 0; e < n_ends; e++)
-            ended = ended || c.tokens[n] == ends[e];
-    psoup_status status = psoup__reserve(model->context, &out->response, &out->token_capacity,
-                                         out->tokens + n, sizeof(*out->response), error);
-    if (status != PSOUP_OK)
-        return status;
-    if (c.finish == PSOUP_FINISH_ERROR || n == 0)
+            ended = ended || c->tokens[n] == ends[e];
+    if (c->finish == PSOUP_FINISH_ERROR || n == 0)
         out->diverged = true;
-    if (n)
-        memcpy(out->response + out->tokens, c.tokens, n * sizeof(*c.tokens));
-    out->start[i] = (int32_t)out->tokens;
-    out->start[i + 1] = (int32_t)(out->tokens += n);
-    out->finish[i] = ended ? PSOUP_FINISH_STOP : c.finish;
-    return PSOUP_OK;
+    out->start[i + 1] = (int32_t)n;
+    out->finish[i] = ended ? PSOUP_FINISH_STOP : c->finish;
+}
+
+/* What the other ranks noted: lengths, ends and whether any diverged. */
+static psoup_status share_notes(psoup_context *context, psoup__team *team, psoup__rollouts *out,
+                                psoup_error *error) {
+    if (!team->comm)
+        return PSOUP_OK;
+    int32_t *notes = psoup__alloc(context, 2 * out->n + 1, sizeof(*notes), error);
+    if (!notes)
+        return PSOUP_ERROR_MEMORY;
+    for (size_t i = 0; i < out->n; i++)
+        if (out->mine[i]) {
+            notes[2 * i] = out->start[i + 1];
+            notes[2 * i + 1] = (int32_t)out->finish[i];
+        }
+    notes[2 * out->n] = out->diverged;
+    psoup_status status = psoup__team_sum_ids(team, notes, 2 * out->n + 1, error);
+    for (size_t i = 0; i < out->n; i++) {
+        out->start[i + 1] = notes[2 * i];
+        out->finish[i] = (psoup_finish)notes[2 * i + 1];
+    }
+    out->diverged = notes[2 * out->n] > 0;
+    psoup__free(context, notes);
+    return status;
+}
+
+/* Lays the responses out one after another, this rank's own from its generation's `first` on, and the others'. */
+static psoup_status gather(psoup_model *model, psoup__team *team, psoup__rollouts *out,
+                           const psoup_generation *generation, size_t *first, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    size_t own = *first;
+    for (size_t i = 0; i < out->n; i++)
+        if (out->mine[i])
+            note(model, out, i, psoup_generation_get(generation, (*first)++));
+    PSOUP__TRY(share_notes(model->context, team, out, error));
+    out->start[0] = 0;
+    for (size_t i = 0; i < out->n; i++)
+        out->start[i + 1] += out->start[i];
+    out->tokens = (size_t)out->start[out->n];
+    PSOUP__TRY(psoup__reserve(model->context, &out->response, &out->token_capacity, out->tokens,
+                              sizeof(*out->response), error));
+    for (size_t i = 0; i < out->n; i++) {
+        size_t bytes = (size_t)(out->start[i + 1] - out->start[i]) * sizeof(*out->response);
+        if (bytes && out->mine[i])
+            memcpy(out->response + out->start[i], psoup_generation_get(generation, own)->tokens, bytes);
+        else if (bytes)
+            memset(out->response + out->start[i], 0, bytes);
+        own += out->mine[i];
+    }
+    PSOUP__TRY(psoup__team_sum_ids(team, out->response, out->tokens, error));
+fail:
+    return status;
 }
 
 /* The limits of a request's groups, drawn from low … high. */
@@ -79,11 +134,11 @@ static void draw_limits(const psoup_ppo_options *o, const psoup__request *reques
     }
 }
 
-psoup_status psoup__sample_rollouts(psoup_model *model, const psoup_ppo_options *options,
+psoup_status psoup__sample_rollouts(psoup_model *model, psoup__team *team, const psoup_ppo_options *options,
                                     const psoup__request *requests, size_t n, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_context *context = model->context;
-    size_t total = 0, adapters = (size_t)model->n_adapters, longest = 0, k = 0, size;
+    size_t total = 0, adapters = (size_t)model->n_adapters, longest = 0, k = 0, own = 0, size;
     psoup_generation *generation = NULL;
     for (size_t r = 0; r < n; r++)
         total += requests[r].out->n;
@@ -99,6 +154,7 @@ psoup_status psoup__sample_rollouts(psoup_model *model, const psoup_ppo_options 
         const psoup__request *request = &requests[r];
         const psoup__rollouts *out = request->out;
         size_t first = k;
+        psoup__rollouts_deal(request->out, team, false);
         for (size_t i = 0; i < out->n; i++, k++) {
             const psoup_ppo_prompt *prompt = out->prompt[i];
             for (size_t a = 0; a < out->adapters; a++)
@@ -111,11 +167,13 @@ psoup_status psoup__sample_rollouts(psoup_model *model, const psoup_ppo_options 
                                            .top_p = options->top_p,
                                            .ignore_stop = options->ignore_stop,
                                            .seed = request->seed};
-            prompts[k] = (psoup_prompt){.tokens = prompt->tokens,
-                                        .n = prompt->n,
-                                        .mix = mix + k * adapters,
-                                        .sequence = request->sequence + i,
-                                        .sampling = &sampling[k]};
+            if (!out->mine[i])
+                continue;
+            prompts[own++] = (psoup_prompt){.tokens = prompt->tokens,
+                                            .n = prompt->n,
+                                            .mix = mix + k * adapters,
+                                            .sequence = request->sequence + i,
+                                            .sampling = &sampling[k]};
             longest = prompt->n > longest ? prompt->n : longest;
         }
         if (request->draw && options->draw_new_tokens_from > 0)
@@ -125,14 +183,12 @@ psoup_status psoup__sample_rollouts(psoup_model *model, const psoup_ppo_options 
     size_t most = (size_t)model->config.max_position_embeddings;
     psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
     session.max_tokens = (int32_t)(room < most ? room : most);
-    session.max_sequences = options->max_sequences ? options->max_sequences : (int32_t)total;
-    PSOUP__TRY(psoup_generate(model, prompts, total, NULL, &session, NULL, NULL, &generation,
-                              error));
-    k = 0;
+    session.max_sequences = options->max_sequences ? options->max_sequences : (int32_t)own;
+    if (own)
+        PSOUP__TRY(psoup_generate(model, prompts, own, NULL, &session, NULL, NULL, &generation, error));
+    own = 0;
     for (size_t r = 0; r < n; r++)
-        for (size_t i = 0; i < requests[r].out->n; i++)
-            PSOUP__TRY(keep(model, requests[r].out, i, *psoup_generation_get(generation, k++),
-                            error));
+        PSOUP__TRY(gather(model, team, requests[r].out, generation, &own, error));
 fail:
     psoup_generation_free(generation);
     psoup__free(context, mix);

@@ -110,6 +110,8 @@ static psoup_status list_readings(scoring *s, size_t request, psoup_error *error
         const psoup_ppo_prompt *prompt = out->prompt[i];
         const psoup_reward_input *inputs = prompt->inputs;
         size_t n = prompt->n_inputs;
+        if (!out->mine[i])
+            continue;
         if (!inputs) { /* every reward of a soup reads the prompt; of another policy there is one */
             inputs = s->plain;
             n = out->adapters;
@@ -189,13 +191,9 @@ static psoup_status score_by_models(scoring *s, size_t n_requests, psoup_error *
         status = PSOUP_ERROR_MEMORY;
         goto fail;
     }
-    for (size_t r = 0; r < n_requests; r++) {
-        psoup__rollouts *out = s->requests[r].out;
-        if (s->requests[r].policy->reward_fn)
-            continue;
-        PSOUP__TRY(list_readings(s, r, error));
-        memset(out->part_score, 0, out->n * out->adapters * sizeof(*out->part_score));
-    }
+    for (size_t r = 0; r < n_requests; r++)
+        if (!s->requests[r].policy->reward_fn)
+            PSOUP__TRY(list_readings(s, r, error));
     for (size_t i = 0; i < s->n; i++)
         if (!done[i])
             PSOUP__TRY(score_model(s, i, sequences, scores, done, error));
@@ -218,7 +216,7 @@ fail:
     return status;
 }
 
-/* The callback's scores of one adapter's reward, of those responses that have it in their mix. */
+/* The callback's scores of one adapter's reward, of those responses of this rank that have it in their mix. */
 static psoup_status score_by_callback(psoup_context *context, const psoup__request *request,
                                       size_t adapter, psoup_error *error) {
     psoup__rollouts *out = request->out;
@@ -227,7 +225,7 @@ static psoup_status score_by_callback(psoup_context *context, const psoup__reque
     size_t *place = psoup__alloc(context, out->n, sizeof(*place), error), n = 0;
     psoup_status status = rollouts && place ? PSOUP_OK : PSOUP_ERROR_MEMORY;
     for (size_t i = 0; status == PSOUP_OK && i < out->n; i++) {
-        if (out->weight[i * out->adapters + adapter] == 0.0f)
+        if (!out->mine[i] || out->weight[i * out->adapters + adapter] == 0.0f)
             continue;
         rollouts[n] = (psoup_rollout){.policy = policy->soup ? policy->soup->adapters[adapter]
                                                              : policy->adapter,
@@ -260,15 +258,21 @@ static void sum_parts(psoup__rollouts *out) {
     }
 }
 
-psoup_status psoup__score_rollouts(psoup_model *model, const psoup_ppo_options *options,
+psoup_status psoup__score_rollouts(psoup_model *model, psoup__team *team, const psoup_ppo_options *options,
                                    const psoup__request *requests, size_t n, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     scoring s = {.context = model->context, .options = options, .requests = requests};
+    for (size_t r = 0; r < n; r++) {
+        psoup__rollouts *out = requests[r].out;
+        psoup__rollouts_deal(out, team, true);
+        memset(out->part_score, 0, out->n * out->adapters * sizeof(*out->part_score)); /* what others score */
+    }
     PSOUP__TRY(score_by_models(&s, n, error));
     for (size_t r = 0; r < n; r++) {
         psoup__rollouts *out = requests[r].out;
         for (size_t a = 0; requests[r].policy->reward_fn && a < out->adapters; a++)
             PSOUP__TRY(score_by_callback(model->context, &requests[r], a, error));
+        PSOUP__TRY(psoup__team_sum_floats(team, out->part_score, out->n * out->adapters, error));
         sum_parts(out);
         for (size_t i = 0; i < out->n; i++)
             if (!isfinite(out->score[i]))

@@ -16,6 +16,9 @@ psoup_status psoup__team_join(psoup__team *team, psoup_context *context, const p
                            comm->sum && comm->broadcast && comm->failed && comm->abort ? "there" : "NULL");
     if (comm->world == 1)
         return PSOUP_OK;
+    if (comm->world > PSOUP__PIECE / 2)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_comm: world is %d: expected %d at most", comm->world,
+                           PSOUP__PIECE / 2);
     team->comm = comm;
     team->load = psoup__alloc(context, (size_t)comm->world, sizeof(*team->load), error);
     team->piece = psoup__alloc(context, PSOUP__PIECE, sizeof(*team->piece), error);
@@ -71,6 +74,38 @@ psoup_status psoup__team_sum(psoup__team *team, double *x, size_t n, psoup_error
 
 psoup_status psoup__team_sum_floats(psoup__team *team, float *x, size_t n, psoup_error *error) {
     return team->comm ? lose(team, team->comm->sum(team->comm->user, x, n, PSOUP_F32, error)) : PSOUP_OK;
+}
+
+/* As doubles, which hold every int32_t. */
+psoup_status psoup__team_sum_ids(psoup__team *team, int32_t *x, size_t n, psoup_error *error) {
+    enum { MOST = PSOUP__PIECE / 2 };
+    double *wide = (double *)team->piece; /* 64-byte aligned */
+    for (size_t at = 0, now; team->comm && at < n; at += now) {
+        now = n - at < MOST ? n - at : MOST;
+        for (size_t i = 0; i < now; i++)
+            wide[i] = x[at + i];
+        psoup_status status = psoup__team_sum(team, wide, now, error);
+        if (status != PSOUP_OK)
+            return status;
+        for (size_t i = 0; i < now; i++)
+            x[at + i] = (int32_t)wide[i];
+    }
+    return PSOUP_OK;
+}
+
+/* A place for each rank, and zeros in the others'. */
+psoup_status psoup__team_max(psoup__team *team, double *x, psoup_error *error) {
+    double *all = (double *)team->piece;
+    if (!team->comm)
+        return PSOUP_OK;
+    memset(all, 0, (size_t)team->world * sizeof(*all));
+    all[team->rank] = *x;
+    psoup_status status = psoup__team_sum(team, all, (size_t)team->world, error);
+    *x = all[0];
+    for (int32_t r = 1; r < team->world; r++)
+        if (!(all[r] <= *x))
+            *x = all[r];
+    return status;
 }
 
 psoup_status psoup__team_count(psoup__team *team, size_t *n, psoup_error *error) {

@@ -59,6 +59,16 @@ psoup_status psoup__optimizers_step(psoup__optimizer *const *optimizers, size_t 
 float psoup__learning_rate(float peak, psoup_schedule schedule, int64_t warmup, int64_t step,
                            int64_t total);
 
+/* An optimiser's weights and moments on the host, to go back to. */
+typedef struct psoup__snapshot {
+    float *data; /* [3n]; NULL: none */
+    int64_t steps;
+} psoup__snapshot;
+psoup_status psoup__snapshot_take(psoup__snapshot *snapshot, const psoup__optimizer *optimizer,
+                                  psoup_error *error);
+void psoup__snapshot_restore(const psoup__snapshot *snapshot, psoup__optimizer *optimizer);
+void psoup__snapshot_free(psoup__snapshot *snapshot, psoup_context *context);
+
 /* ---- team.c: one rank's part in a run of several ----------------------------------------------- */
 
 typedef struct psoup__team {
@@ -83,6 +93,8 @@ bool psoup__team_mine(psoup__team *team, int64_t rows);
 psoup_status psoup__team_sum(psoup__team *team, double *x, size_t n, psoup_error *error);
 psoup_status psoup__team_sum_floats(psoup__team *team, float *x, size_t n, psoup_error *error);
 psoup_status psoup__team_sum_gradient(psoup__team *team, psoup__optimizer *optimizer, psoup_error *error);
+psoup_status psoup__team_sum_ids(psoup__team *team, int32_t *x, size_t n, psoup_error *error); /* exact */
+psoup_status psoup__team_max(psoup__team *team, double *x, psoup_error *error); /* over ranks */
 psoup_status psoup__team_count(psoup__team *team, size_t *n, psoup_error *error);
 /* Whether any rank says stop. */
 psoup_status psoup__team_vote(psoup__team *team, bool *stop, psoup_error *error);
@@ -319,6 +331,7 @@ typedef struct psoup__rollouts {
     int32_t *response;               /* [tokens] */
     psoup_finish *finish;            /* [n] */
     float *score;                    /* [n] Σ weight · part_score */
+    bool *mine;                      /* [n] dealt to this rank, of several, for what is done now */
     bool diverged;                   /* logits were not numbers: there is nothing here */
 } psoup__rollouts;
 psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *context, size_t n,
@@ -334,11 +347,13 @@ typedef struct psoup__request {
     bool draw;             /* draw limits, where the options say so */
     psoup__rollouts *out;
 } psoup__request;
-/* Samples for all policies in one continuous batch. */
-psoup_status psoup__sample_rollouts(psoup_model *model, const psoup_ppo_options *options,
+/* Shares rollouts out by their prompts, those of one prompt together; or by prompts and responses. */
+void psoup__rollouts_deal(psoup__rollouts *rollouts, psoup__team *team, bool responses);
+/* Samples for all policies in one continuous batch; each rank its share, and all have all afterwards. */
+psoup_status psoup__sample_rollouts(psoup_model *model, psoup__team *team, const psoup_ppo_options *options,
                                     const psoup__request *requests, size_t n, psoup_error *error);
-/* Fills out->score of every request, by callbacks or by reward models, all in shared passes. */
-psoup_status psoup__score_rollouts(psoup_model *model, const psoup_ppo_options *options,
+/* Fills out->score of every request, by callbacks or by reward models, all in shared passes; likewise. */
+psoup_status psoup__score_rollouts(psoup_model *model, psoup__team *team, const psoup_ppo_options *options,
                                    const psoup__request *requests, size_t n, psoup_error *error);
 
 #endif

@@ -218,6 +218,14 @@ class psoup_context_options(Structure):
     pass
 
 
+class psoup_comm(Structure):
+    pass
+
+
+class psoup_comm_options(Structure):
+    pass
+
+
 class psoup_json(Structure):
     pass
 
@@ -452,6 +460,31 @@ psoup_context_options._fields_ = [
     ("stream", c_void_p),
 ]
 psoup_progress_fn = CFUNCTYPE(c_int, c_void_p, c_char_p, c_int64, c_int64)
+psoup_comm._fields_ = [
+    ("size", c_size_t),
+    ("user", c_void_p),
+    ("rank", c_int32),
+    ("world", c_int32),
+    ("sum", CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t, c_int, POINTER(psoup_error))),
+    ("sum_device", CFUNCTYPE(c_int, c_void_p, POINTER(c_float), c_size_t, POINTER(psoup_error))),
+    ("broadcast", CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t, POINTER(psoup_error))),
+    ("failed", CFUNCTYPE(c_int, c_void_p, POINTER(psoup_error))),
+    ("abort", CFUNCTYPE(None, c_void_p, c_char_p)),
+    ("free", CFUNCTYPE(None, c_void_p)),
+]
+psoup_comm_options._fields_ = [
+    ("size", c_size_t),
+    ("rank", c_int32),
+    ("world", c_int32),
+    ("local_rank", c_int32),
+    ("local_world", c_int32),
+    ("port", c_int32),
+    ("timeout", c_int32),
+    ("listener", c_int32),
+    ("reserved", c_int32),
+    ("address", c_char * 256),
+]
+psoup_variable_fn = CFUNCTYPE(c_char_p, c_void_p, c_char_p)
 psoup_named_tensor._fields_ = [
     ("name", c_char_p),
     ("dtype", c_int),
@@ -775,6 +808,7 @@ psoup_reward_options._fields_ = [
     ("max_grad_value", c_float),
     ("margins", c_int32),
     ("reserved", c_int32),
+    ("comm", POINTER(psoup_comm)),
 ]
 psoup_dpo_pair._fields_ = [
     ("prompt", POINTER(c_int32)),
@@ -950,6 +984,8 @@ STRUCTS = (
     psoup_error,
     psoup_allocator,
     psoup_context_options,
+    psoup_comm,
+    psoup_comm_options,
     psoup_named_tensor,
     psoup_field,
     psoup_offset,
@@ -1011,6 +1047,12 @@ OPAQUE = (
 # What the INIT macros set; other fields are zero, and size is the struct's.
 DEFAULTS: Dict[Any, Dict[str, Any]] = {
     psoup_context_options: {
+    },
+    psoup_comm_options: {
+        "world": 1,
+        "port": 29500,
+        "timeout": 600,
+        "listener": -1,
     },
     psoup_model_config: {
         "max_position_embeddings": 2048,
@@ -1169,6 +1211,9 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_context_free": (None, [POINTER(psoup_context)]),
     "psoup_context_threads": (c_int32, [POINTER(psoup_context)]),
     "psoup_context_isa": (c_char_p, [POINTER(psoup_context)]),
+    "psoup_comm_launch": (c_int, [psoup_variable_fn, c_void_p, POINTER(psoup_comm_options), POINTER(psoup_error)]),
+    "psoup_comm_tcp_create": (c_int, [POINTER(psoup_context), POINTER(psoup_comm_options), POINTER(POINTER(psoup_comm)), POINTER(psoup_error)]),
+    "psoup_comm_free": (None, [POINTER(psoup_comm)]),
     "psoup_json_parse": (c_int, [c_char_p, c_size_t, c_char_p, POINTER(POINTER(psoup_json)), POINTER(psoup_error)]),
     "psoup_json_read": (c_int, [POINTER(psoup_context), c_char_p, POINTER(POINTER(psoup_json)), POINTER(psoup_error)]),
     "psoup_json_write": (c_int, [POINTER(psoup_context), c_char_p, POINTER(psoup_json), POINTER(psoup_error)]),

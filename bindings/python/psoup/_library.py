@@ -297,7 +297,7 @@ def fill(struct: Any, values: Dict[str, Any], keep: List[Any]) -> Any:
             continue
         if field in enums:
             value = member(enums[field], value, field)
-        elif kinds[field] is ctypes.c_char_p:
+        elif kinds[field] is ctypes.c_char_p or getattr(kinds[field], "_type_", None) is ctypes.c_char:
             value = encoded(value)
         elif isinstance(value, (list, tuple)) and hasattr(kinds[field], "_length_"):
             array = getattr(struct, field)

@@ -21,6 +21,25 @@ class ContextOptions(TypedDict, total=False):
     isa: str
 
 
+class CommOptions(TypedDict, total=False):
+    # default 0
+    rank: int
+    # default 1
+    world: int
+    # of the ranks on this machine; local_world 0: not known; default 0
+    local_rank: int
+    # of the ranks on this machine; local_world 0: not known; default 0
+    local_world: int
+    # default 29500
+    port: int
+    # seconds in which all have to be there; default 600
+    timeout: int
+    # rank 0: a socket that listens already, taken over also on failure; −1: none; default -1
+    listener: int
+    # rank 0's host name or address; default None
+    address: str
+
+
 class ModelConfig(TypedDict, total=False):
     # default 0
     vocab_size: int

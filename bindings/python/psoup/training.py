@@ -11,6 +11,7 @@ from . import _abi, data
 from ._abi import Finish
 from ._library import Handle, call, call_long, callback, create, encoded, fill, lib, new, text, texts
 from .arrays import copied, empty, ids, pointer_of
+from .comm import Comm
 from .errors import ArgumentError
 from .model import Model, Tokens, adapter_options
 from .tokenizer import Tokenizer
@@ -60,6 +61,11 @@ def _step_callback(on_step: Optional[OnStep]) -> Any:
     return callback(_abi.psoup_step_fn, run)
 
 
+def _with_comm(struct: Any, comm: Optional[Comm]) -> None:
+    if comm is not None:
+        struct.comm = comm.handle
+
+
 # ---- supervised fine-tuning ---------------------------------------------------------------------------
 
 
@@ -81,12 +87,13 @@ def _examples(examples: Sequence[Example], keep: List[Any]) -> Any:
 
 def sft(model: Model, train: Sequence[Example], adapter: Optional[str] = None,
         validation: Sequence[Example] = (), on_step: Optional[OnStep] = None,
-        **options: Unpack[SftOptions]) -> None:
+        comm: Optional[Comm] = None, **options: Unpack[SftOptions]) -> None:
     """Trains the named adapter, or without one the base's own weights. The loss is the mean over the
     completion tokens of an optimiser step. Options and their defaults: `sft_options()`."""
     keep: List[Any] = []
     struct = new(_abi.psoup_sft_options, dict(options), keep)
     struct.on_step = _step_callback(on_step)
+    _with_comm(struct, comm)
     with model.lock:
         call_long(lib.psoup_sft, model.handle, encoded(adapter), _examples(train, keep), len(train),
                   _examples(validation, keep), len(validation), struct)
@@ -183,12 +190,13 @@ def _reward_settings(options: Any, keep: Optional[List[Any]] = None) -> Any:
 
 def train_rewards(rewards: Sequence[Reward], train: Sequence[Comparison],
                   validation: Sequence[Comparison] = (), on_step: Optional[OnStep] = None,
-                  **options: Unpack[RewardOptions]) -> None:
+                  comm: Optional[Comm] = None, **options: Unpack[RewardOptions]) -> None:
     """Bradley-Terry training of several reward models of one base, side by side. Options and their
     defaults: `reward_options()`."""
     keep: List[Any] = []
     struct = _reward_settings(options, keep)
     struct.on_step = _step_callback(on_step)
+    _with_comm(struct, comm)
     handles, model = _rewards(rewards)
     with model.lock:
         call_long(lib.psoup_reward_train, handles, len(rewards), _comparisons(train, keep), len(train),
@@ -237,12 +245,13 @@ def _pairs(pairs: Sequence[DpoPair], keep: List[Any]) -> Any:
 
 
 def dpo(model: Model, policies: Sequence[str], train: Sequence[DpoPair], validation: Sequence[DpoPair] = (),
-        on_step: Optional[OnStep] = None, **options: Unpack[DpoOptions]) -> None:
+        on_step: Optional[OnStep] = None, comm: Optional[Comm] = None, **options: Unpack[DpoOptions]) -> None:
     """Direct preference optimisation of several adapters of one model, side by side; the reference is the
     base. Options and their defaults: `dpo_options()`."""
     keep: List[Any] = []
     struct = new(_abi.psoup_dpo_options, dict(options), keep)
     struct.on_step = _step_callback(on_step)
+    _with_comm(struct, comm)
     names = (ctypes.c_char_p * len(policies))(*[encoded(name) for name in policies])
     with model.lock:
         call_long(lib.psoup_dpo, model.handle, names, len(policies), _pairs(train, keep), len(train),
@@ -403,7 +412,8 @@ class Ppo(Handle):
 
     def __init__(self, model: Model, policies: Sequence[Policy], preset: Optional[str] = None,
                  on_step: Optional[OnStep] = None, tokenizer: Optional[Tokenizer] = None,
-                 on_samples: Optional[OnSamples] = None, **options: Unpack[PpoOptions]) -> None:
+                 on_samples: Optional[OnSamples] = None, comm: Optional[Comm] = None,
+                 **options: Unpack[PpoOptions]) -> None:
         keep: List[Any] = []
         parents: List[Handle] = [model]
         structs = (_abi.psoup_ppo_policy * len(policies))()
@@ -424,6 +434,9 @@ class Ppo(Handle):
                 parents += rewards
         settings = self._settings(preset, options, keep)
         settings.on_step = _step_callback(on_step)
+        _with_comm(settings, comm)
+        if comm is not None:
+            parents.append(comm)
         if on_samples is not None:
             settings.on_samples = _samples_callback(on_samples)
         if tokenizer is not None:

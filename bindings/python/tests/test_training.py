@@ -1,6 +1,10 @@
 """SFT, reward models, DPO and PPO, rewarded from Python."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import unittest
 
 from .case import Case, psoup, tiny
@@ -242,6 +246,56 @@ class Soup(unittest.TestCase):
             self.assertAlmostEqual(sum(mix[2 * row:2 * row + 2]), 1.0, 6)
         with self.assertRaisesRegex(psoup.Error, "concentration is -1"):
             psoup.Ppo(tiny(("A", "B")), [soup._replace(concentration=-1.0)], steps=1)
+
+
+RANK = """
+import sys
+from psoup_case import psoup, tiny
+comm = psoup.Comm.launched()
+assert (comm is None) == (len(sys.argv) == 2)
+model = tiny(("A",))
+seen = []
+train = [psoup.Example([2, 3, 4 + i % 3, 5, 6 + i % 5], 1) for i in range(12)]
+psoup.sft(model, train, "A", epochs=3, batch_tokens=20, learning_rate=0.01, comm=comm, on_step=seen.append,
+          metrics=sys.argv[1])
+print(model.adapter_data("A").tolist())
+"""
+
+
+class Ranks(Case):
+    def run_ranks(self, world, port):
+        script = self.path("rank.py")
+        with open(self.path("psoup_case.py"), "w") as f:
+            f.write("from tests.case import psoup, tiny\n")
+        with open(script, "w") as f:
+            f.write(RANK)
+        here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        paths = [here, os.path.dirname(script)] + sys.path
+        started = []
+        for rank in range(world):
+            env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in paths if p))
+            if world > 1:
+                env.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            started.append(subprocess.Popen(
+                [sys.executable, "-B", script, self.path("metrics-%d.jsonl" % world)] + ["launched"] * (world > 1),
+                env=env, stdout=subprocess.PIPE))
+        out = [p.communicate()[0] for p in started]
+        self.assertEqual([p.returncode for p in started], [0] * world)
+        return [json.loads(o) for o in out]
+
+    def test_two_processes_take_the_steps_of_one(self):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        alone, = self.run_ranks(1, 0)
+        first, second = self.run_ranks(2, port)
+        self.assertEqual(first, second)
+        self.assertLess(max(abs(a - b) for a, b in zip(alone, first)), 1e-6)
+        lines = []
+        for n in (1, 2):
+            with open(self.path("metrics-%d.jsonl" % n)) as f:
+                lines.append(len(f.readlines()))
+        self.assertEqual(lines[0], lines[1])  # rank 0 alone writes them
 
 
 if __name__ == "__main__":
