@@ -11,6 +11,7 @@ typedef struct way {
     int32_t mini_batch_size, loss_group;
     float dropout;
     bool stops; /* early */
+    bool soup; /* the adapters are trained as one policy, under mixes drawn for each row */
 } way;
 
 static psoup_ppo_options options_of(const way *w) {
@@ -40,9 +41,9 @@ static int keep_numbers(void *user, const psoup_step *step) {
 }
 
 /* The first step's rollouts, and all that was made of them. */
-static void keep_trace(left *l, const psoup_ppo *ppo) {
+static void keep_trace(left *l, const psoup_ppo *ppo, size_t policies) {
     psoup_ppo_trace trace = {.size = sizeof(trace)};
-    for (size_t p = 0; p < SIDE_BY_SIDE; p++) {
+    for (size_t p = 0; p < policies; p++) {
         OK(psoup_ppo_get_trace(ppo, p, &trace, &error));
         const float *const arrays[] = {trace.logprob, trace.ref_logprob, trace.value, trace.advantage,
                                        trace.first_ratio};
@@ -62,6 +63,8 @@ static void train(const psoup_comm *comm, void *arg) {
     left *l = &results[rank];
     psoup_model *model = fresh(SIDE_BY_SIDE);
     psoup_ppo_policy policies[SIDE_BY_SIDE];
+    psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT;
+    size_t n = w->soup ? 1 : SIDE_BY_SIDE;
     psoup_reward *reward = NULL;
     psoup_ppo_options o = options_of(w);
     OK(psoup_reward_create(model, "reward", NULL, &reward, &error));
@@ -76,12 +79,18 @@ static void train(const psoup_comm *comm, void *arg) {
             policies[p].n_rewards = 1;
         }
     }
+    soup.adapters = names;
+    soup.n = SIDE_BY_SIDE;
+    if (w->soup) {
+        policies[0].adapter = "soup";
+        policies[0].soup = &soup;
+    }
     o.on_step = keep_numbers;
     o.user = l;
     o.comm = comm;
-    psoup_ppo *ppo = create(model, policies, SIDE_BY_SIDE, &o);
+    psoup_ppo *ppo = create(model, policies, n, &o);
     OK(psoup_ppo_step(ppo, NULL, &error));
-    keep_trace(l, ppo);
+    keep_trace(l, ppo, n);
     leave(rank, psoup_ppo_run(ppo, &error));
     psoup_ppo_free(ppo);
     for (int p = 0; p < SIDE_BY_SIDE; p++)
@@ -130,6 +139,8 @@ START_TEST(rloo) { the_same((way){.objective = PSOUP_OBJECTIVE_RLOO, .mini_batch
 END_TEST
 START_TEST(grpo) { the_same((way){.objective = PSOUP_OBJECTIVE_GRPO, .loss_group = 1, .models = true}); }
 END_TEST
+START_TEST(a_soup) { the_same((way){.soup = true, .mini_batch_size = 4}); }
+END_TEST
 
 int main(void) {
     Suite *suite = suite_create("train_ranks_ppo");
@@ -141,6 +152,7 @@ int main(void) {
     tcase_add_test(same, ppo_stops_early);
     tcase_add_test(same, rloo);
     tcase_add_test(same, grpo);
+    tcase_add_test(same, a_soup);
     suite_add_tcase(suite, same);
     return run_suite(suite);
 }

@@ -768,6 +768,7 @@ psoup_sft_options._fields_ = [
     ("checkpoint_keep", c_int32),
     ("resume", c_int32),
     ("max_grad_value", c_float),
+    ("comm", POINTER(psoup_comm)),
 ]
 psoup_comparison._fields_ = [
     ("chosen", POINTER(c_int32)),
@@ -849,6 +850,7 @@ psoup_dpo_options._fields_ = [
     ("checkpoint_keep", c_int32),
     ("resume", c_int32),
     ("max_grad_value", c_float),
+    ("comm", POINTER(psoup_comm)),
 ]
 psoup_reward_input._fields_ = [
     ("reward", c_int32),
@@ -960,6 +962,7 @@ psoup_ppo_options._fields_ = [
     ("max_grad_value", c_float),
     ("reward_clip", c_float),
     ("reserved", c_int32),
+    ("comm", POINTER(psoup_comm)),
 ]
 psoup_ppo_trace._fields_ = [
     ("size", c_size_t),

@@ -2,6 +2,7 @@
 #ifndef PSOUP_H
 #define PSOUP_H
 
+#include "psoup/comm.h"
 #include "psoup/common.h"
 #include "psoup/data.h"
 #include "psoup/eval.h"

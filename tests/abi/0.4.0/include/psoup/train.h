@@ -7,6 +7,7 @@
 #ifndef PSOUP_TRAIN_H
 #define PSOUP_TRAIN_H
 
+#include "psoup/comm.h"
 #include "psoup/data.h"
 #include "psoup/model.h"
 
@@ -60,6 +61,16 @@ typedef enum psoup_schedule {
  * Only one run at a time may use a directory. A checkpoint that cannot be written ends the run with that
  * error; the ones before stay as they are. */
 
+/* ---- several processes ---------------------------------------------------------------------------
+ *
+ * With `comm` (psoup/comm.h) every rank calls the trainer with the same model, data and options; other
+ * adapters, options or rows are refused with PSOUP_ERROR_STATE. Each takes a share of a step's rows, and all
+ * of them its sums: losses, normalisation, early stops and skipped steps are of the whole batch, dropout and
+ * sampling draw the words of a row's place in it, and all end with the same weights. Reports are told to
+ * every rank's on_step, and one that says stop stops all; the metrics file and the checkpoints are rank 0's.
+ * A run may go on with another number of ranks. When a rank is gone the others return PSOUP_ERROR_IO, and
+ * rank 0 first keeps the run as it was after the last whole step. */
+
 /* ---- supervised fine-tuning ------------------------------------------------------------------- */
 
 typedef struct psoup_example {
@@ -92,6 +103,7 @@ typedef struct psoup_sft_options {
     int32_t checkpoint_keep;    /* so many stay */
     int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
     float max_grad_value; /* elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not */
+    const psoup_comm *comm; /* the other processes that train the same run; NULL: there are none */
 } psoup_sft_options;
 #define PSOUP_SFT_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_sft_options), .epochs = 1, .batch_tokens = 1024, .accumulation = 1,      \
@@ -166,6 +178,7 @@ typedef struct psoup_reward_options {
     float max_grad_value; /* elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not */
     int32_t margins;  /* 1: each comparison's own margin is added to `margin` */
     int32_t reserved; /* 0 */
+    const psoup_comm *comm; /* the other processes that train the same run; NULL: there are none */
 } psoup_reward_options;
 /* The paper's: AdamW 2e-5, decay 0.001, linear to 0, no warm-up, one epoch, 512 tokens. */
 #define PSOUP_REWARD_OPTIONS_INIT                                                                  \
@@ -224,6 +237,7 @@ typedef struct psoup_dpo_options {
     int32_t checkpoint_keep;    /* so many stay */
     int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
     float max_grad_value; /* elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not */
+    const psoup_comm *comm; /* the other processes that train the same run; NULL: there are none */
 } psoup_dpo_options;
 #define PSOUP_DPO_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_dpo_options), .epochs = 1, .batch_size = 8, .accumulation = 1,           \
@@ -416,6 +430,7 @@ typedef struct psoup_ppo_options {
     float max_grad_value;  /* elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not */
     float reward_clip;     /* a response's normalised score is kept within ± this; 0: not */
     int32_t reserved;      /* 0 */
+    const psoup_comm *comm; /* the other processes that train the same run; NULL: there are none */
 } psoup_ppo_options;
 #define PSOUP_PPO_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_ppo_options), .batch_size = 64, .ppo_epochs = 8,                         \
