@@ -84,6 +84,16 @@ size_t psoup__method_step(const psoup__method_job *job);
 psoup_status psoup__method_not_finite(const psoup__method_job *job, size_t input,
                                       psoup_error *error);
 
+/* ---- methods_ahead.c: whole tensors from files ------------------------------------------------- */
+
+typedef struct psoup__ahead psoup__ahead;
+/* For a walk of whole tensors; *out is NULL where all of them are in memory. */
+psoup_status psoup__ahead_open(const psoup__method_job *job, psoup__ahead **out, psoup_error *error);
+/* The job for a worker whose task ends before element `end`. */
+const psoup__method_job *psoup__ahead_job(psoup__ahead *ahead, const psoup__method_job *job, int worker,
+                                          size_t end);
+void psoup__ahead_close(psoup_context *context, psoup__ahead *ahead);
+
 /* ---- methods_thin.c, methods_select.c: what stays of a task vector --------------------------- */
 
 /* Elements above a cut: |x| has bits above these, or these and an index below `end`. */

@@ -72,6 +72,7 @@ size_t psoup__method_step(const psoup__method_job *job) {
 
 typedef struct walk {
     const psoup__method_job *job;
+    psoup__ahead *ahead;
     psoup__walk_fn fn;
     void *arg;
     size_t step, piece, per_element, quantities;
@@ -84,9 +85,10 @@ static void walk_task(void *arg, size_t task, int worker) {
     size_t at = task * w->step, end = w->job->n - at < w->step ? w->job->n : at + w->step;
     float *scratch = w->scratch + (size_t)worker * w->piece * w->per_element;
     double *partial = w->quantities > 0 ? w->partials + task * w->quantities : NULL;
+    const psoup__method_job *job = psoup__ahead_job(w->ahead, w->job, worker, end);
     for (; at < end; at += w->piece) {
         size_t n = end - at < w->piece ? end - at : w->piece;
-        w->fn(w->job, w->arg, at, n, worker, scratch, partial);
+        w->fn(job, w->arg, at, n, worker, scratch, partial);
     }
 }
 
@@ -110,6 +112,7 @@ psoup_status psoup__method_walk(const psoup__method_job *job, size_t per_element
         (w.partials = psoup__alloc(job->context, tasks * quantities, sizeof *w.partials, error)) ==
             NULL)
         goto fail;
+    PSOUP__TRY(psoup__ahead_open(job, &w.ahead, error));
     psoup__parallel(job->context, tasks, walk_task, &w);
     for (size_t q = 0; q < quantities; q++)
         sums[q] = 0;
@@ -118,6 +121,7 @@ psoup_status psoup__method_walk(const psoup__method_job *job, size_t per_element
             sums[q] += w.partials[task * quantities + q];
     status = PSOUP_OK;
 fail:
+    psoup__ahead_close(job->context, w.ahead);
     psoup__free(job->context, w.scratch);
     psoup__free(job->context, w.partials);
     return status;
@@ -125,6 +129,7 @@ fail:
 
 typedef struct row_walk {
     const psoup__method_job *job;
+    psoup__ahead *ahead;
     psoup__rows_fn fn;
     void *arg;
     size_t rows, columns, together; /* rows of one task */
@@ -136,8 +141,9 @@ static void row_task(void *arg, size_t task, int worker) {
     const row_walk *w = arg;
     size_t first = task * w->together;
     size_t n = w->rows - first < w->together ? w->rows - first : w->together;
+    const psoup__method_job *job = psoup__ahead_job(w->ahead, w->job, worker, (first + n) * w->columns);
     for (size_t row = first; row < first + n; row++)
-        w->fn(w->job, w->arg, row, worker, w->scratch + (size_t)worker * w->space);
+        w->fn(job, w->arg, row, worker, w->scratch + (size_t)worker * w->space);
 }
 
 psoup_status psoup__method_walk_rows(const psoup__method_job *job, size_t per_element,
@@ -149,12 +155,17 @@ psoup_status psoup__method_walk_rows(const psoup__method_job *job, size_t per_el
     w.space = psoup__method_chunk(job, w.columns) * per_element;
     if (!psoup__multiply(w.space, workers, &floats))
         return psoup__out_of_memory(error, SIZE_MAX);
+    psoup_status status = psoup__ahead_open(job, &w.ahead, error);
+    if (status != PSOUP_OK)
+        return status;
     w.scratch = psoup__alloc(job->context, floats, sizeof *w.scratch, error);
-    if (w.scratch == NULL)
-        return PSOUP_ERROR_MEMORY;
-    psoup__parallel(job->context, w.rows / w.together + (w.rows % w.together != 0), row_task, &w);
+    if (w.scratch != NULL)
+        psoup__parallel(job->context, w.rows / w.together + (w.rows % w.together != 0), row_task, &w);
+    else
+        status = PSOUP_ERROR_MEMORY;
+    psoup__ahead_close(job->context, w.ahead);
     psoup__free(job->context, w.scratch);
-    return PSOUP_OK;
+    return status;
 }
 
 psoup_status psoup__method_not_finite(const psoup__method_job *job, size_t input,
