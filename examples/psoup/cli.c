@@ -6,6 +6,7 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* ---- messages ---------------------------------------------------------------------------------- */
 
@@ -38,6 +39,29 @@ void cli_log(void *user, psoup_log_level level, const char *line) {
     (void)user;
     cli_progress_end();
     fprintf(stderr, "psoup: %s%s\n", level == PSOUP_LOG_WARNING ? "warning: " : "", line);
+}
+
+psoup_status cli_write_file(const char *path, const char *text, size_t n, psoup_error *error) {
+    char *beside = malloc(strlen(path) + 8);
+    if (!beside)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    sprintf(beside, "%s.tmp", path);
+    FILE *f = fopen(beside, "wb");
+    bool good = f && fwrite(text, 1, n, f) == n;
+    int why = errno;
+    if (f && fclose(f) != 0 && good) {
+        good = false;
+        why = errno;
+    }
+    if (good && rename(beside, path) != 0) {
+        good = false;
+        why = errno;
+    }
+    if (!good && f)
+        unlink(beside);
+    free(beside);
+    return good ? PSOUP_OK
+                : cli_error(error, PSOUP_ERROR_IO, "%s: cannot write: %s", path, strerror(why));
 }
 
 int cli_print_json(psoup_json *value) {

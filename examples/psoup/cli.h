@@ -27,6 +27,7 @@ int cmd_ppo(int argc, char **argv);
 int cmd_merge(int argc, char **argv);
 int cmd_inspect(int argc, char **argv);
 int cmd_winrate(int argc, char **argv);
+int cmd_plot(int argc, char **argv);
 
 /* ---- arguments --------------------------------------------------------------------------------- */
 
@@ -79,6 +80,7 @@ typedef struct cli_trainee {
 } cli_trainee;
 typedef struct cli_training {
     bool quiet; /* nothing at all */
+    const char *config, *config_path; /* a text that is written there with the first report; NULL: none */
     /* How far it is; all 0 at first. */
     cli_trainee rows[CLI_TRAINEES];
     size_t n;
@@ -94,6 +96,8 @@ int cli_asked_to_stop(void);
 int cli_training_fail(const psoup_error *error);
 void cli_progress_end(void);
 
+/* Writes a text to a file, beside it and renamed. */
+psoup_status cli_write_file(const char *path, const char *text, size_t n, psoup_error *error);
 /* Prints one line of JSON on standard output and frees it; returns an exit status. */
 int cli_print_json(psoup_json *value);
 

@@ -151,7 +151,9 @@ int cmd_dpo(int argc, char **argv) {
                    .validation_fraction = 0.1f,
                    .lora = {.options = PSOUP_ADAPTER_OPTIONS_INIT},
                    .options = PSOUP_DPO_OPTIONS_INIT};
+    run_directory directory = {0};
     const config_section sections[] = {{"Files", dpo_run_fields, &run},
+                                       {"A directory of its own", run_dir_fields, &directory},
                                        {"New adapters", adapter_fields, &run.lora},
                                        {"Training", psoup_dpo_fields(), &run.options}};
     config c;
@@ -161,15 +163,18 @@ int cmd_dpo(int argc, char **argv) {
             "Usage: psoup dpo --config FILE.json\n\nDirect preference optimisation: policies from "
             "comparisons, with no reward model and no\nsampling; one per preference, side by side "
             "on one base, which is their reference. Writes\nPEFT directories.\n",
-            sections, 3, &c, &status))
+            sections, 4, &c, &status))
         return status;
     cli_training training = {.quiet = c.json};
     psoup_error error = {0};
     run.options.on_step = cli_training_step;
     run.options.user = &training;
+    psoup_status done = run_directory_open(&directory, sections, 4, &training, &error);
     cli_training_begin(run.options.checkpoint_dir);
-    status = dpo(&run, c.path, &error) == PSOUP_OK ? run_print_output(run.output, c.json)
-                                                   : cli_training_fail(&error);
+    if (done == PSOUP_OK)
+        done = dpo(&run, c.path, &error);
+    status = done == PSOUP_OK ? run_print_output(run.output, c.json) : cli_training_fail(&error);
+    run_directory_close(&directory);
     config_free(&c);
     return status;
 }

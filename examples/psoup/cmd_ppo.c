@@ -110,7 +110,9 @@ int cmd_ppo(int argc, char **argv) {
         else if (psoup_ppo_preset(name, &run.options, &error) != PSOUP_OK)
             return cli_complain("%s", error.message);
     }
+    run_directory directory = {0};
     const config_section sections[] = {{"Files", ppo_run_fields, &run},
+                                       {"A directory of its own", run_dir_fields, &directory},
                                        {"New adapters", adapter_fields, &run.lora},
                                        {"Training", psoup_ppo_fields(), &run.options}};
     if (!config_read(
@@ -128,7 +130,7 @@ int cmd_ppo(int argc, char **argv) {
             "preference there is an adapter, and answered under a mix of those, whose weights are drawn\n"
             "from a Dirichlet distribution (\"concentration\" 1: any; large: near equal; 0: one of them)\n"
             "and weigh the adapters' rewards too. Where no adapter has a preference all are mixed.\n",
-            sections, 3, &c, &status))
+            sections, 4, &c, &status))
         return status;
     ppo_state *s = calloc(1, sizeof *s);
     cli_training training = {.quiet = c.json};
@@ -138,9 +140,12 @@ int cmd_ppo(int argc, char **argv) {
     s->config_path = c.path;
     run.options.on_step = cli_training_step;
     run.options.user = &training;
+    psoup_status done = run_directory_open(&directory, sections, 4, &training, &error);
     cli_training_begin(run.options.checkpoint_dir);
-    status = ppo(s, &error) == PSOUP_OK ? run_print_output(run.output, c.json)
-                                                : cli_training_fail(&error);
+    if (done == PSOUP_OK)
+        done = ppo(s, &error);
+    status = done == PSOUP_OK ? run_print_output(run.output, c.json) : cli_training_fail(&error);
+    run_directory_close(&directory);
     ppo_close(s);
     free(s);
     config_free(&c);

@@ -190,7 +190,9 @@ int cmd_reward(int argc, char **argv) {
                       .options = PSOUP_REWARD_OPTIONS_INIT};
     run.lora.options.rank = 8; /* the paper's reward models */
     run.options.margins = 1;   /* of rows that have one */
+    run_directory directory = {0};
     const config_section sections[] = {{"Files", reward_run_fields, &run},
+                                       {"A directory of its own", run_dir_fields, &directory},
                                        {"New adapters", adapter_fields, &run.lora},
                                        {"Training", psoup_reward_fields(), &run.options}};
     config c;
@@ -201,17 +203,19 @@ int cmd_reward(int argc, char **argv) {
             "comparisons: one per preference, trained side by side\non one base, or one for "
             "all, told by the preference prompt in its input. Writes PEFT\ndirectories of "
             "task type SEQ_CLS.\n",
-            sections, 3, &c, &status))
+            sections, 4, &c, &status))
         return status;
     cli_training training = {.quiet = c.json};
     psoup_error error = {0};
+    reward_result result = {0};
     run.options.on_step = cli_training_step;
     run.options.user = &training;
+    psoup_status done = run_directory_open(&directory, sections, 4, &training, &error);
     cli_training_begin(run.options.checkpoint_dir);
-    reward_result result = {0};
-    status = reward(&run, c.path, &result, &error) == PSOUP_OK
-                 ? print_result(run.output, &result, c.json)
-                 : cli_training_fail(&error);
+    if (done == PSOUP_OK)
+        done = reward(&run, c.path, &result, &error);
+    status = done == PSOUP_OK ? print_result(run.output, &result, c.json) : cli_training_fail(&error);
+    run_directory_close(&directory);
     config_free(&c);
     return status;
 }

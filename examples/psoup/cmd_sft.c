@@ -109,7 +109,9 @@ static psoup_status sft(sft_run *run, const char *config_path, psoup_error *erro
 int cmd_sft(int argc, char **argv) {
     sft_run run = {.lora = {.options = PSOUP_ADAPTER_OPTIONS_INIT},
                    .options = PSOUP_SFT_OPTIONS_INIT};
+    run_directory directory = {0};
     const config_section sections[] = {{"Files", sft_run_fields, &run},
+                                       {"A directory of its own", run_dir_fields, &directory},
                                        {"A new adapter", adapter_fields, &run.lora},
                                        {"Training", psoup_sft_fields(), &run.options}};
     config c;
@@ -119,15 +121,18 @@ int cmd_sft(int argc, char **argv) {
             "Usage: psoup sft --config FILE.json\n\nSupervised fine-tuning: the loss is on "
             "the completion's tokens, examples are packed\nwithout padding. Writes a PEFT "
             "directory, or with no \"adapter\" a whole model.\n",
-            sections, 3, &c, &status))
+            sections, 4, &c, &status))
         return status;
     cli_training training = {.quiet = c.json};
     psoup_error error = {0};
     run.options.on_step = cli_training_step;
     run.options.user = &training;
+    psoup_status done = run_directory_open(&directory, sections, 4, &training, &error);
     cli_training_begin(run.options.checkpoint_dir);
-    status = sft(&run, c.path, &error) == PSOUP_OK ? run_print_output(run.output, c.json)
-                                                   : cli_training_fail(&error);
+    if (done == PSOUP_OK)
+        done = sft(&run, c.path, &error);
+    status = done == PSOUP_OK ? run_print_output(run.output, c.json) : cli_training_fail(&error);
+    run_directory_close(&directory);
     config_free(&c);
     return status;
 }

@@ -32,6 +32,18 @@ typedef struct adapter_config {
 extern const psoup_field adapter_fields[];
 psoup_status adapter_config_finish(adapter_config *a, const char *where, psoup_error *error);
 
+/* A training's own directory, by the member "run_dir". */
+typedef struct run_directory {
+    const char *path; /* NULL: none */
+    char *made[3], *config, *config_path;
+} run_directory;
+extern const psoup_field run_dir_fields[];
+/* Makes it, and lets the members "metrics", "samples" and "checkpoint_dir" that are not set name what is in it. The
+ * configuration is written with the first report: a run that is refused changes nothing. */
+psoup_status run_directory_open(run_directory *d, const config_section *sections, size_t n,
+                                cli_training *training, psoup_error *error);
+void run_directory_close(run_directory *d);
+
 /* Texts to token rows, kept until freed together. */
 typedef struct token_pool {
     int32_t **rows;

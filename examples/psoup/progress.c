@@ -296,7 +296,11 @@ static void print_validation(const psoup_step *step) {
 
 int cli_training_step(void *user, const psoup_step *step) {
     cli_training *t = user;
+    psoup_error error;
     _Static_assert((int)SHOWN == (int)CLI_SHOWN, "a row has a value for each");
+    if (t->config && cli_write_file(t->config_path, t->config, strlen(t->config), &error) != PSOUP_OK)
+        cli_log(NULL, PSOUP_LOG_WARNING, error.message);
+    t->config = NULL;
     if (t->quiet)
         return cli_asked_to_stop();
     bool validation = !strcmp(step->phase, "validation"), terminal = isatty(STDERR_FILENO);
