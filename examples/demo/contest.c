@@ -7,12 +7,12 @@
 
 /* What a method reads and which adapters it mixes. */
 enum { READS_NOTHING, READS_WISHES };
-enum { MIX_BASE, MIX_ONE, MIX_SOUP, MIX_WRONG_SOUP, MIX_FACTORS };
+enum { MIX_BASE, MIX_ONE, MIX_SOUP, MIX_WRONG_SOUP, MIX_FACTORS, MIX_TRAINED_SOUP };
 
 typedef struct competitor {
     const char *name, *about;
     int reads, mix;
-    const char *adapter; /* of MIX_ONE */
+    const char *adapter; /* of MIX_ONE; of MIX_TRAINED_SOUP what its adapters' names begin with */
 } competitor;
 
 static const competitor eight[] = {
@@ -25,6 +25,9 @@ static const competitor eight[] = {
     {"wrong soup", "control: the three opposite policies", READS_WISHES, MIX_WRONG_SOUP, NULL},
     {"factors", "P-SOUPS with A and B averaged apart", READS_WISHES, MIX_FACTORS, NULL},
     {"P-MORL =", "P-MORL at P-SOUPS' compute", READS_WISHES, MIX_ONE, "P-MORL equal"},
+    {"soup =", "a soup trained as one, at P-SOUPS' compute", READS_WISHES, MIX_TRAINED_SOUP,
+     "soup equal"},
+    {"soup +", "P-SOUPS, then trained as a soup", READS_WISHES, MIX_TRAINED_SOUP, "soup"},
 };
 
 static const competitor sixteen[] = {
@@ -59,7 +62,7 @@ static void *allocate(size_t n, size_t bytes) {
 void contest_begin(contest *c, const demo_run *run, int kind, size_t n_seeds, int full) {
     int styles = kind == CONTEST_SIXTEEN ? 4 : 2;
     memset(c, 0, sizeof *c);
-    c->n = kind == CONTEST_SIXTEEN ? 4 : full ? 9 : 8;
+    c->n = kind == CONTEST_SIXTEEN ? 4 : full ? 11 : 8;
     c->rated = kind == CONTEST_SIXTEEN ? 4 : 6;
     c->n_users = (size_t)(4 * styles);
     c->n_seeds = n_seeds;
@@ -89,7 +92,7 @@ void contest_free(contest *c) {
 static const float *mix_for(demo_run *run, const competitor *entry, const int32_t *members,
                             const char *user) {
     const char *names[3];
-    char factors[32];
+    char factors[32], trained[3][32];
     switch (entry->mix) {
     case MIX_BASE:
         return NULL;
@@ -99,6 +102,13 @@ static const float *mix_for(demo_run *run, const competitor *entry, const int32_
         snprintf(factors, sizeof factors, "factors %s", user);
         names[0] = factors;
         return demo_mix(run, names, 1);
+    case MIX_TRAINED_SOUP:
+        for (int d = 0; d < 3; d++) {
+            snprintf(trained[d], sizeof trained[d], "%s %s", entry->adapter,
+                     world_preferences[members[d]].symbol);
+            names[d] = trained[d];
+        }
+        return demo_mix(run, names, 3);
     default:
         for (int d = 0; d < 3; d++)
             names[d] = world_preferences[members[d] ^ (entry->mix == MIX_WRONG_SOUP)].symbol;
@@ -106,20 +116,30 @@ static const float *mix_for(demo_run *run, const competitor *entry, const int32_
     }
 }
 
+static void add_cost(demo_cost *sum, const demo_cost *more) {
+    sum->seconds += more->seconds;
+    sum->tokens += more->tokens;
+    sum->updates += more->updates;
+    sum->flop += more->flop;
+}
+
 static demo_cost cost_of(const demo_run *run, const competitor *entry, int kind) {
     demo_cost sum = {0};
+    if (entry->mix == MIX_TRAINED_SOUP && !strcmp(entry->adapter, "soup equal")) {
+        add_cost(&sum, &run->soup_before);
+        add_cost(&sum, &run->soup_equal_cost);
+        return sum;
+    }
+    if (entry->mix == MIX_TRAINED_SOUP)
+        add_cost(&sum, &run->soup_cost);
     if (entry->mix == MIX_ONE)
         return !strcmp(entry->adapter, "RLHF")           ? run->rlhf_cost
                : !strcmp(entry->adapter, "MT")           ? run->mt_cost
                : !strcmp(entry->adapter, "P-MORL")       ? run->morl_cost
                : !strcmp(entry->adapter, "P-MORL equal") ? run->morl_equal_cost
                                                          : run->morl16_cost;
-    for (int k = 0; entry->mix != MIX_BASE && k < (kind == CONTEST_SIXTEEN ? 8 : 6); k++) {
-        sum.seconds += run->policy_cost[k].seconds;
-        sum.tokens += run->policy_cost[k].tokens;
-        sum.updates += run->policy_cost[k].updates;
-        sum.flop += run->policy_cost[k].flop;
-    }
+    for (int k = 0; entry->mix != MIX_BASE && k < (kind == CONTEST_SIXTEEN ? 8 : 6); k++)
+        add_cost(&sum, &run->policy_cost[k]);
     return sum;
 }
 

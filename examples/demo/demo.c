@@ -22,11 +22,11 @@ static const double kl_bound = 0.3;
 typedef struct options {
     const char *out;
     uint64_t seed;
-    int threads, full, help;
+    int threads, full, seeds, help;
 } options;
 
 static const char usage[] =
-    "psoup-demo [--out DIR] [--seed N] [--threads N] [--full]\n"
+    "psoup-demo [--out DIR] [--seed N] [--threads N] [--full [--seeds N]]\n"
     "\n"
     "Runs the whole method on a small world and writes DIR/report.html, whose path is the last "
     "line.\n"
@@ -34,19 +34,24 @@ static const char usage[] =
     "  --out DIR    where the report and the data go (build/demo)\n"
     "  --seed N     of everything random (1)\n"
     "  --threads N  worker threads; 0: one per processor (0); results do not depend on it\n"
-    "  --full       three seeds, P-MORL at equal compute too, and two preferences added "
-    "afterwards\n"
+    "  --full       three seeds, P-MORL at equal compute too, soups trained as one, and two "
+    "preferences\n"
+    "               added afterwards\n"
+    "  --seeds N    with --full so many seeds, 1 to 3 (3)\n"
     "  --help       this\n"
     "\n"
     "Ends with 0 when every check passes, 1 on an error, 2 when a check fails.\n";
 
 static int parse(int argc, char **argv, options *o) {
-    *o = (options){.out = "build/demo", .seed = 1};
+    *o = (options){.out = "build/demo", .seed = 1, .seeds = FULL_SEEDS};
     for (int i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : NULL;
         char *end = NULL;
         if (!strcmp(argv[i], "--full")) {
             o->full = 1;
+        } else if (!strcmp(argv[i], "--seeds") && value && value[0] >= '1' &&
+                   value[0] <= '0' + FULL_SEEDS && !value[1]) {
+            o->seeds = argv[++i][0] - '0';
         } else if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
             o->help = 1;
         } else if (!strcmp(argv[i], "--out") && value && *value && strlen(value) < 512) {
@@ -169,6 +174,7 @@ static demo_run *run_method(psoup_context *context, const options *o, uint64_t s
                               .general_pairs = 20000,
                               .policy_steps = 18,
                               .morl_steps = 18,
+                              .soup_after = o->full ? 12 : 0,
                               .rollouts = 128,
                               .samples = 3};
     demo_say("\nseed %llu", (unsigned long long)seed);
@@ -189,6 +195,16 @@ static demo_run *run_method(psoup_context *context, const options *o, uint64_t s
         train_morl(run, "P-MORL equal", 6, run->scale.morl_equal_steps, &run->morl_equal_cost);
     }
     merge_factors(run);
+    if (o->full) { /* a soup's step costs what P-MORL's does: both answer users, and read three rewards */
+        double left = 0;
+        for (int k = 0; k < 6; k++)
+            left += run->policy_cost[k].flop;
+        left -= run->soup_before.flop;
+        train_soup(run, "soup", 0, run->scale.morl_steps, &run->soup_cost);
+        train_soup(run, "soup equal", run->scale.soup_after,
+                   (int)lround(run->scale.morl_steps * left / run->morl_cost.flop),
+                   &run->soup_equal_cost);
+    }
     return run;
 }
 
@@ -220,7 +236,7 @@ int main(int argc, char **argv) {
     psoup_context_options context_options = PSOUP_CONTEXT_OPTIONS_INIT;
     static contest eight, sixteen;
     static checks made;
-    demo_run *runs[FULL_SEEDS];
+    demo_run *runs[FULL_SEEDS] = {NULL};
     char path[1024];
     double begun = demo_now();
 
@@ -235,7 +251,7 @@ int main(int argc, char **argv) {
     demo_say("libpsoup %s, %d threads, %s", psoup_version(), psoup_context_threads(context),
              psoup_context_isa(context));
 
-    size_t n = o.full ? FULL_SEEDS : 1;
+    size_t n = o.full ? (size_t)o.seeds : 1;
     for (size_t s = 0; s < n; s++) {
         runs[s] = run_method(context, &o, o.seed + s);
         if (s == 0)

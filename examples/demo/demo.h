@@ -3,7 +3,7 @@
  *   world, judge    the small world, its writer, and the program that judges responses
  *   tools           memory, prompts as tokens, generation, progress
  *   learn           base model, feedback, reward models
- *   methods         the policies: RLHF, six for P-SOUPS, MT, P-MORL
+ *   methods         the policies: RLHF, six for P-SOUPS, MT, P-MORL, the trained soups
  *   proof           reward models' agreement, what PPO did to each policy
  *   contest         everybody's responses on held-out prompts, and who is better by how much
  *   report          the HTML page
@@ -23,6 +23,8 @@ typedef struct demo_scale {
     int policy_steps;    /* of PPO, each policy */
     int morl_steps;
     int morl_equal_steps; /* at the compute of all of P-SOUPS; 0: not trained */
+    int soup_after;       /* steps of the policies after which a soup of them begins that has the rest of
+                           * their compute; 0: no soup is trained */
     int rollouts;         /* of one PPO step */
     int samples;          /* for each held-out prompt where a policy is compared with its base */
 } demo_scale;
@@ -80,6 +82,7 @@ typedef struct demo_run {
     size_t comparisons;
     demo_cost base_cost, feedback_cost, reward_cost, policy_cost[WORLD_PREFERENCES];
     demo_cost rlhf_cost, mt_cost, morl_cost, morl_equal_cost, morl16_cost, new_cost;
+    demo_cost soup_before, soup_cost, soup_equal_cost; /* the policies' until soup_after; the soups' own */
     demo_curve curves[CURVES];
     size_t n_curves;
     demo_agreement agreement[WORLD_PREFERENCES];
@@ -136,6 +139,9 @@ void train_rlhf(demo_run *run);
 void train_mt(demo_run *run);
 /* P-MORL over all users of the first n_preferences preferences. */
 void train_morl(demo_run *run, const char *adapter, int n_preferences, int steps, demo_cost *cost);
+/* A soup of the six policies, trained from where they were after `from` of their steps (0: after the last);
+ * its adapters are "NAME P1A" … */
+void train_soup(demo_run *run, const char *name, int from, int steps, demo_cost *cost);
 /* Each user's policies averaged by A and B apart, as adapters "factors AAA" …, through files. */
 void merge_factors(demo_run *run);
 
@@ -144,7 +150,7 @@ void prove_rewards(demo_run *run, int from, int to);
 void prove_policies(demo_run *run, int from, int to);
 
 /* ---- contest ---- */
-enum { CONTEST_METHODS = 9, CONTEST_USERS = 16 };
+enum { CONTEST_METHODS = 11, CONTEST_USERS = 16 };
 typedef struct contest_method {
     const char *name;
     const char *about;

@@ -26,8 +26,25 @@ typedef struct watch {
     double prompt_tokens; /* of a rollout, on average */
     double scored_tokens; /* of the prompts its reward models read, likewise */
     double reward_passes; /* reward models that read a response */
+    int keep_at; /* step after which the policies are kept in files; 0: none */
     size_t n;
 } watch;
+
+/* Where a policy is kept as it was after some of its steps; 0: after all. */
+static const char *kept_path(const demo_run *run, const char *symbol, int step, char path[1024]) {
+    if (step)
+        snprintf(path, 1024, "%s/%s-%d", run->directory, symbol, step);
+    else
+        snprintf(path, 1024, "%s/%s", run->directory, symbol);
+    return path;
+}
+
+static void keep_policy(demo_run *run, const char *symbol, int step) {
+    psoup_error error;
+    char path[1024];
+    must(psoup_model_save_adapter(run->model, symbol, kept_path(run, symbol, step, path), NULL, &error),
+         &error);
+}
 
 static double metric(const psoup_step *step, const char *name) {
     for (size_t i = 0; i < step->n; i++)
@@ -100,7 +117,19 @@ static void run_ppo(demo_run *run, const psoup_ppo_policy *policies, size_t n, i
     w->scored_tokens = scored / count;
     w->reward_passes = inputs / count;
     must(psoup_ppo_create(run->model, policies, n, &options, &ppo, &error), &error);
-    must(psoup_ppo_run(ppo, &error), &error);
+    for (int64_t step = 1, left = 1; left; step++) {
+        must(psoup_ppo_step(ppo, &left, &error), &error);
+        if (step != w->keep_at)
+            continue;
+        for (size_t i = 0; i < n; i++) {
+            keep_policy(run, policies[i].adapter, w->keep_at);
+            run->soup_before.flop += w->costs[i]->flop;
+            run->soup_before.tokens += w->costs[i]->tokens;
+            run->soup_before.updates += w->costs[i]->updates;
+            run->soup_before.seconds += (demo_now() - begun) / (double)n;
+        }
+    }
+    must(psoup_ppo_run(ppo, &error), &error); /* none of them diverged */
     psoup_ppo_free(ppo);
     for (size_t i = 0; i < n; i++)
         w->costs[i]->seconds += (demo_now() - begun) / (double)n;
@@ -118,7 +147,7 @@ static psoup_ppo_prompt *ppo_prompts(demo_run *run, const int32_t *preferences, 
 
 void train_policies(demo_run *run, int from, int to) {
     psoup_ppo_policy policies[WORLD_PREFERENCES];
-    watch w = {0};
+    watch w = {.keep_at = from ? 0 : run->scale.soup_after};
     size_t n = (size_t)(to - from);
     double begun = demo_now();
     for (size_t i = 0; i < n; i++) {
@@ -151,10 +180,11 @@ void train_rlhf(demo_run *run) {
     demo_say("RLHF      one policy of general helpfulness, %.0f s", run->rlhf_cost.seconds);
 }
 
-void train_morl(demo_run *run, const char *adapter, int n_preferences, int steps, demo_cost *cost) {
-    watch w = {.costs = {cost}};
+/* The training prompts of every user of the first n_preferences preferences; rewards are read told by one
+ * preference prompt each: by one model for all, or, of a soup, by each preference's own. */
+static psoup_ppo_prompt *user_prompts(demo_run *run, int n_preferences, int own, size_t *count) {
     int styles = n_preferences - 4, users = 4 * styles;
-    size_t n = run->n_train * (size_t)users;
+    size_t n = *count = run->n_train * (size_t)users;
     psoup_ppo_prompt *prompts = demo_take(run, n * sizeof *prompts);
     psoup_reward_input *inputs = demo_take(run, 3 * n * sizeof *inputs);
     for (size_t i = 0; i < n; i++) {
@@ -162,9 +192,10 @@ void train_morl(demo_run *run, const char *adapter, int n_preferences, int steps
         const world_prompt *asked = &run->train[i / (size_t)users];
         int32_t wishes[3] = {user / (2 * styles), 2 + user / styles % 2, 4 + user % styles};
         demo_tokens tokens = demo_prompt(run, asked, wishes, 3);
-        for (int d = 0; d < 3; d++) { /* one reward model, told by each preference prompt in turn */
+        for (int d = 0; d < 3; d++) {
             demo_tokens read = demo_prompt(run, asked, &wishes[d], 1);
-            inputs[3 * i + (size_t)d] = (psoup_reward_input){0, 1.0f / 3, read.ids, read.n};
+            inputs[3 * i + (size_t)d] =
+                (psoup_reward_input){own ? wishes[d] : 0, 1.0f / 3, read.ids, read.n};
         }
         prompts[i] = (psoup_ppo_prompt){.tokens = tokens.ids,
                                         .n = tokens.n,
@@ -172,6 +203,13 @@ void train_morl(demo_run *run, const char *adapter, int n_preferences, int steps
                                         .inputs = &inputs[3 * i],
                                         .n_inputs = 3};
     }
+    return prompts;
+}
+
+void train_morl(demo_run *run, const char *adapter, int n_preferences, int steps, demo_cost *cost) {
+    watch w = {.costs = {cost}};
+    size_t n;
+    psoup_ppo_prompt *prompts = user_prompts(run, n_preferences, 0, &n);
     add_adapter(run, adapter, 30 + (uint64_t)n_preferences + (uint64_t)steps);
     psoup_ppo_policy policy = {.adapter = adapter,
                                .rewards = &run->told,
@@ -180,8 +218,34 @@ void train_morl(demo_run *run, const char *adapter, int n_preferences, int steps
                                .n_prompts = n,
                                .seed = run->seed * 100 + 30};
     run_ppo(run, &policy, 1, steps, &w);
-    demo_say("P-MORL    one policy over %d users, %d PPO steps, %.0f s", users, steps,
+    demo_say("P-MORL    one policy over %d users, %d PPO steps, %.0f s", 4 * (n_preferences - 4), steps,
              cost->seconds);
+}
+
+void train_soup(demo_run *run, const char *name, int from, int steps, demo_cost *cost) {
+    psoup_error error;
+    watch w = {.costs = {cost}};
+    const char *adapters[6];
+    char path[1024];
+    psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT; /* any mix of a user's three */
+    for (int k = 0; k < 6; k++) {
+        char *adapter = demo_take(run, 32);
+        snprintf(adapter, 32, "%s %s", name, world_preferences[k].symbol);
+        must(psoup_model_load_adapter(run->model, adapters[k] = adapter,
+                                      kept_path(run, world_preferences[k].symbol, from, path), &error),
+             &error);
+    }
+    soup.adapters = adapters;
+    soup.n = 6;
+    psoup_ppo_policy policy = {.adapter = name,
+                               .soup = &soup,
+                               .rewards = run->rewards,
+                               .n_rewards = 6,
+                               .seed = run->seed * 100 + 40};
+    policy.prompts = user_prompts(run, 6, 1, &policy.n_prompts);
+    run_ppo(run, &policy, 1, steps, &w);
+    demo_say("soup      trained as one for %d steps, from the policies after %d, %.0f s", steps,
+             from ? from : run->scale.policy_steps, cost->seconds);
 }
 
 /* ---- multi-task
@@ -243,11 +307,8 @@ void train_mt(demo_run *run) {
 void merge_factors(demo_run *run) {
     psoup_error error;
     char path[1024], name[32], user_name[8];
-    for (int k = 0; k < 6; k++) {
-        snprintf(path, sizeof path, "%s/%s", run->directory, world_preferences[k].symbol);
-        must(psoup_model_save_adapter(run->model, world_preferences[k].symbol, path, NULL, &error),
-             &error);
-    }
+    for (int k = 0; k < 6; k++)
+        keep_policy(run, world_preferences[k].symbol, 0);
     size_t users = psoup_users_count(run->preferences);
     for (size_t u = 0; u < users; u++) {
         int32_t members[3];
