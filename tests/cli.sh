@@ -569,6 +569,21 @@ bad_soup '"soup": [{"name": "a", "reward": "rewards/P1A", "preference": "P1A"}]'
 bad_soup '"soup": [{"name": "a", "reward": "rewards/P1A", "inits": "x"}]' 'nearest known one is "init"'
 bad_soup '"soup": [{"name": "a", "reward": "rewards/P1A"}], "concentration": -1' 'concentration is -1: expected 0'
 
+# ---- ppo: another preference joins ------------------------------------------------------------------
+joins() { ppo joined "$1" ', "validation": "instructions.jsonl", "metrics": "joined.jsonl", "checkpoint_dir": "run"'; }
+easy='{"name": "P1A", "reward": "rewards/P1A", "preference": "P1A"}'
+joins "$easy"
+trains ppo --config ppo.json
+cp joined/P1A/adapter_model.safetensors first
+joins "$easy, {\"name\": \"P2A\", \"reward\": \"rewards/P2A\", \"preference\": \"P2A\"}"
+no 1 'is of another run: its policies was "1", is "2"' ppo --config ppo.json --resume
+"$psoup" ppo --config ppo.json --join >out 2>err
+check "a preference joins" test $? -eq 0
+check "the others keep their bytes" cmp -s joined/P1A/adapter_model.safetensors first
+check "as if it had been there" cmp -s joined/P2A/adapter_model.safetensors policies/P2A/adapter_model.safetensors
+check "it trained alone" test "$(grep -c '"phase": "train", "subject": "P1A"' joined.jsonl)" -eq 2 \
+    -a "$(grep -c '"phase": "train", "subject": "P2A"' joined.jsonl)" -eq 2
+
 # ---- killed, stopped and resumed ------------------------------------------------------------------
 # keeps NAME: a run of two policies into NAME, its metrics beside; with a second argument kept there.
 keeps() {

@@ -382,6 +382,127 @@ START_TEST(other_soups_are_refused) {
 }
 END_TEST
 
+/* ---- joining ------------------------------------------------------------------------------------- */
+
+/* The lines of the file that are of one policy, one after another; freed by the caller. */
+static char *lines_of(const char *path, const char *subject) {
+    size_t n;
+    char *text, *out, quoted[32];
+    OK(psoup__file_read(context, path, 1 << 30, &text, &n, &error));
+    out = calloc(n + 1, 1);
+    snprintf(quoted, sizeof(quoted), "\"subject\": \"%s\"", subject);
+    for (char *line = text, *end; line < text + n; line = end + 1) {
+        end = memchr(line, '\n', (size_t)(text + n - line));
+        *end = '\0';
+        if (strstr(line, quoted))
+            strcat(strcat(out, line), "\n");
+    }
+    psoup__free(context, text);
+    return out;
+}
+
+/* A run of two, done or stopped half-way, takes in a third, a policy or a soup: all end with the bytes of a
+ * run of all three from the start, also when it is stopped at every report; who was done has no report. */
+START_TEST(a_policy_joins) {
+    psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT;
+    psoup_ppo_policy policies[3] = {policy(0), policy(1), policy(2)};
+    run whole, r;
+    float *expected[4];
+    size_t n[4];
+    bool half = _i % 2;
+    soup.adapters = names + 2;
+    soup.n = 2;
+    if (_i / 2)
+        policies[2].soup = &soup;
+    run_begin(&whole);
+    run_begin(&r);
+    psoup_ppo_options o = ppo_options(&whole);
+    o.checkpoint_dir = NULL;
+    o.resume = 0;
+    psoup_model *model = fresh(4);
+    OK(run_ppo(model, policies, 3, &o));
+    for (int k = 0; k < 4; k++)
+        expected[k] = weights(model, names[k], &n[k]);
+    psoup_model_free(model);
+
+    model = fresh(2);
+    o = ppo_options(&r);
+    r.stop_after = half ? 5 : 0;
+    ck_assert_int_eq(run_ppo(model, policies, 2, &o), half ? PSOUP_ERROR_CANCELLED : PSOUP_OK);
+    psoup_model_free(model);
+    char *before = lines_of(r.metrics, "P0");
+    int stops = 0;
+    for (psoup_status status = PSOUP_ERROR_CANCELLED; status != PSOUP_OK; stops++) {
+        model = fresh(4);
+        r.stop_after = 1;
+        o.join = 1;
+        o.resume = 0;
+        status = run_ppo(model, policies, 3, &o);
+        ck_assert_msg(status == PSOUP_OK || status == PSOUP_ERROR_CANCELLED, "%s", error.message);
+        for (int k = 0; status == PSOUP_OK && k < 4; k++)
+            ck_assert(same_weights(model, names[k], expected[k], n[k]));
+        psoup_model_free(model);
+    }
+    ck_assert_int_ge(stops, 8);
+    ck_assert_int_le(count_checkpoints(&r, NULL), o.checkpoint_keep);
+    for (int k = 0; k < 3; k++) { /* each one's lines are as in the whole run, and come to nothing more */
+        const char *subject = k == 2 && policies[2].soup ? "P2" : names[k];
+        char *all = lines_of(whole.metrics, subject), *joined = lines_of(r.metrics, subject);
+        ck_assert(*all);
+        ck_assert_str_eq(joined, all);
+        if (k == 0 && !half)
+            ck_assert_str_eq(before, all);
+        free(all);
+        free(joined);
+    }
+    for (int k = 0; k < 4; k++)
+        free(expected[k]);
+    free(before);
+    run_end(&whole);
+    run_end(&r);
+}
+END_TEST
+
+START_TEST(joining_is_refused_where_more_differs) {
+    psoup_ppo_policy policies[3] = {policy(0), policy(1), policy(2)}, turned[2] = {policy(1), policy(0)};
+    run r;
+    run_begin(&r);
+    psoup_model *model = fresh(3);
+    psoup_ppo_options o = ppo_options(&r);
+    OK(run_ppo(model, policies, 2, &o));
+    psoup_model_free(model);
+    model = fresh(3);
+    REFUSED(run_ppo(model, policies, 3, &o), PSOUP_ERROR_STATE, "its policies was \"2\", is \"3\"");
+    o.join = 1;
+    o.resume = 0;
+    REFUSED(run_ppo(model, policies, 1, &o), PSOUP_ERROR_STATE, "its policies was \"2\", is \"1\"");
+    REFUSED(run_ppo(model, policies + 1, 2, &o), PSOUP_ERROR_STATE, "its policy 0 was \"P0 of rank 4");
+    REFUSED(run_ppo(model, turned, 2, &o), PSOUP_ERROR_STATE, "its policy 0 was \"P0 of rank 4");
+    policies[1].seed++;
+    REFUSED(run_ppo(model, policies, 3, &o), PSOUP_ERROR_STATE,
+            "its seed of policy 1 was \"101\", is \"102\"");
+    policies[1].seed--;
+    o.steps = 6;
+    REFUSED(run_ppo(model, policies, 3, &o), PSOUP_ERROR_STATE, "its steps was 5, is 6");
+    o.steps = 5;
+    o.checkpoint_dir = NULL;
+    REFUSED(run_ppo(model, policies, 3, &o), PSOUP_ERROR_ARGUMENT, "checkpoint_dir is NULL");
+    o.checkpoint_dir = r.checkpoints;
+    o.join = 2;
+    REFUSED(run_ppo(model, policies, 3, &o), PSOUP_ERROR_ARGUMENT, "join is 2: expected 0 to 1");
+    o.join = 1;
+    OK(run_ppo(model, policies, 3, &o));
+    o.join = 0;
+    o.resume = 1;
+    psoup_model_free(model);
+    model = fresh(3);
+    OK(run_ppo(model, policies, 3, &o)); /* the run has three now */
+    REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its policies was \"3\", is \"2\"");
+    psoup_model_free(model);
+    run_end(&r);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("resuming rewards and policies");
     TCase *tcase = tcase_create("all");
@@ -394,6 +515,8 @@ int main(void) {
     tcase_add_test(tcase, single_steps_go_on);
     tcase_add_test(tcase, other_ppo_runs_are_refused);
     tcase_add_test(tcase, other_soups_are_refused);
+    tcase_add_loop_test(tcase, a_policy_joins, 0, 4);
+    tcase_add_test(tcase, joining_is_refused_where_more_differs);
     suite_add_tcase(suite, tcase);
     return run_suite(suite);
 }

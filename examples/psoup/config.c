@@ -19,11 +19,11 @@ static psoup_json *defaults_json(const config_section *sections, size_t n) {
     return all;
 }
 
-/* The member that --resume sets, of the commands that have it. */
-static int32_t *resume_of(const config_section *sections, size_t n) {
+/* The member that --resume or --join sets, of the commands that have it. */
+static int32_t *member_of(const config_section *sections, size_t n, const char *name) {
     for (size_t i = 0; i < n; i++)
         for (const psoup_field *f = sections[i].fields; f->name; f++)
-            if (!strcmp(f->name, "resume"))
+            if (!strcmp(f->name, name))
                 return (int32_t *)((char *)sections[i].to + f->offset);
     return NULL;
 }
@@ -34,10 +34,13 @@ static void print_config_help(const char *about, const config_section *sections,
          "  --config FILE     the configuration, a JSON object\n"
          "  --print-config    print a configuration with every default, and stop\n"
          "  --json            print the result as one line of JSON, and no progress");
-    if (resume_of(sections, n))
+    if (member_of(sections, n, "resume"))
         puts("  --resume          go on from the newest checkpoint in \"checkpoint_dir\", if there is one.\n"
              "                    With a \"checkpoint_dir\" SIGTERM and SIGINT end the run after its step,\n"
              "                    with a checkpoint and status 0");
+    if (member_of(sections, n, "join"))
+        puts("  --join            the same, and policies at the end of the list that the checkpoint has not\n"
+             "                    yet begin: a finished run takes in another, and trains it alone");
     puts("  --help            this text");
     for (size_t i = 0; i < n; i++) {
         printf("\n%s:\n", sections[i].title);
@@ -56,8 +59,8 @@ bool config_read(int argc, char **argv, const char *about, const config_section 
                  config *out, int *status) {
     const psoup_field *tables[8];
     psoup_error error = {0};
-    bool print = false, resumes = false;
-    int32_t *resume = resume_of(sections, n);
+    bool print = false, resumes = false, joins = false;
+    int32_t *resume = member_of(sections, n, "resume"), *joined = member_of(sections, n, "join");
     *out = (config){0};
     *status = 2;
     for (int i = 1; i < argc; i++) {
@@ -71,6 +74,8 @@ bool config_read(int argc, char **argv, const char *about, const config_section 
             out->json = true;
         else if (!strcmp(argv[i], "--resume") && resume)
             resumes = true;
+        else if (!strcmp(argv[i], "--join") && joined)
+            joins = true;
         else if (!strcmp(argv[i], "--config") && i + 1 == argc) {
             cli_complain("--config needs a value: FILE");
             return false;
@@ -109,6 +114,8 @@ bool config_read(int argc, char **argv, const char *about, const config_section 
     }
     if (resumes)
         *resume = 1;
+    if (joins)
+        *joined = 1;
     if (print) {
         psoup_json *all = defaults_json(sections, n);
         char *text = psoup_json_text(all, 2);

@@ -17,9 +17,9 @@ typedef struct config {
     bool json; /* --json: the result as JSON, no progress */
 } config;
 
-/* Reads argv: --config FILE, --print-config, --json, --resume where there is such a member, --help. Returns
- * false when the command is done (help or the configuration was printed, or something is wrong), with its
- * exit *status. Options are read in the order of the sections. */
+/* Reads argv: --config FILE, --print-config, --json, --resume and --join where there is such a member,
+ * --help. Returns false when the command is done (help or the configuration was printed, or something is
+ * wrong), with its exit *status. Options are read in the order of the sections. */
 bool config_read(int argc, char **argv, const char *about, const config_section *sections, size_t n,
                  config *out, int *status);
 void config_free(config *c);

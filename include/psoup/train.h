@@ -429,7 +429,9 @@ typedef struct psoup_ppo_options {
     int32_t scale_rewards; /* psoup_scale_rewards, of GRPO */
     float max_grad_value;  /* elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not */
     float reward_clip;     /* a response's normalised score is kept within ± this; 0: not */
-    int32_t reserved;      /* 0 */
+    int32_t join; /* 1: as resume; and policies at the list's end that the checkpoint has not yet begin now,
+                   * also where the others are done, whose weights keep their bytes. On the CPU a policy ends
+                   * with the bytes that it would have if it had been there from the start */
     const psoup_comm *comm; /* the other processes that train the same run; NULL: there are none */
 } psoup_ppo_options;
 #define PSOUP_PPO_OPTIONS_INIT                                                                     \

@@ -32,7 +32,8 @@ psoup_status psoup__checkpoint_open(psoup__checkpoint *c, psoup_context *context
                                     psoup__reporter *reporter, const char *directory, int32_t every,
                                     int32_t keep, bool resume, psoup_error *error) {
     *c = (psoup__checkpoint){.context = context, .team = reporter->team, .every = every, .keep = keep,
-                             .resume = resume, .lock = -1, .reporter = reporter, .metrics = -1,
+                             .resume = resume, .before = SIZE_MAX, .lock = -1, .reporter = reporter,
+                             .metrics = -1,
                              .samples = -1};
     c->directory = c->team->rank == 0 ? directory : NULL;
     c->kept = c->directory != NULL;
@@ -238,7 +239,12 @@ static psoup_status save_alone(psoup__checkpoint *c, psoup_status told, int64_t 
 
 psoup_status psoup__checkpoint_after(psoup__checkpoint *c, psoup_status told, int64_t step, bool last,
                                      psoup_error *error) {
-    bool due = told == PSOUP_OK ? last || (c->every && step % c->every == 0)
+    return psoup__checkpoint_at(c, told, step, step, last, error);
+}
+
+psoup_status psoup__checkpoint_at(psoup__checkpoint *c, psoup_status told, int64_t step, int64_t moved,
+                                  bool last, psoup_error *error) {
+    bool due = told == PSOUP_OK ? last || (c->every && moved % c->every == 0)
                                 : told == PSOUP_ERROR_CANCELLED;
     if (c->kept && c->team->lost)
         return save_alone(c, told, step, error);
@@ -277,7 +283,25 @@ static psoup_status another_run(const char *path, const char *key, const psoup_j
     return status;
 }
 
-static psoup_status same_run(const psoup__checkpoint *c, const char *path, const psoup_json *header,
+/* The policies that a run has, by its list of what it is; of another trainer's 0. */
+static size_t policies_of(const psoup_json *run) {
+    return strtoul(psoup_json_string(psoup_json_get(run, "policies"), "0"), NULL, 10);
+}
+
+/* Whether what is called `key` is of a policy that joins: its name ends in "policy K". */
+static bool of_joining(const psoup__checkpoint *c, const char *key) {
+    const char *name = strrchr(key, 'p');
+    size_t k;
+    int end = 0;
+    return name && sscanf(name, "policy %zu%n", &k, &end) == 1 && !name[end] && k >= c->before;
+}
+
+/* What differs when policies join: their number, and all that is told of them. */
+static bool may_differ(const psoup__checkpoint *c, const char *key) {
+    return c->before != SIZE_MAX && (strcmp(key, "policies") == 0 || of_joining(c, key));
+}
+
+static psoup_status same_run(psoup__checkpoint *c, const char *path, const psoup_json *header,
                              psoup_error *error) {
     const char *text = psoup_json_string(psoup_json_get(psoup_json_get(header, "__metadata__"), "run"),
                                          NULL);
@@ -286,17 +310,21 @@ static psoup_status same_run(const psoup__checkpoint *c, const char *path, const
     if (!text)
         return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: is no checkpoint of libpsoup", path);
     psoup_status status = psoup_json_parse(text, strlen(text), path, &run, error);
+    if (c->join && policies_of(run) < policies_of(c->run))
+        c->before = policies_of(run);
     for (const psoup_json *is; status == PSOUP_OK && (is = psoup_json_next(c->run, &key));)
-        status = another_run(path, key, psoup_json_get(run, key), is, error);
+        if (!may_differ(c, key))
+            status = another_run(path, key, psoup_json_get(run, key), is, error);
     key = NULL;
     for (const psoup_json *was; status == PSOUP_OK && (was = psoup_json_next(run, &key));)
-        status = another_run(path, key, was, psoup_json_get(c->run, key), error);
+        if (!may_differ(c, key))
+            status = another_run(path, key, was, psoup_json_get(c->run, key), error);
     psoup_json_free(run);
     return status;
 }
 
 /* The header is ours when it is what write_pieces makes: every piece in its order, one behind the other. */
-static psoup_status read_header(const psoup__checkpoint *c, psoup__input *input, const char *path,
+static psoup_status read_header(psoup__checkpoint *c, psoup__input *input, const char *path,
                                 psoup_json **header, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     unsigned char bytes[8];
@@ -375,7 +403,7 @@ static psoup_status check_whole(const psoup__checkpoint *c, const char *path, ps
 }
 
 /* Nothing is read into the state before all is known to be there. */
-static psoup_status read_checkpoint(const psoup__checkpoint *c, const char *path, psoup_error *error) {
+static psoup_status read_checkpoint(psoup__checkpoint *c, const char *path, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup__input *input = NULL;
     psoup_json *header = NULL;
@@ -387,11 +415,14 @@ static psoup_status read_checkpoint(const psoup__checkpoint *c, const char *path
     PSOUP__TRY(psoup__input_open(c->context, path, &input, error));
     PSOUP__TRY(read_header(c, input, path, &header, error));
     for (size_t i = 0; i < c->n; i++) {
+        if (c->pieces[i].owner >= c->before)
+            continue;
         PSOUP__TRY(find_piece(header, &c->pieces[i], path, at, &counts[i], error));
         at += (int64_t)(counts[i] * psoup_dtype_size(c->pieces[i].dtype));
     }
     for (size_t i = 0; i < c->n; i++)
-        PSOUP__TRY(read_piece(c, input, path, &c->pieces[i], counts[i], error));
+        if (c->pieces[i].owner < c->before)
+            PSOUP__TRY(read_piece(c, input, path, &c->pieces[i], counts[i], error));
 fail:
     psoup_json_free(header);
     psoup__input_free(input);

@@ -29,6 +29,8 @@ typedef struct psoup__checkpoint {
     bool kept;             /* somebody makes them */
     int32_t every, keep;
     bool resume;
+    bool join;     /* policies that a checkpoint has not yet may begin: */
+    size_t before; /* those from this one on, once one was read */
     int lock; /* the directory, held by flock */
     psoup__reporter *reporter;
     int64_t metrics, samples; /* bytes of its files; −1: none */
@@ -83,6 +85,9 @@ psoup_status psoup__checkpoint_start(psoup__checkpoint *c, psoup_error *error);
  * the run was told to stop, or a rank is gone, when the state is that of the step before. Returns `told`, or why it could not be written. */
 psoup_status psoup__checkpoint_after(psoup__checkpoint *c, psoup_status told, int64_t step, bool last,
                                      psoup_error *error);
+/* The same where those who moved are not at the step that the file is called by: they joined later. */
+psoup_status psoup__checkpoint_at(psoup__checkpoint *c, psoup_status told, int64_t step, int64_t moved,
+                                  bool last, psoup_error *error);
 /* ranks.c: refuses ranks that are of another run than rank 0, naming the difference. */
 psoup_status psoup__ranks_agree(psoup__checkpoint *c, psoup_error *error);
 /* Rank 0's state to all. */

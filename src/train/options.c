@@ -159,6 +159,7 @@ static const psoup_field ppo_fields[] = {
      "prompt, or their mean and deviation. Without a critic gamma, lambda, value and whitening options "
      "and head_dropout have no part."},
     INT(group_size, "Responses sampled to each prompt, with rloo and grpo; divides batch_size."),
+    BOOL(join, "Whether to resume, and to begin policies at the list's end that the checkpoint has not yet."),
     INT(samples_every, "PPO steps between samples of what each policy says; 0 takes none."),
     INT(samples_count, "How many prompts are sampled, of a policy's validation prompts where it has any."),
     {"samples", PSOUP_FIELD_STRING, offsetof(OPTIONS, samples), NULL,
@@ -344,6 +345,7 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         RANGE(validate_every, 0, COUNTS),
         RANGE(keep_best, 0, 1),
         CHECKPOINT_RANGES,
+        RANGE(join, 0, 1),
         RANGE(objective, 0, 2),
         RANGE(group_size, critic ? 1 : 2, COUNTS),
         RANGE(samples_every, 0, COUNTS),
@@ -351,10 +353,10 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         RANGE(kl_estimator, 0, 3),
         RANGE(scale_rewards, 0, 2),
         RANGE(reward_clip, 0, REALS),
-        RANGE(reserved, 0, 0),
     };
     psoup_status status =
-        check("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume, error);
+        check("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir,
+              o->resume || o->join, error);
     if (status == PSOUP_OK && o->reward_text && !o->tokenizer)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_ppo_options: tokenizer is NULL, which reward_text needs");

@@ -241,11 +241,14 @@ fail:
 
 /* After a step and its validation, or where the run was told to stop. */
 static psoup_status keep(psoup_ppo *ppo, psoup_status told, psoup_error *error) {
-    int64_t step_done = 0;
-    for (size_t p = 0; p < ppo->n; p++)
-        if (ppo->policies[p].state.step > step_done)
-            step_done = ppo->policies[p].state.step;
-    return psoup__checkpoint_after(&ppo->checkpoint, told, step_done, steps_left(ppo) == 0, error);
+    int64_t step_done = 0, moved = 0;
+    for (size_t p = 0; p < ppo->n; p++) {
+        const psoup__ppo_state *s = &ppo->policies[p].state;
+        step_done = s->step > step_done ? s->step : step_done;
+        if (!s->failed && s->step < ppo->policies[p].total)
+            moved = s->step > moved ? s->step : moved;
+    }
+    return psoup__checkpoint_at(&ppo->checkpoint, told, step_done, moved, steps_left(ppo) == 0, error);
 }
 
 int psoup_ppo_diverged(const psoup_ppo *ppo, size_t policy) {

@@ -126,7 +126,9 @@ psoup_status psoup__ppo_start_checkpoint(psoup_ppo *ppo, psoup_error *error) {
     psoup__checkpoint *c = &ppo->checkpoint;
     const psoup_ppo_options *o = &ppo->options;
     PSOUP__TRY(psoup__checkpoint_open(c, ppo->model->context, &ppo->reporter, o->checkpoint_dir,
-                                      o->checkpoint_every, o->checkpoint_keep, o->resume, error));
+                                      o->checkpoint_every, o->checkpoint_keep, o->resume || o->join,
+                                      error));
+    c->join = o->join;
     PSOUP__TRY(psoup__run_text(c, "trainer", error, "ppo"));
     PSOUP__TRY(psoup__run_options(c, psoup_ppo_fields(), o, error));
     PSOUP__TRY(psoup__run_base(c, "base", ppo->model, error));

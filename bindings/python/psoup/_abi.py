@@ -961,7 +961,7 @@ psoup_ppo_options._fields_ = [
     ("scale_rewards", c_int32),
     ("max_grad_value", c_float),
     ("reward_clip", c_float),
-    ("reserved", c_int32),
+    ("join", c_int32),
     ("comm", POINTER(psoup_comm)),
 ]
 psoup_ppo_trace._fields_ = [

@@ -492,3 +492,7 @@ class PpoOptions(TypedDict, total=False):
     max_grad_value: float
     # a response's normalised score is kept within ± this; 0: not; default 0
     reward_clip: float
+    # 1: as resume; and policies at the list's end that the checkpoint has not yet begin now, also
+    # where the others are done, whose weights keep their bytes. On the CPU a policy ends with the
+    # bytes that it would have if it had been there from the start; default 0
+    join: int
