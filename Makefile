@@ -275,6 +275,7 @@ run-tests: $(TESTS:%=$B/tests/%) $B/tests/checkops/checkops $B/tests/philox host
 	    echo "== an engine on a GPU"; $B/embed_engine_gpu
 	@echo "== the program"; sh tests/cli.sh $B/psoup
 	@echo "== a training, seen"; PYTHON=$(PYTHON) sh tests/seen.sh $B/psoup
+	@echo "== the methods, end to end"; sh tests/run.sh $B/psoup
 
 check: deps-test
 	@$(MAKE) --no-print-directory all run-tests check-names check-abi check-install check-python check-gpu

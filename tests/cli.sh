@@ -4,54 +4,10 @@
 #   sh tests/cli.sh PATH_TO_PSOUP        its helpers are beside it, in tests/
 # shellcheck disable=SC2086,SC2013,SC2012,SC2059 # lists of options and names are split on purpose
 
-psoup=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
-helpers=$(dirname "$psoup")/tests
-T=$(mktemp -d "${TMPDIR:-/tmp}/psoup-cli-XXXXXX") || exit 1
-trap 'rm -rf "$T"' EXIT
-trap 'exit 1' HUP INT TERM
-LC_ALL=C.UTF-8
-export LC_ALL
-cd "$T" || exit 1
-passed=0 failed=0
+suite=cli
+# shellcheck source=tests/shell_case.sh
+. "$(dirname "$0")/shell_case.sh"
 
-pass() { passed=$((passed + 1)); }
-fail() {
-    failed=$((failed + 1))
-    echo "cli: FAILED: $1"
-    sed 's/^/    /' out err | head -8
-}
-# check WHAT COMMAND…: the command succeeds; for tests of what the last one printed.
-check() {
-    what=$1
-    shift
-    if "$@"; then pass; else fail "$what"; fi
-}
-# ok COMMAND…: psoup succeeds and says nothing on standard error.
-ok() {
-    if "$psoup" "$@" >out 2>err && ! test -s err; then pass; else fail "psoup $*"; fi
-}
-# trains COMMAND…: the same, with lines of validation on standard error.
-trains() {
-    if "$psoup" "$@" >out 2>err && ! grep -q '^psoup:' err; then pass; else fail "psoup $*"; fi
-}
-# no STATUS PATTERN COMMAND…: psoup exits with STATUS, prints nothing but one line that matches, and
-# leaves nothing in left/.
-no() {
-    status=$1 pattern=$2
-    shift 2
-    "$psoup" "$@" >out 2>err
-    got=$?
-    if test $got -eq "$status" && ! test -s out && test "$(wc -l <err)" -eq 1 &&
-        grep -q '^psoup: ' err && grep -q -e "$pattern" err && test -z "$(ls -A left)"; then
-        pass
-    else
-        fail "psoup $* (status $got, expected $status and \"$pattern\"; left: $(ls -A left))"
-        rm -rf left
-        mkdir left
-    fi
-}
-has() { grep -q -e "$1" out; }
-lines() { test "$(wc -l <"$1")" -eq "$2"; }
 # near A B [D]: the numbers in "logprobs" of two files agree within D (1e-4), and there are some.
 near() {
     for f in "$1" "$2"; do
@@ -61,14 +17,7 @@ near() {
         awk -v most="${3:-1e-4}" '{ d = $1 - $2; n++; if (d > most || d < -most || NF != 2 && NF != 0) bad = 1 }
              END { exit bad || n < 3 }'
 }
-differ() { ! cmp -s "$1" "$2"; }
-put() { printf '%b' "$2" >"$1"; }
-# patch FILE OFFSET BYTES: in place
-patch() { printf "$3" | dd of="$1" bs=1 seek="$2" conv=notrunc 2>/dev/null; }
-size() { wc -c <"$1" | tr -d ' '; }
 
-mkdir left
-: >out 2>err
 check "make_tiny" "$helpers/make_tiny" .
 A="--adapter P1A=P1A --adapter P2A=P2A"
 
@@ -78,7 +27,7 @@ check "no command: 2" test $? -eq 2
 ok --version
 check "version" has '^psoup [0-9]'
 ok --help
-commands="info tokenize generate score feedback sft reward dpo ppo plot merge inspect winrate"
+commands="info tokenize generate score feedback sft reward dpo ppo run plot merge inspect winrate"
 for c in $commands; do check "help lists $c" has "^  $c "; done
 for c in $commands; do
     ok $c --help

@@ -28,6 +28,7 @@ int cmd_merge(int argc, char **argv);
 int cmd_inspect(int argc, char **argv);
 int cmd_winrate(int argc, char **argv);
 int cmd_plot(int argc, char **argv);
+int cmd_run(int argc, char **argv);
 
 /* ---- arguments --------------------------------------------------------------------------------- */
 

@@ -6,11 +6,15 @@
 
 /* ---- reading ----------------------------------------------------------------------------------- */
 
-static psoup_json *defaults_json(const config_section *sections, size_t n) {
+psoup_json *config_values(const config_section *sections, const char *const *keys, size_t n) {
     psoup_json *all = psoup_json_new_object();
     for (size_t i = 0; i < n; i++) {
         psoup_json *part = psoup_fields_json(sections[i].fields, sections[i].to);
         const char *key = NULL;
+        if (keys && keys[i]) {
+            psoup_json_set(all, keys[i], part);
+            continue;
+        }
         const psoup_json *value;
         while ((value = psoup_json_next(part, &key)))
             psoup_json_set(all, key, psoup_json_copy(value));
@@ -28,7 +32,8 @@ static int32_t *member_of(const config_section *sections, size_t n, const char *
     return NULL;
 }
 
-static void print_config_help(const char *about, const config_section *sections, size_t n) {
+static void print_config_help(const char *about, const config_section *sections, const char *const *keys,
+                              size_t n) {
     puts(about);
     puts("Options:\n"
          "  --config FILE     the configuration, a JSON object\n"
@@ -43,7 +48,8 @@ static void print_config_help(const char *about, const config_section *sections,
              "                    yet begin: a finished run takes in another, and trains it alone");
     puts("  --help            this text");
     for (size_t i = 0; i < n; i++) {
-        printf("\n%s:\n", sections[i].title);
+        const char *key = keys ? keys[i] : NULL;
+        printf("\n%s%s%s%s:\n", sections[i].title, key ? ", in \"" : "", key ? key : "", key ? "\"" : "");
         psoup_json *values = psoup_fields_json(sections[i].fields, sections[i].to);
         for (const psoup_field *f = sections[i].fields; f->name; f++) {
             char *value = psoup_json_text(psoup_json_get(values, f->name), 0);
@@ -55,9 +61,46 @@ static void print_config_help(const char *about, const config_section *sections,
     }
 }
 
+enum { MOST_SECTIONS = 8 };
+
+/* The file's members into the sections' structs; nothing else may stand in it. */
+static psoup_status read_sections(const config_section *sections, const char *const *keys, size_t n, const config *c,
+                                  psoup_error *error) {
+    psoup_field objects[MOST_SECTIONS + 1] = {{0}};
+    const psoup_field *tables[MOST_SECTIONS + 1];
+    size_t n_keys = 0, n_tables = 0;
+    for (size_t i = 0; i < n && i < MOST_SECTIONS; i++)
+        if (keys && keys[i])
+            objects[n_keys++] = (psoup_field){keys[i], PSOUP_FIELD_JSON, 0, NULL, NULL};
+        else
+            tables[n_tables++] = sections[i].fields;
+    tables[n_tables++] = objects;
+    psoup_status status = psoup_fields_check(tables, n_tables, c->root, c->path, error);
+    for (size_t i = 0; status == PSOUP_OK && i < n; i++) {
+        const config_section *s = &sections[i];
+        const char *key = keys ? keys[i] : NULL;
+        const psoup_json *object = key ? psoup_json_get(c->root, key) : c->root;
+        char where[1024];
+        snprintf(where, sizeof where, "%s%s%s", c->path, key ? ": " : "", key ? key : "");
+        if (key && psoup_json_kind(object) == PSOUP_JSON_NULL)
+            continue;
+        if (key && psoup_json_kind(object) != PSOUP_JSON_OBJECT)
+            return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: expected an object", where);
+        if (key)
+            status = psoup_fields_check(&s->fields, 1, object, where, error);
+        if (status == PSOUP_OK)
+            status = psoup_fields_read(s->fields, object, where, s->to, error);
+    }
+    return status;
+}
+
 bool config_read(int argc, char **argv, const char *about, const config_section *sections, size_t n,
                  config *out, int *status) {
-    const psoup_field *tables[8];
+    return config_read_parts(argc, argv, about, sections, NULL, n, out, status);
+}
+
+bool config_read_parts(int argc, char **argv, const char *about, const config_section *sections,
+                       const char *const *keys, size_t n, config *out, int *status) {
     psoup_error error = {0};
     bool print = false, resumes = false, joins = false;
     int32_t *resume = member_of(sections, n, "resume"), *joined = member_of(sections, n, "join");
@@ -65,7 +108,7 @@ bool config_read(int argc, char **argv, const char *about, const config_section 
     *status = 2;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) {
-            print_config_help(about, sections, n);
+            print_config_help(about, sections, keys, n);
             *status = 0;
             return false;
         } else if (!strcmp(argv[i], "--print-config"))
@@ -93,8 +136,6 @@ bool config_read(int argc, char **argv, const char *about, const config_section 
         return false;
     }
     psoup_status done = PSOUP_OK;
-    for (size_t i = 0; i < n; i++)
-        tables[i] = sections[i].fields;
     if (out->path) {
         psoup_context *context = NULL;
         done = psoup_context_create(NULL, &context, &error);
@@ -102,10 +143,7 @@ bool config_read(int argc, char **argv, const char *about, const config_section 
             done = psoup_json_read(context, out->path, &out->root, &error);
         psoup_context_free(context);
         if (done == PSOUP_OK)
-            done = psoup_fields_check(tables, n, out->root, out->path, &error);
-        for (size_t i = 0; done == PSOUP_OK && i < n; i++)
-            done =
-                psoup_fields_read(sections[i].fields, out->root, out->path, sections[i].to, &error);
+            done = read_sections(sections, keys, n, out, &error);
     }
     if (done != PSOUP_OK) {
         *status = cli_fail(&error);
@@ -117,7 +155,7 @@ bool config_read(int argc, char **argv, const char *about, const config_section 
     if (joins)
         *joined = 1;
     if (print) {
-        psoup_json *all = defaults_json(sections, n);
+        psoup_json *all = config_values(sections, keys, n);
         char *text = psoup_json_text(all, 2);
         puts(text ? text : "{}");
         psoup_text_free(text);
@@ -192,12 +230,13 @@ psoup_status pool_encode(token_pool *pool, const psoup_tokenizer *tokenizer, con
                          uint32_t flags, const int32_t **ids, size_t *n, psoup_error *error) {
     int32_t *row = NULL;
     psoup_status status = cli_encode(tokenizer, text, strlen(text), flags, &row, n, error);
-    *ids = row;
     if (status != PSOUP_OK) {
         free(row);
         return status;
     }
-    return pool_add(pool, row, error);
+    int32_t *fitted = realloc(row, (*n + 1) * sizeof *row); /* encoding took room for the worst case */
+    *ids = fitted ? fitted : row;
+    return pool_add(pool, fitted ? fitted : row, error);
 }
 
 psoup_status pool_encode_pair(token_pool *pool, const psoup_tokenizer *tokenizer,

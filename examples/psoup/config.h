@@ -22,7 +22,12 @@ typedef struct config {
  * wrong), with its exit *status. Options are read in the order of the sections. */
 bool config_read(int argc, char **argv, const char *about, const config_section *sections, size_t n,
                  config *out, int *status);
+/* The same, where sections[i] stands in an object of its own, the file's member keys[i]; NULL: at the top. */
+bool config_read_parts(int argc, char **argv, const char *about, const config_section *sections,
+                       const char *const *keys, size_t n, config *out, int *status);
 void config_free(config *c);
+/* What the sections hold now, laid out as in a file. */
+psoup_json *config_values(const config_section *sections, const char *const *keys, size_t n);
 
 /* A new adapter by the members "rank", "alpha", …: */
 typedef struct adapter_config {

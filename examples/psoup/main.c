@@ -14,6 +14,7 @@ static const command commands[] = {
     {"dpo", cmd_dpo, "policies from comparisons without a reward model, one per preference"},
     {"ppo", cmd_ppo, "one policy per preference, side by side on one base; or P-MORL; or RLHF"},
     {"plot", cmd_plot, "the curves of trainings, as a picture or a page"},
+    {"run", cmd_run, "a method of the paper end to end: vb, pp, rlhf, mt, pmorl, psoups"},
     {"merge", cmd_merge, "adapters or models into one, by weights"},
     {"inspect", cmd_inspect, "norms, angles and interference of adapters, and what a cheaper soup loses"},
     {"winrate", cmd_winrate, "win rates with intervals from judged duels"},

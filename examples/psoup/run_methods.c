@@ -1,0 +1,352 @@
+/* psoup run: the stages. Each leaves its results in the run's directory, where the next finds them. */
+#include "run.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+static psoup_status no_memory(psoup_error *error) {
+    return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+}
+
+void run_say(const run *r, const char *format, ...) {
+    va_list args;
+    if (r->quiet)
+        return;
+    cli_progress_end();
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fputc('\n', stderr);
+}
+
+char *run_path(const run *r, const char *folder, const char *name) {
+    char *directory = join(r->c.output, folder), *path = directory ? join(directory, name) : NULL;
+    free(directory);
+    return path;
+}
+
+psoup_status run_make_directory(const char *path, psoup_error *error) {
+    char *part = strdup(path);
+    psoup_status status = part ? PSOUP_OK : no_memory(error);
+    for (size_t i = 1; status == PSOUP_OK && i <= strlen(path); i++) {
+        if (path[i] != '/' && path[i])
+            continue;
+        part[i] = 0;
+        if (mkdir(part, 0777) != 0 && errno != EEXIST)
+            status = cli_error(error, PSOUP_ERROR_IO, "%s: cannot make the directory: %s", part, strerror(errno));
+        part[i] = path[i];
+    }
+    free(part);
+    return status;
+}
+
+/* ---- adapters ------------------------------------------------------------------------------------ */
+
+psoup_status run_add_rewards(run *r, bool trained, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t i = 0; status == PSOUP_OK && i < r->n_rewards; i++) {
+        run_reward *w = &r->rewards[i];
+        const char *from = w->directory ? w->directory : trained ? w->own : NULL;
+        status = from ? psoup_reward_load(r->m.model, w->adapter, from, &r->handles[i], error)
+                      : psoup_reward_create(r->m.model, w->adapter, &r->c.reward_lora.options, &r->handles[i], error);
+    }
+    return status;
+}
+
+psoup_status run_add_policies(run *r, bool trained, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t i = 0; status == PSOUP_OK && i < r->n_policies; i++) {
+        const char *name = r->policies[i].name;
+        char *path = run_path(r, "policies", name);
+        if (!path)
+            return no_memory(error);
+        status = trained ? psoup_model_load_adapter(r->m.model, name, path, error)
+                         : psoup_model_add_adapter(r->m.model, name, &r->c.lora.options, error);
+        free(path);
+    }
+    return status;
+}
+
+/* ---- reward models --------------------------------------------------------------------------------- */
+
+psoup_status run_train_rewards(run *r, psoup_error *error) {
+    double accuracy = 0, loss = 0;
+    run_say(r, "reward: %zu model%s on %zu comparisons, %zu held out", r->n_rewards, r->n_rewards > 1 ? "s" : "",
+            r->n_comparisons, r->n_comparisons_held);
+    psoup_status status = psoup_reward_train(r->handles, r->n_rewards, r->comparisons, r->n_comparisons,
+                                             r->comparisons + r->n_comparisons, r->n_comparisons_held, &r->c.reward,
+                                             error);
+    cli_progress_end();
+    for (size_t i = 0; status == PSOUP_OK && i < r->n_rewards; i++)
+        status = psoup_reward_save(r->handles[i], r->rewards[i].own, r->c.model, error);
+    if (status == PSOUP_OK && r->n_comparisons_held)
+        status = psoup_reward_accuracy(r->handles, r->n_rewards, r->comparisons + r->n_comparisons,
+                                       r->n_comparisons_held, &accuracy, &loss, error);
+    if (status == PSOUP_OK && r->n_comparisons_held)
+        run_say(r, "reward: accuracy %.4f, loss %.4f on the held-out comparisons", accuracy, loss);
+    return status;
+}
+
+/* ---- policies -------------------------------------------------------------------------------------- */
+
+static psoup_status save_policy(const run *r, const char *name, psoup_error *error) {
+    char *path = run_path(r, "policies", name);
+    psoup_status status = path ? psoup_model_save_adapter(r->m.model, name, path, r->c.model, error) : no_memory(error);
+    free(path);
+    return status;
+}
+
+/* Policy i: P-SOUPS reads its own reward model, or like P-MORL the one told by prompt; RLHF the general one. */
+static psoup_ppo_policy ppo_policy(run *r, size_t i) {
+    const run_policy *p = &r->policies[i];
+    bool all = r->method->scope == RUN_ALL;
+    return (psoup_ppo_policy){.adapter = p->name,
+                              .rewards = &r->handles[r->told || all || p->preference < 0 ? 0 : p->preference],
+                              .n_rewards = all ? r->n_rewards : 1,
+                              .prompts = p->prompts.items,
+                              .n_prompts = p->prompts.n,
+                              .validation = p->validation.items,
+                              .n_validation = p->validation.n,
+                              .seed = r->c.seed + i};
+}
+
+static psoup_status train_by_reward(run *r, psoup_error *error) {
+    psoup_ppo_policy policies[RUN_PREFERENCES];
+    psoup_ppo *ppo = NULL;
+    for (size_t i = 0; i < r->n_policies; i++)
+        policies[i] = ppo_policy(r, i);
+    run_say(r, "policies: %zu, %zu prompts%s", r->n_policies, policies[0].n_prompts,
+            r->n_policies > 1 ? " each, side by side" : "");
+    psoup_status status = psoup_ppo_create(r->m.model, policies, r->n_policies, &r->c.ppo, &ppo, error);
+    if (status != PSOUP_OK)
+        return status;
+    status = psoup_ppo_run(ppo, error);
+    cli_progress_end();
+    /* A policy that diverged does not cost the others: they are done, and saved. */
+    bool some = status == PSOUP_OK;
+    for (size_t i = 0; status == PSOUP_ERROR_STATE && i < r->n_policies; i++)
+        some = some || psoup_ppo_diverged(ppo, i);
+    for (size_t i = 0; some && i < r->n_policies; i++) {
+        psoup_error trouble;
+        if (!psoup_ppo_diverged(ppo, i) && save_policy(r, r->policies[i].name, &trouble) != PSOUP_OK) {
+            *error = trouble;
+            status = trouble.status;
+            break;
+        }
+    }
+    psoup_ppo_free(ppo);
+    return status;
+}
+
+psoup_status run_train_policies(run *r, psoup_error *error) {
+    if (!r->method->supervised)
+        return train_by_reward(r, error);
+    run_say(r, "%s: %zu examples, %zu held out", r->policies[0].name, r->n_examples, r->n_examples_held);
+    psoup_status status = psoup_sft(r->m.model, r->policies[0].name, r->examples, r->n_examples,
+                                    r->examples + r->n_examples, r->n_examples_held, &r->c.sft, error);
+    cli_progress_end();
+    return status == PSOUP_OK ? save_policy(r, r->policies[0].name, error) : status;
+}
+
+/* ---- soups as files -------------------------------------------------------------------------------- */
+
+static const char *policy_of(const run *r, int32_t preference) {
+    return psoup_preferences_get(r->preferences, (size_t)preference)->symbol;
+}
+
+static psoup_status make_soup(run *r, const run_user *u, psoup_error *error) {
+    psoup_merger_options options = PSOUP_MERGER_OPTIONS_INIT;
+    psoup_merger *merger = NULL;
+    char *to = run_path(r, "soups", u->name);
+    options.method = r->c.soup == RUN_FACTORS ? PSOUP_MERGE_FACTORS : PSOUP_MERGE_DELTA;
+    psoup_status status = to ? psoup_merger_create(r->m.context, &options, &merger, error) : no_memory(error);
+    for (size_t k = 0; status == PSOUP_OK && k < r->user_size; k++) {
+        char *from = run_path(r, "policies", policy_of(r, u->members[k]));
+        status = from ? psoup_merger_add(merger, from, 1.0 / (double)r->user_size, error) : no_memory(error);
+        free(from);
+    }
+    if (status == PSOUP_OK)
+        status = psoup_merger_write(merger, to, error);
+    psoup_merger_free(merger);
+    free(to);
+    return status;
+}
+
+psoup_status run_make_soups(run *r, psoup_error *error) {
+    char *directory = join(r->c.output, "soups");
+    psoup_status status = directory ? run_make_directory(directory, error) : no_memory(error);
+    run_say(r, "soups: %zu users", r->n_users);
+    for (size_t u = 0; status == PSOUP_OK && u < r->n_users; u++)
+        status = make_soup(r, &r->users[u], error);
+    free(directory);
+    return status;
+}
+
+/* Factors average A and B apart, which no mix of policies is: each user's soup is an adapter of its own. */
+psoup_status run_load_soups(run *r, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t u = 0; status == PSOUP_OK && u < r->n_users; u++) {
+        char *path = run_path(r, "soups", r->users[u].name), name[RUN_MEMBERS + 8];
+        snprintf(name, sizeof name, "soup %s", r->users[u].name);
+        status = path ? psoup_model_load_adapter(r->m.model, name, path, error) : no_memory(error);
+        free(path);
+    }
+    return status;
+}
+
+/* ---- responses ------------------------------------------------------------------------------------- */
+
+/* Who is asked: with one response for everybody there is one row for each prompt, else one for each user and prompt. */
+typedef struct asking {
+    run *r;
+    size_t n_prompts, n_askers;
+    psoup_prompt *prompts; /* [n_askers, n_prompts] */
+    float *mixes;          /* [n_askers, adapters] */
+    int64_t done;
+} asking;
+
+static void add_to_mix(const run *r, float *mix, const char *adapter, size_t parts) {
+    int32_t at = psoup_model_find_adapter(r->m.model, adapter);
+    if (at >= 0)
+        mix[at] = 1.0f / (float)parts;
+}
+
+/* The weights of the user's policies (Jang et al. 2023, equation 5: equal in the paper's experiments). */
+static void fill_mix(const run *r, const run_user *u, float *mix) {
+    char name[RUN_MEMBERS + 8];
+    snprintf(name, sizeof name, "soup %s", u->name);
+    if (r->method->scope == RUN_GENERAL || r->method->scope == RUN_ALL)
+        add_to_mix(r, mix, r->policies[0].name, 1);
+    else if (r->method->scope == RUN_EACH && r->c.soup == RUN_FACTORS)
+        add_to_mix(r, mix, name, 1);
+    else if (r->method->scope == RUN_EACH)
+        for (size_t k = 0; k < r->user_size; k++)
+            add_to_mix(r, mix, policy_of(r, u->members[k]), r->user_size);
+}
+
+static psoup_status ask(asking *a, psoup_error *error) {
+    run *r = a->r;
+    size_t adapters = (size_t)psoup_model_adapters(r->m.model);
+    psoup_status status = PSOUP_OK;
+    a->prompts = calloc(a->n_askers * a->n_prompts + 1, sizeof *a->prompts);
+    a->mixes = calloc(a->n_askers * adapters + 1, sizeof *a->mixes);
+    if (!a->prompts || !a->mixes)
+        return no_memory(error);
+    for (size_t u = 0; status == PSOUP_OK && u < a->n_askers; u++) {
+        float *mix = a->mixes + u * adapters;
+        const char *wishes = r->method->asks && r->c.evaluate_with_preference ? r->users[u].wishes : NULL;
+        fill_mix(r, &r->users[u], mix);
+        for (size_t i = 0; status == PSOUP_OK && i < a->n_prompts; i++) {
+            const char *instruction, *input;
+            psoup_prompt *p = &a->prompts[u * a->n_prompts + i];
+            p->mix = mix;
+            p->sequence = u * a->n_prompts + i;
+            status = run_prompt_texts(&r->evaluation, i, &instruction, &input, error);
+            if (status == PSOUP_OK)
+                status = run_encode(r, instruction, input, wishes, &p->tokens, &p->n, error);
+        }
+    }
+    return status;
+}
+
+static int on_token(void *user, int64_t id, int32_t token, float logprob, psoup_finish finish) {
+    asking *a = user;
+    (void)id, (void)token, (void)logprob;
+    if (finish != PSOUP_FINISH_NONE && !a->r->quiet)
+        cli_progress(NULL, "responses", ++a->done, (int64_t)(a->n_askers * a->n_prompts));
+    return cli_asked_to_stop();
+}
+
+/* {"prompt", "user", "preferences", "instruction", "input"?, "completion", "finish", "tokens"} */
+static psoup_json *response_row(const asking *a, const run_user *u, size_t i, const psoup_completion *c,
+                                psoup_error *error) {
+    static const char *const finishes[] = {"none", "stop", "length", "error"};
+    const run *r = a->r;
+    const psoup_json *from = psoup_json_at(r->evaluation.rows, i), *id = psoup_json_get(from, "id");
+    const char *instruction, *input;
+    char *text = NULL, *clean = NULL;
+    size_t length;
+    if (run_prompt_texts(&r->evaluation, i, &instruction, &input, error) != PSOUP_OK)
+        return NULL;
+    if (cli_decode(r->m.tokenizer, c->tokens, c->n, &text, &length, error) == PSOUP_OK &&
+        !(clean = cli_utf8(text, length)))
+        no_memory(error);
+    free(text);
+    if (!clean)
+        return NULL;
+    psoup_json *row = psoup_json_new_object(), *members = psoup_json_new_array();
+    for (size_t k = 0; k < r->user_size; k++)
+        psoup_json_append(members, psoup_json_new_string(policy_of(r, u->members[k])));
+    psoup_json_set(row, "prompt", id ? psoup_json_copy(id) : psoup_json_new_integer((int64_t)i));
+    psoup_json_set(row, "user", psoup_json_new_string(u->name));
+    psoup_json_set(row, "preferences", members);
+    psoup_json_set(row, "instruction", psoup_json_new_string(instruction));
+    if (input)
+        psoup_json_set(row, "input", psoup_json_new_string(input));
+    psoup_json_set(row, "completion", psoup_json_new_string(clean));
+    psoup_json_set(row, "finish", psoup_json_new_string(finishes[c->finish]));
+    psoup_json_set(row, "tokens", psoup_json_new_integer((int64_t)c->n));
+    free(clean);
+    return row;
+}
+
+static psoup_status write_responses(const asking *a, size_t u, const psoup_generation *g, psoup_error *error) {
+    const run *r = a->r;
+    char name[RUN_MEMBERS + 8];
+    snprintf(name, sizeof name, "%s.jsonl", r->users[u].name);
+    char *path = run_path(r, "responses", name);
+    psoup_jsonl_writer *writer = NULL;
+    psoup_status status = path ? psoup_jsonl_create(r->m.context, path, 0, &writer, error) : no_memory(error);
+    for (size_t i = 0; status == PSOUP_OK && i < a->n_prompts; i++) {
+        size_t at = (a->n_askers == 1 ? 0 : u) * a->n_prompts + i;
+        psoup_json *row = response_row(a, &r->users[u], i, psoup_generation_get(g, at), error);
+        status = row ? psoup_jsonl_write(writer, row, error) : error->status;
+        psoup_json_free(row);
+    }
+    if (status == PSOUP_OK)
+        status = psoup_jsonl_close(writer, error);
+    psoup_jsonl_writer_free(writer);
+    free(path);
+    return status;
+}
+
+psoup_status run_respond(run *r, psoup_error *error) {
+    asking a = {.r = r, .n_prompts = psoup_json_size(r->evaluation.rows), .n_askers = r->method->asks ? r->n_users : 1};
+    const run_sampling *s = &r->c.generate;
+    psoup_sampling sampling = PSOUP_SAMPLING_INIT;
+    psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
+    psoup_generation *g = NULL;
+    char *directory = join(r->c.output, "responses");
+    psoup_status status = directory ? run_make_directory(directory, error) : no_memory(error);
+    sampling.max_new_tokens = s->max_new_tokens;
+    sampling.min_new_tokens = s->min_new_tokens;
+    sampling.temperature = s->temperature;
+    sampling.top_k = s->top_k;
+    sampling.top_p = s->top_p;
+    sampling.no_repeat_ngram_size = s->no_repeat_ngram_size;
+    sampling.seed = r->c.seed;
+    session.max_sequences = s->max_sequences;
+    if (status == PSOUP_OK)
+        status = ask(&a, error);
+    if (status == PSOUP_OK)
+        run_say(r, "responses: %zu prompts, %zu users", a.n_prompts, r->n_users);
+    if (status == PSOUP_OK)
+        status = psoup_generate(r->m.model, a.prompts, a.n_askers * a.n_prompts, &sampling, &session, on_token, &a, &g,
+                                error);
+    cli_progress_end();
+    for (size_t i = 0; status == PSOUP_OK && i < a.n_askers * a.n_prompts; i++)
+        if (psoup_generation_get(g, i)->finish == PSOUP_FINISH_ERROR)
+            status = cli_error(error, PSOUP_ERROR_STATE,
+                               "%s: row %zu, user %s: the logits are not numbers: a weight or an adapter diverged",
+                               r->evaluation.path, i % a.n_prompts + 1, r->users[i / a.n_prompts].name);
+    for (size_t u = 0; status == PSOUP_OK && u < r->n_users; u++)
+        status = write_responses(&a, u, g, error);
+    psoup_generation_free(g);
+    free(a.prompts);
+    free(a.mixes);
+    free(directory);
+    return status;
+}
