@@ -240,7 +240,8 @@ static psoup_status read_comparison(run *r, const psoup_json *row, const char *p
                                     psoup_comparison *out, psoup_error *error) {
     const char *prompt, *better, *worse;
     char *filled = NULL;
-    int32_t preference, end = run_end_token(&r->m);
+    /* They end as responses do when they are scored: text that was decoded has no end token. */
+    int32_t preference, end = r->c.ppo.reward_text ? -1 : run_end_token(&r->m);
     size_t n_prompt;
     psoup_status status = row_text(row, "user_input", path, i, &prompt, error);
     if (status == PSOUP_OK)
