@@ -203,6 +203,7 @@ static psoup_ppo_options ppo_options(run *r) {
     o.ppo_epochs = 2;
     o.lora_dropout = o.head_dropout = 0.1f;
     o.draw_new_tokens_from = 3;
+    o.warn_window = 4;
     o.validate_every = 2;
     o.metrics = r->metrics;
     o.on_step = watch_run;

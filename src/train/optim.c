@@ -101,6 +101,25 @@ psoup_status psoup__optimizer_step(psoup__optimizer *optimizer, float lr, double
     return psoup__optimizers_step(&optimizer, 1, lr, norm, stepped, error);
 }
 
+/* For messages: no "-nan". */
+static double unsigned_nan(double x) { return isnan(x) ? (double)NAN : x; }
+
+psoup_status psoup__guarded_step(psoup__optimizer *optimizer, float lr, double loss, const char *trainer,
+                                 const char *subject, int64_t step, double *norm, bool *stepped,
+                                 psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    *norm = 0.0;
+    *stepped = false;
+    if (isfinite(loss))
+        status = psoup__optimizer_step(optimizer, lr, norm, stepped, error);
+    if (status == PSOUP_OK && !*stepped)
+        psoup__log(optimizer->be->context, PSOUP_LOG_WARNING,
+                   "%s: '%s', step %lld was skipped, its optimiser left as it was: %s is %g", trainer, subject,
+                   (long long)step, isfinite(loss) ? "the norm of its gradient" : "its loss",
+                   unsigned_nan(isfinite(loss) ? *norm : loss));
+    return status;
+}
+
 /* transformers' get_*_schedule_with_warmup: with k = step − 1 steps behind, k / warmup while warming
  * up; then 1, (total − k) / (total − warmup), or ½ (1 + cos π (k − warmup) / (total − warmup)). */
 float psoup__learning_rate(float peak, psoup_schedule schedule, int64_t warmup, int64_t step,

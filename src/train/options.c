@@ -2,7 +2,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "train/train.h"
+#include "train/ppo.h"
 
 #define FIELD(kind, name, help) {#name, kind, offsetof(OPTIONS, name), NULL, help}
 #define INT(name, help) FIELD(PSOUP_FIELD_INT, name, help)
@@ -171,6 +171,14 @@ static const psoup_field ppo_fields[] = {
      "What grpo divides its advantages by: the deviation of the group's rewards, nothing, or the deviation of "
      "all rewards of the step."},
     FLOAT(reward_clip, "A response's normalised score is kept within plus or minus this; 0 leaves it."),
+    FLOAT(warn_repetition, "Warns when more than this share of the 4-grams of a step's responses repeat one of the "
+                           "same response; 0 does not."),
+    FLOAT(warn_empty, "Warns when more than this share of a step's responses are empty; 0 does not."),
+    FLOAT(warn_reward_rise, "Warns when the reward rises by more than so many deviations within warn_window steps at "
+                            "a KL that cannot buy it; 0 does not."),
+    FLOAT(warn_kl_growth, "Warns when KL grows by more than this factor within warn_window steps while the reward "
+                          "falls; 0 does not."),
+    INT(warn_window, "PPO steps that the two look back on."),
     {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
 };
 #undef OPTIONS
@@ -353,6 +361,12 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         RANGE(kl_estimator, 0, 3),
         RANGE(scale_rewards, 0, 2),
         RANGE(reward_clip, 0, REALS),
+        RANGE(warn_repetition, 0, REALS),
+        RANGE(warn_empty, 0, REALS),
+        RANGE(warn_reward_rise, 0, REALS),
+        RANGE(warn_kl_growth, 0, REALS),
+        RANGE(warn_window, 4, PSOUP__MAX_WINDOW),
+        RANGE(reserved, 0, 0),
     };
     psoup_status status =
         check("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir,

@@ -104,49 +104,6 @@ static void estimate_advantages(const psoup_ppo_options *o, psoup__experience *x
     }
 }
 
-/* ---- reports --------------------------------------------------------------------------------- */
-
-/* *kl receives the mean over responses of the summed estimates of KL of their tokens. */
-static void report_experience(const psoup_ppo_options *o, const psoup__policy *policy,
-                              const psoup__experience *x, psoup__metrics *metrics, double *kl,
-                              double *reward) {
-    const psoup__rollouts *r = &x->rollouts;
-    double score = 0.0, squares = 0.0, sum = 0.0, ended = 0.0, n = (double)r->n;
-    for (size_t t = 0; t < r->tokens; t++)
-        sum += psoup__kl_estimate(o->kl_estimator, x->logprob[t], x->ref_logprob[t]);
-    for (size_t i = 0; i < r->n; i++) {
-        score += r->score[i];
-        ended += r->finish[i] == PSOUP_FINISH_STOP;
-    }
-    *reward = score / n;
-    *kl = sum / n;
-    for (size_t i = 0; i < r->n; i++)
-        squares += (r->score[i] - *reward) * (r->score[i] - *reward);
-    psoup__metric(metrics, "reward", *reward);
-    psoup__metric(metrics, "reward_deviation", r->n > 1 ? sqrt(squares / (n - 1.0)) : 0.0);
-    psoup__metric(metrics, "kl", *kl);
-    psoup__metric(metrics, "kl_token", sum / (double)r->tokens);
-    psoup__metric(metrics, "tokens", (double)r->tokens);
-    psoup__metric(metrics, "length", (double)r->tokens / n);
-    psoup__metric(metrics, "ended", ended / n);
-    psoup__report_parts(policy, r, metrics);
-}
-
-/* What the clock says of the step of n policies; tokens of all of them, since they share the time. */
-static void report_times(psoup_ppo *ppo, size_t n) {
-    static const char *const names[PSOUP__PHASES] = {"rollout_seconds", "score_seconds",
-                                                     "evaluate_seconds", "update_seconds"};
-    size_t tokens = 0;
-    for (size_t p = 0; p < n; p++)
-        tokens += ppo->active[p]->experience.rollouts.tokens;
-    for (size_t p = 0; p < n; p++) {
-        psoup__metrics *metrics = &ppo->active[p]->metrics;
-        psoup__metric_speed(metrics, ppo->began[0], tokens);
-        for (int k = 0; k < PSOUP__PHASES; k++)
-            psoup__metric_time(metrics, names[k], ppo->began[k + 1] - ppo->began[k]);
-    }
-}
-
 /* ---- the step ------------------------------------------------------------------------------------ */
 
 static int64_t steps_left(const psoup_ppo *ppo) {
@@ -188,19 +145,20 @@ static psoup_status step(psoup_ppo *ppo, size_t *n, psoup_error *error) {
     }
     for (size_t p = 0; p < *n; p++) {
         psoup__policy *policy = ppo->active[p];
-        double kl, reward;
+        psoup__ppo_summary seen;
         policy->metrics.n = policy->metrics.n_times = 0;
-        report_experience(o, policy, &policy->experience, &policy->metrics, &kl, &reward);
+        PSOUP__TRY(psoup__ppo_report(ppo, policy, &policy->experience, &policy->metrics, &seen, error));
+        psoup__ppo_watch(ppo, policy, &seen);
         psoup__metric(&policy->metrics, "kl_coefficient", policy->state.kl_coefficient);
         if (o->adaptive_kl)
             policy->next.kl_coefficient =
-                psoup__kl_coefficient(policy->state.kl_coefficient, kl, o->kl_target,
+                psoup__kl_coefficient(policy->state.kl_coefficient, seen.kl, o->kl_target,
                                       o->kl_horizon, (double)policy->experience.rollouts.n);
     }
     ppo->began[PSOUP__UPDATE] = psoup__now();
     PSOUP__TRY(psoup__ppo_update(ppo, ppo->active, *n, error));
     ppo->began[PSOUP__PHASES] = psoup__now();
-    report_times(ppo, *n);
+    psoup__ppo_report_times(ppo, *n);
 fail:
     return status;
 }
@@ -298,13 +256,12 @@ static psoup_status validate(psoup_ppo *ppo, size_t n, psoup_error *error) {
     for (size_t p = 0; p < n; p++) {
         psoup__policy *policy = ppo->active[p];
         psoup__metrics metrics = {.n = 0};
-        double kl, reward;
-        report_experience(&ppo->options, policy, &policy->validation, &metrics, &kl, &reward);
-        psoup_status told = PSOUP_OK; /* apart: a policy that said stop is not forgotten */
+        psoup__ppo_summary seen; /* its status is apart: a policy that said stop is not forgotten */
+        psoup_status told = psoup__ppo_report(ppo, policy, &policy->validation, &metrics, &seen, error);
         for (size_t k = 0; ppo->options.keep_best && told == PSOUP_OK && k < policy->n_parts; k++) {
             psoup__part *part = &policy->parts[k];
             told = psoup__best_offer(&part->best, ppo->model->be, part->adapter->data,
-                                     part->adapter->count, reward, 0.0, policy->state.step, error);
+                                     part->adapter->count, seen.reward, 0.0, policy->state.step, error);
         }
         if (told != PSOUP_OK)
             return told;

@@ -14,6 +14,13 @@ typedef struct psoup__experience {
     float *first_ratio;           /* [tokens] NaN where a token's first pass came after an update */
 } psoup__experience;
 
+/* What the last steps saw, for warnings. */
+#define PSOUP__MAX_WINDOW 64
+typedef struct psoup__watch {
+    double reward[PSOUP__MAX_WINDOW], deviation[PSOUP__MAX_WINDOW], kl[PSOUP__MAX_WINDOW]; /* at step mod window */
+    int64_t warned; /* a bit for each warning that held after the last step */
+} psoup__watch;
+
 typedef struct psoup__ppo_state { /* what a step moves on, beside weights and moments */
     int64_t step;                 /* steps done */
     uint64_t rollouts;            /* sampled so far */
@@ -23,6 +30,7 @@ typedef struct psoup__ppo_state { /* what a step moves on, beside weights and mo
     int64_t validated;      /* the last step whose validation is done */
     int64_t sampled;        /* samples are taken of every step before this one */
     int64_t failed;         /* 1: it diverged, and left the run */
+    psoup__watch watch;
 } psoup__ppo_state;
 
 typedef struct psoup__part { /* one adapter of a policy */
@@ -79,6 +87,24 @@ struct psoup_ppo {
 psoup_status psoup__ppo_refresh(psoup_ppo *ppo, psoup_error *error);
 /* The prompts of a policy's next batch, into its experience. */
 psoup_status psoup__ppo_next_prompts(psoup_ppo *ppo, psoup__policy *policy, psoup_error *error);
+
+/* ppo_report.c: of responses, means over them. */
+typedef struct psoup__ppo_summary {
+    double reward, deviation; /* of the scores; the deviation unbiased */
+    double kl;                /* the summed estimates of their tokens */
+    double repetition, empty; /* the share of 4-grams that repeat one of the same response; of empty responses */
+} psoup__ppo_summary;
+psoup_status psoup__ppo_report(const psoup_ppo *ppo, const psoup__policy *policy, const psoup__experience *x,
+                               psoup__metrics *metrics, psoup__ppo_summary *out, psoup_error *error);
+/* What the clock says of the step of the first n active policies. */
+void psoup__ppo_report_times(psoup_ppo *ppo, size_t n);
+
+/* ppo_watch.c: how many of the n − 3 n-grams of length 4 stand in the response before. `table` is scratch, of a power
+ * of two above 2 n. */
+size_t psoup__repeated_grams(const int32_t *tokens, size_t n, int32_t *table, size_t size);
+/* Notes what a step saw in the policy's `next`, adds to its metrics, and warns by the context's log of what has not
+ * held the step before. */
+void psoup__ppo_watch(const psoup_ppo *ppo, psoup__policy *policy, const psoup__ppo_summary *seen);
 
 /* ppo_soup.c: refuses a soup, or inputs of its prompts, that make no sense. */
 psoup_status psoup__soup_check(const psoup_ppo_policy *policy, psoup_error *error);

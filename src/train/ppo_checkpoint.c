@@ -103,6 +103,10 @@ static psoup_status add_policy(psoup__checkpoint *c, size_t p, psoup__policy *po
         {.name = "rollouts", .dtype = PSOUP_I64, .data = &s->rollouts, .n = 1},
         {.name = "updates", .dtype = PSOUP_I64, .data = &s->updates, .n = 1},
         {.name = "kl_coefficient", .dtype = PSOUP_F64, .data = &s->kl_coefficient, .n = 1},
+        {.name = "watch_reward", .dtype = PSOUP_F64, .data = s->watch.reward, .n = PSOUP__MAX_WINDOW},
+        {.name = "watch_deviation", .dtype = PSOUP_F64, .data = s->watch.deviation, .n = PSOUP__MAX_WINDOW},
+        {.name = "watch_kl", .dtype = PSOUP_F64, .data = s->watch.kl, .n = PSOUP__MAX_WINDOW},
+        {.name = "warned", .dtype = PSOUP_I64, .data = &s->watch.warned, .n = 1},
     };
     psoup_status status =
         psoup__checkpoint_add(c, p, pieces, sizeof(pieces) / sizeof(pieces[0]), error);

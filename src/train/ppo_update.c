@@ -1,6 +1,7 @@
 /* The passes of PPO: evaluation of a batch before its updates, and the updates. Policies share passes;
  * a policy that stops early leaves them. */
 #include <math.h>
+#include <stdio.h>
 
 #include "train/ppo.h"
 
@@ -275,6 +276,24 @@ static psoup_status step_parts(psoup__policy *policy, float lr, double *norm, bo
     return psoup__optimizers_step(all, policy->n_parts, lr, norm, stepped, error);
 }
 
+/* The first of a step is told; "skipped" counts them. */
+static void tell_skipped(const psoup_ppo *ppo, const psoup__policy *policy, const progress *g, double norm) {
+    const psoup_ppo_options *o = &ppo->options;
+    const psoup__ppo_terms *terms = &g->terms;
+    double ratio = terms->ratio / (double)terms->ratios;
+    char why[128];
+    if (!terms->finite)
+        snprintf(why, sizeof(why), "its loss or its ratio is not a finite number");
+    else if (!(ratio <= o->ratio_threshold))
+        snprintf(why, sizeof(why), "its mean ratio is %g (ratio_threshold is %g)", ratio, (double)o->ratio_threshold);
+    else
+        snprintf(why, sizeof(why), "the norm of its gradient is %g", isnan(norm) ? (double)NAN : norm);
+    psoup__log(ppo->model->context, PSOUP_LOG_WARNING,
+               "ppo: policy '%s', step %lld: mini-batch %d was skipped, %s: %s", policy->name,
+               (long long)policy->next.step, g->mini_batches + 1,
+               o->skipped_step ? "its optimiser stepped on a zero gradient" : "its optimiser left as it was", why);
+}
+
 /* Ends a policy's mini-batch: its step, or not. A mini-batch that drives the mean ratio too far, or
  * whose numbers are not finite, is dropped whole: its gradient was only ever in the buffer. */
 static psoup_status step_policy(psoup_ppo *ppo, psoup__policy *policy, progress *g,
@@ -291,7 +310,8 @@ static psoup_status step_policy(psoup_ppo *ppo, psoup__policy *policy, progress 
         PSOUP__TRY(step_parts(policy, o->learning_rate, &norm, &stepped, error));
     }
     if (!stepped) {
-        g->skipped++;
+        if (g->skipped++ == 0)
+            tell_skipped(ppo, policy, g, norm);
         if (o->skipped_step) { /* as trl did: momentum moves on */
             zero_gradients(policy);
             PSOUP__TRY(step_parts(policy, o->learning_rate, &norm, &stepped, error));

@@ -962,6 +962,12 @@ psoup_ppo_options._fields_ = [
     ("max_grad_value", c_float),
     ("reward_clip", c_float),
     ("join", c_int32),
+    ("warn_repetition", c_float),
+    ("warn_empty", c_float),
+    ("warn_reward_rise", c_float),
+    ("warn_kl_growth", c_float),
+    ("warn_window", c_int32),
+    ("reserved", c_int32),
     ("comm", POINTER(psoup_comm)),
 ]
 psoup_ppo_trace._fields_ = [
@@ -1182,6 +1188,11 @@ DEFAULTS: Dict[Any, Dict[str, Any]] = {
         "checkpoint_keep": 3,
         "group_size": 4,
         "samples_count": 4,
+        "warn_repetition": 0.5,
+        "warn_empty": 0.25,
+        "warn_reward_rise": 1.0,
+        "warn_kl_growth": 2.0,
+        "warn_window": 16,
     },
 }
 

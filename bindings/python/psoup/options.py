@@ -496,3 +496,14 @@ class PpoOptions(TypedDict, total=False):
     # where the others are done, whose weights keep their bytes. On the CPU a policy ends with the
     # bytes that it would have if it had been there from the start; default 0
     join: int
+    # of the 4-grams of a step's responses more than this share repeat one before; default 0.5
+    warn_repetition: float
+    # more than this share of a step's responses are an end token and nothing else; default 0.25
+    warn_empty: float
+    # from one half of the last warn_window steps to the other the mean reward rose by more
+    # deviations than this, at a KL that cannot buy such a rise; default 1.0
+    warn_reward_rise: float
+    # KL grew by more than this factor, and above 1, while the mean reward fell; default 2.0
+    warn_kl_growth: float
+    # steps, 4 to 64; default 16
+    warn_window: int

@@ -432,6 +432,15 @@ typedef struct psoup_ppo_options {
     int32_t join; /* 1: as resume; and policies at the list's end that the checkpoint has not yet begin now,
                    * also where the others are done, whose weights keep their bytes. On the CPU a policy ends
                    * with the bytes that it would have if it had been there from the start */
+    /* What is told by the context's log, and counted in "warnings", when it begins to hold; 0: not. Training is the
+     * same. */
+    float warn_repetition;  /* of the 4-grams of a step's responses more than this share repeat one before */
+    float warn_empty;       /* more than this share of a step's responses are an end token and nothing else */
+    float warn_reward_rise; /* from one half of the last warn_window steps to the other the mean reward rose by more
+                             * deviations than this, at a KL that cannot buy such a rise */
+    float warn_kl_growth;   /* KL grew by more than this factor, and above 1, while the mean reward fell */
+    int32_t warn_window;    /* steps, 4 to 64 */
+    int32_t reserved;       /* 0 */
     const psoup_comm *comm; /* the other processes that train the same run; NULL: there are none */
 } psoup_ppo_options;
 #define PSOUP_PPO_OPTIONS_INIT                                                                     \
@@ -444,7 +453,8 @@ typedef struct psoup_ppo_options {
      .normalize_reward = 1, .whiten_advantages = 1, .whiten_groups = 1, .max_new_tokens = 511,     \
      .draw_group = 4, .temperature = 1.0f, .top_p = 1.0f, .reward_max_tokens = 512,                \
      .keep_best = 1, .checkpoint_every = 10, .checkpoint_keep = 3, .group_size = 4,               \
-     .samples_count = 4}
+     .samples_count = 4, .warn_repetition = 0.5f, .warn_empty = 0.25f, .warn_reward_rise = 1.0f,   \
+     .warn_kl_growth = 2.0f, .warn_window = 16}
 const psoup_field *psoup_ppo_fields(void);
 /* Sets the fields in which a named preset differs from the defaults: "default", or "rlphf", the
  * settings of the paper's released code. */
