@@ -3,6 +3,8 @@
  *
  *   bench_model [PYTHON SCRIPT]     e.g. bench_model python3 tests/bench_torch.py
  */
+#include <malloc.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,6 +24,26 @@ static void must(psoup_status status, const psoup_error *error) {
 }
 
 static int32_t tokens[BATCH][LENGTH];
+
+/* The library's memory, and the most that it was. */
+static atomic_size_t live, most_live;
+
+static void *count_alloc(void *user, size_t bytes, size_t alignment) {
+    void *memory = aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    (void)user;
+    if (memory) {
+        size_t now_live = atomic_fetch_add(&live, malloc_usable_size(memory)) + malloc_usable_size(memory);
+        if (now_live > atomic_load(&most_live))
+            atomic_store(&most_live, now_live);
+    }
+    return memory;
+}
+
+static void count_free(void *user, void *memory) {
+    (void)user;
+    atomic_fetch_sub(&live, malloc_usable_size(memory));
+    free(memory);
+}
 
 static psoup_model *make_model(psoup_context *context) {
     psoup_model_config config = PSOUP_MODEL_CONFIG_INIT;
@@ -56,7 +78,7 @@ static int on_step(void *user, const psoup_step *step) {
 }
 
 /* Tokens a second of LoRA training, r = 16 on q and v; the first step warms up. */
-static double train(psoup_model *model) {
+static double train(psoup_model *model, int recompute) {
     psoup_example examples[BATCH];
     psoup_sft_options options = PSOUP_SFT_OPTIONS_INIT;
     psoup_error error;
@@ -68,6 +90,7 @@ static double train(psoup_model *model) {
     options.batch_tokens = BATCH * LENGTH;
     options.learning_rate = 1e-4f;
     options.keep_best = 0;
+    options.gradient_checkpointing = recompute;
     options.on_step = on_step;
     options.user = &span;
     must(psoup_sft(model, "lora", examples, BATCH, NULL, 0, &options, &error), &error);
@@ -130,6 +153,32 @@ static double ppo(psoup_model *model, size_t first, size_t n, int32_t rollouts) 
     double seconds = now() - start;
     psoup_ppo_free(run);
     return seconds;
+}
+
+static int ascending(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *values, int n) {
+    qsort(values, (size_t)n, sizeof *values, ascending);
+    return values[n / 2];
+}
+
+/* Gradient checkpointing beside none, in turn. */
+static void train_in_less_memory(psoup_model *model) {
+    double speed[2][TURNS], ratio[TURNS], megabytes[2];
+    for (int t = 0; t < TURNS; t++)
+        for (int recompute = 0; recompute < 2; recompute++) {
+            size_t before = atomic_load(&live);
+            atomic_store(&most_live, before);
+            speed[recompute][t] = train(model, recompute);
+            megabytes[recompute] = 1e-6 * (double)(atomic_load(&most_live) - before);
+            if (recompute)
+                ratio[t] = speed[1][t] / speed[0][t];
+        }
+    printf("gradient checkpointing: %.1f MB  without %.1f MB; tokens/s %.0f  without %.0f  ratio %.2f\n", megabytes[1],
+           megabytes[0], median(speed[1], TURNS), median(speed[0], TURNS), median(ratio, TURNS));
 }
 
 /* ---- the limits ------------------------------------------------------------------------------------- */
@@ -201,16 +250,6 @@ static double ask(peer *p, const char *what) {
     return fgets(line, sizeof line, p->from) ? atof(line) : 0;
 }
 
-static int ascending(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *values, int n) {
-    qsort(values, (size_t)n, sizeof *values, ascending);
-    return values[n / 2];
-}
-
 static void line(const char *what, double *ours, double *theirs, double most, double *ratio,
                  double goal) {
     if (theirs[0] > 0)
@@ -230,7 +269,9 @@ int main(int argc, char **argv) {
     double ours[TURNS], theirs[TURNS], ratio[TURNS];
     const char *const work[] = {"train", "generate"};
     const double goals[] = {2.0, 5.0};
-    must(psoup_context_create(NULL, &context, &error), &error);
+    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    options.allocator = (psoup_allocator){NULL, count_alloc, count_free};
+    must(psoup_context_create(&options, &context, &error), &error);
     for (int i = 0; i < BATCH * LENGTH; i++)
         tokens[i / LENGTH][i % LENGTH] = (int32_t)((uint32_t)i * 2654435761u >> 20) % VOCAB;
     psoup_model *model = make_model(context);
@@ -242,7 +283,7 @@ int main(int argc, char **argv) {
     peer p = start_peer(argc > 2 ? argv + 1 : NULL);
     for (int w = 0; w < 2; w++) {
         for (int t = 0; t < TURNS; t++) {
-            ours[t] = w ? generate(model, mix) : train(model);
+            ours[t] = w ? generate(model, mix) : train(model, 0);
             theirs[t] = ask(&p, work[w]);
             ratio[t] = theirs[t] > 0 ? ours[t] / theirs[t] : 0;
         }
@@ -251,6 +292,7 @@ int main(int argc, char **argv) {
     }
     if (p.to)
         fclose(p.to);
+    train_in_less_memory(model);
     for (int k = 0; k < POLICIES; k++) {
         char name[8];
         snprintf(name, sizeof name, "p%d", k);

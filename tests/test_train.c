@@ -307,14 +307,14 @@ static void cover(const psoup_field *fields, size_t size, size_t outside, size_t
 START_TEST(field_tables_cover_the_options) {
     size_t always = sizeof(size_t) + sizeof(psoup_step_fn) + sizeof(void *) + sizeof(psoup_comm *);
     size_t reserved = sizeof(int32_t);
-    cover(psoup_sft_fields(), sizeof(psoup_sft_options), always,
+    cover(psoup_sft_fields(), sizeof(psoup_sft_options), always + reserved,
           offsetof(psoup_sft_options, seed) - offsetof(psoup_sft_options, keep_best) - 4);
-    cover(psoup_reward_fields(), sizeof(psoup_reward_options), always + reserved,
+    cover(psoup_reward_fields(), sizeof(psoup_reward_options), always,
           offsetof(psoup_reward_options, seed) - offsetof(psoup_reward_options, keep_best) - 4);
-    cover(psoup_dpo_fields(), sizeof(psoup_dpo_options), always,
+    cover(psoup_dpo_fields(), sizeof(psoup_dpo_options), always + reserved,
           offsetof(psoup_dpo_options, seed) - offsetof(psoup_dpo_options, keep_best) - 4);
     cover(psoup_ppo_fields(), sizeof(psoup_ppo_options),
-          always + reserved + sizeof(psoup_tokenizer *) + sizeof(psoup_samples_fn),
+          always + sizeof(psoup_tokenizer *) + sizeof(psoup_samples_fn),
           offsetof(psoup_ppo_options, metrics) - offsetof(psoup_ppo_options, keep_best) - 4);
 }
 END_TEST

@@ -306,8 +306,11 @@ psoup_status psoup__backward(psoup_model *model, psoup__tape *t, const psoup__lo
         ops->rmsnorm_backward(be, s.dstream, model->dnorm, s.dhidden, t->layers[layers].x,
                               model->norm, t->rstd, t->rows, dim);
     }
-    for (int32_t l = layers - 1; l >= 0 && l >= lowest; l--)
+    for (int32_t l = layers - 1; l >= 0 && l >= lowest; l--) {
+        if (t->inputs_only && l < layers - 1) /* the last one's activations are those still there */
+            psoup__forward_layer(t, NULL, l);
         backward_layer(t, &s, l, l > lowest);
+    }
     if (lowest < 0)
         ops->embed_backward(be, model->dembed, s.dstream, t->token, model->config.vocab_size, dim,
                             t->rows);

@@ -45,42 +45,48 @@ static psoup__keys keys_of(psoup__tape *t, const psoup__layer_tape *a, const pso
     return keys;
 }
 
-void psoup__forward_run(psoup__tape *t, const psoup__cached *cached) {
+void psoup__forward_layer(psoup__tape *t, const psoup__cached *cached, int32_t l) {
     psoup_model *model = t->model;
     psoup__backend *be = model->be;
     const psoup__ops *ops = be->ops;
     const psoup_model_config *c = &model->config;
+    const psoup__layer *w = &model->layers[l];
+    psoup__layer_tape *a = &t->layers[l];
     int32_t rows = t->rows, dim = c->hidden_size, ffn = c->intermediate_size;
     size_t stream = (size_t)rows * (size_t)dim;
     psoup__attention_shape shape = psoup__model_attention(model);
 
-    ops->embed(be, t->layers[0].x, &model->embed, t->token, rows);
-    for (int32_t l = 0; l < c->num_hidden_layers; l++) {
-        const psoup__layer *w = &model->layers[l];
-        psoup__layer_tape *a = &t->layers[l];
-        ops->rmsnorm(be, a->norm1, a->rstd1, a->x, w->input_norm, c->rms_norm_eps, rows, dim);
-        linear(t, a->q, a->u[PSOUP__Q], a->norm1, l, PSOUP__Q);
-        linear(t, a->k, a->u[PSOUP__K], a->norm1, l, PSOUP__K);
-        linear(t, a->v, a->u[PSOUP__V], a->norm1, l, PSOUP__V);
-        ops->rope(be, a->q, model->cos_sin, t->position, rows, shape.heads, c->head_dim,
-                  model->q_width, false);
-        ops->rope(be, a->k, model->cos_sin, t->position, rows, shape.kv_heads, c->head_dim,
-                  model->kv_width, false);
-        psoup__keys keys = keys_of(t, a, cached, l);
-        ops->attention(be, a->attended, a->lse, a->q, &keys, &t->spans, &shape);
-        linear(t, a->middle, a->u[PSOUP__O], a->attended, l, PSOUP__O);
-        ops->add(be, a->middle, a->x, stream);
+    ops->rmsnorm(be, a->norm1, a->rstd1, a->x, w->input_norm, c->rms_norm_eps, rows, dim);
+    linear(t, a->q, a->u[PSOUP__Q], a->norm1, l, PSOUP__Q);
+    linear(t, a->k, a->u[PSOUP__K], a->norm1, l, PSOUP__K);
+    linear(t, a->v, a->u[PSOUP__V], a->norm1, l, PSOUP__V);
+    ops->rope(be, a->q, model->cos_sin, t->position, rows, shape.heads, c->head_dim, model->q_width,
+              false);
+    ops->rope(be, a->k, model->cos_sin, t->position, rows, shape.kv_heads, c->head_dim,
+              model->kv_width, false);
+    psoup__keys keys = keys_of(t, a, cached, l);
+    ops->attention(be, a->attended, a->lse, a->q, &keys, &t->spans, &shape);
+    linear(t, a->middle, a->u[PSOUP__O], a->attended, l, PSOUP__O);
+    ops->add(be, a->middle, a->x, stream);
 
-        float *next = t->layers[l + 1].x;
-        ops->rmsnorm(be, a->norm2, a->rstd2, a->middle, w->post_norm, c->rms_norm_eps, rows, dim);
-        linear(t, a->gate, a->u[PSOUP__GATE], a->norm2, l, PSOUP__GATE);
-        linear(t, a->up, a->u[PSOUP__UP], a->norm2, l, PSOUP__UP);
-        ops->swiglu(be, t->act, a->gate, a->up, (size_t)rows * (size_t)ffn);
-        linear(t, next, a->u[PSOUP__DOWN], t->act, l, PSOUP__DOWN);
-        ops->add(be, next, a->middle, stream);
-    }
-    ops->rmsnorm(be, t->hidden, t->rstd, t->layers[c->num_hidden_layers].x, model->norm,
-                 c->rms_norm_eps, rows, dim);
+    float *next = t->layers[l + 1].x;
+    ops->rmsnorm(be, a->norm2, a->rstd2, a->middle, w->post_norm, c->rms_norm_eps, rows, dim);
+    linear(t, a->gate, a->u[PSOUP__GATE], a->norm2, l, PSOUP__GATE);
+    linear(t, a->up, a->u[PSOUP__UP], a->norm2, l, PSOUP__UP);
+    ops->swiglu(be, t->act, a->gate, a->up, (size_t)rows * (size_t)ffn);
+    linear(t, next, a->u[PSOUP__DOWN], t->act, l, PSOUP__DOWN);
+    ops->add(be, next, a->middle, stream);
+}
+
+void psoup__forward_run(psoup__tape *t, const psoup__cached *cached) {
+    psoup_model *model = t->model;
+    const psoup__ops *ops = model->be->ops;
+    const psoup_model_config *c = &model->config;
+    ops->embed(model->be, t->layers[0].x, &model->embed, t->token, t->rows);
+    for (int32_t l = 0; l < c->num_hidden_layers; l++)
+        psoup__forward_layer(t, cached, l);
+    ops->rmsnorm(model->be, t->hidden, t->rstd, t->layers[c->num_hidden_layers].x, model->norm,
+                 c->rms_norm_eps, t->rows, c->hidden_size);
 }
 
 psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *t, const psoup__batch *batch,

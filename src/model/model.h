@@ -178,6 +178,10 @@ psoup_status psoup__tape_create(psoup_model *model, psoup__tape **out, psoup_err
 void psoup__tape_free(psoup__tape *tape);
 const float *psoup__tape_hidden(const psoup__tape *tape); /* device [rows, dim], after the last norm */
 
+/* Whether saving forwards keep of each layer its input alone: the backward then runs a layer again before it goes
+ * back through it (Chen et al. 2016, arXiv 1604.06174). Gradients have the same bits. */
+void psoup__tape_recompute(psoup__tape *tape, bool recompute);
+
 /* Runs the batch; with `save` keeps what psoup__backward needs. Refuses token ids out of range and
  * sequences longer than max_position_embeddings. */
 psoup_status psoup__forward(psoup_model *model, psoup__tape *tape, const psoup__batch *batch,

@@ -81,6 +81,10 @@ void psoup__tape_free(psoup__tape *tape) {
     psoup__free(tape->model->context, tape);
 }
 
+void psoup__tape_recompute(psoup__tape *tape, bool recompute) {
+    tape->recompute = recompute;
+}
+
 const float *psoup__tape_hidden(const psoup__tape *tape) {
     return tape->hidden;
 }
@@ -186,12 +190,12 @@ static float *take_rows(psoup__slab *s, size_t rows, int32_t width) {
     return psoup__slab_take(s, count, sizeof(float));
 }
 
+/* All but x and u. */
 static void lay_out_layer(psoup__tape *t, psoup__layer_tape *layer) {
     const psoup_model *m = t->model;
     psoup__slab *s = &t->device;
     size_t rows = (size_t)t->rows;
     int32_t dim = m->config.hidden_size, ffn = m->config.intermediate_size;
-    layer->x = take_rows(s, rows, dim);
     layer->rstd1 = take_rows(s, rows, 1);
     layer->norm1 = take_rows(s, rows, dim);
     layer->q = take_rows(s, rows, m->q_width);
@@ -204,6 +208,20 @@ static void lay_out_layer(psoup__tape *t, psoup__layer_tape *layer) {
     layer->norm2 = take_rows(s, rows, dim);
     layer->gate = take_rows(s, rows, ffn);
     layer->up = take_rows(s, rows, ffn);
+}
+
+/* Room for the u of any layer: without a backward one linear's at a time. */
+static void take_shared_u(psoup__tape *t, psoup__layer_tape *shared) {
+    size_t most[PSOUP__LINEARS] = {0}, all = 0;
+    for (int32_t l = 0; l < t->model->config.num_hidden_layers; l++)
+        for (int i = 0; i < PSOUP__LINEARS; i++) {
+            size_t count = u_count(t, l, i);
+            most[i] = count > most[i] ? count : most[i];
+            all = count > all ? count : all;
+        }
+    float *u = t->saved ? NULL : psoup__slab_take(&t->device, all, sizeof(float));
+    for (int i = 0; i < PSOUP__LINEARS; i++)
+        shared->u[i] = t->saved ? psoup__slab_take(&t->device, most[i], sizeof(float)) : u;
 }
 
 static void lay_out_device(psoup__tape *t, bool cached) {
@@ -225,29 +243,23 @@ static void lay_out_device(psoup__tape *t, bool cached) {
     t->hidden = take_rows(s, rows, dim);
     bool real = s->base != NULL;
     psoup__layer_tape measured, shared = {0};
-    size_t most = 0;
-    for (int32_t l = 0; l < layers; l++)
-        for (int i = 0; i < PSOUP__LINEARS; i++) {
-            size_t count = u_count(t, l, i);
-            most = count > most ? count : most;
-        }
-    if (!t->saved) {
-        /* One layer's worth, used by all in turn. */
+    if (!t->saved || t->inputs_only) { /* one layer's worth, used by all in turn */
         lay_out_layer(t, &shared);
-        float *u = psoup__slab_take(s, most, sizeof(float));
-        for (int i = 0; i < PSOUP__LINEARS; i++)
-            shared.u[i] = u;
-        for (int32_t l = 0; real && l <= layers; l++)
-            t->layers[l] = shared;
-        return;
+        take_shared_u(t, &shared);
     }
+    if (!t->saved)
+        shared.x = take_rows(s, rows, dim);
     for (int32_t l = 0; l < layers; l++) {
         psoup__layer_tape *layer = real ? &t->layers[l] : &measured;
-        lay_out_layer(t, layer);
-        for (int i = 0; i < PSOUP__LINEARS; i++)
-            layer->u[i] = psoup__slab_take(s, u_count(t, l, i), sizeof(float));
+        *layer = shared;
+        if (t->saved && !t->inputs_only) {
+            lay_out_layer(t, layer);
+            for (int i = 0; i < PSOUP__LINEARS; i++)
+                layer->u[i] = psoup__slab_take(s, u_count(t, l, i), sizeof(float));
+        }
+        layer->x = t->saved ? take_rows(s, rows, dim) : shared.x;
     }
-    float *last = take_rows(s, rows, dim);
+    float *last = t->saved ? take_rows(s, rows, dim) : shared.x;
     if (real)
         t->layers[layers] = (psoup__layer_tape){.x = last};
 }
@@ -369,6 +381,7 @@ psoup_status psoup__tape_prepare(psoup__tape *t, const psoup__batch *batch, bool
     t->rows = batch->rows;
     t->n = batch->n;
     t->saved = save;
+    t->inputs_only = save && t->recompute;
     t->ahead = batch->ahead;
     t->dropout = batch->dropout;
     t->active = count_active(model, batch);

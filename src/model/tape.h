@@ -67,6 +67,8 @@ struct psoup__tape {
     /* The batch. */
     int32_t n, rows;
     bool saved;       /* holds what a backward needs */
+    bool recompute;   /* asked for: see psoup__tape_recompute */
+    bool inputs_only; /* of this batch: of all layers but the one last run only x is kept */
     int32_t ahead;    /* see psoup__batch */
     float dropout;
     int32_t active;   /* adapters with a non-zero weight somewhere */
@@ -136,6 +138,8 @@ psoup_status psoup__check_rows(const psoup__tape *tape, const int32_t *row, cons
                                int32_t n, psoup_error *error);
 
 psoup__attention_shape psoup__model_attention(const psoup_model *model);
+/* One layer, from its x to the next one's. */
+void psoup__forward_layer(psoup__tape *tape, const psoup__cached *cached, int32_t layer);
 /* psoup__forward's passes over a batch that was prepared. */
 void psoup__forward_run(psoup__tape *tape, const psoup__cached *cached);
 /* A layer of the cache, as `advance` and attention take it. */

@@ -213,7 +213,7 @@ static psoup_status set_up(psoup__dpo_trainer *t, const char *const *policies, s
     if (!t->item || !t->owner || !t->rows || !t->pass || !t->stream || !t->learners)
         return PSOUP_ERROR_MEMORY;
     t->n = n;
-    PSOUP__TRY(psoup__pack_create(t->model, &t->pack, error));
+    PSOUP__TRY(psoup__pack_create(t->model, t->options.gradient_checkpointing, &t->pack, error));
     for (size_t j = 0; j < n; j++)
         PSOUP__TRY(start_policy(t, &t->learners[j], j, policies[j], error));
 fail:

@@ -26,7 +26,8 @@ psoup_status psoup__run_text(psoup__checkpoint *c, const char *key, psoup_error 
 psoup_status psoup__run_options(psoup__checkpoint *c, const psoup_field *fields, const void *options,
                                 psoup_error *error) {
     static const char *const free[] = {"metrics", "samples", "checkpoint_dir", "checkpoint_every",
-                                       "checkpoint_keep", "resume", "join"};
+                                       "checkpoint_keep", "resume", "join",
+                                       "gradient_checkpointing"};
     psoup_status status = PSOUP_OK;
     psoup_json *all = psoup_fields_json(fields, options);
     const char *key = NULL;

@@ -29,6 +29,10 @@
     {"metrics", PSOUP_FIELD_STRING, offsetof(OPTIONS, metrics), NULL,                              \
      "JSON Lines file that every report is appended to."}
 
+#define RECOMPUTE                                                                                  \
+    BOOL(gradient_checkpointing, "Whether updates keep each layer's input alone and run the layer again " \
+                                 "in the backward: less memory, more time, the same bits.")
+
 #define CHECKPOINTS(steps)                                                                         \
     {"checkpoint_dir", PSOUP_FIELD_STRING, offsetof(OPTIONS, checkpoint_dir), NULL,                \
      "Directory that keeps the whole run, so that it can go on after it was stopped or killed."},  \
@@ -53,6 +57,7 @@ static const psoup_field sft_fields[] = {
     RUN,
     METRICS,
     CHECKPOINTS("Optimiser"),
+    RECOMPUTE,
     {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
 };
 #undef OPTIONS
@@ -77,6 +82,7 @@ static const psoup_field reward_fields[] = {
     RUN,
     METRICS,
     CHECKPOINTS("Optimiser"),
+    RECOMPUTE,
     {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
 };
 #undef OPTIONS
@@ -100,6 +106,7 @@ static const psoup_field dpo_fields[] = {
     RUN,
     METRICS,
     CHECKPOINTS("Optimiser"),
+    RECOMPUTE,
     {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
 };
 #undef OPTIONS
@@ -154,6 +161,7 @@ static const psoup_field ppo_fields[] = {
                     "prompts."),
     METRICS,
     CHECKPOINTS("PPO"),
+    RECOMPUTE,
     {"objective", PSOUP_FIELD_ENUM, offsetof(OPTIONS, objective), "ppo|rloo|grpo",
      "What a reward is measured against: a critic's value, the mean of the other responses to the "
      "prompt, or their mean and deviation. Without a critic gamma, lambda, value and whitening options "
@@ -259,7 +267,8 @@ static psoup_status check(const char *where, const range *ranges, size_t n, cons
 #define RANGE(name, low, high) {#name, (double)o->name, low, high}
 #define COUNTS 2147483647.0
 #define CHECKPOINT_RANGES                                                                          \
-    RANGE(checkpoint_every, 0, COUNTS), RANGE(checkpoint_keep, 1, COUNTS), RANGE(resume, 0, 1)
+    RANGE(checkpoint_every, 0, COUNTS), RANGE(checkpoint_keep, 1, COUNTS), RANGE(resume, 0, 1),    \
+        RANGE(gradient_checkpointing, 0, 1)
 #define REALS 3.4e38
 #define BELOW_ONE 0.99999997
 #define ADAM_RANGES                                                                                \
@@ -276,6 +285,7 @@ psoup_status psoup__sft_check(const psoup_sft_options *o, psoup_error *error) {
         RANGE(warmup_steps, 0, COUNTS), RANGE(lora_dropout, 0, BELOW_ONE),
         RANGE(loss_on_prompt, 0, 1),    RANGE(validate_every, 0, COUNTS),
         RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
+        RANGE(reserved, 0, 0),
     };
     return check("psoup_sft_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
                  error);
@@ -290,7 +300,7 @@ psoup_status psoup__reward_check(const psoup_reward_options *o, psoup_error *err
         RANGE(margin, -REALS, REALS),   RANGE(centering, 0, REALS),
         RANGE(max_tokens, 0, COUNTS),   RANGE(validate_every, 0, COUNTS),
         RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
-        RANGE(margins, 0, 1),           RANGE(reserved, 0, 0),
+        RANGE(margins, 0, 1),
     };
     return check("psoup_reward_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
                  error);
@@ -305,6 +315,7 @@ psoup_status psoup__dpo_check(const psoup_dpo_options *o, psoup_error *error) {
         RANGE(beta, 1e-30, REALS),      RANGE(label_smoothing, 0, 0.5),
         RANGE(max_tokens, 0, COUNTS),   RANGE(validate_every, 0, COUNTS),
         RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
+        RANGE(reserved, 0, 0),
     };
     return check("psoup_dpo_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
                  error);
@@ -366,7 +377,6 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         RANGE(warn_reward_rise, 0, REALS),
         RANGE(warn_kl_growth, 0, REALS),
         RANGE(warn_window, 4, PSOUP__MAX_WINDOW),
-        RANGE(reserved, 0, 0),
     };
     psoup_status status =
         check("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir,

@@ -29,7 +29,7 @@ psoup_status psoup__plan(psoup_context *context, const int32_t *rows, const int3
     return PSOUP_OK;
 }
 
-psoup_status psoup__pack_create(psoup_model *model, psoup__pack **out, psoup_error *error) {
+psoup_status psoup__pack_create(psoup_model *model, bool recompute, psoup__pack **out, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup__pack *pack = psoup__alloc(model->context, 1, sizeof(*pack), error);
     *out = NULL;
@@ -37,6 +37,7 @@ psoup_status psoup__pack_create(psoup_model *model, psoup__pack **out, psoup_err
         return PSOUP_ERROR_MEMORY;
     pack->model = model;
     PSOUP__TRY(psoup__tape_create(model, &pack->tape, error));
+    psoup__tape_recompute(pack->tape, recompute);
     *out = pack;
     return PSOUP_OK;
 fail:

@@ -214,7 +214,7 @@ psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *polici
     if (ppo->options.samples && ppo->team.rank == 0)
         PSOUP__TRY(psoup_jsonl_create(model->context, ppo->options.samples, 1, &ppo->reporter.samples,
                                       error));
-    PSOUP__TRY(psoup__pack_create(model, &ppo->pack, error));
+    PSOUP__TRY(psoup__pack_create(model, ppo->options.gradient_checkpointing, &ppo->pack, error));
     ppo->policies = psoup__alloc(model->context, n, sizeof(*ppo->policies), error);
     ppo->active = psoup__alloc(model->context, n, sizeof(psoup__policy *), error);
     ppo->requests = psoup__alloc(model->context, n, sizeof(*ppo->requests), error);

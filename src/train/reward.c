@@ -98,7 +98,7 @@ psoup_status psoup__reward_adapter(const psoup_reward *reward, psoup__adapter **
 psoup_status psoup__reward_pack(psoup_reward *reward, psoup__pack **pack, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     if (!reward->pack)
-        status = psoup__pack_create(reward->model, &reward->pack, error);
+        status = psoup__pack_create(reward->model, false, &reward->pack, error);
     *pack = reward->pack;
     return status;
 }

@@ -158,7 +158,7 @@ static psoup_status set_up(psoup__reward_trainer *t, psoup_reward *const *reward
     if (!t->learners)
         return PSOUP_ERROR_MEMORY;
     t->n = n_rewards;
-    PSOUP__TRY(psoup__pack_create(t->model, &t->pack, error));
+    PSOUP__TRY(psoup__pack_create(t->model, t->options.gradient_checkpointing, &t->pack, error));
     for (size_t j = 0; j < n_rewards; j++) {
         psoup__reward_learner *l = &t->learners[j];
         if (rewards[j]->model != t->model)

@@ -375,7 +375,7 @@ psoup_status psoup_sft(psoup_model *model, const char *adapter, const psoup_exam
         if (status != PSOUP_OK)
             goto fail;
     }
-    PSOUP__TRY(psoup__pack_create(model, &s.pack, error));
+    PSOUP__TRY(psoup__pack_create(model, s.options.gradient_checkpointing, &s.pack, error));
     PSOUP__TRY(psoup__reporter_open(&s.reporter, &s.team, s.options.metrics, s.options.on_step,
                                     s.options.user, error));
     if (psoup__checkpoint_wanted(s.options.checkpoint_dir, &s.team))

@@ -286,7 +286,8 @@ typedef struct psoup__pack {
     psoup__head_rows *list;                           /* [lists] */
     psoup__dropout *list_dropout;                     /* [lists] */
 } psoup__pack;
-psoup_status psoup__pack_create(psoup_model *model, psoup__pack **out, psoup_error *error);
+/* recompute: see psoup__tape_recompute. */
+psoup_status psoup__pack_create(psoup_model *model, bool recompute, psoup__pack **out, psoup_error *error);
 void psoup__pack_free(psoup__pack *pack);
 void psoup__pack_clear(psoup__pack *pack);
 /* *row receives the sequence's first row. */

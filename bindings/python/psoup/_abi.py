@@ -769,6 +769,8 @@ psoup_sft_options._fields_ = [
     ("resume", c_int32),
     ("max_grad_value", c_float),
     ("comm", POINTER(psoup_comm)),
+    ("gradient_checkpointing", c_int32),
+    ("reserved", c_int32),
 ]
 psoup_comparison._fields_ = [
     ("chosen", POINTER(c_int32)),
@@ -808,7 +810,7 @@ psoup_reward_options._fields_ = [
     ("resume", c_int32),
     ("max_grad_value", c_float),
     ("margins", c_int32),
-    ("reserved", c_int32),
+    ("gradient_checkpointing", c_int32),
     ("comm", POINTER(psoup_comm)),
 ]
 psoup_dpo_pair._fields_ = [
@@ -851,6 +853,8 @@ psoup_dpo_options._fields_ = [
     ("resume", c_int32),
     ("max_grad_value", c_float),
     ("comm", POINTER(psoup_comm)),
+    ("gradient_checkpointing", c_int32),
+    ("reserved", c_int32),
 ]
 psoup_reward_input._fields_ = [
     ("reward", c_int32),
@@ -967,7 +971,7 @@ psoup_ppo_options._fields_ = [
     ("warn_reward_rise", c_float),
     ("warn_kl_growth", c_float),
     ("warn_window", c_int32),
-    ("reserved", c_int32),
+    ("gradient_checkpointing", c_int32),
     ("comm", POINTER(psoup_comm)),
 ]
 psoup_ppo_trace._fields_ = [

@@ -250,6 +250,9 @@ class SftOptions(TypedDict, total=False):
     # elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not; default
     # 0
     max_grad_value: float
+    # since 0.4; 1: keep each layer's input alone, and run the layer again in the backward. Less
+    # memory, more time, the same bits: docs/training.md; default 0
+    gradient_checkpointing: int
 
 
 class RewardOptions(TypedDict, total=False):
@@ -306,6 +309,9 @@ class RewardOptions(TypedDict, total=False):
     max_grad_value: float
     # 1: each comparison's own margin is added to `margin`; default 0
     margins: int
+    # since 0.4; 1: keep each layer's input alone, and run the layer again in the backward. Less
+    # memory, more time, the same bits: docs/training.md; default 0
+    gradient_checkpointing: int
 
 
 class DpoOptions(TypedDict, total=False):
@@ -360,6 +366,9 @@ class DpoOptions(TypedDict, total=False):
     # elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not; default
     # 0
     max_grad_value: float
+    # since 0.4; 1: keep each layer's input alone, and run the layer again in the backward. Less
+    # memory, more time, the same bits: docs/training.md; default 0
+    gradient_checkpointing: int
 
 
 class PpoSoup(TypedDict, total=False):
@@ -507,3 +516,5 @@ class PpoOptions(TypedDict, total=False):
     warn_kl_growth: float
     # steps, 4 to 64; default 16
     warn_window: int
+    # 1: as in psoup_sft_options, in updates; default 0
+    gradient_checkpointing: int

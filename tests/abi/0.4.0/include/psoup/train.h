@@ -57,7 +57,8 @@ typedef enum psoup_schedule {
  *
  * A checkpoint of another version, base, adapter, reward model, option or data is refused with
  * PSOUP_ERROR_STATE, naming the difference; a damaged one with PSOUP_ERROR_FORMAT; so is a directory with
- * checkpoints when resume is 0. Where the metrics file lies, and the four options themselves, may differ.
+ * checkpoints when resume is 0. Where the metrics file lies, the four options themselves and
+ * gradient_checkpointing may differ.
  * Only one run at a time may use a directory. A checkpoint that cannot be written ends the run with that
  * error; the ones before stay as they are. */
 
@@ -104,6 +105,9 @@ typedef struct psoup_sft_options {
     int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
     float max_grad_value; /* elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not */
     const psoup_comm *comm; /* the other processes that train the same run; NULL: there are none */
+    int32_t gradient_checkpointing; /* since 0.4; 1: keep each layer's input alone, and run the layer again in the
+                                     * backward. Less memory, more time, the same bits: docs/training.md */
+    int32_t reserved; /* 0 */
 } psoup_sft_options;
 #define PSOUP_SFT_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_sft_options), .epochs = 1, .batch_tokens = 1024, .accumulation = 1,      \
@@ -177,7 +181,8 @@ typedef struct psoup_reward_options {
     int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
     float max_grad_value; /* elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not */
     int32_t margins;  /* 1: each comparison's own margin is added to `margin` */
-    int32_t reserved; /* 0 */
+    int32_t gradient_checkpointing; /* since 0.4; 1: keep each layer's input alone, and run the layer again in the
+                                     * backward. Less memory, more time, the same bits: docs/training.md */
     const psoup_comm *comm; /* the other processes that train the same run; NULL: there are none */
 } psoup_reward_options;
 /* The paper's: AdamW 2e-5, decay 0.001, linear to 0, no warm-up, one epoch, 512 tokens. */
@@ -238,6 +243,9 @@ typedef struct psoup_dpo_options {
     int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
     float max_grad_value; /* elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not */
     const psoup_comm *comm; /* the other processes that train the same run; NULL: there are none */
+    int32_t gradient_checkpointing; /* since 0.4; 1: keep each layer's input alone, and run the layer again in the
+                                     * backward. Less memory, more time, the same bits: docs/training.md */
+    int32_t reserved; /* 0 */
 } psoup_dpo_options;
 #define PSOUP_DPO_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_dpo_options), .epochs = 1, .batch_size = 8, .accumulation = 1,           \
@@ -440,7 +448,7 @@ typedef struct psoup_ppo_options {
                              * deviations than this, at a KL that cannot buy such a rise */
     float warn_kl_growth;   /* KL grew by more than this factor, and above 1, while the mean reward fell */
     int32_t warn_window;    /* steps, 4 to 64 */
-    int32_t reserved;       /* 0 */
+    int32_t gradient_checkpointing; /* 1: as in psoup_sft_options, in updates */
     const psoup_comm *comm; /* the other processes that train the same run; NULL: there are none */
 } psoup_ppo_options;
 #define PSOUP_PPO_OPTIONS_INIT                                                                     \
