@@ -1,6 +1,7 @@
 # libpsoup: build, demonstrate, check.
 #
-#   make            lib/libpsoup.a, lib/libpsoup.so, lib/libpsoup-merge.a, bin/psoup
+#   make            lib/libpsoup.a, lib/libpsoup.so, lib/libpsoup-merge.a, bin/psoup; and where mpicc is,
+#                   lib/libpsoup-mpi.a, bin/psoup-mpi
 #   make demo       the whole method on a small world, from a base model to a report (FULL=1: longer)
 #   make check      the tests (under ten minutes on two cores)
 #   make check-all  the same under ASan and UBSan, the long cases, clang, the fuzzers, the story
@@ -24,7 +25,8 @@ PYTHON  ?= python3
 # ---- what a fresh Debian or Ubuntu needs: the one list -----------------------------------------
 PACKAGES      = gcc make binutils pkg-config libc6-dev libjansson-dev libpcre2-dev libzstd-dev libyaml-dev \
                 libxxhash-dev libmd-dev
-PACKAGES_TEST = check abigail-tools g++ clang libclang-rt-dev python3 python3-venv python3-numpy
+PACKAGES_TEST = check abigail-tools g++ clang libclang-rt-dev python3 python3-venv python3-numpy \
+                libopenmpi-dev openmpi-bin
 PACKAGES_BENCH = libopenblas-dev
 
 # ---- flags --------------------------------------------------------------------------------------
@@ -85,12 +87,12 @@ FUZZERS  = $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 SONAME   = libpsoup.so.0
 VERSION  = 0.4.0
 
-.PHONY: all lib demo check check-all bench bench-gpu gpu install clean deps deps-test deps-bench host_driver gpu-images \
+.PHONY: all lib mpi demo check check-all bench bench-gpu gpu install clean deps deps-test deps-bench host_driver gpu-images \
         run-tests check-names check-abi check-install check-python check-gpu wheel fuzz run-fuzzers coverage abi-baseline
 .PRECIOUS: $B/%.o
 .DELETE_ON_ERROR:
 
-all: lib bin/psoup bin/personalized_soup
+all: lib bin/psoup bin/personalized_soup mpi
 
 # ---- the library --------------------------------------------------------------------------------
 lib: lib/libpsoup.a lib/libpsoup.so lib/libpsoup-merge.a
@@ -160,6 +162,37 @@ WORLD_OBJ = $(patsubst %.c,$B/%.o,$(filter-out examples/demo/demo.c,$(wildcard e
 $B/psoup: $(PSOUP_OBJ) $B/libpsoup.a
 	@echo "  LINK $@"
 	$(Q)$(CC) $(LDFLAGS) $^ $(LIBS) -o $@
+
+# The program whose processes talk by MPI, and what of it is a library. MPI's flags are mpicc's own, so that any
+# compiler may be CC.
+MPICC     ?= $(shell command -v mpicc)
+MPI_FLAGS  = $(patsubst -I%,-isystem %,$(filter -I%,$(shell $(MPICC) -show)))
+MPI_LIBS   = $(filter -L% -l% -Wl%,$(shell $(MPICC) -show))
+MPI_OBJ    = $(filter-out %/launch.o,$(PSOUP_OBJ)) $B/mpi/launch.o
+ifneq ($(MPICC),)
+mpi: lib/libpsoup-mpi.a bin/psoup-mpi
+else
+mpi:
+	@echo "  mpicc is not here: no libpsoup-mpi.a and no psoup-mpi"
+endif
+
+$B/mpi/%.o: bindings/mpi/%.c
+	@mkdir -p $(@D)
+	@echo "  CC   $<"
+	$(Q)$(CC) $(CPPFLAGS) -Ibindings/mpi $(MPI_FLAGS) $(CFLAGS) -MMD -MP -c $< -o $@
+
+$B/mpi/launch.o: examples/psoup/launch.c
+	@mkdir -p $(@D)
+	@echo "  CC   $< (MPI)"
+	$(Q)$(CC) $(CPPFLAGS) -DPSOUP_MPI -Ibindings/mpi $(MPI_FLAGS) $(CFLAGS) -MMD -MP -c $< -o $@
+
+$B/libpsoup-mpi.a: $B/mpi/comm_mpi.o
+	@echo "  AR   $@"
+	$(Q)rm -f $@ && $(AR) rcs $@ $^
+
+$B/psoup-mpi: $(MPI_OBJ) $B/libpsoup-mpi.a $B/libpsoup.a
+	@echo "  LINK $@"
+	$(Q)$(CC) $(LDFLAGS) $^ $(LIBS) $(MPI_LIBS) -o $@
 
 $B/psoup-demo: $(DEMO_OBJ) $B/libpsoup.a
 	@echo "  LINK $@"
@@ -264,7 +297,7 @@ $(HOST_B)/libcublasLt.so.13: $(HOST_B)/blas.o $(HOST_B)/libcuda.so.1 $B/libpsoup
 	    -Wl,--exclude-libs,ALL $B/libpsoup-merge.a -pthread -o $@
 
 # The tests of one build; every program prints Check's own line of counts.
-run-tests: $(TESTS:%=$B/tests/%) $B/tests/checkops/checkops $B/tests/philox host_driver $(DRIVER_HEADER) \
+run-tests: $(TESTS:%=$B/tests/%) $(if $(MPICC),$B/psoup-mpi) $B/tests/checkops/checkops $B/tests/philox host_driver $(DRIVER_HEADER) \
            $(HELPERS:%=$B/tests/%) $B/embed_engine_gpu $B/psoup
 	@set -e; export LD_LIBRARY_PATH=$(CURDIR)/$(HOST_B); \
 	    for t in $(TESTS); do echo "== $$t"; $B/tests/$$t; done; \
@@ -274,6 +307,7 @@ run-tests: $(TESTS:%=$B/tests/%) $B/tests/checkops/checkops $B/tests/philox host
 	    if $B/tests/checkops/checkops --bench 2>/dev/null; then echo "the host driver was timed"; exit 1; fi; \
 	    echo "== an engine on a GPU"; $B/embed_engine_gpu
 	@echo "== the program"; sh tests/cli.sh $B/psoup
+	@echo "== the program in two processes"; sh tests/ranks.sh $B/psoup $(if $(MPICC),$B/psoup-mpi)
 	@echo "== a training, seen"; PYTHON=$(PYTHON) sh tests/seen.sh $B/psoup
 	@echo "== the methods, end to end"; sh tests/run.sh $B/psoup
 

@@ -1,4 +1,4 @@
-#include "cli.h"
+#include "launch.h"
 
 #include <errno.h>
 #include <math.h>
@@ -12,7 +12,10 @@
 
 int cli_fail(const psoup_error *error) {
     cli_progress_end();
-    fprintf(stderr, "psoup: %s\n", error->message);
+    if (launch_world() > 1)
+        fprintf(stderr, "psoup: rank %d: %s\n", launch_rank(), error->message);
+    else
+        fprintf(stderr, "psoup: %s\n", error->message);
     return 1;
 }
 
@@ -37,6 +40,8 @@ psoup_status cli_error(psoup_error *error, psoup_status status, const char *form
 
 void cli_log(void *user, psoup_log_level level, const char *line) {
     (void)user;
+    if (launch_rank() > 0) /* rank 0 says the same */
+        return;
     cli_progress_end();
     fprintf(stderr, "psoup: %s%s\n", level == PSOUP_LOG_WARNING ? "warning: " : "", line);
 }
@@ -209,9 +214,12 @@ void cli_training_begin(const char *checkpoint_dir) {
 int cli_asked_to_stop(void) { return asked_to_stop; }
 
 int cli_training_fail(const psoup_error *error) {
-    if (!asked_to_stop || error->status != PSOUP_ERROR_CANCELLED)
+    bool stopped = asked_to_stop || launch_world() > 1; /* any of the ranks may have been asked */
+    if (!stopped || error->status != PSOUP_ERROR_CANCELLED)
         return cli_fail(error);
     cli_progress_end();
+    if (launch_rank() > 0)
+        return 0;
     fprintf(stderr, "%s; the same command with --resume goes on\n", error->message);
     return 0;
 }

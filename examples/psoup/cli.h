@@ -107,6 +107,7 @@ int cli_print_json(psoup_json *value);
 /* A model with its context, tokenizer and adapters. */
 typedef struct cli_model {
     psoup_context *context;
+    psoup_comm *comm; /* the other processes of a training; NULL: there are none */
     psoup_model *model;
     psoup_tokenizer *tokenizer; /* NULL when not asked for, or absent and not required */
 } cli_model;

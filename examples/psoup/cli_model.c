@@ -7,6 +7,7 @@
 void cli_close(cli_model *opened) {
     psoup_tokenizer_free(opened->tokenizer);
     psoup_model_free(opened->model);
+    psoup_comm_free(opened->comm);
     psoup_context_free(opened->context);
     *opened = (cli_model){0};
 }

@@ -1,5 +1,6 @@
 /* psoup dpo: policies straight from comparisons. */
 #include "config.h"
+#include "launch.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -108,7 +109,7 @@ static psoup_status dpo(dpo_run *run, const char *config_path, psoup_error *erro
     if (status == PSOUP_OK)
         status = adapter_config_finish(&run->lora, config_path, error);
     if (status == PSOUP_OK)
-        status = run_open(run->model, run->tokenizer, run->device, run->threads, &m, error);
+        status = run_open_ranks(run->model, run->tokenizer, run->device, run->threads, &m, error);
     if (status == PSOUP_OK)
         status = read_rows(m.context, run->data, &rows, error);
     if (status == PSOUP_OK)
@@ -128,10 +129,11 @@ static psoup_status dpo(dpo_run *run, const char *config_path, psoup_error *erro
         status = hold_out(rows, run->validation_fraction, all, sizeof *all, &n, error);
         n_held = psoup_json_size(rows) - n;
     }
+    run->options.comm = m.comm;
     if (status == PSOUP_OK)
         status = psoup_dpo(m.model, set.names, set.n, all, n, all + n, n_held, &run->options, error);
     cli_progress_end();
-    for (size_t i = 0; status == PSOUP_OK && i < set.n; i++) {
+    for (size_t i = 0; status == PSOUP_OK && launch_rank() == 0 && i < set.n; i++) {
         char *path = join(run->output, set.names[i]);
         status = path ? psoup_model_save_adapter(m.model, set.names[i], path, run->model, error)
                       : cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
@@ -141,6 +143,7 @@ static psoup_status dpo(dpo_run *run, const char *config_path, psoup_error *erro
     psoup_json_free(held);
     free(all);
     pool_free(&pool);
+    status = launch_finish(m.comm, status, error);
     cli_close(&m);
     return status;
 }

@@ -1,4 +1,5 @@
 /* psoup ppo: policies from reward models, side by side on one base. */
+#include "launch.h"
 #include "ppo_policies.h"
 
 #include <stdlib.h>
@@ -34,6 +35,7 @@ static psoup_status train(ppo_state *s, psoup_error *error) {
     for (size_t i = 0; i < s->n; i++)
         policies[i] = ppo_policy(&s->policies[i]);
     s->run->options.tokenizer = s->m.tokenizer;
+    s->run->options.comm = s->m.comm;
     psoup_status status =
         psoup_ppo_create(s->m.model, policies, s->n, &s->run->options, &ppo, error);
     psoup_status saved = status;
@@ -44,7 +46,7 @@ static psoup_status train(ppo_state *s, psoup_error *error) {
     bool finished = status == PSOUP_OK;
     for (size_t i = 0; ppo && status == PSOUP_ERROR_STATE && i < s->n; i++)
         finished = finished || psoup_ppo_diverged(ppo, i);
-    for (size_t i = 0; saved == PSOUP_OK && finished && i < s->n; i++) {
+    for (size_t i = 0; saved == PSOUP_OK && finished && launch_rank() == 0 && i < s->n; i++) {
         psoup_error trouble;
         if (!psoup_ppo_diverged(ppo, i))
             saved = ppo_save(s, &s->policies[i], &trouble);
@@ -65,7 +67,7 @@ static psoup_status ppo(ppo_state *s, psoup_error *error) {
                          s->config_path);
     status = adapter_config_finish(&run->lora, s->config_path, error);
     if (status == PSOUP_OK)
-        status = run_open(run->model, run->tokenizer, run->device, run->threads, &s->m, error);
+        status = run_open_ranks(run->model, run->tokenizer, run->device, run->threads, &s->m, error);
     if (status == PSOUP_OK)
         status = run->preferences ? psoup_preferences_load(s->m.context, run->preferences,
                                                            &s->preferences, error)
@@ -82,7 +84,9 @@ static psoup_status ppo(ppo_state *s, psoup_error *error) {
     for (size_t i = 0; i < s->n; i++)
         for (int part = 0; status == PSOUP_OK && part < 2; part++)
             status = ppo_make_prompts(s, &s->policies[i], part, error);
-    return status == PSOUP_OK ? train(s, error) : status;
+    if (status == PSOUP_OK)
+        status = train(s, error);
+    return launch_finish(s->m.comm, status, error);
 }
 
 static void ppo_close(ppo_state *s) {

@@ -1,5 +1,6 @@
 /* psoup reward: reward models from comparisons. */
 #include "config.h"
+#include "launch.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -121,7 +122,7 @@ static psoup_status reward(reward_run *run, const char *config_path, reward_resu
     if (status == PSOUP_OK)
         status = adapter_config_finish(&run->lora, config_path, error);
     if (status == PSOUP_OK)
-        status = run_open(run->model, run->tokenizer, run->device, run->threads, &m, error);
+        status = run_open_ranks(run->model, run->tokenizer, run->device, run->threads, &m, error);
     if (status == PSOUP_OK)
         status = read_rows(m.context, run->data, &rows, error);
     if (status == PSOUP_OK)
@@ -141,18 +142,19 @@ static psoup_status reward(reward_run *run, const char *config_path, reward_resu
         status = hold_out(rows, run->validation_fraction, all, sizeof *all, &n, error);
         n_held = psoup_json_size(rows) - n;
     }
+    run->options.comm = m.comm;
     if (status == PSOUP_OK)
         status =
             psoup_reward_train(set.items, set.n, all, n, all + n, n_held, &run->options, error);
     cli_progress_end();
-    for (size_t i = 0; status == PSOUP_OK && i < set.n; i++) {
+    for (size_t i = 0; status == PSOUP_OK && launch_rank() == 0 && i < set.n; i++) {
         char *path = join(run->output, psoup_reward_name(set.items[i]));
         status = path ? psoup_reward_save(set.items[i], path, run->model, error)
                       : cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
         free(path);
     }
     result->held_out = n_held;
-    if (status == PSOUP_OK && n_held > 0)
+    if (status == PSOUP_OK && launch_rank() == 0 && n_held > 0)
         status = psoup_reward_accuracy(set.items, set.n, all + n, n_held, &result->accuracy,
                                        &result->loss, error);
     for (size_t i = 0; i < set.n; i++)
@@ -161,11 +163,14 @@ static psoup_status reward(reward_run *run, const char *config_path, reward_resu
     psoup_json_free(held);
     free(all);
     pool_free(&pool);
+    status = launch_finish(m.comm, status, error);
     cli_close(&m);
     return status;
 }
 
 static int print_result(const char *output, const reward_result *result, bool json) {
+    if (launch_rank() > 0)
+        return 0;
     if (!json) {
         if (result->held_out)
             printf("accuracy %.4f, loss %.4f on %zu held-out comparisons\n", result->accuracy,

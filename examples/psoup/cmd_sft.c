@@ -1,5 +1,6 @@
 /* psoup sft: supervised fine-tuning from a configuration file. */
 #include "config.h"
+#include "launch.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -75,7 +76,7 @@ static psoup_status sft(sft_run *run, const char *config_path, psoup_error *erro
     if (status == PSOUP_OK)
         status = adapter_config_finish(&run->lora, config_path, error);
     if (status == PSOUP_OK)
-        status = run_open(run->model, run->tokenizer, run->device, run->threads, &m, error);
+        status = run_open_ranks(run->model, run->tokenizer, run->device, run->threads, &m, error);
     if (status == PSOUP_OK && run->init && !run->adapter)
         status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: \"init\" needs an \"adapter\"",
                            config_path);
@@ -89,11 +90,12 @@ static psoup_status sft(sft_run *run, const char *config_path, psoup_error *erro
         if (status == PSOUP_OK)
             status = read_examples(run, &m, path, rows[k], &pool, &examples[k], error);
     }
+    run->options.comm = m.comm;
     if (status == PSOUP_OK)
         status = psoup_sft(m.model, run->adapter, examples[0], psoup_json_size(rows[0]),
                            examples[1], psoup_json_size(rows[1]), &run->options, error);
     cli_progress_end();
-    if (status == PSOUP_OK)
+    if (status == PSOUP_OK && launch_rank() == 0)
         status = run->adapter ? psoup_model_save_adapter(m.model, run->adapter, run->output,
                                                          run->model, error)
                               : psoup_model_save(m.model, run->output, m.tokenizer, error);
@@ -102,6 +104,7 @@ static psoup_status sft(sft_run *run, const char *config_path, psoup_error *erro
         free(examples[k]);
     }
     pool_free(&pool);
+    status = launch_finish(m.comm, status, error);
     cli_close(&m);
     return status;
 }

@@ -1,4 +1,5 @@
 #include "config.h"
+#include "launch.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -350,6 +351,17 @@ psoup_status run_open(const char *model, const char *tokenizer, const char *devi
     return psoup_tokenizer_load(out->context, tokenizer, &out->tokenizer, error);
 }
 
+psoup_status run_open_ranks(const char *model, const char *tokenizer, const char *device, int32_t threads,
+                            cli_model *out, psoup_error *error) {
+    char own[LAUNCH_DEVICE];
+    psoup_status status = launch_look(error);
+    if (status == PSOUP_OK)
+        status = run_open(model, tokenizer, launch_device(device, own), launch_threads(threads), out, error);
+    if (status == PSOUP_OK)
+        status = launch_connect(out->context, &out->comm, error);
+    return status;
+}
+
 int32_t run_end_token(const cli_model *m) {
     psoup_model_config c = PSOUP_MODEL_CONFIG_INIT;
     psoup_error error;
@@ -357,6 +369,8 @@ int32_t run_end_token(const cli_model *m) {
 }
 
 int run_print_output(const char *output, bool json) {
+    if (launch_rank() > 0)
+        return 0;
     if (!json) {
         puts(output);
         return 0;

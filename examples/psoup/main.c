@@ -1,5 +1,5 @@
 /* psoup: the command line of libpsoup. Thin: everything it does is in the public API. */
-#include "cli.h"
+#include "launch.h"
 
 #include <string.h>
 
@@ -54,6 +54,6 @@ int main(int argc, char **argv) {
     }
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
         if (!strcmp(argv[1], commands[i].name))
-            return finish(commands[i].run(argc - 1, argv + 1));
+            return launch_end(finish(commands[i].run(argc - 1, argv + 1)));
     return cli_complain("unknown command \"%s\" (see psoup --help)", argv[1]);
 }

@@ -1,5 +1,5 @@
 /* How far a command is: a bar, or a table of all who train, redrawn in place on a terminal. */
-#include "cli.h"
+#include "launch.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -298,10 +298,11 @@ int cli_training_step(void *user, const psoup_step *step) {
     cli_training *t = user;
     psoup_error error;
     _Static_assert((int)SHOWN == (int)CLI_SHOWN, "a row has a value for each");
-    if (t->config && cli_write_file(t->config_path, t->config, strlen(t->config), &error) != PSOUP_OK)
+    if (t->config && launch_rank() == 0 &&
+        cli_write_file(t->config_path, t->config, strlen(t->config), &error) != PSOUP_OK)
         cli_log(NULL, PSOUP_LOG_WARNING, error.message);
     t->config = NULL;
-    if (t->quiet)
+    if (t->quiet || launch_rank() > 0)
         return cli_asked_to_stop();
     bool validation = !strcmp(step->phase, "validation"), terminal = isatty(STDERR_FILENO);
     cli_trainee *r = row_of(t, step);

@@ -62,10 +62,11 @@ psoup_status psoup__peer_send(psoup__peer *peer, const psoup__frame *frame, cons
         if (status == PSOUP_OK)
             status = send_some(peer, &out, error);
     }
+    if (status != PSOUP_OK) /* it may have said why it goes */
+        psoup__peer_alive(peer, error);
     return status;
 }
 
-/* What a rank that goes has said last may still be there when sending to it fails. */
 static psoup_status receive_more(psoup__peer *peer, void *data, size_t bytes, size_t *got, psoup_error *error) {
     ssize_t n = recv(peer->fd, data, bytes, MSG_DONTWAIT);
     *got = n > 0 ? (size_t)n : 0;
@@ -93,8 +94,9 @@ psoup_status psoup__peer_receive(psoup__peer *peer, void *data, size_t bytes, ps
             PSOUP__TRY(wait_for(peer, (short)((at < bytes ? POLLIN : 0) | (sends && !all_sent(out) ? POLLOUT : 0)),
                                 error));
     }
-    if (!sends)
-        status = lost(peer, "it takes no more", error);
+    if (!sends && psoup__peer_alive(peer, error) == PSOUP_OK)
+        lost(peer, "it takes no more", error);
+    status = sends ? PSOUP_OK : PSOUP_ERROR_IO;
 fail:
     return status;
 }

@@ -252,6 +252,8 @@ psoup_status psoup__checkpoint_at(psoup__checkpoint *c, psoup_status told, int64
         return told;
     psoup_status status = c->directory ? save(c, step, error) : PSOUP_OK;
     status = psoup__team_outcome(c->team, status, error);
+    if (c->team->lost)
+        return save_alone(c, status, step, error);
     return status == PSOUP_OK ? told : status;
 }
 

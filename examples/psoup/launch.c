@@ -1,0 +1,112 @@
+/* One run in several processes: who this one is, by what launched it, and how it reaches the others. The program
+ * psoup-mpi is this one with MPI, which then is how they talk. */
+#include "launch.h"
+
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#ifdef PSOUP_MPI
+#include "psoup/comm_mpi.h"
+#endif
+
+static psoup_comm_options who = PSOUP_COMM_OPTIONS_INIT;
+
+int32_t launch_rank(void) { return who.rank; }
+int32_t launch_world(void) { return who.world; }
+
+#ifdef PSOUP_MPI
+static bool by_mpi; /* MPI is initialised */
+
+/* True where mpirun started more than this process. */
+static bool look_at_mpi(void) {
+    int rank, world, local_rank, local_world;
+    MPI_Comm here;
+    if (!by_mpi)
+        MPI_Init(NULL, NULL);
+    by_mpi = true;
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &world);
+    if (world == 1)
+        return false;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &here);
+    MPI_Comm_rank(here, &local_rank);
+    MPI_Comm_size(here, &local_world);
+    MPI_Comm_free(&here);
+    who.rank = rank;
+    who.world = world;
+    who.local_rank = local_rank;
+    who.local_world = local_world;
+    return true;
+}
+
+/* Finalising waits for the others; one that is dead it would wait for without end. */
+int launch_end(int status) {
+    if (by_mpi) {
+        alarm(30);
+        MPI_Finalize();
+        alarm(0);
+    }
+    return status;
+}
+#else
+static bool look_at_mpi(void) { return false; }
+int launch_end(int status) { return status; }
+#endif
+
+static const char *environment(void *user, const char *name) {
+    (void)user;
+    return getenv(name);
+}
+
+psoup_status launch_look(psoup_error *error) {
+    if (look_at_mpi())
+        return PSOUP_OK;
+    return psoup_comm_launch(environment, NULL, &who, error);
+}
+
+/* Of the GPUs that CUDA_VISIBLE_DEVICES leaves, the one of this rank on its machine. */
+const char *launch_device(const char *device, char out[LAUNCH_DEVICE]) {
+    const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+    int count = 0;
+    if (who.world == 1 || !device || strcmp(device, "cuda") != 0)
+        return device;
+    for (const char *c = visible; c && *c; c++)
+        count += c == visible || c[-1] == ',';
+    snprintf(out, LAUNCH_DEVICE, "cuda:%d", count ? who.local_rank % count : who.local_rank);
+    return out;
+}
+
+/* The processors are shared with the other ranks of the machine, where the launcher has not shared them out. */
+int32_t launch_threads(int32_t threads) {
+    cpu_set_t set;
+    long all = sysconf(_SC_NPROCESSORS_ONLN);
+    if (threads != 0 || who.local_world < 2 || sched_getaffinity(0, sizeof set, &set) != 0 ||
+        CPU_COUNT(&set) < all)
+        return threads;
+    return all > who.local_world ? (int32_t)(all / who.local_world) : 1;
+}
+
+psoup_status launch_connect(psoup_context *context, psoup_comm **out, psoup_error *error) {
+    *out = NULL;
+    if (who.world == 1)
+        return PSOUP_OK;
+#ifdef PSOUP_MPI
+    int found = 0;
+    if (by_mpi && MPI_Comm_size(MPI_COMM_WORLD, &found) == MPI_SUCCESS && found > 1)
+        return psoup_comm_mpi_create(context, MPI_COMM_WORLD, out, error);
+#endif
+    return psoup_comm_tcp_create(context, &who, out, error);
+}
+
+psoup_status launch_finish(const psoup_comm *comm, psoup_status status, psoup_error *error) {
+    char done = 1;
+    if (!comm)
+        return status;
+    if (status == PSOUP_OK)
+        return comm->broadcast(comm->user, &done, 1, error);
+    comm->abort(comm->user, error->message);
+    return status;
+}

@@ -1,0 +1,22 @@
+/* One run in several processes, as mpirun, torchrun or Slurm launches them; see docs/cluster.md. */
+#ifndef LAUNCH_H
+#define LAUNCH_H
+
+#include "cli.h"
+
+/* Looks who this process is; before, and alone, it is rank 0 of 1. */
+psoup_status launch_look(psoup_error *error);
+int32_t launch_rank(void);
+int32_t launch_world(void);
+/* What "cuda" and 0 threads stand for in this process. */
+enum { LAUNCH_DEVICE = 32 };
+const char *launch_device(const char *device, char out[LAUNCH_DEVICE]);
+int32_t launch_threads(int32_t threads);
+/* The other processes; NULL where there are none. Free with psoup_comm_free. */
+psoup_status launch_connect(psoup_context *context, psoup_comm **out, psoup_error *error);
+/* After training, when rank 0 has saved: all wait until that is done, or hear why it was not. */
+psoup_status launch_finish(const psoup_comm *comm, psoup_status status, psoup_error *error);
+/* Before the program ends; returns its exit status. */
+int launch_end(int status);
+
+#endif
