@@ -379,7 +379,7 @@ abi-baseline: $B/libpsoup.so
 
 # ---- as a caller has it ---------------------------------------------------------------------------
 # Installed into a root of its own, and programs built against that.
-check-install: lib bin/psoup
+check-install: lib bin/psoup mpi
 	@rm -rf $B/root
 	@$(MAKE) --no-print-directory -s install DESTDIR=$(abspath $B/root) PREFIX=/opt/psoup >/dev/null
 	@CC=$(CC) CXX=$(if $(findstring clang,$(CC)),clang++,g++) LDFLAGS="$(LDFLAGS)" \
@@ -467,7 +467,7 @@ deps-bench:
 	$(call install_missing,$(PACKAGES) $(PACKAGES_BENCH))
 
 # ---- installing -----------------------------------------------------------------------------------
-install: lib bin/psoup
+install: lib bin/psoup mpi
 	install -d $(DESTDIR)$(PREFIX)/include/psoup $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/bin
 	install -m 644 include/psoup/*.h bindings/cpp/psoup/*.hpp $(DESTDIR)$(PREFIX)/include/psoup
 	install -m 644 bindings/cpp/psoup.hpp $(DESTDIR)$(PREFIX)/include
@@ -477,6 +477,11 @@ install: lib bin/psoup
 	for f in psoup psoup-merge; do \
 	    sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@VERSION@|$(VERSION)|' pkgconfig/$$f.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/$$f.pc; done
 	install -m 755 bin/psoup $(DESTDIR)$(PREFIX)/bin/psoup
+ifneq ($(MPICC),)
+	install -m 644 bindings/mpi/psoup/comm_mpi.h $(DESTDIR)$(PREFIX)/include/psoup
+	install -m 644 lib/libpsoup-mpi.a $(DESTDIR)$(PREFIX)/lib
+	install -m 755 bin/psoup-mpi $(DESTDIR)$(PREFIX)/bin/psoup-mpi
+endif
 	@[ -n "$(DESTDIR)" ] || [ "$$(id -u)" != 0 ] || ldconfig
 
 clean:

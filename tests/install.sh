@@ -115,13 +115,27 @@ has_cxx() { command -v "$CXX" >/dev/null; }
 
 include=$root$prefix/include
 for header in "$include"/psoup/*.h; do
+    case $header in */comm_mpi.h) continue ;; esac # needs MPI's
     echo "#include <psoup/$(basename "$header")>" | tee alone.cc >alone.c
     c alone.c psoup -fsyntax-only
     ! has_cxx || cxx alone.cc psoup -fsyntax-only
 done
 
+# What needs MPI is apart, and a program of the library has nothing of it.
+if test -e "$include/psoup/comm_mpi.h"; then
+    printf '#include <psoup/comm_mpi.h>\nint main(void) { return psoup_comm_mpi_create(0, MPI_COMM_NULL, 0, 0) == 0; }\n' >mpi.c
+    # shellcheck disable=SC2046
+    OMPI_CC=$CC mpicc -std=c11 -Wall -Wextra -Werror $(pkg-config --cflags psoup) mpi.c -L"$root$prefix/lib" -lpsoup-mpi \
+        $LDFLAGS $(pkg-config --static --libs psoup) -o mpi
+    test -x "$root$prefix/bin/psoup-mpi"
+fi
+if ldd "$root$prefix/bin/psoup" "$root$prefix"/lib/libpsoup.so | grep -i 'mpi'; then
+    echo "the library or psoup needs MPI"
+    exit 1
+fi
+
 # The C++ binding has every function of C.
-for f in $(cat "$include"/psoup/*.h | tr -d '\n' | sed 's|/\*|\n|g' | sed 's|^.*\*/||' |
+for f in $(cat $(ls "$include"/psoup/*.h | grep -v comm_mpi) | tr -d '\n' | sed 's|/\*|\n|g' | sed 's|^.*\*/||' |
     grep -o '\bpsoup_[a-z0-9_]*(' | tr -d '(' | sort -u); do
     grep -q "\b$f\b" "$include"/psoup/*.hpp || { echo "psoup.hpp has no $f"; exit 1; }
 done
