@@ -1,4 +1,5 @@
 /* psoup run: a method of the paper end to end, from one configuration file. */
+#include "launch.h"
 #include "run.h"
 
 #include <stdlib.h>
@@ -383,6 +384,12 @@ static psoup_status go(run *r, run_book *book, psoup_error *error) {
 static psoup_status start(run *r, run_book *book, psoup_error *error) {
     const run_config *c = &r->c;
     psoup_status status = check_config(r, error);
+    if (status == PSOUP_OK)
+        status = launch_look(error);
+    if (status == PSOUP_OK && launch_world() > 1)
+        status = cli_error(error, PSOUP_ERROR_UNSUPPORTED,
+                           "psoup run is of one process, and %d were launched: its parts, psoup sft, reward and ppo, "
+                           "train in several", launch_world());
     if (status == PSOUP_OK)
         status = run_open(c->model, c->tokenizer, c->device, c->threads, &r->m, error);
     if (status == PSOUP_OK)
