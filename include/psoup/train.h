@@ -72,6 +72,22 @@ typedef enum psoup_schedule {
  * A run may go on with another number of ranks. When a rank is gone the others return PSOUP_ERROR_IO, and
  * rank 0 first keeps the run as it was after the last whole step. */
 
+/* ---- step by step -------------------------------------------------------------------------------
+ *
+ * psoup_sft, psoup_reward_train and psoup_dpo in pieces, with the same bits, reports and checkpoints. What
+ * is given to the functions that create one, options' texts and callbacks included, is borrowed until
+ * psoup_training_free; adapters may be added to the model and removed between steps, but for those that
+ * train. One training or psoup_ppo trains an adapter at a time. */
+typedef struct psoup_training psoup_training;
+/* One optimiser step of everyone who has steps to go, and the validation that is due before or after it.
+ * *remaining (may be NULL) receives how many steps are left. When there are none, psoup_training_run has
+ * nothing left to do but to leave the best weights. */
+psoup_status psoup_training_step(psoup_training *training, int64_t *remaining, psoup_error *error);
+/* Steps to the end, and leaves the best weights in place, with keep_best. */
+psoup_status psoup_training_run(psoup_training *training, psoup_error *error);
+/* Ends it with the weights as they are; takes NULL. It must go before its model. */
+void psoup_training_free(psoup_training *training);
+
 /* ---- supervised fine-tuning ------------------------------------------------------------------- */
 
 typedef struct psoup_example {
@@ -121,6 +137,10 @@ const psoup_field *psoup_sft_fields(void);
 psoup_status psoup_sft(psoup_model *model, const char *adapter, const psoup_example *train,
                        size_t n_train, const psoup_example *validation, size_t n_validation,
                        const psoup_sft_options *options, psoup_error *error);
+/* The same, to be taken step by step. */
+psoup_status psoup_sft_create(psoup_model *model, const char *adapter, const psoup_example *train,
+                              size_t n_train, const psoup_example *validation, size_t n_validation,
+                              const psoup_sft_options *options, psoup_training **out, psoup_error *error);
 
 /* ---- reward models ------------------------------------------------------------------------------ */
 
@@ -199,6 +219,12 @@ psoup_status psoup_reward_train(psoup_reward *const *rewards, size_t n_rewards,
                                 const psoup_comparison *train, size_t n_train,
                                 const psoup_comparison *validation, size_t n_validation,
                                 const psoup_reward_options *options, psoup_error *error);
+/* The same, to be taken step by step. */
+psoup_status psoup_reward_train_create(psoup_reward *const *rewards, size_t n_rewards,
+                                       const psoup_comparison *train, size_t n_train,
+                                       const psoup_comparison *validation, size_t n_validation,
+                                       const psoup_reward_options *options, psoup_training **out,
+                                       psoup_error *error);
 /* The fraction of comparisons with r_chosen > r_rejected, and the mean loss; either may be NULL. */
 psoup_status psoup_reward_accuracy(psoup_reward *const *rewards, size_t n_rewards,
                                    const psoup_comparison *comparisons, size_t n, double *accuracy,
@@ -264,6 +290,11 @@ psoup_status psoup_dpo(psoup_model *model, const char *const *policies, size_t n
                        const psoup_dpo_pair *train, size_t n_train,
                        const psoup_dpo_pair *validation, size_t n_validation,
                        const psoup_dpo_options *options, psoup_error *error);
+/* The same, to be taken step by step. */
+psoup_status psoup_dpo_create(psoup_model *model, const char *const *policies, size_t n_policies,
+                              const psoup_dpo_pair *train, size_t n_train,
+                              const psoup_dpo_pair *validation, size_t n_validation,
+                              const psoup_dpo_options *options, psoup_training **out, psoup_error *error);
 
 /* ---- PPO ------------------------------------------------------------------------------------------ */
 

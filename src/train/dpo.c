@@ -30,23 +30,6 @@ static int64_t most_steps(const psoup__dpo_trainer *t, bool total) {
     return most;
 }
 
-/* Steps until every learner is done. */
-static psoup_status run(psoup__dpo_trainer *t, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    int64_t total = most_steps(t, true);
-    for (bool due = validation_due(t); due || most_steps(t, false) < total;) {
-        status = due ? psoup__dpo_validate(t, error) : psoup__dpo_step(t, error);
-        due = validation_due(t);
-        int64_t step = most_steps(t, false);
-        if (status != PSOUP_OK || !due) /* one checkpoint for a step and its validation */
-            PSOUP__TRY(psoup__checkpoint_after(&t->checkpoint, status, step, step == total, error));
-    }
-    for (size_t j = 0; j < t->n; j++)
-        psoup__best_restore(&t->learners[j].best, t->model->be, t->learners[j].adapter->data);
-fail:
-    return status;
-}
-
 /* ---- checkpoints --------------------------------------------------------------------------------- */
 
 static psoup_status identify_pairs(psoup__dpo_trainer *t, const char *key, const psoup__dpo_set *set,
@@ -169,8 +152,10 @@ static psoup_status start_policy(psoup__dpo_trainer *t, psoup__dpo_learner *l, s
     psoup_context *context = t->model->context;
     const psoup_dpo_options *o = &t->options;
     int64_t per_step = (int64_t)o->batch_size * o->accumulation;
-    l->name = name;
+    l->name = psoup__strdup(context, name, error);
     l->epoch = -1;
+    if (!l->name)
+        return PSOUP_ERROR_MEMORY;
     l->adapter = psoup__model_adapter(t->model, l->name);
     l->index = psoup_model_find_adapter(t->model, l->name);
     PSOUP__TRY(choose(context, &t->train, j, &l->train, &l->n_train, error));
@@ -227,12 +212,13 @@ static void tear_down(psoup__dpo_trainer *t) {
     for (size_t j = 0; j < t->n; j++) {
         psoup__dpo_learner *l = &t->learners[j];
         psoup__optimizer_end(&l->optimizer);
-        if (l->training)
+        if (l->training && psoup__model_adapter(t->model, l->name) == l->adapter)
             psoup__adapter_train(t->model, l->adapter, false, NULL);
         psoup__best_free(&l->best, context);
         psoup__free(context, l->train);
         psoup__free(context, l->validation);
         psoup__free(context, l->order);
+        psoup__free(context, l->name);
     }
     for (size_t i = 0; i < sizeof(arrays) / sizeof(arrays[0]); i++)
         psoup__free(context, arrays[i]);
@@ -243,33 +229,85 @@ static void tear_down(psoup__dpo_trainer *t) {
     psoup__pack_free(t->pack);
 }
 
+/* ---- the training ----------------------------------------------------------------------------------- */
+
+static bool is_due(void *state) { return validation_due(state); }
+
+static psoup_status run_validation(void *state, psoup_error *error) {
+    return psoup__dpo_validate(state, error);
+}
+static psoup_status run_step(void *state, psoup_error *error) { return psoup__dpo_step(state, error); }
+
+static void progress(const void *state, int64_t *step, int64_t *total) {
+    *step = most_steps(state, false);
+    *total = most_steps(state, true);
+}
+
+static psoup_status refresh(void *state, psoup_error *error) {
+    psoup__dpo_trainer *t = state;
+    psoup_status status = PSOUP_OK;
+    for (size_t j = 0; status == PSOUP_OK && j < t->n; j++)
+        status = psoup__training_adapter(t->model, t->learners[j].name, t->learners[j].adapter,
+                                         &t->learners[j].optimizer, &t->learners[j].index, error);
+    return status;
+}
+
+static void restore(void *state) {
+    psoup__dpo_trainer *t = state;
+    for (size_t j = 0; j < t->n; j++)
+        psoup__best_restore(&t->learners[j].best, t->model->be, t->learners[j].adapter->data);
+}
+
+static psoup_status end(void *state, psoup_error *error) {
+    psoup__dpo_trainer *t = state;
+    psoup_context *context = t->model->context;
+    tear_down(t);
+    psoup__free(context, t);
+    return PSOUP_OK;
+}
+
+static const psoup__trainer trainer = {is_due, run_validation, run_step, progress, refresh, restore, end};
+
+psoup_status psoup_dpo_create(psoup_model *model, const char *const *policies, size_t n_policies,
+                              const psoup_dpo_pair *train, size_t n_train,
+                              const psoup_dpo_pair *validation, size_t n_validation,
+                              const psoup_dpo_options *options, psoup_training **out, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    if (out)
+        *out = NULL;
+    if (!model || !out)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_dpo: %s is NULL", model ? "out" : "model");
+    psoup__dpo_trainer *t = psoup__alloc(model->context, 1, sizeof(*t), error);
+    if (!t)
+        return PSOUP_ERROR_MEMORY;
+    *t = (psoup__dpo_trainer){.model = model,
+                              .options = PSOUP_DPO_OPTIONS_INIT,
+                              .train = {.pairs = train, .n = n_train},
+                              .validation = {.pairs = validation, .n = n_validation}};
+    PSOUP__TRY(psoup__options(&t->options, sizeof(t->options), options, "psoup_dpo_options", error));
+    PSOUP__TRY(psoup__team_join(&t->team, model->context, t->options.comm, error));
+    PSOUP__TRY(psoup__dpo_check(&t->options, error));
+    PSOUP__TRY(check_policies(model, policies, n_policies, error));
+    PSOUP__TRY(check_pairs(t, &t->train, n_policies, "train", error));
+    PSOUP__TRY(check_pairs(t, &t->validation, n_policies, "validation", error));
+    PSOUP__TRY(psoup__reporter_open(&t->reporter, &t->team, t->options.metrics,
+                                    t->options.on_step, t->options.user, error));
+    PSOUP__TRY(set_up(t, policies, n_policies, error));
+    if (psoup__checkpoint_wanted(t->options.checkpoint_dir, &t->team))
+        PSOUP__TRY(start_checkpoint(t, error));
+    PSOUP__TRY(psoup__dpo_ask_reference(t, &t->train, error));
+    PSOUP__TRY(psoup__dpo_ask_reference(t, &t->validation, error));
+fail:
+    return psoup__training_made(status, (psoup_training){model->context, &trainer, t, &t->checkpoint, &t->team},
+                                out, error);
+}
+
 psoup_status psoup_dpo(psoup_model *model, const char *const *policies, size_t n_policies,
                        const psoup_dpo_pair *train, size_t n_train,
                        const psoup_dpo_pair *validation, size_t n_validation,
                        const psoup_dpo_options *options, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    if (!model)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_dpo: model is NULL");
-    psoup__dpo_trainer t = {.model = model,
-                 .options = PSOUP_DPO_OPTIONS_INIT,
-                 .train = {.pairs = train, .n = n_train},
-                 .validation = {.pairs = validation, .n = n_validation}};
-    PSOUP__TRY(psoup__options(&t.options, sizeof(t.options), options, "psoup_dpo_options", error));
-    PSOUP__TRY(psoup__team_join(&t.team, model->context, t.options.comm, error));
-    PSOUP__TRY(psoup__dpo_check(&t.options, error));
-    PSOUP__TRY(check_policies(model, policies, n_policies, error));
-    PSOUP__TRY(check_pairs(&t, &t.train, n_policies, "train", error));
-    PSOUP__TRY(check_pairs(&t, &t.validation, n_policies, "validation", error));
-    PSOUP__TRY(psoup__reporter_open(&t.reporter, &t.team, t.options.metrics,
-                                    t.options.on_step, t.options.user, error));
-    PSOUP__TRY(set_up(&t, policies, n_policies, error));
-    if (psoup__checkpoint_wanted(t.options.checkpoint_dir, &t.team))
-        PSOUP__TRY(start_checkpoint(&t, error));
-    PSOUP__TRY(psoup__dpo_ask_reference(&t, &t.train, error));
-    PSOUP__TRY(psoup__dpo_ask_reference(&t, &t.validation, error));
-    PSOUP__TRY(run(&t, error));
-fail:
-    psoup__team_tell(&t.team, status, error);
-    tear_down(&t);
-    return status;
+    psoup_training *training = NULL;
+    psoup_status status = psoup_dpo_create(model, policies, n_policies, train, n_train, validation, n_validation,
+                                           options, &training, error);
+    return psoup__training_whole(status, training, error);
 }

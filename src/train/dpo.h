@@ -2,7 +2,7 @@
 #ifndef PSOUP__DPO_H
 #define PSOUP__DPO_H
 
-#include "train/checkpoint.h"
+#include "train/training.h"
 
 /* The pairs of a run, and what the reference thinks of them. */
 typedef struct psoup__dpo_set {
@@ -13,7 +13,7 @@ typedef struct psoup__dpo_set {
 
 /* One policy of the run. Nothing in it depends on the others. */
 typedef struct psoup__dpo_learner {
-    const char *name;
+    char *name;
     psoup__adapter *adapter;
     int32_t index;
     bool training; /* its adapter holds gradients */

@@ -2,11 +2,11 @@
 #ifndef PSOUP__REWARD_H
 #define PSOUP__REWARD_H
 
-#include "train/checkpoint.h"
+#include "train/training.h"
 
 /* One model of the run. Nothing in it depends on the others. */
 typedef struct psoup__reward_learner {
-    const char *name;
+    char *name;
     psoup__adapter *adapter;
     int32_t index;
     bool training; /* its adapter holds gradients */
@@ -27,6 +27,7 @@ typedef struct psoup__reward_learner {
 typedef struct psoup__reward_trainer {
     psoup_model *model;
     psoup_reward_options options;
+    const psoup_comparison *train, *validation;
     const psoup_comparison *comparisons; /* those of the pass */
     psoup__reward_learner *learners;
     size_t n;

@@ -28,24 +28,6 @@ static int64_t most_steps(const psoup__reward_trainer *t, bool total) {
     return most;
 }
 
-/* Steps until every learner is done. */
-static psoup_status run(psoup__reward_trainer *t, const psoup_comparison *train,
-                        const psoup_comparison *validation, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    int64_t total = most_steps(t, true);
-    for (bool due = validation_due(t); due || most_steps(t, false) < total;) {
-        status = due ? psoup__reward_validate(t, validation, error) : psoup__reward_step(t, train, error);
-        due = validation_due(t);
-        int64_t step = most_steps(t, false);
-        if (status != PSOUP_OK || !due) /* one checkpoint for a step and its validation */
-            PSOUP__TRY(psoup__checkpoint_after(&t->checkpoint, status, step, step == total, error));
-    }
-    for (size_t j = 0; j < t->n; j++)
-        psoup__best_restore(&t->learners[j].best, t->model->be, t->learners[j].adapter->data);
-fail:
-    return status;
-}
-
 /* ---- checkpoints --------------------------------------------------------------------------------- */
 
 static psoup_status identify_rows(psoup__reward_trainer *t, const char *key,
@@ -165,8 +147,10 @@ static psoup_status set_up(psoup__reward_trainer *t, psoup_reward *const *reward
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "reward models '%s' and '%s' are of different models: those trained "
                                "together share one", rewards[0]->name, rewards[j]->name);
-        l->name = rewards[j]->name;
+        l->name = psoup__strdup(context, rewards[j]->name, error);
         l->epoch = -1;
+        if (!l->name)
+            return PSOUP_ERROR_MEMORY;
         PSOUP__TRY(psoup__reward_adapter(rewards[j], &l->adapter, &l->index, error));
         PSOUP__TRY(choose(context, train, n_train, j, &l->train, &l->n_train, error));
         PSOUP__TRY(choose(context, validation, n_validation, j, &l->validation, &l->n_validation,
@@ -216,12 +200,13 @@ static void tear_down(psoup__reward_trainer *t) {
     for (size_t j = 0; j < t->n; j++) {
         psoup__reward_learner *l = &t->learners[j];
         psoup__optimizer_end(&l->optimizer);
-        if (l->training)
+        if (l->training && psoup__model_adapter(t->model, l->name) == l->adapter)
             psoup__adapter_train(t->model, l->adapter, false, NULL);
         psoup__best_free(&l->best, context);
         psoup__free(context, l->train);
         psoup__free(context, l->validation);
         psoup__free(context, l->order);
+        psoup__free(context, l->name);
     }
     for (size_t i = 0; i < sizeof(arrays) / sizeof(arrays[0]); i++)
         psoup__free(context, arrays[i]);
@@ -244,37 +229,101 @@ static psoup_status check_rewards(psoup_reward *const *rewards, size_t n, psoup_
     return PSOUP_OK;
 }
 
+/* ---- the training ----------------------------------------------------------------------------------- */
+
+static bool is_due(void *state) { return validation_due(state); }
+
+static psoup_status run_validation(void *state, psoup_error *error) {
+    psoup__reward_trainer *t = state;
+    return psoup__reward_validate(t, t->validation, error);
+}
+
+static psoup_status run_step(void *state, psoup_error *error) {
+    psoup__reward_trainer *t = state;
+    return psoup__reward_step(t, t->train, error);
+}
+
+static void progress(const void *state, int64_t *step, int64_t *total) {
+    *step = most_steps(state, false);
+    *total = most_steps(state, true);
+}
+
+static psoup_status refresh(void *state, psoup_error *error) {
+    psoup__reward_trainer *t = state;
+    psoup_status status = PSOUP_OK;
+    for (size_t j = 0; status == PSOUP_OK && j < t->n; j++)
+        status = psoup__training_adapter(t->model, t->learners[j].name, t->learners[j].adapter,
+                                         &t->learners[j].optimizer, &t->learners[j].index, error);
+    return status;
+}
+
+static void restore(void *state) {
+    psoup__reward_trainer *t = state;
+    for (size_t j = 0; j < t->n; j++)
+        psoup__best_restore(&t->learners[j].best, t->model->be, t->learners[j].adapter->data);
+}
+
+static psoup_status end(void *state, psoup_error *error) {
+    psoup__reward_trainer *t = state;
+    psoup_context *context = t->model->context;
+    tear_down(t);
+    psoup__free(context, t);
+    return PSOUP_OK;
+}
+
+static const psoup__trainer trainer = {is_due, run_validation, run_step, progress, refresh, restore, end};
+
+psoup_status psoup_reward_train_create(psoup_reward *const *rewards, size_t n_rewards,
+                                       const psoup_comparison *train, size_t n_train,
+                                       const psoup_comparison *validation, size_t n_validation,
+                                       const psoup_reward_options *options, psoup_training **out,
+                                       psoup_error *error) {
+    psoup_status status = check_rewards(rewards, n_rewards, error);
+    if (out)
+        *out = NULL;
+    if (status == PSOUP_OK && !out)
+        status = psoup__fail(error, PSOUP_ERROR_ARGUMENT, "reward training: out is NULL");
+    if (status != PSOUP_OK)
+        return status;
+    psoup_context *context = rewards[0]->model->context;
+    psoup__reward_trainer *t = psoup__alloc(context, 1, sizeof(*t), error);
+    if (!t)
+        return PSOUP_ERROR_MEMORY;
+    *t = (psoup__reward_trainer){.model = rewards[0]->model,
+                                 .options = PSOUP_REWARD_OPTIONS_INIT,
+                                 .train = train,
+                                 .validation = validation};
+    PSOUP__TRY(psoup__options(&t->options, sizeof(t->options), options, "psoup_reward_options",
+                              error));
+    PSOUP__TRY(psoup__team_join(&t->team, t->model->context, t->options.comm, error));
+    PSOUP__TRY(psoup__reward_check(&t->options, error));
+    PSOUP__TRY(check_comparisons(train, n_train, n_rewards, t->options.margins, "train", error));
+    PSOUP__TRY(check_comparisons(validation, n_validation, n_rewards, t->options.margins, "validation", error));
+    PSOUP__TRY(set_up(t, rewards, n_rewards, train, n_train, validation, n_validation, error));
+    PSOUP__TRY(psoup__reporter_open(&t->reporter, &t->team, t->options.metrics,
+                                    t->options.on_step, t->options.user, error));
+    if (psoup__checkpoint_wanted(t->options.checkpoint_dir, &t->team)) {
+        PSOUP__TRY(psoup__checkpoint_open(&t->checkpoint, t->model->context, &t->reporter,
+                                          t->options.checkpoint_dir, t->options.checkpoint_every,
+                                          t->options.checkpoint_keep, t->options.resume, error));
+        PSOUP__TRY(identify(t, train, n_train, validation, n_validation, error));
+    }
+    PSOUP__TRY(start_training(t, error));
+    if (t->checkpoint.run)
+        PSOUP__TRY(start_checkpoint(t, error));
+fail:
+    return psoup__training_made(status, (psoup_training){context, &trainer, t, &t->checkpoint, &t->team}, out,
+                                error);
+}
+
 psoup_status psoup_reward_train(psoup_reward *const *rewards, size_t n_rewards,
                                 const psoup_comparison *train, size_t n_train,
                                 const psoup_comparison *validation, size_t n_validation,
                                 const psoup_reward_options *options, psoup_error *error) {
-    psoup_status status = check_rewards(rewards, n_rewards, error);
-    if (status != PSOUP_OK)
-        return status;
-    psoup__reward_trainer t = {.model = rewards[0]->model, .options = PSOUP_REWARD_OPTIONS_INIT};
-    PSOUP__TRY(psoup__options(&t.options, sizeof(t.options), options, "psoup_reward_options",
-                              error));
-    PSOUP__TRY(psoup__team_join(&t.team, t.model->context, t.options.comm, error));
-    PSOUP__TRY(psoup__reward_check(&t.options, error));
-    PSOUP__TRY(check_comparisons(train, n_train, n_rewards, t.options.margins, "train", error));
-    PSOUP__TRY(check_comparisons(validation, n_validation, n_rewards, t.options.margins, "validation", error));
-    PSOUP__TRY(set_up(&t, rewards, n_rewards, train, n_train, validation, n_validation, error));
-    PSOUP__TRY(psoup__reporter_open(&t.reporter, &t.team, t.options.metrics,
-                                    t.options.on_step, t.options.user, error));
-    if (psoup__checkpoint_wanted(t.options.checkpoint_dir, &t.team)) {
-        PSOUP__TRY(psoup__checkpoint_open(&t.checkpoint, t.model->context, &t.reporter,
-                                          t.options.checkpoint_dir, t.options.checkpoint_every,
-                                          t.options.checkpoint_keep, t.options.resume, error));
-        PSOUP__TRY(identify(&t, train, n_train, validation, n_validation, error));
-    }
-    PSOUP__TRY(start_training(&t, error));
-    if (t.checkpoint.run)
-        PSOUP__TRY(start_checkpoint(&t, error));
-    PSOUP__TRY(run(&t, train, validation, error));
-fail:
-    psoup__team_tell(&t.team, status, error);
-    tear_down(&t);
-    return status;
+    psoup_training *training = NULL;
+    psoup_status status = psoup_reward_train_create(rewards, n_rewards, train, n_train, validation, n_validation,
+                                                    options, &training, error);
+    return psoup__training_whole(status, training, error);
 }
 
 psoup_status psoup_reward_accuracy(psoup_reward *const *rewards, size_t n_rewards,

@@ -1,12 +1,14 @@
 /* Supervised fine-tuning: packed micro-batches, loss on the completions. */
 #include <stdio.h>
 
-#include "train/checkpoint.h"
+#include "train/training.h"
 
 typedef struct sft {
     psoup_model *model;
-    const char *subject;
-    int32_t adapter; /* −1: the base */
+    char *subject;
+    psoup__adapter *trained; /* NULL: the base */
+    int32_t adapter;         /* its number, now; −1: the base */
+    bool begun;              /* there are gradients */
     psoup_sft_options options;
     size_t limit; /* tokens of an example at most */
     const psoup_example *examples, *validation;
@@ -326,92 +328,133 @@ fail:
     return status;
 }
 
-static psoup_status run(sft *s, psoup_error *error) {
+/* ---- the training ----------------------------------------------------------------------------------- */
+
+static bool is_due(void *state) { return validation_due(state); }
+static psoup_status run_validation(void *state, psoup_error *error) { return validate(state, error); }
+static psoup_status run_step(void *state, psoup_error *error) { return train_step(state, error); }
+
+static void progress(const void *state, int64_t *step, int64_t *total) {
+    const sft *s = state;
+    *step = s->step;
+    *total = s->total;
+}
+
+static psoup_status refresh(void *state, psoup_error *error) {
+    sft *s = state;
+    if (s->trained)
+        return psoup__training_adapter(s->model, s->subject, s->trained, &s->optimizer, &s->adapter, error);
+    return PSOUP_OK;
+}
+
+static void restore(void *state) {
+    sft *s = state;
+    psoup__best_restore(&s->best, s->optimizer.be, s->optimizer.p);
+}
+
+static psoup_status end(void *state, psoup_error *error) {
+    sft *s = state;
+    psoup_context *context = s->model->context;
     psoup_status status = PSOUP_OK;
+    psoup__checkpoint_close(&s->checkpoint);
+    psoup__reporter_close(&s->reporter);
+    psoup__team_leave(&s->team);
+    psoup__optimizer_end(&s->optimizer);
+    psoup__best_free(&s->best, context);
+    psoup__pack_free(s->pack);
+    if (s->begun && !s->trained)
+        status = psoup__model_train_base(s->model, false, error);
+    else if (s->begun && psoup__model_adapter(s->model, s->subject) == s->trained)
+        status = psoup__adapter_train(s->model, s->trained, false, error);
+    psoup__free(context, s->order);
+    psoup__free(context, s->usable);
+    psoup__free(context, s->mine);
+    psoup__free(context, s->subject);
+    psoup__free(context, s);
+    return status;
+}
+
+static const psoup__trainer trainer = {is_due, run_validation, run_step, progress, refresh, restore, end};
+
+static psoup_status find_adapter(sft *s, const char *adapter, psoup_error *error) {
+    s->subject = psoup__strdup(s->model->context, adapter ? adapter : "base", error);
+    if (!s->subject)
+        return PSOUP_ERROR_MEMORY;
+    if (!adapter)
+        return PSOUP_OK;
+    s->adapter = psoup_model_find_adapter(s->model, adapter);
+    s->trained = psoup__model_adapter(s->model, adapter);
+    if (!s->trained)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_sft: the model has no adapter '%s'", adapter);
+    if (s->trained->grad)
+        return psoup__fail(error, PSOUP_ERROR_STATE, "psoup_sft: adapter '%s' is being trained already", adapter);
+    return PSOUP_OK;
+}
+
+static psoup_status start(sft *s, size_t n_train, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup_model *model = s->model;
+    psoup__adapter *trained = s->trained;
+    PSOUP__TRY(psoup__pack_create(model, s->options.gradient_checkpointing, &s->pack, error));
+    PSOUP__TRY(psoup__reporter_open(&s->reporter, &s->team, s->options.metrics, s->options.on_step,
+                                    s->options.user, error));
+    if (psoup__checkpoint_wanted(s->options.checkpoint_dir, &s->team))
+        PSOUP__TRY(open_checkpoint(s, trained, n_train, error));
+    PSOUP__TRY(trained ? psoup__adapter_train(model, trained, true, error)
+                       : psoup__model_train_base(model, true, error));
+    s->begun = true;
+    s->optimizer = (psoup__optimizer){.p = trained ? trained->data : model->data,
+                                      .g = trained ? trained->grad : model->grad,
+                                      .n = trained ? trained->count : model->count,
+                                      .beta1 = s->options.beta1,
+                                      .beta2 = s->options.beta2,
+                                      .epsilon = s->options.epsilon,
+                                      .weight_decay = s->options.weight_decay,
+                                      .max_grad_norm = s->options.max_grad_norm,
+                                      .max_grad_value = s->options.max_grad_value};
+    PSOUP__TRY(psoup__optimizer_start(&s->optimizer, model->be, error));
     s->total = count_steps(s);
     if (s->checkpoint.run)
         PSOUP__TRY(start_checkpoint(s, error));
     order_epoch(s, s->epoch);
-    while (s->step < s->total || validation_due(s)) {
-        status = validation_due(s) ? validate(s, error) : train_step(s, error);
-        if (status != PSOUP_OK || !validation_due(s)) /* one checkpoint for a step and its validation */
-            PSOUP__TRY(psoup__checkpoint_after(&s->checkpoint, status, s->step, s->step == s->total, error));
-    }
-    psoup__best_restore(&s->best, s->optimizer.be, s->optimizer.p);
 fail:
     return status;
+}
+
+psoup_status psoup_sft_create(psoup_model *model, const char *adapter, const psoup_example *train,
+                              size_t n_train, const psoup_example *validation, size_t n_validation,
+                              const psoup_sft_options *options, psoup_training **out, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    if (out)
+        *out = NULL;
+    if (!model || !out)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_sft: %s is NULL", model ? "out" : "model");
+    sft *s = psoup__alloc(model->context, 1, sizeof(*s), error);
+    if (!s)
+        return PSOUP_ERROR_MEMORY;
+    psoup_sft_options defaults = PSOUP_SFT_OPTIONS_INIT;
+    *s = (sft){.model = model, .adapter = -1, .options = defaults, .validation = validation};
+    s->n_validation = n_validation;
+    PSOUP__TRY(psoup__options(&s->options, sizeof(s->options), options, "psoup_sft_options", error));
+    PSOUP__TRY(psoup__team_join(&s->team, model->context, s->options.comm, error));
+    PSOUP__TRY(psoup__sft_check(&s->options, error));
+    PSOUP__TRY(check_examples(train, n_train, "train", error));
+    PSOUP__TRY(check_examples(validation, n_validation, "validation", error));
+    int32_t most = model->config.max_position_embeddings;
+    s->limit = (size_t)(s->options.batch_tokens < most ? s->options.batch_tokens : most);
+    PSOUP__TRY(choose_examples(s, train, n_train, error));
+    PSOUP__TRY(find_adapter(s, adapter, error));
+    PSOUP__TRY(start(s, n_train, error));
+fail:
+    return psoup__training_made(status, (psoup_training){model->context, &trainer, s, &s->checkpoint, &s->team},
+                                out, error);
 }
 
 psoup_status psoup_sft(psoup_model *model, const char *adapter, const psoup_example *train,
                        size_t n_train, const psoup_example *validation, size_t n_validation,
                        const psoup_sft_options *options, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    psoup__adapter *trained = NULL;
-    bool begun = false;
-    sft s = {.model = model, .subject = adapter ? adapter : "base", .adapter = -1};
-    psoup_sft_options defaults = PSOUP_SFT_OPTIONS_INIT;
-    if (!model)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_sft: model is NULL");
-    s.options = defaults;
-    PSOUP__TRY(psoup__options(&s.options, sizeof(s.options), options, "psoup_sft_options", error));
-    PSOUP__TRY(psoup__team_join(&s.team, model->context, s.options.comm, error));
-    PSOUP__TRY(psoup__sft_check(&s.options, error));
-    PSOUP__TRY(check_examples(train, n_train, "train", error));
-    PSOUP__TRY(check_examples(validation, n_validation, "validation", error));
-    s.validation = validation;
-    s.n_validation = n_validation;
-    int32_t most = model->config.max_position_embeddings;
-    s.limit = (size_t)(s.options.batch_tokens < most ? s.options.batch_tokens : most);
-    PSOUP__TRY(choose_examples(&s, train, n_train, error));
-    if (adapter) {
-        s.adapter = psoup_model_find_adapter(model, adapter);
-        trained = psoup__model_adapter(model, adapter);
-        if (!trained)
-            status = psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                                 "psoup_sft: the model has no adapter '%s'", adapter);
-        else if (trained->grad)
-            status = psoup__fail(error, PSOUP_ERROR_STATE,
-                                 "psoup_sft: adapter '%s' is being trained already", adapter);
-        if (status != PSOUP_OK)
-            goto fail;
-    }
-    PSOUP__TRY(psoup__pack_create(model, s.options.gradient_checkpointing, &s.pack, error));
-    PSOUP__TRY(psoup__reporter_open(&s.reporter, &s.team, s.options.metrics, s.options.on_step,
-                                    s.options.user, error));
-    if (psoup__checkpoint_wanted(s.options.checkpoint_dir, &s.team))
-        PSOUP__TRY(open_checkpoint(&s, trained, n_train, error));
-    PSOUP__TRY(trained ? psoup__adapter_train(model, trained, true, error)
-                       : psoup__model_train_base(model, true, error));
-    begun = true;
-    s.optimizer = (psoup__optimizer){.p = trained ? trained->data : model->data,
-                                     .g = trained ? trained->grad : model->grad,
-                                     .n = trained ? trained->count : model->count,
-                                     .beta1 = s.options.beta1,
-                                     .beta2 = s.options.beta2,
-                                     .epsilon = s.options.epsilon,
-                                     .weight_decay = s.options.weight_decay,
-                                     .max_grad_norm = s.options.max_grad_norm,
-                                     .max_grad_value = s.options.max_grad_value};
-    PSOUP__TRY(psoup__optimizer_start(&s.optimizer, model->be, error));
-    PSOUP__TRY(run(&s, error));
-fail:
-    psoup__team_tell(&s.team, status, error);
-    psoup__checkpoint_close(&s.checkpoint);
-    psoup__reporter_close(&s.reporter);
-    psoup__team_leave(&s.team);
-    psoup__optimizer_end(&s.optimizer);
-    psoup__best_free(&s.best, model->context);
-    psoup__pack_free(s.pack);
-    psoup__free(model->context, s.order);
-    psoup__free(model->context, s.usable);
-    psoup__free(model->context, s.mine);
-    if (begun) {
-        bool report = status == PSOUP_OK; /* the first failure is the one that is told */
-        psoup_status end = trained
-            ? psoup__adapter_train(model, trained, false, report ? error : NULL)
-            : psoup__model_train_base(model, false, report ? error : NULL);
-        if (report)
-            status = end;
-    }
-    return status;
+    psoup_training *training = NULL;
+    psoup_status status = psoup_sft_create(model, adapter, train, n_train, validation, n_validation, options,
+                                           &training, error);
+    return psoup__training_whole(status, training, error);
 }

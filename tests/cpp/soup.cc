@@ -338,6 +338,19 @@ static void test_rewards_and_ppo(psoup::model &model) {
         return true;
     }));
     CHECK(after < before && !psoup::dpo(model, {"nobody"}, {&pair, 1}, dpo_options));
+    {
+        int told = 0;
+        auto steps = NEED(psoup::training::dpo(model, {"A"}, {&pair, 1}, dpo_options,
+                                               [&](const psoup_step &) { return ++told > 0; }));
+        auto moved = std::move(steps); /* its callback moves along */
+        CHECK(NEED(moved.step()) == 4 && told == 1);
+        NEED(moved.run());
+        CHECK(told == 5);
+        CHECK(NEED(NEED(psoup::training::rewards(rewards, {&comparison, 1}, options)).step()) == 9);
+        const psoup_example example{good.data(), good.size(), 1};
+        CHECK(NEED(NEED(psoup::training::sft(model, "B", {&example, 1})).step()) == 0);
+        CHECK(!psoup::training::sft(model, "nobody", {&example, 1}));
+    }
 
     psoup_ppo_prompt prompt{};
     prompt.tokens = asked.data();

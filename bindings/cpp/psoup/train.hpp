@@ -127,6 +127,62 @@ inline result<void> dpo(model &m, const std::vector<std::string> &policies, span
     return done;
 }
 
+/* ---- step by step ---------------------------------------------------------------------------------------- */
+
+/* sft, train_rewards or dpo in pieces. Rows, and rewards, are borrowed until it is gone. */
+class training : public handle<psoup_training, psoup_training_free> {
+public:
+    using handle::handle;
+    static result<training> sft(model &m, const std::string &adapter, span<const psoup_example> train,
+                                psoup_sft_options options = defaults<psoup_sft_options>(), on_step each = {},
+                                span<const psoup_example> validation = {}) {
+        return start(options, std::move(each), psoup_sft_create, m.get(), adapter.empty() ? nullptr : adapter.c_str(),
+                     train.data(), train.size(), validation.data(), validation.size());
+    }
+    static result<training> rewards(span<reward *const> rewards, span<const psoup_comparison> train,
+                                    psoup_reward_options options = defaults<psoup_reward_options>(),
+                                    on_step each = {}, span<const psoup_comparison> validation = {}) {
+        const auto r = detail::pointers(rewards);
+        return start(options, std::move(each), psoup_reward_train_create, r.data(), r.size(), train.data(),
+                     train.size(), validation.data(), validation.size());
+    }
+    static result<training> dpo(model &m, const std::vector<std::string> &policies, span<const psoup_dpo_pair> train,
+                                psoup_dpo_options options = defaults<psoup_dpo_options>(), on_step each = {},
+                                span<const psoup_dpo_pair> validation = {}) {
+        std::vector<const char *> names;
+        for (const std::string &name : policies) names.push_back(name.c_str());
+        return start(options, std::move(each), psoup_dpo_create, m.get(), names.data(), names.size(), train.data(),
+                     train.size(), validation.data(), validation.size());
+    }
+    /* How many steps are left. */
+    result<std::int64_t> step() {
+        std::int64_t remaining = 0;
+        auto done = detail::call(psoup_training_step, get(), &remaining);
+        if (each_) each_->rethrow();
+        if (!done) return done.error();
+        return remaining;
+    }
+    result<void> run() {
+        auto done = detail::call(psoup_training_run, get());
+        if (each_) each_->rethrow();
+        return done;
+    }
+
+private:
+    template <class Options, class F, class... A>
+    static result<training> start(Options options, on_step each, F create, A... arguments) {
+        auto kept = std::make_unique<detail::step_callback>(std::move(each));
+        if (kept->function) {
+            options.on_step = detail::run_step;
+            options.user = kept.get();
+        }
+        auto made = detail::make<training>(create, arguments..., static_cast<const Options *>(&options));
+        if (made) made->each_ = made->keep(std::move(kept));
+        return made;
+    }
+    detail::step_callback *each_ = nullptr;
+};
+
 /* ---- PPO ------------------------------------------------------------------------------------------------ */
 
 /* Scores rollouts; return false on failure. */

@@ -1,7 +1,7 @@
 """libpsoup from Python: personal language models from one base.
 
 One frozen base, one small LoRA adapter per preference, and a *mix* of them per row of the batch: a user's
-personal soup costs no merge and no memory. `psoup.Model` and `psoup.Session` run it, `psoup.Ppo` and
+personal soup costs no merge and no memory. `psoup.Model` and `psoup.Session` run it, `psoup.PPO` and
 others train it, `psoup.Merger` and `psoup.merge` make files and state dicts of it.
 """
 
@@ -13,8 +13,10 @@ from .context import *  # noqa: F403
 from .data import *  # noqa: F403
 from .errors import *  # noqa: F403
 from .evaluation import *  # noqa: F403
+from .history import *  # noqa: F403
 from .merging import *  # noqa: F403
 from .model import *  # noqa: F403
+from .runs import *  # noqa: F403
 from .tokenizer import *  # noqa: F403
 from .training import *  # noqa: F403
 

@@ -378,6 +378,10 @@ class psoup_step(Structure):
     pass
 
 
+class psoup_training(Structure):
+    pass
+
+
 class psoup_example(Structure):
     pass
 
@@ -1053,6 +1057,7 @@ OPAQUE = (
     psoup_judge,
     psoup_merger,
     psoup_gpu_merge,
+    psoup_training,
     psoup_reward,
     psoup_ppo,
 )
@@ -1360,8 +1365,12 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_merge_inspect_plot": (c_int, [POINTER(psoup_context), POINTER(psoup_json), POINTER(c_char_p), c_char_p, POINTER(psoup_error)]),
     "psoup_gpu_merge_create": (c_int, [POINTER(psoup_context), POINTER(POINTER(psoup_gpu_merge)), POINTER(psoup_error)]),
     "psoup_gpu_merge_free": (None, [POINTER(psoup_gpu_merge)]),
+    "psoup_training_step": (c_int, [POINTER(psoup_training), POINTER(c_int64), POINTER(psoup_error)]),
+    "psoup_training_run": (c_int, [POINTER(psoup_training), POINTER(psoup_error)]),
+    "psoup_training_free": (None, [POINTER(psoup_training)]),
     "psoup_sft_fields": (POINTER(psoup_field), []),
     "psoup_sft": (c_int, [POINTER(psoup_model), c_char_p, POINTER(psoup_example), c_size_t, POINTER(psoup_example), c_size_t, POINTER(psoup_sft_options), POINTER(psoup_error)]),
+    "psoup_sft_create": (c_int, [POINTER(psoup_model), c_char_p, POINTER(psoup_example), c_size_t, POINTER(psoup_example), c_size_t, POINTER(psoup_sft_options), POINTER(POINTER(psoup_training)), POINTER(psoup_error)]),
     "psoup_reward_create": (c_int, [POINTER(psoup_model), c_char_p, POINTER(psoup_adapter_options), POINTER(POINTER(psoup_reward)), POINTER(psoup_error)]),
     "psoup_reward_load": (c_int, [POINTER(psoup_model), c_char_p, c_char_p, POINTER(POINTER(psoup_reward)), POINTER(psoup_error)]),
     "psoup_reward_save": (c_int, [POINTER(psoup_reward), c_char_p, c_char_p, POINTER(psoup_error)]),
@@ -1370,9 +1379,11 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_reward_score": (c_int, [POINTER(psoup_reward), POINTER(psoup_row), c_size_t, POINTER(c_float), POINTER(psoup_error)]),
     "psoup_reward_fields": (POINTER(psoup_field), []),
     "psoup_reward_train": (c_int, [POINTER(POINTER(psoup_reward)), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_reward_options), POINTER(psoup_error)]),
+    "psoup_reward_train_create": (c_int, [POINTER(POINTER(psoup_reward)), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_reward_options), POINTER(POINTER(psoup_training)), POINTER(psoup_error)]),
     "psoup_reward_accuracy": (c_int, [POINTER(POINTER(psoup_reward)), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(c_double), POINTER(c_double), POINTER(psoup_error)]),
     "psoup_dpo_fields": (POINTER(psoup_field), []),
     "psoup_dpo": (c_int, [POINTER(psoup_model), POINTER(c_char_p), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_options), POINTER(psoup_error)]),
+    "psoup_dpo_create": (c_int, [POINTER(psoup_model), POINTER(c_char_p), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_options), POINTER(POINTER(psoup_training)), POINTER(psoup_error)]),
     "psoup_ppo_fields": (POINTER(psoup_field), []),
     "psoup_ppo_preset": (c_int, [c_char_p, POINTER(psoup_ppo_options), POINTER(psoup_error)]),
     "psoup_ppo_create": (c_int, [POINTER(psoup_model), POINTER(psoup_ppo_policy), c_size_t, POINTER(psoup_ppo_options), POINTER(POINTER(psoup_ppo)), POINTER(psoup_error)]),

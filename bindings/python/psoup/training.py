@@ -13,38 +13,21 @@ from ._library import Handle, call, call_long, callback, create, encoded, fill, 
 from .arrays import copied, empty, ids, pointer_of
 from .comm import Comm
 from .errors import ArgumentError
+from .history import OnStep, Run, Step
 from .model import Model, Tokens, adapter_options
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .runs import RewardTraining
     from .options import AdapterOptions, DpoOptions, PpoOptions, RewardOptions, SftOptions
 
-__all__ = ["Step", "Example", "sft", "Reward", "Comparison", "train_rewards", "reward_accuracy", "DpoPair",
-           "dpo", "Policy", "PpoPrompt", "RewardInput", "Rollout", "Trace", "Ppo", "sft_options",
+__all__ = ["Example", "sft", "Reward", "Comparison", "train_rewards", "reward_accuracy", "DpoPair",
+           "dpo", "Policy", "PpoPrompt", "RewardInput", "Rollout", "Trace", "PPO", "Ppo", "sft_options",
            "reward_options", "dpo_options", "ppo_options"]
 
 Path = Union[str, "PathLike[str]"]
-
-
-class Step(NamedTuple):
-    """One report: the metrics of one step, or of one validation."""
-
-    phase: str
-    """"train" or "validation"."""
-    subject: str
-    """The adapter trained; "base" for a base."""
-    step: int
-    total: int
-    metrics: Dict[str, float]
-    """"loss", "reward", "kl", ..."""
-    times: Dict[str, float] = {}
-    """What the clock says of a training step: "seconds", "tokens_per_second", and PPO's phases; not in the
-    metrics file."""
-
-
-OnStep = Callable[[Step], Any]
 
 
 def _step_callback(on_step: Optional[OnStep]) -> Any:
@@ -139,6 +122,14 @@ class Reward(Handle):
     @property
     def name(self) -> str:
         return text(lib.psoup_reward_name(self.handle))
+
+    def training(self, train: Sequence[Comparison], validation: Sequence[Comparison] = (),
+                 on_step: Optional[OnStep] = None, comm: Optional[Comm] = None,
+                 **options: Unpack[RewardOptions]) -> RewardTraining:
+        """Its training, to be iterated over: `for step in reward.training(comparisons): print(step.accuracy)`."""
+        from .runs import RewardTraining as Training
+
+        return Training([self], train, validation, on_step, comm, **options)
 
     def score(self, rows: Sequence[Tokens]) -> Any:
         """The head's output on each row's last token, float32. The same bits for any batch."""
@@ -398,11 +389,14 @@ def _soup(policy: Policy, keep: List[Any]) -> Any:
     return ctypes.pointer(soup)
 
 
-class Ppo(Handle):
+class PPO(Run):
     """PPO of several policies side by side, each an adapter of one model with its own rewards.
 
-        ppo = psoup.Ppo(model, [psoup.Policy("P1A", prompts, lambda rollouts: [...])], steps=10)
-        ppo.run()
+        for step in psoup.PPO(model, ["P1A"], prompts=prompts, reward=lambda rollouts: [...], steps=10):
+            print(step.reward, step.kl)
+
+    A policy is named, and then has the prompts, reward and validation given here, and seed + its place; or it is
+    a `Policy` with its own.
 
     Options and their defaults: `ppo_options()`; preset "rlphf" has the settings of the paper's released
     code. `tokenizer` is for reward_text=1, and for texts in the file `samples`. With samples_every,
@@ -410,10 +404,15 @@ class Ppo(Handle):
     raises comes out of step() or run().
     """
 
-    def __init__(self, model: Model, policies: Sequence[Policy], preset: Optional[str] = None,
+    def __init__(self, model: Model, policies: Sequence[Union[Policy, str]], preset: Optional[str] = None,
                  on_step: Optional[OnStep] = None, tokenizer: Optional[Tokenizer] = None,
-                 on_samples: Optional[OnSamples] = None, comm: Optional[Comm] = None,
+                 on_samples: Optional[OnSamples] = None, comm: Optional[Comm] = None, *,
+                 prompts: Sequence[Union[PpoPrompt, Tokens]] = (),
+                 reward: Union[RewardFunction, Reward, Sequence[Reward]] = (),
+                 validation: Sequence[Union[PpoPrompt, Tokens]] = (), seed: int = 0,
                  **options: Unpack[PpoOptions]) -> None:
+        policies = [Policy(p, prompts, reward, validation, seed + k) if isinstance(p, str) else p
+                    for k, p in enumerate(policies)]
         keep: List[Any] = []
         parents: List[Handle] = [model]
         structs = (_abi.psoup_ppo_policy * len(policies))()
@@ -428,12 +427,14 @@ class Ppo(Handle):
                 struct.reward_fn = _reward_callback(policy.reward)
             else:
                 rewards = [policy.reward] if isinstance(policy.reward, Reward) else list(policy.reward)
+                if not rewards:
+                    raise ArgumentError("policy %r has no reward" % policy.adapter)
                 handles, _ = _rewards(rewards)
                 struct.rewards, struct.n_rewards = handles, len(rewards)
                 keep.append(handles)
                 parents += rewards
         settings = self._settings(preset, options, keep)
-        settings.on_step = _step_callback(on_step)
+        settings.on_step = _step_callback(self._told(on_step))
         _with_comm(settings, comm)
         if comm is not None:
             parents.append(comm)
@@ -490,6 +491,10 @@ class Ppo(Handle):
 
 
 def ppo_options(preset: Optional[str] = None, **options: Unpack[PpoOptions]) -> Dict[str, Any]:
-    """Every option of `Ppo` with its value."""
-    return data.fields(lib.psoup_ppo_fields(), Ppo._settings(preset, options, []))
+    """Every option of `PPO` with its value."""
+    return data.fields(lib.psoup_ppo_fields(), PPO._settings(preset, options, []))
+
+
+Ppo = PPO
+"""Its name before 0.4."""
 

@@ -119,6 +119,27 @@ class Vllm(Case):
         self.assertLess((theirs - torch.as_tensor(ours)).abs().max().item(), 1e-4)
 
 
+class TrainPolicy(Case):
+    def test_a_python_reward_is_learnt(self):
+        path = os.path.dirname(os.path.dirname(os.path.abspath(psoup.__file__)))
+        script = os.path.join(ROOT, "examples", "train_policy.py")
+
+        def run(*arguments):
+            done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=path), cwd=self.work)
+            self.assertEqual((done.returncode, done.stderr.decode()), (0, ""))
+            lines = done.stdout.decode("utf-8", "replace").splitlines()
+            return [float(line.split()[3]) for line in lines if line.startswith("step")]
+        rewards = run()
+        self.assertEqual(len(rewards), 6)
+        self.assertGreater(rewards[-1], rewards[0] + 0.2)
+        tokenizer = psoup.Tokenizer.train(["What do you eat?"] * 3, 270, special=["</s>"])
+        tiny((), vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.token_id("</s>")).save(
+            self.path("base"), tokenizer)
+        run(self.path("base"), self.path("vowels"))
+        self.assertTrue(os.path.exists(self.path("vowels", "adapter_config.json")))
+
+
 LLAMA = os.path.join(os.environ.get("PSOUP_TEST_BUILD", ""), "embed_llama_cpp")
 
 
