@@ -36,9 +36,9 @@ for c in $commands; do
     no 2 "--nonsense" $c --nonsense
 done
 for pair in "tokenize --model --no-special --decode" "merge --out --base --method --dtype --any-sum" \
-    "generate --model --adapter --mix --mix-method --any-sum --prompt --prompts --template --preference \
+    "generate --model --adapter --mix --mix-method --strength --any-sum --prompt --prompts --template --preference \
      --max-new-tokens --min-new-tokens --temperature --top-k --top-p --no-repeat-ngram --seed --batch --out" \
-    "score --model --adapter --mix --mix-method --any-sum --tokens --prompts --logits" "winrate --seed"; do
+    "score --model --adapter --mix --mix-method --strength --any-sum --tokens --prompts --logits" "winrate --seed"; do
     set -- $pair
     c=$1
     shift
@@ -132,6 +132,17 @@ head -n 1 out | sed 's/.*"finish"/"finish"/' >first
 ok generate --model base $A --mix P1A=0.5,P2A=0.5 --mix-method factors --prompt "Why?" $sample --json
 sed -i 's/.*"finish"/"finish"/' out
 check "a row's own method, the same log-prob" cmp -s out first
+put methods.jsonl '{"prompt": "Why?", "mix": {"P1A": 0.5, "P2A": 0.5}, "mix_method": "logits", "strength": 1.5}\n'
+ok generate --model base $A --prompts methods.jsonl $sample
+sed 's/.*"finish"/"finish"/' out >first
+ok generate --model base $A --mix P1A=0.5,P2A=0.5 --mix-method logits --strength 1.5 --prompt "Why?" $sample --json
+sed -i 's/.*"finish"/"finish"/' out
+check "a row's own strength, the same log-prob" cmp -s out first
+no 1 'sum to 1.5' generate --model base $A --mix P1A=0.75,P2A=0.75 --strength 1 --prompt x
+no 1 'prompt 0 mixes the logits of 3 policies' generate --model base $A --mix P1A=0.5,P2A=0.5 --mix-method logits \
+    --strength 1.5 --batch 2 --prompt x
+put strength.jsonl '{"prompt": "Why?", "strength": "big"}\n'
+no 1 'strength.jsonl:1: strength: expected a number' generate --model base --prompts strength.jsonl
 for bad in '{"prompt": "a", "mix": {"P9Z": 1}}|:2: mix: no adapter is named "P9Z"' \
     '{"prompt": "a", "mix": {"P1A": 0.5}}|:2: mix: the weights sum to 0.5' \
     '{"prompt": "a", "mix": {"P1A": "x"}}|:2: mix: the weight of "P1A"' \
@@ -253,6 +264,10 @@ mv out soup-factors
 ok score --model base --adapter m=m-factors --mix m=1 --tokens "$tokens" --json
 check "factors per row are the merged ones" near out soup-factors
 check "and not the soup" differ soup-factors soup
+ok score --model base $A --mix P1A=0.5,P2A=0.5 --strength 1.2 --tokens "$tokens" --json
+mv out stronger
+ok score --model base $A --mix P1A=0.6,P2A=0.6 --any-sum --tokens "$tokens" --json
+check "a strength multiplies the weights" near out stronger
 ok merge --out m-models --dtype bf16 base=0.5 m-base=0.5
 ok info m-models --json
 check "bf16" has '"dtype": "bf16"'

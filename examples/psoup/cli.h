@@ -133,6 +133,9 @@ char *cli_utf8(const char *text, size_t length);
 /* A line's "mix_method", or where it has none, what --mix-method says (NULL: delta). */
 psoup_status cli_mix_method(const psoup_json *line, const char *option, const char *path, int64_t number,
                             int32_t *method, psoup_error *error);
+/* Multiplies the mix by a line's "strength", or where it has none, by --strength. */
+psoup_status cli_strengthen(const cli_model *m, const psoup_json *line, float option, const char *path, int64_t number,
+                            float *mix, psoup_error *error);
 /* A row's {"NAME": W, …} into mix [adapters], all 0 before; path and line for messages. */
 psoup_status cli_read_mix(const cli_model *m, const psoup_json *object, bool any_sum,
                           const char *path, int64_t line, float *mix, psoup_error *error);

@@ -134,6 +134,19 @@ psoup_status cli_mix_method(const psoup_json *line, const char *option, const ch
     return PSOUP_OK;
 }
 
+psoup_status cli_strengthen(const cli_model *m, const psoup_json *line, float option, const char *path, int64_t number,
+                            float *mix, psoup_error *error) {
+    const psoup_json *own = psoup_json_get(line, "strength");
+    double strength = psoup_json_real(own, own ? 1e300 : option);
+    if (!(strength > -1e30 && strength < 1e30) && own)
+        return cli_error(error, PSOUP_ERROR_FORMAT, "%s:%lld: strength: expected a number", path, (long long)number);
+    if (!(strength > -1e30 && strength < 1e30))
+        return cli_error(error, PSOUP_ERROR_ARGUMENT, "--strength: expected a number");
+    for (int32_t i = 0; i < psoup_model_adapters(m->model); i++)
+        mix[i] *= (float)strength;
+    return PSOUP_OK;
+}
+
 psoup_status cli_read_mix(const cli_model *m, const psoup_json *object, bool any_sum,
                           const char *path, int64_t line, float *mix, psoup_error *error) {
     const psoup_json *weight;

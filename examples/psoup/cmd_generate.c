@@ -19,6 +19,7 @@ typedef struct generate_args {
     cli_list adapters;
     bool any_sum, json, ignore_stop;
     int32_t threads, batch;
+    float strength;
     psoup_sampling sampling;
 } generate_args;
 
@@ -59,11 +60,10 @@ static psoup_status read_job(const generate_args *args, const cli_model *m, psou
     status = cli_mix_method(row, args->method, args->prompts, line, &out->method, error);
     if (status != PSOUP_OK)
         return status;
-    if (psoup_json_get(row, "mix"))
-        return cli_read_mix(m, psoup_json_get(row, "mix"), args->any_sum, args->prompts, line,
-                            out->mix, error);
-    return psoup_model_parse_mix(m->model, args->mix ? args->mix : "", args->any_sum, out->mix,
-                                 error);
+    status = psoup_json_get(row, "mix")
+                 ? cli_read_mix(m, psoup_json_get(row, "mix"), args->any_sum, args->prompts, line, out->mix, error)
+                 : psoup_model_parse_mix(m->model, args->mix ? args->mix : "", args->any_sum, out->mix, error);
+    return status == PSOUP_OK ? cli_strengthen(m, row, args->strength, args->prompts, line, out->mix, error) : status;
 }
 
 static psoup_status read_jobs(const generate_args *args, const cli_model *m, job **jobs, size_t *n,
@@ -242,19 +242,21 @@ static psoup_status run(const generate_args *args, const cli_model *m, job *jobs
 }
 
 int cmd_generate(int argc, char **argv) {
-    generate_args a = {.sampling = PSOUP_SAMPLING_INIT, .batch = 32};
+    generate_args a = {.sampling = PSOUP_SAMPLING_INIT, .batch = 32, .strength = 1};
     cli_list arguments = {0};
     int status;
     const cli_option options[] = {
         {"--model", CLI_TEXT, &a.model, "DIR", "the base model"},
         {"--adapter", CLI_LIST, &a.adapters, "NAME=DIR", "a PEFT adapter under a name"},
         {"--mix", CLI_TEXT, &a.mix, "NAME=W,…", "weights of the adapters; absent: the base"},
-        {"--mix-method", CLI_TEXT, &a.method, "NAME", "what is weighed: delta, or factors (delta)"},
+        {"--mix-method", CLI_TEXT, &a.method, "NAME", "what is weighed: delta, factors or logits (delta)"},
+        {"--strength", CLI_FLOAT, &a.strength, "S", "multiplies the weights, which sum to 1 before (1)"},
         {"--any-sum", CLI_FLAG, &a.any_sum, NULL, "accept weights that do not sum to 1"},
         {"--prompt", CLI_TEXT, &a.prompt, "TEXT", "one prompt; its answer is printed as it grows"},
         {"--prompts", CLI_TEXT, &a.prompts, "FILE",
          "JSON Lines of \"prompt\" (or \"instruction\", "
-         "\"input\"), each with its own \"mix\" and \"mix_method\" if any"},
+         "\"input\"), each with its own \"mix\", \"mix_method\" and "
+         "\"strength\" if any"},
         {"--template", CLI_TEXT, &a.template, "NAME", "tulu, alpaca, or text with {instruction}"},
         {"--preference", CLI_TEXT, &a.preference, "TEXT", "preference prompt for the template"},
         {"--max-new-tokens", CLI_INT, &a.sampling.max_new_tokens, "N", "at most (128)"},
@@ -276,7 +278,11 @@ int cmd_generate(int argc, char **argv) {
                    "--prompt TEXT\n"
                    "\nSamples answers. With --prompts every line may carry its own mix, such as\n"
                    "  {\"prompt\": \"…\", \"mix\": {\"P1A\": 0.5, \"P2B\": 0.5}}\n"
-                   "and one batch serves them all: nothing is merged and nothing swapped.\n",
+                   "and one batch serves them all: nothing is merged and nothing swapped. Methods:\n"
+                   "  delta    the weighted sum of what the adapters change\n"
+                   "  factors  A's and B's weighed apart, as the paper's released code merges them\n"
+                   "  logits   each policy reads the text by itself, and their logits are weighed: as many\n"
+                   "           times the work and memory; a strength other than 1 leans on the base's\n",
                    &arguments, &status))
         return status;
     if (arguments.n)

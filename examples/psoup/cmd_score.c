@@ -10,6 +10,7 @@ typedef struct score_args {
     cli_list adapters;
     bool any_sum, json;
     int32_t threads;
+    float strength;
 } score_args;
 
 /* A line's tokens: its own "tokens", or "prompt" and "completion" as text. */
@@ -135,9 +136,9 @@ static psoup_status add_row(const score_args *args, const cli_model *m, const ps
         status = cli_mix_method(line, args->method, args->prompts, number, method, error);
     if (status != PSOUP_OK)
         return status;
-    if (own)
-        return cli_read_mix(m, own, args->any_sum, args->prompts, number, mix, error);
-    return psoup_model_parse_mix(m->model, args->mix ? args->mix : "", args->any_sum, mix, error);
+    status = own ? cli_read_mix(m, own, args->any_sum, args->prompts, number, mix, error)
+                 : psoup_model_parse_mix(m->model, args->mix ? args->mix : "", args->any_sum, mix, error);
+    return status == PSOUP_OK ? cli_strengthen(m, line, args->strength, args->prompts, number, mix, error) : status;
 }
 
 static psoup_status run(const score_args *args, const cli_model *m, psoup_error *error) {
@@ -169,19 +170,20 @@ static psoup_status run(const score_args *args, const cli_model *m, psoup_error 
 }
 
 int cmd_score(int argc, char **argv) {
-    score_args a = {0};
+    score_args a = {.strength = 1};
     cli_list arguments = {0};
     int status;
     const cli_option options[] = {
         {"--model", CLI_TEXT, &a.model, "DIR", "the base model"},
         {"--adapter", CLI_LIST, &a.adapters, "NAME=DIR", "a PEFT adapter under a name"},
         {"--mix", CLI_TEXT, &a.mix, "NAME=W,…", "weights of the adapters; absent: the base"},
-        {"--mix-method", CLI_TEXT, &a.method, "NAME", "what is weighed: delta, or factors (delta)"},
+        {"--mix-method", CLI_TEXT, &a.method, "NAME", "what is weighed: delta, factors or logits (delta)"},
+        {"--strength", CLI_FLOAT, &a.strength, "S", "multiplies the weights, which sum to 1 before (1)"},
         {"--any-sum", CLI_FLAG, &a.any_sum, NULL, "accept weights that do not sum to 1"},
         {"--tokens", CLI_TEXT, &a.tokens, "IDS", "token ids, separated by blanks"},
         {"--prompts", CLI_TEXT, &a.prompts, "FILE",
-         "JSON Lines of \"tokens\", or of \"prompt\" and \"completion\", and \"mix\" and \"mix_method\" if "
-         "any"},
+         "JSON Lines of \"tokens\", or of \"prompt\" and \"completion\", and \"mix\", \"mix_method\" and "
+         "\"strength\" if any"},
         {"--logits", CLI_TEXT, &a.logits, "FILE",
          "write the logits, f32 [tokens, vocabulary], as "
          "safetensors"},

@@ -50,12 +50,25 @@ static const psoup_sampling *sampling_of(const psoup_prompt *prompt,
     return prompt->sampling ? prompt->sampling : sampling;
 }
 
-/* No more places than prompts, no longer than any can grow. */
-static psoup_status fit_session(const psoup_prompt *prompts, size_t n,
+/* Places for 32, or for all where they are fewer; for one whose logits are mixed as many as it takes. */
+static int32_t fit_places(const psoup_model *model, const psoup_prompt *prompts, size_t n) {
+    size_t all = 0, widest = 32;
+    for (size_t i = 0; i < n; i++) {
+        size_t places = prompts[i].mix_method == PSOUP_MIX_LOGITS
+                            ? (size_t)psoup__mix_views(model, prompts[i].mix, NULL) + 1 /* strength may add the base */
+                            : 1;
+        all += places;
+        widest = places > widest ? places : widest;
+    }
+    return (int32_t)(all < widest ? all : widest);
+}
+
+/* No more places than prompts take, no longer than any can grow. */
+static psoup_status fit_session(const psoup_model *model, const psoup_prompt *prompts, size_t n,
                                 const psoup_sampling *sampling, psoup_session_options *options,
                                 psoup_error *error) {
     if (options->max_sequences == 0)
-        options->max_sequences = n < 32 ? (int32_t)n : 32;
+        options->max_sequences = fit_places(model, prompts, n);
     if (options->max_tokens != 0)
         return PSOUP_OK;
     size_t longest = 1;
@@ -84,7 +97,7 @@ psoup_status psoup_generate(psoup_model *model, const psoup_prompt *prompts, siz
     *out = NULL;
     psoup_status status;
     PSOUP__TRY(psoup__options(&full, sizeof full, options, "psoup_session_options", error));
-    PSOUP__TRY(fit_session(prompts, n, sampling, &full, error));
+    PSOUP__TRY(fit_session(model, prompts, n, sampling, &full, error));
     status = PSOUP_ERROR_MEMORY;
     g = psoup__alloc(model->context, 1, sizeof *g, error);
     if (!g)

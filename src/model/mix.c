@@ -74,6 +74,9 @@ psoup_status psoup_model_parse_mix(const psoup_model *model, const char *text, i
     return status;
 }
 
+static const char *const method_names[] = {"delta", "factors", "logits"};
+enum { METHODS = sizeof method_names / sizeof *method_names };
+
 /* Where the adapter's pair has another rank or scale than `first` has; −1: nowhere. One that leaves a linear alone is
  * left out of it, as the merger's `factors` leaves it. */
 static int32_t unlike(const psoup_model *model, const psoup__adapter *first, const psoup__adapter *adapter) {
@@ -85,32 +88,48 @@ static int32_t unlike(const psoup_model *model, const psoup__adapter *first, con
     return -1;
 }
 
+int32_t psoup__mix_views(const psoup_model *model, const float *mix, psoup__view *out) {
+    double left = 1;
+    int32_t n = 0;
+    for (int32_t i = 0; mix && i < model->n_adapters; i++) {
+        left -= (double)mix[i];
+        if (mix[i] != 0 && out)
+            out[n] = (psoup__view){i, mix[i]};
+        n += mix[i] != 0;
+    }
+    if (fabs(left) > 1e-6 && out)
+        out[n] = (psoup__view){-1, (float)left};
+    return n + (fabs(left) > 1e-6);
+}
+
 psoup_status psoup__mix_check(const psoup_model *model, const float *mix, int32_t method, const char *what,
                               psoup_error *error) {
-    if (method != PSOUP_MIX_DELTA && method != PSOUP_MIX_FACTORS)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: mix method %d; expected %d (delta) or %d (factors)", what,
-                           (int)method, PSOUP_MIX_DELTA, PSOUP_MIX_FACTORS);
+    if (method < 0 || method >= METHODS)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "%s: mix method %d; expected 0 (delta), 1 (factors) or 2 (logits)", what, (int)method);
     for (int32_t i = 0; mix && i < model->n_adapters; i++)
         if (!isfinite(mix[i]))
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: the weight of adapter \"%s\" is %g", what,
                                model->adapters[i]->name, (double)mix[i]);
+    int32_t views = method == PSOUP_MIX_LOGITS ? psoup__mix_views(model, mix, NULL) : 1;
+    if (views > PSOUP__MOST_VIEWS)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "%s: method logits: it mixes %d policies; expected at most %d", what, (int)views,
+                           PSOUP__MOST_VIEWS);
     for (int32_t i = 0; mix && method == PSOUP_MIX_FACTORS && i < model->n_adapters; i++)
         for (int32_t j = 0; mix[i] != 0 && j < i; j++) {
             const psoup__adapter *a = model->adapters[j], *b = model->adapters[i];
             int32_t pair = mix[j] != 0 ? unlike(model, a, b) : -1;
             if (pair >= 0)
                 return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                                   "%s: method factors: in layer %d, %s, adapter \"%s\" has rank %d and scale %g, \"%s\" "
-                                   "rank %d and scale %g; expected equal ones",
-                                   what, (int)pair / PSOUP__LINEARS, psoup__linear_names[pair % PSOUP__LINEARS], a->name,
-                                   (int)a->lora[pair].rank, (double)a->lora[pair].scale, b->name,
+                                   "%s: method factors: in layer %d, %s, adapter \"%s\" has rank %d and scale %g, "
+                                   "\"%s\" rank %d and scale %g; expected equal ones",
+                                   what, (int)pair / PSOUP__LINEARS, psoup__linear_names[pair % PSOUP__LINEARS],
+                                   a->name, (int)a->lora[pair].rank, (double)a->lora[pair].scale, b->name,
                                    (int)b->lora[pair].rank, (double)b->lora[pair].scale);
         }
     return PSOUP_OK;
 }
-
-static const char *const method_names[] = {"delta", "factors"};
-enum { METHODS = sizeof method_names / sizeof *method_names };
 
 const char *psoup_mix_method_name(int32_t method) {
     return method >= 0 && method < METHODS ? method_names[method] : "?";
@@ -124,5 +143,5 @@ psoup_status psoup_mix_method_parse(const char *name, int32_t *out, psoup_error 
             *out = i;
             return PSOUP_OK;
         }
-    return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "mix method \"%.64s\"; expected delta or factors", name);
+    return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "mix method \"%.64s\"; expected delta, factors or logits", name);
 }

@@ -148,6 +148,16 @@ psoup_status psoup__model_train_base(psoup_model *model, bool train, psoup_error
 
 /* ---- mix.c ---- */
 
+/* One whose logits are mixed, and its weight. */
+typedef struct psoup__view {
+    int32_t adapter; /* −1: the base */
+    float weight;
+} psoup__view;
+enum { PSOUP__MOST_VIEWS = 32 }; /* a chunk of the lm head has as many rows at least */
+/* Whose logits this mix weighs: the adapters of a weight other than 0, and with 1 − Σ w the base, unless that is
+ * within 1e-6 of 0. Fills out (NULL: does not), which a checked mix fits into; returns how many, 1 at least. */
+int32_t psoup__mix_views(const psoup_model *model, const float *mix, psoup__view *out);
+
 /* Whether this mix [n_adapters] can be mixed so; `what` names it in the message. */
 psoup_status psoup__mix_check(const psoup_model *model, const float *mix, int32_t method, const char *what,
                               psoup_error *error);
@@ -164,7 +174,7 @@ typedef struct psoup__batch {
     const int32_t *tokens; /* [rows] */
     const int32_t *start;  /* [n + 1]; start[n] == rows */
     const float *mix;      /* [n, n_adapters], NULL: the base */
-    const int32_t *method; /* [n] psoup_mix_method, PSOUP_MIX_DELTA or PSOUP_MIX_FACTORS; NULL: delta */
+    const int32_t *method; /* [n] psoup_mix_method, but not of logits, which are views of their own; NULL: delta */
     int32_t ahead;         /* 0; else each sequence has one row, and goes on by itself for so many tokens: its pages
                             * are all listed, every adapter lists every row, and no size says how long it is yet */
     float dropout;         /* on the adapters' input; 0: none */

@@ -1,5 +1,5 @@
 /* Log-probabilities, logits and gradients of rows, in packed batches of bounded size. */
-#include "model/model.h"
+#include "model/tape.h"
 
 #include <string.h>
 
@@ -95,54 +95,81 @@ static bool packer_next(packer *p) {
     return true;
 }
 
-psoup_status psoup_model_logprobs(psoup_model *model, const psoup_row *rows, size_t n, float *out,
-                                  psoup_error *error) {
-    return psoup_model_logprobs_mixed(model, rows, NULL, n, out, error);
+/* How many rows from the first on are mixed alike: by parameters, or by logits. */
+static size_t run_of(const int32_t *methods, size_t n) {
+    size_t end = 1;
+    while (end < n && methods && (methods[end] == PSOUP_MIX_LOGITS) == (methods[0] == PSOUP_MIX_LOGITS))
+        end++;
+    return methods ? end : n;
 }
 
-psoup_status psoup_model_logprobs_mixed(psoup_model *model, const psoup_row *rows, const int32_t *methods, size_t n,
-                                        float *out, psoup_error *error) {
+/* Logits of every position, or log-probs, of rows that are mixed by parameters. */
+static psoup_status score_packed(psoup_model *model, psoup__tape *tape, const psoup_row *rows, const int32_t *methods,
+                                 size_t n, bool whole, float *out, psoup_error *error) {
     packer p;
-    psoup__tape *tape = NULL;
     psoup_status status = packer_create(&p, model, rows, methods, n, error);
     if (status != PSOUP_OK)
         return status;
-    PSOUP__TRY(psoup__tape_create(model, &tape, error));
     while (packer_next(&p)) {
         PSOUP__TRY(psoup__forward(model, tape, &p.batch, false, error));
-        PSOUP__TRY(psoup__logprobs(model, tape, p.row, p.target, p.scored, out, error));
-        out += p.scored;
-    }
-fail:
-    psoup__tape_free(tape);
-    packer_free(&p);
-    return status;
-}
-
-psoup_status psoup_model_logits(psoup_model *model, const psoup_row *rows, size_t n, float *out,
-                                psoup_error *error) {
-    return psoup_model_logits_mixed(model, rows, NULL, n, out, error);
-}
-
-psoup_status psoup_model_logits_mixed(psoup_model *model, const psoup_row *rows, const int32_t *methods, size_t n,
-                                      float *out, psoup_error *error) {
-    packer p;
-    psoup__tape *tape = NULL;
-    psoup_status status = packer_create(&p, model, rows, methods, n, error);
-    if (status != PSOUP_OK)
-        return status;
-    PSOUP__TRY(psoup__tape_create(model, &tape, error));
-    while (packer_next(&p)) {
-        PSOUP__TRY(psoup__forward(model, tape, &p.batch, false, error));
+        if (!whole) {
+            PSOUP__TRY(psoup__logprobs(model, tape, p.row, p.target, p.scored, out, error));
+            out += p.scored;
+            continue;
+        }
         for (int32_t i = 0; i < p.batch.rows; i++)
             p.row[i] = i;
         PSOUP__TRY(psoup__logits(model, tape, p.row, p.batch.rows, out, error));
         out += (size_t)p.batch.rows * (size_t)model->config.vocab_size;
     }
 fail:
-    psoup__tape_free(tape);
     packer_free(&p);
     return status;
+}
+
+static psoup_status score(psoup_model *model, const psoup_row *rows, const int32_t *methods, size_t n, bool whole,
+                          float *out, psoup_error *error) {
+    psoup__tape *tape = NULL;
+    psoup_status status;
+    PSOUP__TRY(check_rows(rows, n, error));
+    PSOUP__TRY(psoup__tape_create(model, &tape, error));
+    for (size_t run; n > 0; n -= run) {
+        run = run_of(methods, n);
+        const bool mixed = methods && methods[0] == PSOUP_MIX_LOGITS;
+        if (!mixed)
+            PSOUP__TRY(score_packed(model, tape, rows, methods, run, whole, out, error));
+        for (size_t i = 0; i < run; i++, rows++) {
+            if (mixed)
+                PSOUP__TRY(psoup__mix_check(model, rows->mix, PSOUP_MIX_LOGITS, "mix of a row", error));
+            if (mixed)
+                PSOUP__TRY(psoup__score_mixed(model, tape, rows, whole, out, error));
+            out += whole ? rows->n * (size_t)model->config.vocab_size : rows->n - 1;
+        }
+        methods = methods ? methods + run : NULL;
+    }
+fail:
+    psoup__tape_free(tape);
+    return status;
+}
+
+psoup_status psoup_model_logprobs_mixed(psoup_model *model, const psoup_row *rows, const int32_t *methods, size_t n,
+                                        float *out, psoup_error *error) {
+    return score(model, rows, methods, n, false, out, error);
+}
+
+psoup_status psoup_model_logits_mixed(psoup_model *model, const psoup_row *rows, const int32_t *methods, size_t n,
+                                      float *out, psoup_error *error) {
+    return score(model, rows, methods, n, true, out, error);
+}
+
+psoup_status psoup_model_logprobs(psoup_model *model, const psoup_row *rows, size_t n, float *out,
+                                  psoup_error *error) {
+    return score(model, rows, NULL, n, false, out, error);
+}
+
+psoup_status psoup_model_logits(psoup_model *model, const psoup_row *rows, size_t n, float *out,
+                                psoup_error *error) {
+    return score(model, rows, NULL, n, true, out, error);
 }
 
 /* ---- gradients -------------------------------------------------------------------------------- */
@@ -306,6 +333,10 @@ psoup_status psoup_model_gradients_mixed(psoup_model *model, const psoup_row *ro
     psoup_gradients *g = NULL;
     packer p;
     *out = NULL;
+    for (size_t i = 0; methods && i < n; i++)
+        if (methods[i] == PSOUP_MIX_LOGITS)
+            return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "row %zu: gradients of mixed logits are not made: of "
+                               "method delta or factors they are", i);
     psoup_status status = packer_create(&p, model, rows, methods, n, error);
     if (status != PSOUP_OK)
         return status;

@@ -18,6 +18,7 @@ static void free_sequence(psoup_context *context, sequence *s) {
     psoup__free(context, s->pages);
     psoup__free(context, s->tokens);
     psoup__free(context, s->mix);
+    psoup__free(context, s->views);
     psoup__free(context, s->banned);
     psoup__free(context, s);
 }
@@ -43,7 +44,8 @@ void psoup_session_free(psoup_session *session) {
         be->ops->release(be, device[i]);
     void *host[] = {session->running, session->parts, session->tokens,     session->start,
                     session->pages,   session->past,  session->mix,        session->draws,
-                    session->drawn,   session->logprobs, session->sample_row, session->method, session};
+                    session->drawn,   session->logprobs, session->sample_row, session->method,
+                    session->sample_first, session->sample_weight, session};
     for (size_t i = 0; i < sizeof host / sizeof *host; i++)
         psoup__free(context, host[i]);
 }
@@ -65,6 +67,8 @@ static psoup_status allocate(psoup_session *s, psoup_error *error) {
         (s->pages = psoup__alloc(context, places, sizeof *s->pages, error)) &&
         (s->past = psoup__alloc(context, places, sizeof *s->past, error)) &&
         (s->sample_row = psoup__alloc(context, places, sizeof *s->sample_row, error)) &&
+        (s->sample_first = psoup__alloc(context, places + 1, sizeof *s->sample_first, error)) &&
+        (s->sample_weight = psoup__alloc(context, places, sizeof *s->sample_weight, error)) &&
         (s->method = psoup__alloc(context, places, sizeof *s->method, error)) &&
         (s->draws = psoup__alloc(context, places, sizeof *s->draws, error)) &&
         (s->drawn = psoup__alloc(context, places, sizeof *s->drawn, error)) &&
@@ -163,11 +167,38 @@ static psoup_status check_prompt(const psoup_session *session, int64_t id,
                                "prompt %lld: token %d is out of range; the vocabulary has %d",
                                (long long)id, (int)prompt->tokens[i],
                                (int)model->config.vocab_size);
-    if (prompt->reserved || prompt->reserved2[0])
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "prompt %lld: its reserved fields are not 0", (long long)id);
+    if (!isfinite(prompt->mix_strength) || prompt->reserved[0])
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "prompt %lld: mix_strength %g, reserved %llu: expected a finite number, and 0",
+                           (long long)id, (double)prompt->mix_strength, (unsigned long long)prompt->reserved[0]);
+    return PSOUP_OK;
+}
+
+/* The prompt's mix, and whose logits it mixes. */
+static psoup_status copy_mix(psoup_session *session, const psoup_prompt *prompt, sequence *s, psoup_error *error) {
+    psoup_model *model = session->model;
+    size_t adapters = (size_t)model->n_adapters;
+    const float strength = prompt->mix_strength != 0 ? prompt->mix_strength : 1;
     char what[32];
-    snprintf(what, sizeof what, "prompt %lld", (long long)id);
-    return psoup__mix_check(model, prompt->mix, prompt->mix_method, what, error);
+    if (!(s->mix = psoup__alloc(model->context, adapters, sizeof *s->mix, error)))
+        return PSOUP_ERROR_MEMORY;
+    for (size_t i = 0; prompt->mix && i < adapters; i++)
+        s->mix[i] = strength * prompt->mix[i];
+    s->method = prompt->mix_method;
+    s->n_views = 1;
+    snprintf(what, sizeof what, "prompt %lld", (long long)s->id);
+    psoup_status status = psoup__mix_check(model, s->mix, s->method, what, error);
+    if (status != PSOUP_OK || s->method != PSOUP_MIX_LOGITS)
+        return status;
+    s->n_views = psoup__mix_views(model, s->mix, NULL);
+    if (s->n_views > session->places)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "%s mixes the logits of %d policies, each of which takes a place; the session has %d", what,
+                           (int)s->n_views, (int)session->places);
+    if (!(s->views = psoup__alloc(model->context, (size_t)s->n_views, sizeof *s->views, error)))
+        return PSOUP_ERROR_MEMORY;
+    psoup__mix_views(model, s->mix, s->views);
+    return PSOUP_OK;
 }
 
 static psoup_status copy_sequence(psoup_session *session, const psoup_prompt *prompt,
@@ -186,22 +217,28 @@ static psoup_status copy_sequence(psoup_session *session, const psoup_prompt *pr
     s->room = s->room < s->sampling.max_new_tokens ? s->room : s->sampling.max_new_tokens;
     s->n_stop = (int32_t)n_stop;
     s->edition = model->edition;
-    s->method = prompt->mix_method;
+    psoup_status status = copy_mix(session, prompt, s, error);
+    if (status != PSOUP_OK)
+        return status;
     s->n_pages = psoup__cache_pages(session->cache, s->prompt + s->room);
+    int64_t pages = (int64_t)s->n_pages * s->n_views, room = session->cache->pages - (session->cache->spare >= 0);
+    if (pages > room)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "prompt %lld mixes the logits of %d policies, whose %d tokens each take %lld pages of the "
+                           "cache; it has %lld",
+                           (long long)s->id, (int)s->n_views, (int)(s->prompt + s->room), (long long)pages,
+                           (long long)room);
     size_t most = (size_t)s->prompt + (size_t)s->room, adapters = (size_t)model->n_adapters;
     size_t history = s->sampling.no_repeat_ngram_size > 0 ? most : 0;
     bool whole = (s->tokens = psoup__alloc(context, most, sizeof *s->tokens, error)) &&
                  (s->stop = psoup__alloc(context, n_stop, sizeof *s->stop, error)) &&
-                 (s->pages = psoup__alloc(context, (size_t)s->n_pages, sizeof *s->pages, error)) &&
-                 (s->mix = psoup__alloc(context, adapters, sizeof *s->mix, error)) &&
+                 (s->pages = psoup__alloc(context, (size_t)pages, sizeof *s->pages, error)) &&
                  (s->banned = psoup__alloc(context, n_stop + history, sizeof *s->banned, error));
     if (!whole)
         return PSOUP_ERROR_MEMORY;
     memcpy(s->tokens, prompt->tokens, prompt->n * sizeof *s->tokens);
     if (n_stop)
         memcpy(s->stop, stop, n_stop * sizeof *s->stop);
-    if (prompt->mix && adapters)
-        memcpy(s->mix, prompt->mix, adapters * sizeof *s->mix);
     s->sampling.stop_tokens = s->stop;
     return psoup__reserve(context, &session->mix, &session->mix_capacity,
                           (size_t)session->places * adapters, sizeof *session->mix, error);
@@ -241,9 +278,10 @@ fail:
 /* ---- one step --------------------------------------------------------------------------------- */
 
 static void admit(psoup_session *session) {
-    while (session->n_running < session->places && session->first_waiting) {
+    while (session->first_waiting) {
         sequence *s = session->first_waiting;
-        if (!psoup__cache_take(session->cache, s->pages, s->n_pages))
+        if (session->views_running + s->n_views > session->places ||
+            !psoup__cache_take(session->cache, s->pages, s->n_pages * s->n_views))
             return; /* until others have finished; all pages hold any one sequence */
         session->first_waiting = s->next;
         if (!s->next)
@@ -251,6 +289,7 @@ static void admit(psoup_session *session) {
         session->n_waiting--;
         s->next = NULL;
         session->running[session->n_running++] = s;
+        session->views_running += s->n_views;
     }
 }
 
@@ -271,11 +310,61 @@ static int32_t ban(sequence *s) {
     return n;
 }
 
-/* The batch of this step: who takes part with how many rows, and who gets a token. */
+/* Prompt tokens that a sequence takes of the step's budget, where each counts for every view; one at least while
+ * nobody else has had any. */
+static int32_t take_prompt(const psoup_session *session, const sequence *s, int32_t pending, int32_t *budget) {
+    int32_t share = *budget / s->n_views;
+    if (share == 0 && *budget == session->prefill_rows)
+        share = 1;
+    int32_t take = pending < share ? pending : share;
+    *budget -= take * s->n_views < *budget ? take * s->n_views : *budget;
+    return take;
+}
+
+/* The part that a view of a sequence has in the batch, which has `rows` rows so far. */
+static void add_part(psoup_session *session, sequence *s, int32_t view, int32_t take, int32_t n, int32_t rows) {
+    size_t adapters = (size_t)session->model->n_adapters;
+    float *mix = session->mix + (size_t)n * adapters;
+    session->start[n] = rows;
+    session->pages[n] = s->pages + (size_t)view * (size_t)s->n_pages;
+    session->past[n] = s->past;
+    session->method[n] = s->views ? PSOUP_MIX_DELTA : s->method;
+    memcpy(session->tokens + rows, s->tokens + s->past, (size_t)take * sizeof *s->tokens);
+    if (adapters && !s->views)
+        memcpy(mix, s->mix, adapters * sizeof *mix);
+    if (adapters && s->views)
+        memset(mix, 0, adapters * sizeof *mix);
+    if (s->views && s->views[view].adapter >= 0)
+        mix[s->views[view].adapter] = 1;
+    session->parts[n] = (part){.s = s, .take = take, .view = view, .ready = take == s->length - s->past,
+                               .last = rows + take - 1, .sampled = -1};
+}
+
+static void add_sample(psoup_session *session, int32_t at, int32_t sample) {
+    sequence *s = session->parts[at].s;
+    const psoup_sampling *sampling = &s->sampling;
+    int32_t first = session->sample_first[sample];
+    session->parts[at].sampled = sample;
+    for (int32_t v = 0; v < s->n_views; v++) {
+        session->sample_row[first + v] = session->parts[at + v].last;
+        session->sample_weight[first + v] = s->views ? s->views[v].weight : 1;
+    }
+    session->sample_first[sample + 1] = first + s->n_views;
+    session->draws[sample] = (psoup__draw){.temperature = sampling->temperature,
+                                           .top_k = sampling->top_k,
+                                           .top_p = sampling->top_p,
+                                           .seed = sampling->seed,
+                                           .sequence = s->stream,
+                                           .position = (uint64_t)(s->length - s->prompt),
+                                           .banned = s->banned,
+                                           .n_banned = ban(s)};
+}
+
+/* The batch of this step: who takes part with how many rows, and who gets a token; those of one view are numbered
+ * first. */
 static psoup_status gather(psoup_session *session, psoup__batch *batch, int32_t *samples,
                            psoup_error *error) {
     int32_t n = 0, rows = 0, budget = session->prefill_rows;
-    size_t adapters = (size_t)session->model->n_adapters;
     *samples = 0;
     for (int32_t i = 0; i < session->n_running; i++) {
         sequence *s = session->running[i];
@@ -283,44 +372,24 @@ static psoup_status gather(psoup_session *session, psoup__batch *batch, int32_t 
             return psoup__fail(error, PSOUP_ERROR_STATE,
                                "adapters were added or removed while sequence %lld was under way",
                                (long long)s->id);
-        int32_t pending = s->length - s->past, take = pending;
-        if (s->length == s->prompt) {
-            take = take < budget ? take : budget;
-            budget -= take;
-        }
-        if (take == 0)
-            continue;
-        session->start[n] = rows;
-        session->pages[n] = s->pages;
-        session->past[n] = s->past;
-        memcpy(session->tokens + rows, s->tokens + s->past, (size_t)take * sizeof *s->tokens);
-        if (adapters)
-            memcpy(session->mix + (size_t)n * adapters, s->mix, adapters * sizeof *s->mix);
-        session->method[n] = s->method;
-        rows += take;
-        session->parts[n] = (part){.s = s, .take = take, .sampled = -1};
-        if (take == pending) {
-            const psoup_sampling *sampling = &s->sampling;
-            session->parts[n].sampled = *samples;
-            session->sample_row[*samples] = rows - 1;
-            session->draws[(*samples)++] =
-                (psoup__draw){.temperature = sampling->temperature,
-                              .top_k = sampling->top_k,
-                              .top_p = sampling->top_p,
-                              .seed = sampling->seed,
-                              .sequence = s->stream,
-                              .position = (uint64_t)(s->length - s->prompt),
-                              .banned = s->banned,
-                              .n_banned = ban(s)};
-        }
-        n++;
+        int32_t take = s->length - s->past;
+        if (s->length == s->prompt)
+            take = take_prompt(session, s, take, &budget);
+        for (int32_t v = 0; take > 0 && v < s->n_views; v++, n++, rows += take)
+            add_part(session, s, v, take, n, rows);
     }
     session->start[n] = rows;
+    session->sample_first[0] = 0;
+    for (int several = 0; several < 2; several++)
+        for (int32_t i = 0; i < n; i++)
+            if (session->parts[i].view == 0 && session->parts[i].ready &&
+                (session->parts[i].s->n_views > 1) == several)
+                add_sample(session, i, (*samples)++);
     *batch = (psoup__batch){.n = n,
                             .rows = rows,
                             .tokens = session->tokens,
                             .start = session->start,
-                            .mix = adapters ? session->mix : NULL,
+                            .mix = session->model->n_adapters ? session->mix : NULL,
                             .method = session->method};
     return PSOUP_OK;
 }
@@ -355,11 +424,15 @@ static psoup_status draw(psoup_session *session, int32_t samples, psoup_error *e
     const psoup__ops *ops = model->be->ops;
     psoup__tape *tape = session->tape;
     psoup_status status = PSOUP_OK;
-    for (int32_t first = 0; first < samples; first += tape->chunk_rows) {
-        int32_t rows = samples - first < tape->chunk_rows ? samples - first : tape->chunk_rows;
-        psoup__chunk_logits(tape, session->sample_row + first, rows);
+    for (int32_t first = 0, rows; first < samples; first += rows) {
+        const int32_t *entry = session->sample_first + first;
+        float *logits = NULL;
+        for (rows = 1; first + rows < samples && entry[rows + 1] - entry[0] <= tape->chunk_rows;)
+            rows++;
+        psoup__mixtures mixtures = {session->sample_row, session->sample_weight, entry, rows};
+        PSOUP__TRY(psoup__mixed_logits(tape, &mixtures, &logits, error));
         PSOUP__TRY(upload_draws(session, session->draws + first, rows, error));
-        ops->sample(model->be, session->device_token, session->device_logprob, tape->chunk.logits,
+        ops->sample(model->be, session->device_token, session->device_logprob, logits,
                     session->device_draws, rows, model->config.vocab_size);
         PSOUP__TRY(ops->read(model->be, session->drawn + first, session->device_token,
                              (size_t)rows * sizeof(int32_t), error));
@@ -386,9 +459,10 @@ static void retire(psoup_session *session, sequence *s) {
     while (session->running[i] != s)
         i++;
     session->n_running--;
+    session->views_running -= s->n_views;
     memmove(session->running + i, session->running + i + 1,
             (size_t)(session->n_running - i) * sizeof *session->running);
-    psoup__cache_give(session->cache, s->pages, s->n_pages);
+    psoup__cache_give(session->cache, s->pages, s->n_pages * s->n_views);
     free_sequence(session->model->context, s);
 }
 
@@ -398,7 +472,9 @@ psoup_status psoup__session_deliver(psoup_session *session, int32_t *parts, psou
     *parts = 0;
     for (int32_t i = 0; i < n; i++) {
         const part p = session->parts[i];
-        sequence *s = p.s;
+        sequence *s = p.s; /* which the part of its first view may have ended */
+        if (p.view > 0)
+            continue;
         s->past += p.take;
         if (p.sampled < 0)
             continue;

@@ -14,9 +14,11 @@ typedef struct sequence {
     int32_t *tokens; /* [prompt + room]: prompt, then output */
     int32_t prompt, length, room;
     int32_t past; /* tokens whose keys and values the cache holds */
-    int32_t *pages, n_pages; /* of the cache; it has them while it runs */
+    int32_t *pages, n_pages; /* of the cache, [n_views, n_pages]; it has them while it runs */
     float *mix; /* [n_adapters] */
     int32_t method; /* psoup_mix_method */
+    psoup__view *views; /* [n_views]: whose logits are mixed, each with keys and values of its own */
+    int32_t n_views;    /* 1: the mix itself has the logits, or one policy alone */
     uint64_t edition; /* of the model's adapters */
     int32_t *banned; /* [n_stop + prompt + room] */
 } sequence;
@@ -25,7 +27,10 @@ typedef struct sequence {
 typedef struct part {
     sequence *s;
     int32_t take;    /* rows */
-    int32_t sampled; /* its place among the rows that give a token, or −1 */
+    int32_t view;    /* which of the sequence's; its parts follow one another */
+    bool ready;      /* its last row gives logits */
+    int32_t last;    /* that row */
+    int32_t sampled; /* of view 0: the sequence's place among those that get a token; else −1 */
 } part;
 
 /* What decodes on the device by itself (window.c); device memory, [rows] each, sized at the first use. */
@@ -44,7 +49,7 @@ struct psoup_session {
     int32_t places, max_tokens, prefill_rows;
     psoup__cache *cache;
     sequence **running; /* [places], in order of admission */
-    int32_t n_running;
+    int32_t n_running, views_running; /* sequences, and places that they take: one for each view */
     sequence *first_waiting, *last_waiting;
     size_t n_waiting;
     /* The step's batch: host arrays, sized once. */
@@ -55,7 +60,8 @@ struct psoup_session {
     float *mix;                       /* [places, n_adapters] */
     size_t mix_capacity;
     int32_t *method;                  /* [places] */
-    int32_t *sample_row;              /* [places] */
+    int32_t *sample_row, *sample_first; /* [places], [places + 1]: see psoup__mixtures */
+    float *sample_weight;             /* [places] */
     psoup__draw *draws;               /* [places] */
     psoup__draw *device_draws;        /* device [chunk_rows] */
     int32_t *device_banned;           /* device [banned_capacity]: of all of a chunk's rows in turn */

@@ -74,6 +74,7 @@ void psoup__tape_free(psoup__tape *tape) {
     release_slab(tape, &tape->host, false);
     release_slab(tape, &tape->device, true);
     release_slab(tape, &tape->chunk_slab, true);
+    release_slab(tape, &tape->mixed_slab, true);
     release_slab(tape, &tape->pull_slab, true);
     psoup__free(tape->model->context, tape->pulled);
     release_slab(tape, &tape->backward, true);

@@ -106,6 +106,8 @@ struct psoup__tape {
     int32_t chunk_rows;
     psoup__chunk chunk;
     psoup__slab chunk_slab;
+    float *mixed; /* device [chunk_rows, vocab]: logits of mixtures */
+    psoup__slab mixed_slab;
     /* d log p / d hidden, kept from psoup__logprobs on a saved tape for the backward, which only has to
      * scale it: else the backward multiplies by the lm head once more (a twelfth of the products of a
      * LoRA step at dim 256, vocabulary 4096). */
@@ -150,6 +152,21 @@ psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *tape,
                                    const psoup__cached *cached, psoup_error *error);
 /* The lm head at `rows` ≤ chunk_rows rows of the batch: fills chunk.row, .hidden and .logits. */
 void psoup__chunk_logits(psoup__tape *tape, const int32_t *row, int32_t rows);
+
+/* mixed.c: mixtures of the logits at rows of the batch: mixture i is Σ weight · logits over its entries
+ * first[i] … first[i+1]−1. Those of one entry, whose weight is not read, come first. */
+typedef struct psoup__mixtures {
+    const int32_t *row;   /* rows of the batch */
+    const float *weight;
+    const int32_t *first; /* [n + 1]; at most chunk_rows entries in all */
+    int32_t n;
+} psoup__mixtures;
+/* *logits receives where they are, [n, vocab], until the next chunk. */
+psoup_status psoup__mixed_logits(psoup__tape *tape, const psoup__mixtures *mixtures, float **logits,
+                                 psoup_error *error);
+/* Logits of every position of a row whose mix is by PSOUP_MIX_LOGITS (whole), or log-probs of its tokens 1 … n−1. */
+psoup_status psoup__score_mixed(psoup_model *model, psoup__tape *tape, const psoup_row *row, bool whole, float *out,
+                                psoup_error *error);
 
 extern const psoup__mix psoup__no_mix;
 

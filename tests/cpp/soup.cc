@@ -127,6 +127,8 @@ static void test_scores_and_generation(psoup::model &model) {
     CHECK(NEED(model.logits({rows.data(), 1})).size() == 4 * 16);
     const psoup::row factors{tokens, both, PSOUP_MIX_FACTORS};
     CHECK(NEED(model.logprobs({&factors, 1})) != floats(p.begin() + 6, p.end()));
+    const psoup::row logits{tokens, both, PSOUP_MIX_LOGITS};
+    CHECK(NEED(model.logits({&logits, 1})).size() == 4 * 16);
     const psoup::row wrong{tokens, three};
     CHECK(!model.logprobs({&wrong, 1}));
     CHECK(NEED(model.parse_mix("B=1")) == (floats{0, 1}) && !model.parse_mix("C=1"));
@@ -139,7 +141,7 @@ static void test_scores_and_generation(psoup::model &model) {
     CHECK(sampling.max_new_tokens == 128 && sampling.temperature == 1);
     sampling.max_new_tokens = 5;
     sampling.ignore_stop = 1;
-    const std::vector<psoup::prompt> prompts{{tokens, first, 0, nullptr}, {tokens, both, 1, nullptr, PSOUP_MIX_FACTORS}};
+    const std::vector<psoup::prompt> prompts{{tokens, first, 0, nullptr}, {tokens, both, 1, nullptr, PSOUP_MIX_LOGITS, 1.5f}};
     std::vector<ids> streamed(2);
     auto out = NEED(model.generate(prompts, sampling, [&](const psoup::token &t) {
         streamed[static_cast<std::size_t>(t.id)].push_back(t.token);

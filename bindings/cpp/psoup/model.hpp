@@ -89,6 +89,7 @@ struct prompt {
     std::uint64_t sequence = 0;
     const psoup_sampling *sampling = nullptr; /* nullptr: the call's */
     std::int32_t mix_method = PSOUP_MIX_DELTA;
+    float mix_strength = 1; /* multiplies the weights; 0: 1 */
 };
 
 struct token {
@@ -226,6 +227,7 @@ public:
         out.sequence = p.sequence;
         out.sampling = p.sampling;
         out.mix_method = p.mix_method;
+        out.mix_strength = p.mix_strength;
         return out;
     }
 
@@ -286,6 +288,7 @@ public:
         c.sequence = p.sequence;
         c.sampling = p.sampling;
         c.mix_method = p.mix_method;
+        c.mix_strength = p.mix_strength;
         return detail::call(psoup_session_submit, get(), id, &c);
     }
     /* How many are running or waiting afterwards. */

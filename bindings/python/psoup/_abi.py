@@ -91,6 +91,7 @@ PSOUP_ALL_LINEAR = 127
 class MixMethod(IntEnum):
     DELTA = 0
     FACTORS = 1
+    LOGITS = 2
 
 
 PSOUP_GRADIENT_BASE = 1
@@ -571,8 +572,8 @@ psoup_prompt._fields_ = [
     ("sequence", c_uint64),
     ("sampling", POINTER(psoup_sampling)),
     ("mix_method", c_int32),
-    ("reserved", c_int32),
-    ("reserved2", c_uint64 * 1),
+    ("mix_strength", c_float),
+    ("reserved", c_uint64 * 1),
 ]
 psoup_session_options._fields_ = [
     ("size", c_size_t),

@@ -4,7 +4,9 @@ A *mix* is the weights of a row over the model's adapters: None or {} is the bas
 {"P1A": 0.5, "P2B": 0.5} or "P1A=0.5,P2B=0.5" a personal soup, and a sequence of floats one weight per
 adapter in the order of `model.adapters`. Named weights sum to 1 unless `model.mix(..., any_sum=True)` says
 otherwise; a sequence may sum to anything. What the weights are given to is the row's *method*, a `MixMethod` or its
-name: "delta", the weighted sum of what the adapters change, or "factors", s (sum w B)(sum w A).
+name: "delta", the weighted sum of what the adapters change; "factors", s (sum w B)(sum w A); or "logits", where each
+policy reads the text by itself and their logits are weighed. A *strength* multiplies the weights after their sum was
+checked: 1.5 goes half as far again from the base.
 """
 
 from __future__ import annotations
@@ -71,6 +73,8 @@ class Prompt(NamedTuple):
     """Options as for `Model.generate`, in place of all of the call's; None: the call's."""
     method: Method = MixMethod.DELTA
     """What the mix's weights are given to."""
+    strength: float = 1.0
+    """Multiplies them."""
 
 
 def targets(value: Union[int, str, Sequence[str]]) -> int:
@@ -230,7 +234,7 @@ class Model(Handle):
     # ---- scores --------------------------------------------------------------------------------------
 
     def _rows(self, rows: Sequence[Tokens], mix: Mix, mixes: Optional[Sequence[Mix]], method: Method,
-              methods: Optional[Sequence[Method]]) -> Tuple[Any, Any, List[int], Any]:
+              methods: Optional[Sequence[Method]], strength: float) -> Tuple[Any, Any, List[int], Any]:
         """psoup_row[n], their methods and lengths, and what the structs borrow."""
         if methods is not None and len(methods) != len(rows):
             raise ArgumentError("there are %d rows and %d methods" % (len(rows), len(methods)))
@@ -240,7 +244,7 @@ class Model(Handle):
             raise ArgumentError("there are %d rows and %d mixes" % (len(rows), len(mixes)))
         structs, lengths, keep = (_abi.psoup_row * len(rows))(), [], []
         for i, tokens in enumerate(rows):
-            row, weights = ids(tokens), self._mix_row(mixes[i] if mixes is not None else mix)
+            row, weights = ids(tokens), self._mix_row(mixes[i] if mixes is not None else mix, strength)
             structs[i].tokens, structs[i].n = row.pointer, row.n
             if weights is not None:
                 structs[i].mix = weights.pointer
@@ -248,7 +252,12 @@ class Model(Handle):
             keep += [row, weights]
         return structs, how, lengths, keep
 
-    def _mix_row(self, mix: Mix) -> Any:
+    def _mix_row(self, mix: Mix, strength: float = 1.0) -> Any:
+        if strength != 1.0 and mix is not None:
+            if not math.isfinite(strength):
+                raise ArgumentError("strength is %r: expected a finite number" % (strength,))
+            weights = self.mix(mix if isinstance(mix, (str, Mapping)) else list(mix))
+            return floats([strength * w for w in weights], "the mix") if weights is not None else None
         if mix is not None and not isinstance(mix, (str, Mapping, list, tuple)):
             row = floats(mix, "the mix")  # an array: not copied
             n = lib.psoup_model_adapters(self.handle)
@@ -259,21 +268,23 @@ class Model(Handle):
         return floats(weights, "the mix") if weights is not None else None
 
     def logprobs(self, rows: Sequence[Tokens], mix: Mix = None, mixes: Optional[Sequence[Mix]] = None,
-                 method: Method = "delta", methods: Optional[Sequence[Method]] = None) -> List[Any]:
+                 method: Method = "delta", methods: Optional[Sequence[Method]] = None,
+                 strength: float = 1.0) -> List[Any]:
         """For each row, the log-probabilities of its tokens 1 ... n-1 given those before, float32. `mix` is
-        every row's, or `mixes` has one a row; `method` and `methods` likewise."""
+        every row's, or `mixes` has one a row; `method` and `methods` likewise. `strength` multiplies weights."""
         with self.lock:  # mixes are as long as there are adapters
-            structs, how, lengths, keep = self._rows(rows, mix, mixes, method, methods)
+            structs, how, lengths, keep = self._rows(rows, mix, mixes, method, methods, strength)
             counts = [max(n - 1, 0) for n in lengths]
             out = empty(sum(counts))
             call(lib.psoup_model_logprobs_mixed, self.handle, structs, how, len(rows), pointer_of(out, c_float))
         return _split(out, counts)
 
     def logits(self, rows: Sequence[Tokens], mix: Mix = None, mixes: Optional[Sequence[Mix]] = None,
-               method: Method = "delta", methods: Optional[Sequence[Method]] = None) -> List[Any]:
+               method: Method = "delta", methods: Optional[Sequence[Method]] = None,
+               strength: float = 1.0) -> List[Any]:
         """For each row, [its length, vocab_size] float32."""
         with self.lock:
-            structs, how, lengths, keep = self._rows(rows, mix, mixes, method, methods)
+            structs, how, lengths, keep = self._rows(rows, mix, mixes, method, methods, strength)
             vocabulary = self.config["vocab_size"]
             out = empty(sum(lengths) * vocabulary)
             call(lib.psoup_model_logits_mixed, self.handle, structs, how, len(rows), pointer_of(out, c_float))
@@ -283,7 +294,7 @@ class Model(Handle):
 
     def gradients(self, rows: Sequence[Tokens], mix: Mix = None, mixes: Optional[Sequence[Mix]] = None,
                   weights: Any = None, what: Sequence[str] = ("adapters",), method: Method = "delta",
-                  methods: Optional[Sequence[Method]] = None) -> "Gradients":
+                  methods: Optional[Sequence[Method]] = None, strength: float = 1.0) -> "Gradients":
         """The gradient of the sum over rows and tokens of weight * log p(token). `weights` has the layout
         of `logprobs`, concatenated; None: all 1. `what` is any of "base", "adapters" and "mix"."""
         bits = 0
@@ -291,7 +302,7 @@ class Model(Handle):
             bits |= getattr(_abi, "PSOUP_GRADIENT_" + word.upper())
         scale = floats(weights) if weights is not None else None
         with self.lock:
-            structs, how, lengths, keep = self._rows(rows, mix, mixes, method, methods)
+            structs, how, lengths, keep = self._rows(rows, mix, mixes, method, methods, strength)
             if scale is not None and scale.n != sum(n - 1 for n in lengths):
                 raise ArgumentError("there are %d weights and %d tokens" % (scale.n, sum(n - 1 for n in lengths)))
             return Gradients(create(_abi.psoup_gradients, lib.psoup_model_gradients_mixed, self.handle, structs, how,
@@ -299,10 +310,11 @@ class Model(Handle):
 
     # ---- generation ------------------------------------------------------------------------------------
 
-    def _prompt(self, prompt: Union[Prompt, Tokens], mix: Mix, method: Method, number: int, keep: List[Any]) -> Any:
+    def _prompt(self, prompt: Union[Prompt, Tokens], mix: Mix, method: Method, strength: float, number: int,
+                keep: List[Any]) -> Any:
         if not isinstance(prompt, Prompt):
-            prompt = Prompt(prompt, mix, method=method)
-        row, weights = ids(prompt.tokens), self._mix_row(prompt.mix)
+            prompt = Prompt(prompt, mix, method=method, strength=strength)
+        row, weights = ids(prompt.tokens), self._mix_row(prompt.mix, prompt.strength)
         struct = _abi.psoup_prompt(tokens=row.pointer, n=row.n)
         struct.mix_method = method_of(prompt.method)
         struct.sequence = prompt.sequence if prompt.sequence is not None else number
@@ -319,8 +331,8 @@ class Model(Handle):
                  mixes: Optional[Sequence[Mix]] = None, on_token: Optional[Callable[[Token], Any]] = None,
                  stop_tokens: Optional[Sequence[int]] = None, max_sequences: int = 0, max_tokens: int = 0,
                  prefill_rows: int = 0, method: Method = "delta", methods: Optional[Sequence[Method]] = None,
-                 **sampling: Unpack[Sampling]) -> List[Completion]:
-        """Generates for all prompts together, each with its mix and method. `on_token(token)` sees every new token
+                 strength: float = 1.0, **sampling: Unpack[Sampling]) -> List[Completion]:
+        """Generates for all prompts together, each with its mix and method, weights times strength. `on_token(token)` sees every new token
         as it comes; `token.id` is the prompt's number. Sampling: max_new_tokens=128, temperature=1.0 (0:
         greedy), top_p, top_k, min_new_tokens, no_repeat_ngram_size, seed. stop_tokens: None is the
         model's own end tokens. max_sequences decode together."""
@@ -336,7 +348,7 @@ class Model(Handle):
         with self.lock:
             for i, prompt in enumerate(prompts):
                 structs[i] = self._prompt(prompt, mixes[i] if mixes is not None else mix,
-                                          methods[i] if methods is not None else method, i, keep)
+                                          methods[i] if methods is not None else method, strength, i, keep)
             generation = create(_abi.psoup_generation, lib.psoup_generate, self.handle, structs, len(prompts),
                                 settings, session, _token_callback(on_token), None, long=True)
         try:
@@ -392,13 +404,13 @@ class Session(Handle):
                       lib.psoup_session_free, [model], lock=model.lock)
 
     def submit(self, id: int, prompt: Tokens, mix: Mix = None, sequence: Optional[int] = None,
-               stop_tokens: Optional[Sequence[int]] = None, method: Method = "delta",
+               stop_tokens: Optional[Sequence[int]] = None, method: Method = "delta", strength: float = 1.0,
                **sampling: Unpack[Sampling]) -> None:
         """Queues a prompt under an id of the caller's. sequence: its stream of random words; None: the id."""
         keep: List[Any] = []
         with self.lock:
-            struct = self.model._prompt(Prompt(prompt, mix, sequence, {**sampling, "stop_tokens": stop_tokens}, method),
-                                        None, method, id, keep)
+            struct = self.model._prompt(Prompt(prompt, mix, sequence, {**sampling, "stop_tokens": stop_tokens}, method,
+                                               strength), None, method, strength, id, keep)
             call(lib.psoup_session_submit, self.handle, id, struct)
             self.running += 1
 

@@ -132,7 +132,7 @@ class Sampling(TypedDict, total=False):
 
 
 class SessionOptions(TypedDict, total=False):
-    # places; 0: 32; default 0
+    # places; 0: 32. A sequence takes one, by PSOUP_MIX_LOGITS one for each policy; default 0
     max_sequences: int
     # tokens a place can hold; 0: max_position_embeddings; default 0
     max_tokens: int

@@ -72,10 +72,34 @@ class Models(Case):
         text = model.generate([rows[0]], mix, method="factors", max_new_tokens=4, temperature=0)[0]
         told = psoup.Prompt(rows[0], mix, method=psoup.MixMethod.FACTORS)
         self.assertEqual(list(model.generate([told], max_new_tokens=4, temperature=0)[0].logprobs), list(text.logprobs))
-        with self.assertRaisesRegex(psoup.ArgumentError, "no mix method 'sum': expected one of delta, factors"):
+        with self.assertRaisesRegex(psoup.ArgumentError, "no mix method 'sum': expected one of delta, factors, logits"):
             model.logprobs(rows, mix, method="sum")
         with self.assertRaisesRegex(psoup.ArgumentError, "2 rows and 1 methods"):
             model.logprobs(rows, mix, methods=["delta"])
+
+    def test_logits_are_mixed_and_a_strength_multiplies(self):
+        model = tiny()
+        row, mix = [2, 3, 4, 5, 6], {"A": 0.3, "B": 0.7}
+        each = [model.logits([row], m)[0] for m in ({"A": 1}, {"B": 1}, None)]
+        for strength in (1.0, 1.5):
+            mixed = model.logits([row], mix, method="logits", strength=strength)[0]
+            shares = [0.3 * strength, 0.7 * strength, 1 - strength]
+            for i in range(5):
+                want = [sum(s * e[i, j] for s, e in zip(shares, each)) for j in range(16)]
+                self.assertNear([mixed[i, j] for j in range(16)], want, 1e-4)
+        self.assertEqual(list(model.logprobs([row], mix, strength=1.5)[0]), list(model.logprobs([row], [0.45, 1.05])[0]))
+        self.assertEqual(list(model.logprobs([row], mix, strength=0)[0]), list(model.logprobs([row])[0]))
+        texts = model.generate([row, row], mix, methods=["logits", "delta"], max_new_tokens=5, ignore_stop=1, seed=3)
+        alone = model.generate([psoup.Prompt(row, mix, 0, method="logits")], max_new_tokens=5, ignore_stop=1, seed=3)
+        self.assertEqual(list(texts[0].logprobs), list(alone[0].logprobs))
+        session = model.session(max_sequences=2)
+        session.submit(0, row, mix, method="logits", max_new_tokens=5, ignore_stop=1, seed=3)
+        tokens = []
+        while session.running:
+            tokens += [t.token for t in session.step()]
+        self.assertEqual(tokens, list(alone[0].tokens))
+        with self.assertRaisesRegex(psoup.ArgumentError, "takes a place; the session has 1"):
+            model.session(max_sequences=1).submit(0, row, mix, method="logits")
 
     def test_logits_agree_with_logprobs(self):
         import math

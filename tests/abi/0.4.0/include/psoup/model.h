@@ -185,12 +185,16 @@ psoup_status psoup_model_adapter_data(const psoup_model *model, const char *name
 psoup_status psoup_model_parse_mix(const psoup_model *model, const char *text, int any_sum,
                                    float *weights, psoup_error *error);
 
-/* What the weights of a mix, those of one row, are given to. Rows of one batch may differ in it. Both are the merger's
- * methods of these names, per row and without merging. */
+/* What the weights of a mix, those of one row, are given to. Rows of one batch may differ in it. The first two are the
+ * merger's methods of these names, per row and without merging. */
 typedef enum psoup_mix_method {
     PSOUP_MIX_DELTA = 0,  /* Σ w_i s_i B_i A_i, the weighted sum of what the adapters change (Jang et al. 2023, eq. 5) */
-    PSOUP_MIX_FACTORS = 1 /* s (Σ w_i B_i)(Σ w_j A_j), as the paper's released code sums them. In each linear adapters of
+    PSOUP_MIX_FACTORS = 1, /* s (Σ w_i B_i)(Σ w_j A_j), as the paper's released code sums them. In each linear adapters of
                            * weights other than 0 have one rank and one scale, or leave it alone. Since 0.4 */
+    /* No parameters but logits: Σ w_i logits_i + (1 − Σ w_i) logits_base, each policy reading the text by itself, so
+     * that π ∝ π_base^(1 − Σ w) Π π_i^(w_i). With Σ w = 1 (to 1e-6) the base has no part: multi-objective decoding
+     * (Shi et al. 2024, arXiv 2406.18853). At most 32 are mixed. Costs, and caches, as many sequences. Since 0.4 */
+    PSOUP_MIX_LOGITS = 2
 } psoup_mix_method;
 /* The name of a method ("factors"; borrowed, static; "?" for a value that is none), and back. */
 const char *psoup_mix_method_name(int32_t method);
@@ -230,7 +234,7 @@ enum {
 psoup_status psoup_model_gradients(psoup_model *model, const psoup_row *rows, size_t n,
                                    const float *weights, uint32_t what, psoup_gradients **out,
                                    psoup_error *error);
-/* The same, each row by its own method as above. Since 0.4. */
+/* The same, each row by its own method as above, but PSOUP_MIX_LOGITS (PSOUP_ERROR_UNSUPPORTED). Since 0.4. */
 psoup_status psoup_model_gradients_mixed(psoup_model *model, const psoup_row *rows, const int32_t *methods, size_t n,
                                          const float *weights, uint32_t what, psoup_gradients **out,
                                          psoup_error *error);
@@ -263,8 +267,9 @@ typedef struct psoup_prompt {
     uint64_t sequence; /* with the seed, its stream of random words: token t takes word t */
     const psoup_sampling *sampling; /* NULL: the call's */
     int32_t mix_method;             /* psoup_mix_method; since 0.4 */
-    int32_t reserved;               /* 0 */
-    uint64_t reserved2[1];          /* 0 */
+    float mix_strength; /* multiplies the mix's weights: with Σ w = 1, how far the soup goes from the base, by its
+                         * method; 0: 1. Since 0.4 */
+    uint64_t reserved[1];           /* 0 */
 } psoup_prompt;
 
 typedef enum psoup_finish {
@@ -279,7 +284,7 @@ typedef enum psoup_finish {
 typedef struct psoup_session psoup_session;
 typedef struct psoup_session_options {
     size_t size;
-    int32_t max_sequences; /* places; 0: 32 */
+    int32_t max_sequences; /* places; 0: 32. A sequence takes one, by PSOUP_MIX_LOGITS one for each policy */
     int32_t max_tokens;    /* tokens a place can hold; 0: max_position_embeddings */
     int32_t prefill_rows;  /* prompt tokens taken in one step at most; 0: 512 */
     int32_t reserved;      /* 0 */
