@@ -314,7 +314,7 @@ START_TEST(field_tables_cover_the_options) {
     cover(psoup_dpo_fields(), sizeof(psoup_dpo_options), always + reserved,
           offsetof(psoup_dpo_options, seed) - offsetof(psoup_dpo_options, keep_best) - 4);
     cover(psoup_ppo_fields(), sizeof(psoup_ppo_options),
-          always + sizeof(psoup_tokenizer *) + sizeof(psoup_samples_fn),
+          always + reserved + sizeof(psoup_tokenizer *) + sizeof(psoup_samples_fn),
           offsetof(psoup_ppo_options, metrics) - offsetof(psoup_ppo_options, keep_best) - 4);
 }
 END_TEST

@@ -86,12 +86,12 @@ START_TEST(a_bad_mini_batch_touches_nothing) {
     ppo->reporter.user = &s;
     s.subject = "P0";
     if (_i == NAN_LOSS)
-        ppo->policies[0].given.reward_fn = pay_and_poison;
+        ppo->policies[0].sources[0].function = pay_and_poison;
     else if (_i == NAN_GRADIENT)
         for (int k = 0; k < 2; k++) {
             ppo->options.value_coefficient = 3e38f;
             ppo->options.normalize_reward = 0;
-            ppo->policies[k].given.reward_fn = pay_millions;
+            ppo->policies[k].sources[0].function = pay_millions;
         }
     else
         ppo->options.ratio_threshold = 0.5f;

@@ -129,6 +129,239 @@ START_TEST(reward_models_read_text) {
 }
 END_TEST
 
+/* ---- several rewards at once ------------------------------------------------------------------------- */
+
+/* The mean token, times a thousand. */
+static int pay_thousands(void *user, const psoup_rollout *rollouts, size_t n, float *scores) {
+    for (size_t i = 0; i < n; i++) {
+        scores[i] = 0.0f;
+        for (size_t t = 0; t < rollouts[i].n; t++)
+            scores[i] += 1000.0f * (float)rollouts[i].response[t] / (float)rollouts[i].n;
+        ck_assert(rollouts[i].prompt->n > 0 && strcmp(rollouts[i].policy, "P0") == 0);
+    }
+    return 0;
+}
+
+static psoup_reward *headed(psoup_model *model, const char *name) {
+    psoup_reward *reward;
+    float head[17];
+    OK(psoup_reward_create(model, name, NULL, &reward, &error));
+    for (int j = 0; j < 17; j++)
+        head[j] = (float)((j * 7) % 5) - 2.0f;
+    model->be->ops->write(model->be, psoup__model_adapter(model, name)->head, head, sizeof(head));
+    return reward;
+}
+
+typedef struct means {
+    double reward[3], all, length_penalty;
+} means;
+static int keep_means(void *user, const psoup_step *step) {
+    means *m = user;
+    m->reward[0] = value_of(step, "reward/R");
+    m->reward[1] = value_of(step, "reward/share");
+    m->reward[2] = value_of(step, "reward/thousands");
+    m->all = value_of(step, "reward");
+    m->length_penalty = value_of(step, "length_penalty");
+    return 0;
+}
+
+/* What the score of response i must be by the model R: it reads each of the prompt's inputs, or else the prompt. */
+static float by_model(psoup_reward *reward, const psoup_ppo_prompt *prompt, const int32_t *response, size_t n) {
+    psoup_reward_input own = {0, 1.0f, prompt->tokens, prompt->n};
+    float sum = 0.0f, score;
+    for (size_t k = 0; k < (prompt->inputs ? prompt->n_inputs : 1); k++) {
+        const psoup_reward_input *input = prompt->inputs ? &prompt->inputs[k] : &own;
+        int32_t row[32];
+        memcpy(row, input->tokens, input->n * sizeof(*row));
+        memcpy(row + input->n, response, n * sizeof(*row));
+        psoup_row rows = {row, input->n + n, NULL};
+        OK(psoup_reward_score(reward, &rows, 1, &score, &error));
+        sum += input->weight * score;
+    }
+    return sum;
+}
+
+enum { SOURCES = 3, STEPS = 3, BATCH = 8 };
+static const float source_weight[SOURCES] = {0.5f, 2.0f, -0.25f};
+
+/* s in deviations from the mean of the n scores so far. */
+static double in_deviations(const double *all, size_t n, double s) {
+    double mean = 0.0, squares = 0.0;
+    for (size_t i = 0; i < n; i++)
+        mean += all[i] / (double)n;
+    for (size_t i = 0; i < n; i++)
+        squares += (all[i] - mean) * (all[i] - mean);
+    return (s - mean) / sqrt(squares / (double)(n - 1));
+}
+
+/* A reward model and two functions of one policy: each response's score is their weighted sum, and what it is paid
+ * that sum normalised, or the sum of each one normalised, clipped, less a penalty for length. Each is reported apart. */
+START_TEST(several_rewards_are_weighed_and_told_apart) {
+    psoup_model *model = fresh(1);
+    psoup_reward *reward = headed(model, "R");
+    const psoup_reward_source sources[SOURCES] = {
+        {.model = reward, .weight = source_weight[0]},
+        {.name = "share", .function = pay, .user = &wanted[0], .weight = source_weight[1]},
+        {.name = "thousands", .function = pay_thousands, .weight = source_weight[2]}};
+    static const int32_t first[] = {2, 3}, second[] = {9};
+    psoup_reward_input inputs[] = {{0, 0.25f, first, 2}, {0, 0.75f, second, 1}};
+    psoup_ppo_prompt listed[PROMPTS];
+    for (int i = 0; i < PROMPTS; i++) {
+        listed[i] = prompts[i];
+        if (i % 2) {
+            listed[i].inputs = inputs;
+            listed[i].n_inputs = 2;
+        }
+    }
+    psoup_ppo_policy p = policy(0);
+    p.reward_fn = NULL;
+    p.reward_user = NULL;
+    p.sources = sources;
+    p.n_sources = SOURCES;
+    p.prompts = listed;
+    p.n_validation = 0;
+    means told = {.all = NAN};
+    psoup_ppo_options o = plain();
+    o.batch_size = BATCH;
+    o.steps = STEPS;
+    o.normalize_apart = _i;
+    o.reward_clip = 1.25f;
+    o.length_penalty = 0.125f;
+    o.length_target = 4;
+    o.kl_coefficient = 0.0f;
+    o.on_step = keep_means;
+    o.user = &told;
+    psoup_ppo *ppo = create(model, &p, 1, &o);
+    double all[SOURCES + 1][STEPS * BATCH], clipped = 0.0, distance = 0.0;
+    for (size_t step = 0; step < STEPS; step++) {
+        psoup_ppo_trace t = {.size = sizeof(t)};
+        double mean[SOURCES + 1] = {0}, penalty = 0.0;
+        OK(psoup_ppo_step(ppo, NULL, &error));
+        OK(psoup_ppo_get_trace(ppo, 0, &t, &error));
+        for (size_t i = 0; i < BATCH; i++) {
+            const psoup_ppo_prompt *prompt = ppo->policies[0].experience.rollouts.prompt[i];
+            size_t n = (size_t)(t.start[i + 1] - t.start[i]), at = step * BATCH + i;
+            psoup_rollout rollout = {.policy = "P0", .prompt = prompt, .response = t.response + t.start[i], .n = n};
+            float score[SOURCES];
+            score[0] = by_model(reward, prompt, rollout.response, n);
+            pay(&wanted[0], &rollout, 1, &score[1]);
+            pay_thousands(NULL, &rollout, 1, &score[2]);
+            all[SOURCES][at] = 0.0;
+            for (size_t k = 0; k < SOURCES; k++) {
+                all[k][at] = score[k];
+                all[SOURCES][at] += (double)source_weight[k] * score[k];
+            }
+            ck_assert_float_eq(t.score[i], (float)all[SOURCES][at]);
+            for (size_t k = 0; k <= SOURCES; k++)
+                mean[k] += all[k][at] / BATCH;
+            penalty += n > 4 ? 0.125 * ((double)n - 4.0) / BATCH : 0.0;
+        }
+        for (size_t i = 0; i < BATCH; i++) {
+            size_t seen_so_far = (step + 1) * BATCH, at = step * BATCH + i;
+            double n = t.start[i + 1] - t.start[i], expected = 0.0, one;
+            for (size_t k = _i ? 0 : SOURCES; k < (_i ? SOURCES : SOURCES + 1); k++) {
+                one = in_deviations(all[k], seen_so_far, all[k][at]);
+                clipped += fabs(one) > 1.25;
+                expected += (k < SOURCES ? (double)source_weight[k] : 1.0) * fmin(fmax(one, -1.25), 1.25);
+            }
+            distance += fabs(expected - in_deviations(all[SOURCES], seen_so_far, all[SOURCES][at]));
+            expected -= n > 4.0 ? 0.125 * (n - 4.0) : 0.0;
+            near(t.reward[t.start[i + 1] - 1], expected, 1e-5, "paid", at);
+        }
+        for (size_t k = 0; k < SOURCES; k++)
+            near(told.reward[k], mean[k], 1e-6, "reward/NAME", k);
+        near(told.all, mean[SOURCES], 1e-6, "reward", step);
+        near(told.length_penalty, penalty, 1e-6, "length_penalty", step);
+    }
+    ck_assert(clipped > 0.0 && distance > 0.5);
+    psoup_ppo_free(ppo);
+    psoup_reward_free(reward);
+    psoup_model_free(model);
+}
+END_TEST
+
+/* One source of weight 1 is what reward_fn or rewards are, bit for bit. */
+START_TEST(one_source_is_the_plain_form) {
+    float *expected = NULL;
+    size_t count;
+    for (int form = 0; form < 2; form++) {
+        psoup_model *model = fresh(1);
+        psoup_reward *reward = headed(model, "R");
+        psoup_reward_source source = {.name = "it", .model = _i ? reward : NULL, .function = _i ? NULL : pay,
+                                      .user = &wanted[0], .weight = 1.0f};
+        psoup_ppo_policy p = policy(0);
+        psoup_ppo_options o = plain();
+        if (_i) {
+            p.reward_fn = NULL;
+            p.rewards = &reward;
+            p.n_rewards = 1;
+        }
+        if (form) {
+            p.reward_fn = NULL;
+            p.rewards = NULL;
+            p.n_rewards = 0;
+            p.sources = &source;
+            p.n_sources = 1;
+        }
+        psoup_ppo *ppo = create(model, &p, 1, &o);
+        OK(psoup_ppo_run(ppo, &error));
+        if (form)
+            ck_assert(same_weights(model, "P0", expected, count));
+        else
+            expected = weights(model, "P0", &count);
+        psoup_ppo_free(ppo);
+        psoup_reward_free(reward);
+        psoup_model_free(model);
+    }
+    free(expected);
+}
+END_TEST
+
+START_TEST(unsound_sources_are_refused) {
+    static const char *const says[] = {
+        "sources[1] has neither", "sources[1] has both", "sources[1] has no name", "the weight of source 'b' is nan",
+        "the weight of source 'b' is 0", "source 'a' is there twice", "expected one of the three",
+        "has 0 rewards: expected 1 to 64", "has 65 rewards: expected 1 to 64", "both a policy and a reward model",
+        "names reward 2 of 2", "an input of reward 0, which is a function", "expected rewards or reward_fn with a soup",
+        "normalize_apart is 1: expected 0 to 0"};
+    psoup_model *model = fresh(2);
+    psoup_reward *reward = headed(model, "R");
+    for (int i = 0; i < (int)(sizeof says / sizeof *says); i++) {
+        psoup_reward_source s[65] = {{.name = "a", .function = pay, .weight = 1.0f},
+                                     {.name = "b", .function = pay, .weight = 1.0f}};
+        const int32_t tokens[2] = {2, 3};
+        const psoup_reward_input input = {i == 10 ? 2 : 0, 1.0f, tokens, 2};
+        psoup_ppo_prompt prompt = {.tokens = tokens, .n = 2, .inputs = i == 10 || i == 11 ? &input : NULL, .n_inputs = 1};
+        psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT;
+        psoup_ppo_policy p = policy(0);
+        psoup_ppo_options o = plain();
+        psoup_ppo *ppo;
+        soup.adapters = names;
+        soup.n = 2;
+        p.reward_fn = i == 6 ? pay : NULL;
+        p.prompts = &prompt;
+        p.n_prompts = 1;
+        p.sources = s;
+        p.n_sources = i == 7 ? 0 : i == 8 ? 65 : 2;
+        if (i < 2 || i == 9)
+            s[1].model = i ? reward : NULL, s[1].function = i == 1 ? pay : NULL;
+        s[1].name = i == 2 ? NULL : i == 5 ? "a" : "b";
+        s[1].weight = i == 3 ? NAN : i == 4 ? 0.0f : 1.0f;
+        if (i == 9)
+            p.adapter = "R";
+        if (i == 12)
+            p.soup = &soup;
+        o.normalize_apart = i == 13;
+        o.normalize_reward = i != 13;
+        ck_assert_int_eq(psoup_ppo_create(model, &p, 1, &o, &ppo, &error), PSOUP_ERROR_ARGUMENT);
+        ck_assert_msg(strstr(error.message, says[i]) != NULL, "\"%s\" lacks \"%s\"", error.message, says[i]);
+        ck_assert_ptr_null(ppo);
+    }
+    psoup_reward_free(reward);
+    psoup_model_free(model);
+}
+END_TEST
+
 START_TEST(sampling_follows_the_options) {
     psoup_model *model = fresh(1);
     psoup_ppo_policy p = policy(0);
@@ -175,6 +408,9 @@ int main(void) {
     tcase_add_test(tests, reward_models_pay_by_their_inputs);
     tcase_add_test(tests, reward_models_read_text);
     tcase_add_test(tests, sampling_follows_the_options);
+    tcase_add_loop_test(tests, several_rewards_are_weighed_and_told_apart, 0, 2);
+    tcase_add_loop_test(tests, one_source_is_the_plain_form, 0, 2);
+    tcase_add_test(tests, unsound_sources_are_refused);
     suite_add_tcase(suite, tests);
     return run_suite(suite);
 }

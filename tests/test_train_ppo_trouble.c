@@ -31,11 +31,11 @@ START_TEST(failures_leave_a_clean_run) {
         psoup_ppo_policy q = policy(0);
         ppo = create(again, &q, 1, &o);
         if (failing) {
-            ppo->policies[0].given.reward_fn = failing == 1 ? pay_nan : pay_fails;
+            ppo->policies[0].sources[0].function = failing == 1 ? pay_nan : pay_fails;
             ck_assert_int_eq(psoup_ppo_step(ppo, &remaining, &error),
                              failing == 1 ? PSOUP_ERROR_STATE : PSOUP_ERROR_CANCELLED);
             ck_assert_int_eq(remaining, 3);
-            ppo->policies[0].given.reward_fn = pay;
+            ppo->policies[0].sources[0].function = pay;
         }
         OK(psoup_ppo_step(ppo, NULL, &error));
         if (!failing)

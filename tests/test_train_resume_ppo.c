@@ -204,6 +204,8 @@ static psoup_ppo_options ppo_options(run *r) {
     o.lora_dropout = o.head_dropout = 0.1f;
     o.draw_new_tokens_from = 3;
     o.warn_window = 4;
+    o.normalize_apart = 1;
+    o.length_penalty = 0.1f;
     o.validate_every = 2;
     o.metrics = r->metrics;
     o.on_step = watch_run;
@@ -228,6 +230,12 @@ START_TEST(policies_go_on_with_the_same_bytes) {
     /* Two policies; or one, and the others' adapters as a soup. */
     psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT;
     psoup_ppo_policy policies[2] = {policy(0), policy(1)};
+    const psoup_reward_source sources[2] = {
+        {.name = "a", .function = pay, .user = &wanted[0], .weight = 1.0f},
+        {.name = "b", .function = pay, .user = &wanted[3], .weight = -0.5f}};
+    policies[0].reward_fn = NULL;
+    policies[0].sources = sources;
+    policies[0].n_sources = 2;
     soup.adapters = names + 1;
     soup.n = 2;
     if (_i / 2)
@@ -310,6 +318,10 @@ END_TEST
 
 START_TEST(other_ppo_runs_are_refused) {
     psoup_ppo_policy policies[2] = {policy(0), policy(1)};
+    psoup_reward_source source = {.name = "a", .function = pay, .user = &wanted[0], .weight = 1.0f};
+    policies[0].reward_fn = NULL;
+    policies[0].sources = &source;
+    policies[0].n_sources = 1;
     psoup_reward *reward;
     run r;
     run_begin(&r);
@@ -341,6 +353,9 @@ START_TEST(other_ppo_runs_are_refused) {
     policies[1].n_validation--;
     REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its validation of policy 1 was \"8 rows, ");
     policies[1].n_validation++;
+    source.weight = 0.5f;
+    REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its source 0 of policy 0 was \"reward/a of weight 1, ");
+    source.weight = 1.0f;
     *psoup__model_adapter(model, "R")->data += 1.0f;
     REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its reward 0 of policy 1 was \"R of rank ");
     *psoup__model_adapter(model, "R")->data -= 1.0f;

@@ -178,7 +178,7 @@ static const psoup_field ppo_fields[] = {
     {"scale_rewards", PSOUP_FIELD_ENUM, offsetof(OPTIONS, scale_rewards), "group|none|batch",
      "What grpo divides its advantages by: the deviation of the group's rewards, nothing, or the deviation of "
      "all rewards of the step."},
-    FLOAT(reward_clip, "A response's normalised score is kept within plus or minus this; 0 leaves it."),
+    FLOAT(reward_clip, "A normalised score is kept within plus or minus this; 0 leaves it."),
     FLOAT(warn_repetition, "Warns when more than this share of the 4-grams of a step's responses repeat one of the "
                            "same response; 0 does not."),
     FLOAT(warn_empty, "Warns when more than this share of a step's responses are empty; 0 does not."),
@@ -187,6 +187,10 @@ static const psoup_field ppo_fields[] = {
     FLOAT(warn_kl_growth, "Warns when KL grows by more than this factor within warn_window steps while the reward "
                           "falls; 0 does not."),
     INT(warn_window, "PPO steps that the two look back on."),
+    BOOL(normalize_apart, "Whether each of several rewards is normalised by its own mean and deviation before it is "
+                          "weighted, instead of their sum."),
+    FLOAT(length_penalty, "Subtracted from the normalised score for each token of a response beyond length_target."),
+    INT(length_target, "Tokens of a response that cost nothing."),
     {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
 };
 #undef OPTIONS
@@ -377,6 +381,10 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         RANGE(warn_reward_rise, 0, REALS),
         RANGE(warn_kl_growth, 0, REALS),
         RANGE(warn_window, 4, PSOUP__MAX_WINDOW),
+        RANGE(normalize_apart, 0, o->normalize_reward ? 1 : 0),
+        RANGE(length_penalty, -REALS, REALS),
+        RANGE(length_target, 0, COUNTS),
+        RANGE(reserved, 0, 0),
     };
     psoup_status status =
         check("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir,

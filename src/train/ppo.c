@@ -13,6 +13,7 @@ static psoup_status collect(psoup_ppo *ppo, size_t n, psoup_error *error) {
         psoup__policy *policy = ppo->active[p];
         PSOUP__TRY(psoup__ppo_next_prompts(ppo, policy, error));
         ppo->requests[p] = (psoup__request){.policy = &policy->given,
+                                            .sources = policy->sources,
                                             .adapters = policy->adapters,
                                             .seed = policy->given.seed,
                                             .sequence = policy->state.rollouts,
@@ -57,7 +58,7 @@ static void reward_tokens(const psoup_ppo_options *o, psoup__policy *policy) {
     for (size_t i = 0; i < r->n; i++) {
         size_t begin = (size_t)r->start[i], n = (size_t)r->start[i + 1] - begin;
         psoup__kl_rewards(x->reward + begin, x->logprob + begin, x->ref_logprob + begin, n,
-                          o->kl_estimator, beta, psoup__mixed_reward(o, policy, i));
+                          o->kl_estimator, beta, psoup__earned(o, policy, i));
     }
 }
 
@@ -238,11 +239,12 @@ static psoup_status validate(psoup_ppo *ppo, size_t n, psoup_error *error) {
         psoup__rollouts *out = &policy->validation.rollouts;
         uint64_t seed = psoup__seed_for(policy->given.seed, PSOUP__FOR_VALIDATION);
         PSOUP__TRY(psoup__rollouts_reserve(out, ppo->model->context, policy->given.n_validation,
-                                           policy->n_parts, error));
+                                           policy->n_parts, policy->n_sources, error));
         for (size_t i = 0; i < out->n; i++)
             out->prompt[i] = &policy->given.validation[i];
         psoup__draw_mixes(policy, out, seed, 0, 1);
         ppo->requests[p] = (psoup__request){.policy = &policy->given,
+                                            .sources = policy->sources,
                                             .adapters = policy->adapters,
                                             .seed = seed,
                                             .out = out};

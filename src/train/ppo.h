@@ -26,7 +26,7 @@ typedef struct psoup__ppo_state { /* what a step moves on, beside weights and mo
     uint64_t rollouts;            /* sampled so far */
     uint64_t updates;             /* sequences that went through update passes, for dropout */
     double kl_coefficient;
-    psoup__moments moments[PSOUP__MAX_SOUP]; /* of the scores of each adapter's reward */
+    psoup__moments moments[PSOUP__MAX_SOURCES]; /* of the scores of each reward, or of their sum the first */
     int64_t validated;      /* the last step whose validation is done */
     int64_t sampled;        /* samples are taken of every step before this one */
     int64_t failed;         /* 1: it diverged, and left the run */
@@ -35,7 +35,6 @@ typedef struct psoup__ppo_state { /* what a step moves on, beside weights and mo
 
 typedef struct psoup__part { /* one adapter of a policy */
     char *name;
-    char *metric; /* "reward/NAME", of a soup */
     psoup__adapter *adapter;
     bool training; /* it holds gradients for this run */
     psoup__optimizer optimizer; /* those of a policy step as one */
@@ -51,6 +50,8 @@ typedef struct psoup__policy {
     const char **names; /* [n_parts] the parts' */
     int32_t *adapters;  /* [n_parts] their numbers in the model, now */
     size_t n_parts;
+    psoup__source *sources; /* [n_sources] its rewards; of a soup one for each part */
+    size_t n_sources;
     int64_t total; /* steps */
     psoup__ppo_state state;
     psoup__ppo_state next; /* of the step in progress; becomes `state` when it is done */
@@ -116,14 +117,25 @@ void psoup__draw_mixes(const psoup__policy *policy, psoup__rollouts *rollouts, u
                        uint64_t first, size_t group);
 /* Shares of the Dirichlet distribution with these parameters, which may be 0; in their place. */
 void psoup__dirichlet(double *shares /* [n] */, size_t n, psoup__random *random);
+
+/* ppo_rewards.c: refuses rewards that make no sense, or are trained themselves. */
+psoup_status psoup__rewards_check(const psoup_ppo_policy *policy, psoup_error *error);
+psoup_status psoup__rewards_check_prompt(const psoup_ppo_policy *policy, const psoup_ppo_prompt *prompt,
+                                         const char *what, size_t i, psoup_error *error);
+/* The k-th reward model of a policy, or NULL where that reward is a function; how many rewards it has. */
+psoup_reward *psoup__rewards_model(const psoup_ppo_policy *policy, size_t k);
+size_t psoup__rewards_count(const psoup_ppo_policy *policy);
+/* Makes the policy's sources. */
+psoup_status psoup__rewards_start(psoup_ppo *ppo, psoup__policy *policy, psoup_error *error);
+void psoup__rewards_end(psoup_context *context, psoup__policy *policy);
 /* Moves the step's moments on by its scores. */
 void psoup__update_moments(const psoup_ppo_options *options, psoup__policy *policy,
                            float *scratch /* [rollouts] */);
-/* What response i earned: Σ weight · score, each score normalised by its own moments. */
-double psoup__mixed_reward(const psoup_ppo_options *options, const psoup__policy *policy, size_t i);
-/* "reward/ADAPTER" of a soup. */
-void psoup__report_parts(const psoup__policy *policy, const psoup__rollouts *rollouts,
-                         psoup__metrics *metrics);
+/* What response i earned: its score, normalised, less its length's penalty. */
+double psoup__earned(const psoup_ppo_options *options, const psoup__policy *policy, size_t i);
+/* "reward/NAME" of each of several rewards. */
+void psoup__report_rewards(const psoup_ppo_options *options, const psoup__policy *policy,
+                           const psoup__rollouts *rollouts, psoup__metrics *metrics);
 
 /* ppo_update.c: log π, log π_ref and, with values, V of every response token, without dropout. Reads
  * each policy's validation instead of its experience where `validation`. */

@@ -46,12 +46,20 @@ static psoup_status identify_rewards(psoup_ppo *ppo, size_t p, psoup_error *erro
     const psoup_ppo_policy *given = &ppo->policies[p].given;
     char key[96];
     snprintf(key, sizeof(key), "rewards of policy %zu", p);
-    if (given->reward_fn)
+    if (!given->sources && given->reward_fn)
         return psoup__run_text(c, key, error, "a callback");
-    PSOUP__TRY(psoup__run_text(c, key, error, "%zu", given->n_rewards));
-    for (size_t i = 0; i < given->n_rewards; i++) {
-        const psoup_reward *reward = given->rewards[i];
+    PSOUP__TRY(psoup__run_text(c, key, error, "%zu", ppo->policies[p].n_sources));
+    for (size_t i = 0; i < ppo->policies[p].n_sources; i++) {
+        const psoup__source *source = &ppo->policies[p].sources[i];
+        const psoup_reward *reward = source->model;
         psoup__adapter *adapter = NULL;
+        if (given->sources) {
+            snprintf(key, sizeof(key), "source %zu of policy %zu", i, p);
+            PSOUP__TRY(psoup__run_text(c, key, error, "%.200s of weight %.9g, %s", source->metric,
+                                       (double)source->weight, reward ? "a model" : "a callback"));
+        }
+        if (!reward)
+            continue;
         PSOUP__TRY(psoup__reward_adapter(reward, &adapter, NULL, error));
         snprintf(key, sizeof(key), "reward %zu of policy %zu", i, p);
         PSOUP__TRY(psoup__run_adapter(c, key, reward->model, adapter, true, error));
@@ -110,7 +118,7 @@ static psoup_status add_policy(psoup__checkpoint *c, size_t p, psoup__policy *po
     };
     psoup_status status =
         psoup__checkpoint_add(c, p, pieces, sizeof(pieces) / sizeof(pieces[0]), error);
-    for (size_t k = 0; status == PSOUP_OK && k < policy->n_parts; k++) {
+    for (size_t k = 0; status == PSOUP_OK && k < policy->n_sources; k++) {
         psoup__moments *m = &s->moments[k];
         const psoup__piece scores[] = {
             {.name = "score_mean", .dtype = PSOUP_F64, .data = &m->mean, .n = 1, .part = k},
@@ -118,10 +126,9 @@ static psoup_status add_policy(psoup__checkpoint *c, size_t p, psoup__policy *po
             {.name = "score_count", .dtype = PSOUP_F64, .data = &m->count, .n = 1, .part = k},
         };
         status = psoup__checkpoint_add(c, p, scores, sizeof(scores) / sizeof(scores[0]), error);
-        if (status == PSOUP_OK)
-            status = psoup__checkpoint_add_part(c, p, k, &policy->parts[k].optimizer,
-                                                &policy->parts[k].best, error);
     }
+    for (size_t k = 0; status == PSOUP_OK && k < policy->n_parts; k++)
+        status = psoup__checkpoint_add_part(c, p, k, &policy->parts[k].optimizer, &policy->parts[k].best, error);
     return status;
 }
 

@@ -54,7 +54,7 @@ psoup_status psoup__ppo_report(const psoup_ppo *ppo, const psoup__policy *policy
     psoup__metric(metrics, "ended", ended / n);
     psoup__metric(metrics, "repetition", out->repetition);
     psoup__metric(metrics, "empty", out->empty);
-    psoup__report_parts(policy, r, metrics);
+    psoup__report_rewards(&ppo->options, policy, r, metrics);
 fail:
     return status;
 }

@@ -138,11 +138,12 @@ psoup_status psoup__ppo_sample(psoup_ppo *ppo, size_t n, psoup_error *error) {
         const psoup_ppo_prompt *prompts = prompts_of(ppo, &policy->given, &count);
         uint64_t seed = psoup__seed_for(policy->given.seed, PSOUP__FOR_SAMPLES);
         PSOUP__TRY(psoup__rollouts_reserve(&policy->samples, ppo->model->context, count,
-                                           policy->n_parts, error));
+                                           policy->n_parts, policy->n_sources, error));
         for (size_t i = 0; i < count; i++)
             policy->samples.prompt[i] = &prompts[i];
         psoup__draw_mixes(policy, &policy->samples, seed, 0, 1);
         ppo->requests[p] = (psoup__request){.policy = &policy->given,
+                                            .sources = policy->sources,
                                             .adapters = policy->adapters,
                                             .seed = seed,
                                             .out = &policy->samples};

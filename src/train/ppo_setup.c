@@ -20,24 +20,7 @@ static psoup_status check_prompts(const psoup_model *model, const psoup_ppo_poli
                                policy->adapter, what, i, p->tokens ? p->n : 0, most - 1);
         if (policy->soup)
             PSOUP__TRY(psoup__soup_check_prompt(policy, p, what, i, error));
-        if (policy->reward_fn)
-            continue;
-        if (p->inputs && p->n_inputs == 0)
-            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                               "policy '%s': %s[%zu] lists no reward input", policy->adapter, what,
-                               i);
-        for (size_t k = 0; p->inputs && k < p->n_inputs; k++) {
-            const psoup_reward_input *input = &p->inputs[k];
-            if (input->reward < 0 || (size_t)input->reward >= policy->n_rewards)
-                return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                                   "policy '%s': %s[%zu] names reward %d of %zu", policy->adapter,
-                                   what, i, input->reward, policy->n_rewards);
-            if (!isfinite(input->weight) || (input->n && !input->tokens))
-                return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                                   "policy '%s': reward input %zu of %s[%zu] has weight %g and %s",
-                                   policy->adapter, k, what, i, (double)input->weight,
-                                   input->tokens ? "tokens" : "no tokens");
-        }
+        PSOUP__TRY(psoup__rewards_check_prompt(policy, p, what, i, error));
     }
 fail:
     return status;
@@ -84,17 +67,7 @@ static psoup_status check_policy(const psoup_model *model, const psoup_ppo_polic
         PSOUP__TRY(psoup__soup_check(policy, error));
     for (size_t k = 0; k < adapters_of(policy, &names); k++)
         PSOUP__TRY(check_adapter(model, policies, at, k, error));
-    if (!policy->reward_fn && (policy->n_rewards == 0 || !policy->rewards))
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "policy '%s' has neither a reward model nor a callback",
-                           policy->adapter);
-    for (size_t i = 0; !policy->reward_fn && i < policy->n_rewards; i++) {
-        psoup__adapter *reward = NULL;
-        if (!policy->rewards[i])
-            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': rewards[%zu] is NULL",
-                               policy->adapter, i);
-        PSOUP__TRY(psoup__reward_adapter(policy->rewards[i], &reward, NULL, error));
-    }
+    PSOUP__TRY(psoup__rewards_check(policy, error));
     if (policy->n_prompts == 0)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s' has no prompts",
                            policy->adapter);
@@ -109,10 +82,10 @@ fail:
 static psoup_status check_apart(const psoup_model *model, const psoup_ppo_policy *policies, size_t n,
                                 psoup_error *error) {
     for (size_t p = 0; p < n; p++)
-        for (size_t i = 0; !policies[p].reward_fn && i < policies[p].n_rewards; i++) {
-            const psoup_reward *reward = policies[p].rewards[i];
+        for (size_t i = 0; i < psoup__rewards_count(&policies[p]); i++) {
+            const psoup_reward *reward = psoup__rewards_model(&policies[p], i);
             const char *const *names;
-            for (size_t q = 0; reward->model == model && q < n; q++)
+            for (size_t q = 0; reward && reward->model == model && q < n; q++)
                 for (size_t k = 0; k < adapters_of(&policies[q], &names); k++)
                     if (strcmp(reward->name, names[k]) == 0)
                         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
@@ -129,8 +102,7 @@ static psoup_status start_part(psoup_ppo *ppo, psoup__policy *policy, size_t k, 
     const psoup_ppo_options *o = &ppo->options;
     psoup__part *part = &policy->parts[k];
     policy->names[k] = part->name = psoup__strdup(model->context, name, error);
-    part->metric = psoup__format(model->context, error, "reward/%s", name);
-    if (!part->name || !part->metric)
+    if (!part->name)
         return PSOUP_ERROR_MEMORY;
     part->adapter = psoup__model_adapter(model, name);
     if (psoup__has_critic(o))
@@ -182,6 +154,7 @@ static psoup_status start_policy(psoup_ppo *ppo, psoup__policy *policy,
     policy->total = o->steps ? o->steps : epoch ? epoch : 1;
     for (size_t k = 0; k < n; k++)
         PSOUP__TRY(start_part(ppo, policy, k, names[k], error));
+    PSOUP__TRY(psoup__rewards_start(ppo, policy, error));
 fail:
     return status;
 }
@@ -252,7 +225,6 @@ static void free_part(psoup_model *model, psoup__part *part) {
         psoup__adapter_train(model, part->adapter, false, NULL);
     psoup__best_free(&part->best, model->context);
     psoup__snapshot_free(&part->before, model->context);
-    psoup__free(model->context, part->metric);
     psoup__free(model->context, part->name);
 }
 
@@ -264,6 +236,7 @@ void psoup_ppo_free(psoup_ppo *ppo) {
         psoup__policy *policy = &ppo->policies[p];
         for (size_t k = 0; k < policy->n_parts; k++)
             free_part(ppo->model, &policy->parts[k]);
+        psoup__rewards_end(context, policy);
         psoup__free(context, policy->parts);
         psoup__free(context, policy->names);
         psoup__free(context, policy->adapters);
@@ -305,7 +278,7 @@ psoup_status psoup__ppo_next_prompts(psoup_ppo *ppo, psoup__policy *policy, psou
     size_t group = psoup__group_size(&ppo->options);
     psoup__rollouts *out = &policy->experience.rollouts;
     psoup_status status =
-        psoup__rollouts_reserve(out, ppo->model->context, batch, policy->n_parts, error);
+        psoup__rollouts_reserve(out, ppo->model->context, batch, policy->n_parts, policy->n_sources, error);
     if (status != PSOUP_OK)
         return status;
     for (size_t i = 0; i < batch; i++) {

@@ -1,5 +1,5 @@
-/* Soups that are trained as one: what is refused, the mixes of a step, and the rewards they make. A policy
- * of one adapter is a soup of one, whose mix is always 1. */
+/* Soups that are trained as one: what is refused, and the mixes of a step. A policy of one adapter is a soup of one,
+ * whose mix is always 1. */
 #include <float.h>
 #include <math.h>
 #include <string.h>
@@ -20,6 +20,9 @@ psoup_status psoup__soup_check(const psoup_ppo_policy *policy, psoup_error *erro
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "policy '%s': its soup's concentration is %g: expected 0 to infinity",
                            policy->adapter, (double)soup->concentration);
+    if (policy->sources)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "policy '%s' has sources: expected rewards or reward_fn with a soup", policy->adapter);
     if (!policy->reward_fn && policy->n_rewards != soup->n)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "policy '%s' has %zu rewards: expected one for each of its soup's %zu adapters",
@@ -146,59 +149,5 @@ void psoup__draw_mixes(const psoup__policy *policy, psoup__rollouts *rollouts, u
         else
             draw_mix(policy, rollouts->prompt[i],
                      (psoup__random){psoup__seed_for(seed, PSOUP__FOR_MIXES), first + i, 0}, weight);
-    }
-}
-
-/* ---- rewards ----------------------------------------------------------------------------------------- */
-
-/* s ← (s − μ) / σ over all scores so far, this batch included; then within ±reward_clip: trl's
- * use_score_scaling, use_score_norm and score_clip. */
-static double normalised(const psoup_ppo_options *o, const psoup__moments *moments, double score) {
-    if (o->normalize_reward)
-        score = (score - moments->mean) / (psoup__moments_deviation(moments) + (double)FLT_EPSILON);
-    if (o->reward_clip > 0.0f)
-        score = fmin(fmax(score, -(double)o->reward_clip), o->reward_clip);
-    return score;
-}
-
-static float penalised(const psoup_ppo_options *o, const psoup__rollouts *r, size_t i, size_t part) {
-    return r->part_score[i * r->adapters + part] -
-           (r->finish[i] == PSOUP_FINISH_STOP ? 0.0f : o->truncation_penalty);
-}
-
-void psoup__update_moments(const psoup_ppo_options *o, psoup__policy *policy, float *scratch) {
-    const psoup__rollouts *r = &policy->experience.rollouts;
-    for (size_t k = 0; k < policy->n_parts; k++) {
-        size_t n = 0;
-        for (size_t i = 0; i < r->n; i++)
-            if (r->weight[i * r->adapters + k] != 0.0f)
-                scratch[n++] = penalised(o, r, i, k);
-        psoup__moments_update(&policy->next.moments[k], scratch, n);
-    }
-}
-
-double psoup__mixed_reward(const psoup_ppo_options *o, const psoup__policy *policy, size_t i) {
-    const psoup__rollouts *r = &policy->experience.rollouts;
-    double sum = 0.0;
-    for (size_t k = 0; k < policy->n_parts; k++) {
-        double weight = r->weight[i * r->adapters + k];
-        if (weight != 0.0)
-            sum += weight * normalised(o, &policy->next.moments[k], penalised(o, r, i, k));
-    }
-    return sum;
-}
-
-void psoup__report_parts(const psoup__policy *policy, const psoup__rollouts *r,
-                         psoup__metrics *metrics) {
-    size_t parts = policy->n_parts;
-    for (size_t k = 0; policy->given.soup && k < parts; k++) {
-        double sum = 0.0, n = 0.0;
-        for (size_t i = 0; i < r->n; i++)
-            if (r->weight[i * parts + k] != 0.0f) {
-                sum += r->part_score[i * parts + k];
-                n++;
-            }
-        if (n > 0.0)
-            psoup__metric(metrics, policy->parts[k].metric, sum / n);
     }
 }

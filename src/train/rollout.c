@@ -5,9 +5,9 @@
 #include "train/train.h"
 
 psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *context, size_t n,
-                                     size_t adapters, psoup_error *error) {
+                                     size_t adapters, size_t sources, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    size_t a = rollouts->capacity, b = a, c = a, d = a, e = a * adapters, f = e, g = a;
+    size_t a = rollouts->capacity, b = a, c = a, d = a, e = a * adapters, f = a * sources, g = a, h = f;
     PSOUP__TRY(psoup__reserve(context, &rollouts->prompt, &a, n + 1, sizeof(*rollouts->prompt),
                               error));
     PSOUP__TRY(psoup__reserve(context, &rollouts->start, &b, n + 1, sizeof(*rollouts->start),
@@ -18,11 +18,14 @@ psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *c
                               error));
     PSOUP__TRY(psoup__reserve(context, &rollouts->weight, &e, (n + 1) * adapters,
                               sizeof(*rollouts->weight), error));
-    PSOUP__TRY(psoup__reserve(context, &rollouts->part_score, &f, (n + 1) * adapters,
+    PSOUP__TRY(psoup__reserve(context, &rollouts->part_score, &f, (n + 1) * sources,
                               sizeof(*rollouts->part_score), error));
+    PSOUP__TRY(psoup__reserve(context, &rollouts->share, &h, (n + 1) * sources, sizeof(*rollouts->share),
+                              error));
     PSOUP__TRY(psoup__reserve(context, &rollouts->mine, &g, n + 1, sizeof(*rollouts->mine), error));
     rollouts->capacity = d;
     rollouts->adapters = adapters;
+    rollouts->sources = sources;
     rollouts->n = n;
     rollouts->tokens = 0;
     rollouts->diverged = false;
@@ -38,6 +41,7 @@ void psoup__rollouts_free(psoup__rollouts *rollouts, psoup_context *context) {
     psoup__free(context, rollouts->score);
     psoup__free(context, rollouts->weight);
     psoup__free(context, rollouts->part_score);
+    psoup__free(context, rollouts->share);
     psoup__free(context, rollouts->mine);
     *rollouts = (psoup__rollouts){.n = 0};
 }

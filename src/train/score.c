@@ -1,5 +1,5 @@
-/* Scores of rollouts: by the caller's callback, or by reward models over every prompt's list of
- * inputs, all policies in shared passes. */
+/* Scores of rollouts: by the caller's callbacks, and by reward models over every prompt's list of inputs, all policies
+ * in shared passes. */
 #include <math.h>
 #include <string.h>
 
@@ -97,9 +97,31 @@ static psoup__sequence sequence_of(const scoring *s, const reading *r, int32_t a
     return sequence;
 }
 
-/* Of a soup: how much of the response's reward is this one. */
-static float weight_of(const psoup__rollouts *out, size_t rollout, int32_t reward) {
-    return out->weight[rollout * out->adapters + (size_t)reward];
+/* Whether a policy's source reads prompts that list no inputs: all models do, but that of a list of `rewards` the
+ * first alone. */
+static bool reads_prompts(const psoup__request *q, size_t source) {
+    return q->sources[source].model && (q->policy->soup || q->policy->sources || source == 0);
+}
+
+/* How much of a response's score each of its policy's rewards is. */
+static void set_shares(const psoup__request *q) {
+    psoup__rollouts *out = q->out;
+    for (size_t i = 0; i < out->n; i++) {
+        const psoup_ppo_prompt *prompt = out->prompt[i];
+        float *share = out->share + i * out->sources;
+        for (size_t k = 0; k < out->sources; k++) {
+            const psoup__source *source = &q->sources[k];
+            if (q->policy->soup)
+                share[k] = out->weight[i * out->adapters + k];
+            else if (source->model && prompt->inputs)
+                share[k] = 0.0f;
+            else
+                share[k] = source->function || reads_prompts(q, k) ? source->weight : 0.0f;
+        }
+        for (size_t k = 0; !q->policy->soup && prompt->inputs && k < prompt->n_inputs; k++)
+            if (q->sources[prompt->inputs[k].reward].model)
+                share[prompt->inputs[k].reward] = q->sources[prompt->inputs[k].reward].weight;
+    }
 }
 
 /* Lists the readings of one request. */
@@ -112,18 +134,19 @@ static psoup_status list_readings(scoring *s, size_t request, psoup_error *error
         size_t n = prompt->n_inputs;
         if (!out->mine[i])
             continue;
-        if (!inputs) { /* every reward of a soup reads the prompt; of another policy there is one */
+        if (!inputs) {
             inputs = s->plain;
-            n = out->adapters;
-            for (size_t k = 0; k < n; k++)
-                *s->plain++ = (psoup_reward_input){
-                    .reward = (int32_t)k, .weight = 1.0f, .tokens = prompt->tokens, .n = prompt->n};
+            for (size_t k = 0; k < out->sources; k++)
+                if (reads_prompts(q, k))
+                    *s->plain++ = (psoup_reward_input){
+                        .reward = (int32_t)k, .weight = 1.0f, .tokens = prompt->tokens, .n = prompt->n};
+            n = (size_t)(s->plain - inputs);
         }
         for (size_t k = 0; k < n; k++) {
-            if (q->policy->soup && weight_of(out, i, inputs[k].reward) == 0.0f)
+            if (out->share[i * out->sources + (size_t)inputs[k].reward] == 0.0f)
                 continue;
             reading *r = &s->readings[s->n++];
-            *r = (reading){.reward = q->policy->rewards[inputs[k].reward],
+            *r = (reading){.reward = q->sources[inputs[k].reward].model,
                            .input = &inputs[k],
                            .request = request,
                            .rollout = i};
@@ -166,6 +189,13 @@ fail:
     return status;
 }
 
+static bool has_models(const psoup__request *q) {
+    bool any = false;
+    for (size_t k = 0; k < q->out->sources; k++)
+        any = any || q->sources[k].model;
+    return any;
+}
+
 /* Scores by reward models of all requests that have any. */
 static psoup_status score_by_models(scoring *s, size_t n_requests, psoup_error *error) {
     psoup_status status = PSOUP_OK;
@@ -175,10 +205,10 @@ static psoup_status score_by_models(scoring *s, size_t n_requests, psoup_error *
     float *scores = NULL;
     bool *done = NULL;
     for (size_t r = 0; r < n_requests; r++)
-        for (size_t i = 0; !s->requests[r].policy->reward_fn && i < s->requests[r].out->n; i++) {
+        for (size_t i = 0; has_models(&s->requests[r]) && i < s->requests[r].out->n; i++) {
             const psoup__rollouts *out = s->requests[r].out;
-            readings += out->prompt[i]->inputs ? out->prompt[i]->n_inputs : out->adapters;
-            plains += out->prompt[i]->inputs ? 0 : out->adapters;
+            readings += out->prompt[i]->inputs ? out->prompt[i]->n_inputs : out->sources;
+            plains += out->prompt[i]->inputs ? 0 : out->sources;
         }
     if (readings == 0)
         return PSOUP_OK;
@@ -192,7 +222,7 @@ static psoup_status score_by_models(scoring *s, size_t n_requests, psoup_error *
         goto fail;
     }
     for (size_t r = 0; r < n_requests; r++)
-        if (!s->requests[r].policy->reward_fn)
+        if (has_models(&s->requests[r]))
             PSOUP__TRY(list_readings(s, r, error));
     for (size_t i = 0; i < s->n; i++)
         if (!done[i])
@@ -200,10 +230,8 @@ static psoup_status score_by_models(scoring *s, size_t n_requests, psoup_error *
     for (size_t i = 0; i < s->n; i++) {
         const reading *r = &s->readings[i];
         psoup__rollouts *out = s->requests[r->request].out;
-        if (s->requests[r->request].policy->soup)
-            out->part_score[r->rollout * out->adapters + (size_t)r->input->reward] = r->score;
-        else
-            out->part_score[r->rollout] += r->input->weight * r->score;
+        float weight = s->requests[r->request].policy->soup ? 1.0f : r->input->weight;
+        out->part_score[r->rollout * out->sources + (size_t)r->input->reward] += weight * r->score;
     }
 fail:
     psoup__free(s->context, done);
@@ -216,18 +244,19 @@ fail:
     return status;
 }
 
-/* The callback's scores of one adapter's reward, of those responses of this rank that have it in their mix. */
+/* A callback's scores of those responses of this rank that have it in their score. */
 static psoup_status score_by_callback(psoup_context *context, const psoup__request *request,
-                                      size_t adapter, psoup_error *error) {
+                                      size_t number, psoup_error *error) {
     psoup__rollouts *out = request->out;
     const psoup_ppo_policy *policy = request->policy;
+    const psoup__source *source = &request->sources[number];
     psoup_rollout *rollouts = psoup__alloc(context, out->n, sizeof(*rollouts), error);
     size_t *place = psoup__alloc(context, out->n, sizeof(*place), error), n = 0;
     psoup_status status = rollouts && place ? PSOUP_OK : PSOUP_ERROR_MEMORY;
     for (size_t i = 0; status == PSOUP_OK && i < out->n; i++) {
-        if (!out->mine[i] || out->weight[i * out->adapters + adapter] == 0.0f)
+        if (!out->mine[i] || out->share[i * out->sources + number] == 0.0f)
             continue;
-        rollouts[n] = (psoup_rollout){.policy = policy->soup ? policy->soup->adapters[adapter]
+        rollouts[n] = (psoup_rollout){.policy = policy->soup ? policy->soup->adapters[number]
                                                              : policy->adapter,
                                       .prompt = out->prompt[i],
                                       .response = out->response + out->start[i],
@@ -235,25 +264,25 @@ static psoup_status score_by_callback(psoup_context *context, const psoup__reque
                                       .finish = out->finish[i]};
         place[n++] = i;
     }
-    /* The scores go where those of a soup are summed afterwards. */
-    if (status == PSOUP_OK && n && policy->reward_fn(policy->reward_user, rollouts, n, out->score))
+    /* The scores go where those of all rewards are summed afterwards. */
+    if (status == PSOUP_OK && n && source->function(source->user, rollouts, n, out->score))
         status = psoup__fail(error, PSOUP_ERROR_CANCELLED, "policy '%s': its reward callback failed",
                              policy->adapter);
     for (size_t i = 0; status == PSOUP_OK && i < n; i++)
-        out->part_score[place[i] * out->adapters + adapter] = out->score[i];
+        out->part_score[place[i] * out->sources + number] = out->score[i];
     psoup__free(context, place);
     psoup__free(context, rollouts);
     return status;
 }
 
-/* Σ weight · part_score, of those that have a weight. */
+/* Σ share · part_score, of those that have a share. */
 static void sum_parts(psoup__rollouts *out) {
     for (size_t i = 0; i < out->n; i++) {
-        const float *weight = out->weight + i * out->adapters;
-        const float *score = out->part_score + i * out->adapters;
+        const float *share = out->share + i * out->sources;
+        const float *score = out->part_score + i * out->sources;
         double sum = 0.0;
-        for (size_t a = 0; a < out->adapters; a++)
-            sum += weight[a] != 0.0f ? (double)weight[a] * score[a] : 0.0;
+        for (size_t k = 0; k < out->sources; k++)
+            sum += share[k] != 0.0f ? (double)share[k] * score[k] : 0.0;
         out->score[i] = (float)sum;
     }
 }
@@ -265,14 +294,16 @@ psoup_status psoup__score_rollouts(psoup_model *model, psoup__team *team, const 
     for (size_t r = 0; r < n; r++) {
         psoup__rollouts *out = requests[r].out;
         psoup__rollouts_deal(out, team, true);
-        memset(out->part_score, 0, out->n * out->adapters * sizeof(*out->part_score)); /* what others score */
+        set_shares(&requests[r]);
+        memset(out->part_score, 0, out->n * out->sources * sizeof(*out->part_score)); /* what others score */
     }
     PSOUP__TRY(score_by_models(&s, n, error));
     for (size_t r = 0; r < n; r++) {
         psoup__rollouts *out = requests[r].out;
-        for (size_t a = 0; requests[r].policy->reward_fn && a < out->adapters; a++)
-            PSOUP__TRY(score_by_callback(model->context, &requests[r], a, error));
-        PSOUP__TRY(psoup__team_sum_floats(team, out->part_score, out->n * out->adapters, error));
+        for (size_t k = 0; k < out->sources; k++)
+            if (requests[r].sources[k].function)
+                PSOUP__TRY(score_by_callback(model->context, &requests[r], k, error));
+        PSOUP__TRY(psoup__team_sum_floats(team, out->part_score, out->n * out->sources, error));
         sum_parts(out);
         for (size_t i = 0; i < out->n; i++)
             if (!isfinite(out->score[i]))

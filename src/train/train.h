@@ -124,7 +124,8 @@ void psoup__best_free(psoup__best *best, psoup_context *context);
 /* ---- metrics.c --------------------------------------------------------------------------------- */
 
 #define PSOUP__MAX_SOUP 64 /* adapters of a soup that is trained as one */
-#define PSOUP__MAX_METRICS (24 + PSOUP__MAX_SOUP)
+#define PSOUP__MAX_SOURCES 64 /* rewards of a policy */
+#define PSOUP__MAX_METRICS (24 + PSOUP__MAX_SOURCES)
 #define PSOUP__MAX_TIMES 8
 typedef struct psoup__metrics {
     const char *name[PSOUP__MAX_METRICS];
@@ -328,24 +329,35 @@ psoup_status psoup__score_sequences(psoup__pack *pack, const psoup__sequence *se
 
 /* Responses of one policy, one after another. */
 typedef struct psoup__rollouts {
-    size_t n, tokens, adapters, capacity, token_capacity;
+    size_t n, tokens, adapters, sources, capacity, token_capacity;
     const psoup_ppo_prompt **prompt; /* [n] */
-    float *weight;     /* [n, adapters] each response's mix over its policy's adapters */
-    float *part_score; /* [n, adapters] what each one's reward gave; read where its weight is not 0 */
+    float *weight; /* [n, adapters] each response's mix over its policy's adapters */
+    float *share;  /* [n, sources] how much of its score each reward's is; 0: it was not asked */
+    float *part_score; /* [n, sources] what each reward gave */
     int32_t *start;                  /* [n + 1] */
     int32_t *response;               /* [tokens] */
     psoup_finish *finish;            /* [n] */
-    float *score;                    /* [n] Σ weight · part_score */
+    float *score;                    /* [n] Σ share · part_score */
     bool *mine;                      /* [n] dealt to this rank, of several, for what is done now */
     bool diverged;                   /* logits were not numbers: there is nothing here */
 } psoup__rollouts;
 psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *context, size_t n,
-                                     size_t adapters, psoup_error *error);
+                                     size_t adapters, size_t sources, psoup_error *error);
 void psoup__rollouts_free(psoup__rollouts *rollouts, psoup_context *context);
+
+/* One reward of a policy. */
+typedef struct psoup__source {
+    psoup_reward *model; /* or NULL, and then: */
+    psoup_reward_fn function;
+    void *user;
+    float weight;
+    char *metric; /* "reward/NAME"; NULL: it is the only one, and "reward" says all */
+} psoup__source;
 
 /* What one policy wants: out->n prompts, set by the caller. */
 typedef struct psoup__request {
     const psoup_ppo_policy *policy;
+    const psoup__source *sources; /* [out->sources] */
     const int32_t *adapters; /* [out->adapters] their numbers in the model */
     uint64_t seed, sequence; /* of its sampling; rollout i takes sequence + i */
     uint64_t step;         /* of the drawn limits */

@@ -398,6 +398,28 @@ static void test_rewards_and_ppo(psoup::model &model) {
     }
     ppo_options.samples_every = 0;
     {
+        psoup::policy several;
+        several.adapter = "B";
+        several.prompts = by_function.prompts;
+        several.sources = {{"judge", rewards[0], {}, 2.0f},
+                           {"tokens", nullptr, [](psoup::span<const psoup_rollout> r, psoup::span<float> out) {
+                                for (std::size_t i = 0; i < r.size(); i++)
+                                    out[i] = static_cast<float>(r[i].n);
+                                return true;
+                            }, -0.5f}};
+        double judge = 0, tokens = 0, all = 0;
+        auto ppo = NEED(psoup::ppo::create(model, {several}, ppo_options, [&](const psoup_step &step) {
+            for (std::size_t i = 0; i < step.n; i++) {
+                const std::string name = step.names[i];
+                (name == "reward/judge" ? judge : name == "reward/tokens" ? tokens : all) +=
+                    name.compare(0, 6, "reward") == 0 && name.find('_') == std::string::npos ? step.values[i] : 0;
+            }
+            return true;
+        }));
+        NEED(ppo.step());
+        CHECK(tokens >= 1 && std::fabs(all - (2.0 * judge - 0.5 * tokens)) < 1e-4);
+    }
+    {
         psoup::policy soup = by_function;
         int by_adapter[2] = {0, 0};
         soup.adapter = "soup";

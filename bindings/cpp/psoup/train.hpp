@@ -191,6 +191,14 @@ using reward_function = std::function<bool(span<const psoup_rollout>, span<float
 using on_samples =
     std::function<bool(std::int64_t step, span<const psoup_rollout>, span<const float> scores)>;
 
+/* One of several rewards of a policy: a model, or a function. */
+struct source {
+    std::string name;
+    reward *model = nullptr;
+    reward_function function = {};
+    float weight = 1.0f;
+};
+
 struct policy {
     std::string adapter;
     span<const psoup_ppo_prompt> prompts; /* borrowed until the ppo is gone, and so are its rewards */
@@ -200,6 +208,7 @@ struct policy {
     std::uint64_t seed = 0;
     std::vector<std::string> soup = {}; /* adapters that learn as one policy, whose name `adapter` is */
     float concentration = 1.0f;         /* of their mixes */
+    std::vector<source> sources = {};   /* models and functions together, instead of `function` and `rewards` */
 };
 
 inline result<psoup_ppo_options> ppo_preset(const std::string &name) {
@@ -262,14 +271,32 @@ private:
             soups.reserve(policies.size());
             for (policy &each_policy : policies) {
                 functions.push_back(std::make_unique<reward_callback>(each_policy.function));
+                reward_callback *own = functions.back().get();
                 rewards.push_back(detail::pointers(each_policy.rewards));
                 psoup_ppo_policy c{};
                 c.adapter = each_policy.adapter.c_str();
-                c.rewards = rewards.back().data();
+                c.rewards = rewards.back().empty() ? nullptr : rewards.back().data();
                 c.n_rewards = rewards.back().size();
+                sources.emplace_back();
+                for (source &s : each_policy.sources) {
+                    psoup_reward_source to{};
+                    to.name = s.name.c_str();
+                    to.model = s.model ? s.model->get() : nullptr;
+                    to.weight = s.weight;
+                    if (s.function) {
+                        functions.push_back(std::make_unique<reward_callback>(s.function));
+                        to.function = run_reward;
+                        to.user = functions.back().get();
+                    }
+                    sources.back().push_back(to);
+                }
+                if (!sources.back().empty()) {
+                    c.sources = sources.back().data();
+                    c.n_sources = sources.back().size();
+                }
                 if (each_policy.function) {
                     c.reward_fn = run_reward;
-                    c.reward_user = functions.back().get();
+                    c.reward_user = own;
                 }
                 c.prompts = each_policy.prompts.data();
                 c.n_prompts = each_policy.prompts.size();
@@ -299,6 +326,7 @@ private:
         samples_callback samples;
         std::vector<std::unique_ptr<reward_callback>> functions;
         std::vector<std::vector<psoup_reward *>> rewards;
+        std::vector<std::vector<psoup_reward_source>> sources;
         std::vector<std::vector<const char *>> soup_adapters;
         std::vector<psoup_ppo_soup> soups;
         std::vector<psoup_ppo_policy> c_policies;

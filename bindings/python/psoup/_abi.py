@@ -423,6 +423,10 @@ class psoup_rollout(Structure):
     pass
 
 
+class psoup_reward_source(Structure):
+    pass
+
+
 class psoup_ppo_soup(Structure):
     pass
 
@@ -884,6 +888,15 @@ psoup_rollout._fields_ = [
     ("reserved", c_uint64 * 2),
 ]
 psoup_reward_fn = CFUNCTYPE(c_int, c_void_p, POINTER(psoup_rollout), c_size_t, POINTER(c_float))
+psoup_reward_source._fields_ = [
+    ("name", c_char_p),
+    ("model", POINTER(psoup_reward)),
+    ("function", psoup_reward_fn),
+    ("user", c_void_p),
+    ("weight", c_float),
+    ("reserved", c_int32),
+    ("reserved2", c_uint64 * 2),
+]
 psoup_samples_fn = CFUNCTYPE(c_int, c_void_p, c_int64, POINTER(psoup_rollout), POINTER(c_float), c_size_t)
 psoup_ppo_soup._fields_ = [
     ("size", c_size_t),
@@ -904,7 +917,9 @@ psoup_ppo_policy._fields_ = [
     ("n_validation", c_size_t),
     ("seed", c_uint64),
     ("soup", POINTER(psoup_ppo_soup)),
-    ("reserved", c_uint64 * 3),
+    ("sources", POINTER(psoup_reward_source)),
+    ("n_sources", c_size_t),
+    ("reserved", c_uint64 * 1),
 ]
 psoup_ppo_options._fields_ = [
     ("size", c_size_t),
@@ -977,6 +992,10 @@ psoup_ppo_options._fields_ = [
     ("warn_kl_growth", c_float),
     ("warn_window", c_int32),
     ("gradient_checkpointing", c_int32),
+    ("normalize_apart", c_int32),
+    ("length_penalty", c_float),
+    ("length_target", c_int32),
+    ("reserved", c_int32),
     ("comm", POINTER(psoup_comm)),
 ]
 psoup_ppo_trace._fields_ = [
@@ -1039,6 +1058,7 @@ STRUCTS = (
     psoup_reward_input,
     psoup_ppo_prompt,
     psoup_rollout,
+    psoup_reward_source,
     psoup_ppo_soup,
     psoup_ppo_policy,
     psoup_ppo_options,

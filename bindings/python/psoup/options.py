@@ -432,9 +432,9 @@ class PpoOptions(TypedDict, total=False):
     ratio_threshold: float
     # 1: a skipped mini-batch still steps the optimiser, with zero gradient; default 0
     skipped_step: int
-    # default 1
+    # the first: scores in deviations from their running mean; default 1
     normalize_reward: int
-    # default 1
+    # the first: scores in deviations from their running mean; default 1
     whiten_advantages: int
     # whiten in this many equal parts of the batch; the code had one a rank; default 1
     whiten_groups: int
@@ -499,7 +499,7 @@ class PpoOptions(TypedDict, total=False):
     # elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not; default
     # 0
     max_grad_value: float
-    # a response's normalised score is kept within ± this; 0: not; default 0
+    # a normalised score is kept within ± this; 0: not; default 0
     reward_clip: float
     # 1: as resume; and policies at the list's end that the checkpoint has not yet begin now, also
     # where the others are done, whose weights keep their bytes. On the CPU a policy ends with the
@@ -518,3 +518,10 @@ class PpoOptions(TypedDict, total=False):
     warn_window: int
     # 1: as in psoup_sft_options, in updates; default 0
     gradient_checkpointing: int
+    # 1: each of several rewards is normalised by its own moments, and then weighted; 0: their
+    # weighted sum is. A soup's are apart in any case; default 0
+    normalize_apart: int
+    # subtracted from the reward for each token of a response beyond length_target, in; default 0
+    length_penalty: float
+    # units of the normalised score; default 0
+    length_target: int

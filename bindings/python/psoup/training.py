@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, byref, c_double, c_float, c_int64
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from . import _abi, data
 from ._abi import Finish
@@ -288,6 +288,7 @@ class Rollout(NamedTuple):
 
 
 RewardFunction = Callable[[List[Rollout]], Sequence[float]]
+Source = Union[RewardFunction, Reward, Tuple[Union[RewardFunction, Reward], float]]
 
 
 class Policy(NamedTuple):
@@ -296,7 +297,9 @@ class Policy(NamedTuple):
 
     adapter: str
     prompts: Sequence[Union[PpoPrompt, Tokens]]
-    reward: Union[RewardFunction, Reward, Sequence[Reward]]
+    reward: Union[RewardFunction, Reward, Sequence[Reward], Mapping[str, Source]]
+    """By name there may be models and functions together, each alone or with its weight: {"helpful": model, "short":
+    (function, 0.1)}. Steps report each as "reward/NAME"."""
     validation: Sequence[Union[PpoPrompt, Tokens]] = ()
     """The best weights are those of the highest mean reward on these."""
     seed: int = 0
@@ -361,6 +364,20 @@ def _reward_callback(function: RewardFunction) -> Any:
     return callback(_abi.psoup_reward_fn, run)
 
 
+def _sources(given: Mapping[str, Source], keep: List[Any], parents: List[Handle]) -> Any:
+    structs = (_abi.psoup_reward_source * len(given))()
+    for struct, (name, source) in zip(structs, given.items()):
+        reward, weight = source if isinstance(source, tuple) else (source, 1.0)
+        struct.name, struct.weight = encoded(name), weight
+        if isinstance(reward, Reward):
+            struct.model = reward.handle
+            parents.append(reward)
+        else:
+            struct.function = _reward_callback(reward)
+    keep.append(structs)
+    return structs
+
+
 def _ppo_prompts(prompts: Sequence[Union[PpoPrompt, Tokens]], keep: List[Any]) -> Any:
     structs = (_abi.psoup_ppo_prompt * len(prompts))()
     for number, (struct, prompt) in enumerate(zip(structs, prompts)):
@@ -423,7 +440,9 @@ class PPO(Run):
             struct.n_validation = len(policy.validation)
             if policy.soup:
                 struct.soup = _soup(policy, keep)
-            if callable(policy.reward):
+            if isinstance(policy.reward, Mapping):
+                struct.sources, struct.n_sources = _sources(policy.reward, keep, parents), len(policy.reward)
+            elif callable(policy.reward):
                 struct.reward_fn = _reward_callback(policy.reward)
             else:
                 rewards = [policy.reward] if isinstance(policy.reward, Reward) else list(policy.reward)

@@ -301,7 +301,7 @@ psoup_status psoup_dpo_create(psoup_model *model, const char *const *policies, s
 /* One way in which a response is scored: reward model `reward` reads `tokens` and then the response.
  * The response's score is Σ weight · score over the prompt's list. */
 typedef struct psoup_reward_input {
-    int32_t reward; /* index into psoup_ppo_policy.rewards */
+    int32_t reward; /* index into psoup_ppo_policy.rewards, or sources */
     float weight;
     const int32_t *tokens;
     size_t n;
@@ -327,6 +327,18 @@ typedef struct psoup_rollout {
 } psoup_rollout;
 /* Scores n rollouts; return non-zero on failure. */
 typedef int (*psoup_reward_fn)(void *user, const psoup_rollout *rollouts, size_t n, float *scores);
+
+/* One of several rewards of a policy: a reward model, or a function of the caller's. Reports have "reward/NAME", the
+ * mean of what it gave. */
+typedef struct psoup_reward_source {
+    const char *name;    /* of no other source of the policy; NULL: the reward model's */
+    psoup_reward *model; /* or NULL, and then: */
+    psoup_reward_fn function;
+    void *user;
+    float weight; /* of its score in the response's reward */
+    int32_t reserved; /* 0 */
+    uint64_t reserved2[2]; /* 0 */
+} psoup_reward_source;
 
 /* Told of the responses [n] of one policy to its sampled prompts, as it is after `step` steps, and of their
  * scores; return non-zero to stop the run, as with psoup_step_fn. Everything is valid during the call. */
@@ -367,7 +379,13 @@ typedef struct psoup_ppo_policy {
     /* NULL: one adapter. Else n_rewards is the soup's n; reward_fn is called once for each adapter, as
      * rollouts' policy, with the responses that have it in their mix; and inputs name no reward twice. */
     const psoup_ppo_soup *soup;
-    uint64_t reserved[3]; /* 0 */
+    /* Several rewards at once, instead of rewards and reward_fn when not NULL: a response's score is Σ weight · score
+     * over them. A function scores every response. A model reads what the prompt's inputs that name it say (`reward`
+     * is an index into sources then, and its score Σ weight · score over those inputs); where a prompt lists none,
+     * every model reads the prompt. Not with a soup. */
+    const psoup_reward_source *sources;
+    size_t n_sources;     /* 1 to 64 */
+    uint64_t reserved[1]; /* 0 */
 } psoup_ppo_policy;
 
 typedef enum psoup_early_stop {
@@ -430,7 +448,7 @@ typedef struct psoup_ppo_options {
     float kl_target, kl_horizon;
     float ratio_threshold; /* a mini-batch whose mean ratio exceeds it is skipped */
     int32_t skipped_step;  /* 1: a skipped mini-batch still steps the optimiser, with zero gradient */
-    int32_t normalize_reward, whiten_advantages;
+    int32_t normalize_reward, whiten_advantages; /* the first: scores in deviations from their running mean */
     int32_t whiten_groups; /* whiten in this many equal parts of the batch; the code had one a rank */
     float lora_dropout, head_dropout; /* in updates only */
     int32_t max_new_tokens, min_new_tokens;
@@ -467,7 +485,7 @@ typedef struct psoup_ppo_options {
     psoup_samples_fn on_samples; /* told of them too, with `user`; may be NULL */
     int32_t scale_rewards; /* psoup_scale_rewards, of GRPO */
     float max_grad_value;  /* elements of a gradient beyond ± this are set to it, before its norm is taken; 0: not */
-    float reward_clip;     /* a response's normalised score is kept within ± this; 0: not */
+    float reward_clip;     /* a normalised score is kept within ± this; 0: not */
     int32_t join; /* 1: as resume; and policies at the list's end that the checkpoint has not yet begin now,
                    * also where the others are done, whose weights keep their bytes. On the CPU a policy ends
                    * with the bytes that it would have if it had been there from the start */
@@ -480,6 +498,11 @@ typedef struct psoup_ppo_options {
     float warn_kl_growth;   /* KL grew by more than this factor, and above 1, while the mean reward fell */
     int32_t warn_window;    /* steps, 4 to 64 */
     int32_t gradient_checkpointing; /* 1: as in psoup_sft_options, in updates */
+    int32_t normalize_apart; /* 1: each of several rewards is normalised by its own moments, and then weighted; 0: their
+                              * weighted sum is. A soup's are apart in any case */
+    float length_penalty;  /* subtracted from the reward for each token of a response beyond length_target, in */
+    int32_t length_target; /* units of the normalised score */
+    int32_t reserved;      /* 0 */
     const psoup_comm *comm; /* the other processes that train the same run; NULL: there are none */
 } psoup_ppo_options;
 #define PSOUP_PPO_OPTIONS_INIT                                                                     \

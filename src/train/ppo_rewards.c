@@ -1,0 +1,226 @@
+/* What a policy is paid by: reward models and functions, one or several, and what becomes of their scores before a
+ * token sees them. */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "train/ppo.h"
+
+/* ---- the forms in which a caller gives them --------------------------------------------------------- */
+
+size_t psoup__rewards_count(const psoup_ppo_policy *policy) {
+    if (policy->sources)
+        return policy->n_sources;
+    if (policy->reward_fn)
+        return policy->soup ? policy->soup->n : 1;
+    return policy->n_rewards;
+}
+
+psoup_reward *psoup__rewards_model(const psoup_ppo_policy *policy, size_t k) {
+    if (policy->sources)
+        return policy->sources[k].model;
+    return policy->reward_fn ? NULL : policy->rewards[k];
+}
+
+static const char *source_name(const psoup_reward_source *source) {
+    return source->name || !source->model ? source->name : source->model->name;
+}
+
+/* ---- what is refused -------------------------------------------------------------------------------- */
+
+static psoup_status check_source(const psoup_ppo_policy *policy, size_t k, psoup_error *error) {
+    const psoup_reward_source *source = &policy->sources[k];
+    const char *name = source_name(source);
+    if (!source->model == !source->function)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "policy '%s': sources[%zu] has %s: expected a model or a function", policy->adapter, k,
+                           source->model ? "both" : "neither");
+    if (!name || !*name)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': sources[%zu] has no name", policy->adapter, k);
+    if (!isfinite(source->weight) || source->weight == 0.0f)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "policy '%s': the weight of source '%s' is %g: expected a finite number other than 0",
+                           policy->adapter, name, (double)source->weight);
+    for (size_t i = 0; i < k; i++)
+        if (strcmp(source_name(&policy->sources[i]), name) == 0)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': source '%s' is there twice",
+                               policy->adapter, name);
+    return PSOUP_OK;
+}
+
+psoup_status psoup__rewards_check(const psoup_ppo_policy *policy, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    size_t n = psoup__rewards_count(policy);
+    if (policy->sources && (policy->rewards || policy->n_rewards || policy->reward_fn))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "policy '%s' has sources, and rewards or reward_fn: expected one of the three",
+                           policy->adapter);
+    if (!policy->sources && !policy->reward_fn && (n == 0 || !policy->rewards))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s' has neither a reward model nor a callback",
+                           policy->adapter);
+    if (n == 0 || n > PSOUP__MAX_SOURCES)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s' has %zu rewards: expected 1 to %d",
+                           policy->adapter, n, PSOUP__MAX_SOURCES);
+    for (size_t k = 0; k < n; k++) {
+        psoup__adapter *adapter = NULL;
+        if (policy->sources)
+            PSOUP__TRY(check_source(policy, k, error));
+        psoup_reward *model = psoup__rewards_model(policy, k);
+        if (!policy->sources && !policy->reward_fn && !model)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': rewards[%zu] is NULL", policy->adapter, k);
+        if (model)
+            PSOUP__TRY(psoup__reward_adapter(model, &adapter, NULL, error));
+    }
+fail:
+    return status;
+}
+
+psoup_status psoup__rewards_check_prompt(const psoup_ppo_policy *policy, const psoup_ppo_prompt *prompt,
+                                         const char *what, size_t i, psoup_error *error) {
+    size_t n = psoup__rewards_count(policy);
+    if (!policy->sources && policy->reward_fn)
+        return PSOUP_OK;
+    if (prompt->inputs && prompt->n_inputs == 0)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': %s[%zu] lists no reward input",
+                           policy->adapter, what, i);
+    for (size_t k = 0; prompt->inputs && k < prompt->n_inputs; k++) {
+        const psoup_reward_input *input = &prompt->inputs[k];
+        if (input->reward < 0 || (size_t)input->reward >= n)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': %s[%zu] names reward %d of %zu",
+                               policy->adapter, what, i, input->reward, n);
+        if (!psoup__rewards_model(policy, (size_t)input->reward))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "policy '%s': %s[%zu] has an input of reward %d, which is a function",
+                               policy->adapter, what, i, input->reward);
+        if (!isfinite(input->weight) || (input->n && !input->tokens))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "policy '%s': reward input %zu of %s[%zu] has weight %g and %s", policy->adapter,
+                               k, what, i, (double)input->weight, input->tokens ? "tokens" : "no tokens");
+    }
+    return PSOUP_OK;
+}
+
+/* ---- the one form that they take ---------------------------------------------------------------------- */
+
+/* Under which name a reward is reported; NULL: it is the only one. A list of `rewards` may name one twice. */
+static const char *reported_name(const psoup__policy *policy, size_t k) {
+    const psoup_ppo_policy *given = &policy->given;
+    if (given->sources)
+        return source_name(&given->sources[k]);
+    if (given->soup)
+        return policy->names[k];
+    return policy->n_sources > 1 ? given->rewards[k]->name : NULL;
+}
+
+psoup_status psoup__rewards_start(psoup_ppo *ppo, psoup__policy *policy, psoup_error *error) {
+    psoup_context *context = ppo->model->context;
+    const psoup_ppo_policy *given = &policy->given;
+    size_t n = psoup__rewards_count(given);
+    policy->sources = psoup__alloc(context, n, sizeof(*policy->sources), error);
+    if (!policy->sources)
+        return PSOUP_ERROR_MEMORY;
+    policy->n_sources = n;
+    for (size_t k = 0; k < n; k++) {
+        psoup__source *source = &policy->sources[k];
+        const char *name = reported_name(policy, k);
+        *source = (psoup__source){.model = psoup__rewards_model(given, k),
+                                  .function = given->sources ? given->sources[k].function : given->reward_fn,
+                                  .user = given->sources ? given->sources[k].user : given->reward_user,
+                                  .weight = given->sources ? given->sources[k].weight : 1.0f};
+        if (name)
+            source->metric = psoup__format(context, error, "reward/%s", name);
+        for (size_t i = 0; source->metric && i < k; i++)
+            if (policy->sources[i].metric && strcmp(policy->sources[i].metric, source->metric) == 0) {
+                psoup__free(context, source->metric);
+                source->metric = psoup__format(context, error, "reward/%s.%zu", name, k);
+            }
+        if (name && !source->metric)
+            return PSOUP_ERROR_MEMORY;
+    }
+    return PSOUP_OK;
+}
+
+void psoup__rewards_end(psoup_context *context, psoup__policy *policy) {
+    for (size_t k = 0; k < policy->n_sources; k++)
+        psoup__free(context, policy->sources[k].metric);
+    psoup__free(context, policy->sources);
+}
+
+/* ---- from scores to rewards --------------------------------------------------------------------------- */
+
+/* Whether each reward has moments of its own. */
+static bool apart(const psoup_ppo_options *o, const psoup__policy *policy) {
+    return policy->given.soup || o->normalize_apart;
+}
+
+/* s ← (s − μ) / σ over all scores so far, this batch included; then within ±reward_clip: trl's
+ * use_score_scaling, use_score_norm and score_clip. */
+static double normalised(const psoup_ppo_options *o, const psoup__moments *moments, double score) {
+    if (o->normalize_reward)
+        score = (score - moments->mean) / (psoup__moments_deviation(moments) + (double)FLT_EPSILON);
+    if (o->reward_clip > 0.0f)
+        score = fmin(fmax(score, -(double)o->reward_clip), o->reward_clip);
+    return score;
+}
+
+static float penalised(const psoup_ppo_options *o, const psoup__rollouts *r, size_t i, float score) {
+    return score - (r->finish[i] == PSOUP_FINISH_STOP ? 0.0f : o->truncation_penalty);
+}
+
+void psoup__update_moments(const psoup_ppo_options *o, psoup__policy *policy, float *scratch) {
+    const psoup__rollouts *r = &policy->experience.rollouts;
+    if (!apart(o, policy)) {
+        for (size_t i = 0; i < r->n; i++)
+            scratch[i] = penalised(o, r, i, r->score[i]);
+        psoup__moments_update(&policy->next.moments[0], scratch, r->n);
+        return;
+    }
+    for (size_t k = 0; k < r->sources; k++) {
+        size_t n = 0;
+        for (size_t i = 0; i < r->n; i++)
+            if (r->share[i * r->sources + k] != 0.0f)
+                scratch[n++] = penalised(o, r, i, r->part_score[i * r->sources + k]);
+        psoup__moments_update(&policy->next.moments[k], scratch, n);
+    }
+}
+
+/* λ for each token beyond the target. With no target and λ = 1/N it is the length penalty of Singhal et al. 2023 (arXiv
+ * 2310.03716), (length / N) · σ; with a target of L_max − L_cache and λ = 1 / L_cache the soft overlong punishment of
+ * Yu et al. 2025 (DAPO, arXiv 2503.14476). */
+static double length_penalty(const psoup_ppo_options *o, const psoup__rollouts *r, size_t i) {
+    int32_t beyond = r->start[i + 1] - r->start[i] - o->length_target;
+    return beyond > 0 ? (double)o->length_penalty * beyond : 0.0;
+}
+
+double psoup__earned(const psoup_ppo_options *o, const psoup__policy *policy, size_t i) {
+    const psoup__rollouts *r = &policy->experience.rollouts;
+    const psoup__moments *moments = policy->next.moments;
+    double sum = 0.0;
+    if (!apart(o, policy))
+        sum = normalised(o, &moments[0], penalised(o, r, i, r->score[i]));
+    for (size_t k = 0; apart(o, policy) && k < r->sources; k++) {
+        double share = r->share[i * r->sources + k];
+        if (share != 0.0)
+            sum += share * normalised(o, &moments[k], penalised(o, r, i, r->part_score[i * r->sources + k]));
+    }
+    return sum - length_penalty(o, r, i);
+}
+
+void psoup__report_rewards(const psoup_ppo_options *o, const psoup__policy *policy, const psoup__rollouts *r,
+                           psoup__metrics *metrics) {
+    double penalty = 0.0;
+    for (size_t k = 0; k < r->sources; k++) {
+        double sum = 0.0, n = 0.0;
+        for (size_t i = 0; policy->sources[k].metric && i < r->n; i++)
+            if (r->share[i * r->sources + k] != 0.0f) {
+                sum += r->part_score[i * r->sources + k];
+                n++;
+            }
+        if (n > 0.0)
+            psoup__metric(metrics, policy->sources[k].metric, sum / n);
+    }
+    for (size_t i = 0; i < r->n; i++)
+        penalty += length_penalty(o, r, i);
+    if (o->length_penalty != 0.0f)
+        psoup__metric(metrics, "length_penalty", penalty / (double)r->n);
+}
