@@ -151,6 +151,37 @@ START_TEST(side_by_side_is_alone) {
 }
 END_TEST
 
+/* Responses enough that each thread samples shares of its own: on one thread and on more, in many places and in
+ * few, the same bits. */
+START_TEST(shares_are_the_whole) {
+    static const int threads[4] = {1, 2, 3, 3};
+    float *expected[2] = {NULL, NULL};
+    size_t count[2];
+    for (int run = 0; run < 4; run++) {
+        psoup_context_free(context);
+        open_context(threads[run]);
+        psoup_model *model = fresh(2);
+        psoup_ppo_policy p[2] = {policy(0), policy(1)};
+        psoup_ppo_options o = plain();
+        o.steps = 2;
+        o.batch_size = 300;
+        o.ppo_epochs = 1;
+        o.max_sequences = run == 3 ? 200 : 0;
+        psoup_ppo *ppo = create(model, p, 2, &o);
+        OK(psoup_ppo_run(ppo, &error));
+        for (int k = 0; k < 2; k++)
+            if (run)
+                ck_assert(same_weights(model, names[k], expected[k], count[k]));
+            else
+                expected[k] = weights(model, names[k], &count[k]);
+        psoup_ppo_free(ppo);
+        psoup_model_free(model);
+    }
+    free(expected[0]);
+    free(expected[1]);
+}
+END_TEST
+
 /* One group of the whole batch is no group, bit for bit. Groups of one response weigh a short response's
  * tokens more: another gradient where lengths differ, the same where they do not. */
 static double first_grad_norm(int32_t loss_group, int32_t ignore_stop, float *data, size_t capacity) {
@@ -283,6 +314,7 @@ int main(void) {
     tcase_add_loop_test(tests, trace_is_what_was_computed, 0, 2);
     tcase_add_test(tests, loss_groups_share_the_mean);
     tcase_add_test(tests, side_by_side_is_alone);
+    tcase_add_test(tests, shares_are_the_whole);
     tcase_add_loop_test(tests, early_stop_leaves_the_batch, 0, 2);
     tcase_add_loop_test(tests, guard_leaves_the_optimiser_alone, 0, 2);
     tcase_add_test(tests, diverged_policy_harms_nobody);

@@ -24,11 +24,11 @@ typedef struct row_pick {
     float weight[PICK];  /* of row start + k of u_i, used or not */
 } row_pick;
 
-static void pick_rows(row_pick *pick, const psoup__mix *mix, int32_t adapter, int32_t start) {
-    const int32_t first = mix->first[adapter], uses = mix->first[adapter + 1] - first;
+static void pick_until(row_pick *pick, const psoup__mix *mix, int32_t adapter, int32_t start, int32_t end) {
+    const int32_t first = mix->first[adapter];
     pick->start = start;
     pick->n = 0;
-    for (int32_t k = 0; k < PICK && start + k < uses; k++) {
+    for (int32_t k = 0; k < PICK && start + k < end; k++) {
         const int32_t row = mix->rows[first + start + k];
         const float weight = mix->weight[(size_t)row * (size_t)mix->n + (size_t)adapter];
         pick->weight[k] = weight;
@@ -37,6 +37,10 @@ static void pick_rows(row_pick *pick, const psoup__mix *mix, int32_t adapter, in
         pick->local[pick->n] = k;
         pick->row[pick->n++] = row;
     }
+}
+
+static void pick_rows(row_pick *pick, const psoup__mix *mix, int32_t adapter, int32_t start) {
+    pick_until(pick, mix, adapter, start, mix->first[adapter + 1] - mix->first[adapter]);
 }
 
 /* ---- rows of factors ------------------------------------------------------------------------------- */
@@ -143,35 +147,75 @@ static void dbias_task(void *arg, size_t task, int worker) {
     }
 }
 
-/* u = x Aᵀ on the rows of one adapter. */
-static void lora_down(psoup_context *context, float *u /* [uses, rank] */, const float *x /* [rows, in] */,
-                      const psoup__lora *lora, const psoup__mix *mix, int32_t adapter, int32_t in) {
-    psoup__gemm(context, &(psoup__gemm_args){
-                             .m = mix->first[adapter + 1] - mix->first[adapter], .n = lora->rank, .k = in,
-                             .c = u, .c_stride = lora->rank,
-                             .a = x, .a_row = in, .a_col = 1,
-                             .a_rows = mix->rows + mix->first[adapter], .alpha = 1,
-                             .b = lora->a, .b_dtype = PSOUP_F32, .b_row = 1, .b_col = in});
+/* Both products of all adapters, by blocks of the batch's rows: no two blocks share a row, and each row's adapters
+ * come in ascending order. */
+typedef struct lora_job {
+    psoup_context *context;
+    float *y;       /* [rows, out]; NULL: u alone */
+    float *u;       /* the blocks of all adapters */
+    const float *x; /* [rows, in]; NULL: u is there */
+    const psoup__lora *lora;
+    const psoup__mix *mix;
+    int32_t in, out, rows, block;
+} lora_job;
+
+/* u = x Aᵀ on rows [start, end) of one adapter's list. */
+static void lora_down(const lora_job *job, float *u /* [uses, rank] */, const psoup__lora *lora,
+                      int32_t adapter, int32_t start, int32_t end) {
+    psoup__gemm(job->context, &(psoup__gemm_args){
+                                  .m = end - start, .n = lora->rank, .k = job->in,
+                                  .c = u + (size_t)start * (size_t)lora->rank, .c_stride = lora->rank,
+                                  .a = job->x, .a_row = job->in, .a_col = 1,
+                                  .a_rows = job->mix->rows + job->mix->first[adapter] + start, .alpha = 1,
+                                  .b = lora->a, .b_dtype = PSOUP_F32, .b_row = 1, .b_col = job->in});
 }
 
-/* y += (w · scale · u) Bᵀ on the rows of one adapter. */
-static void lora_up(psoup_context *context, float *y /* [rows, out] */,
-                    const float *u /* [uses, rank] */, const psoup__lora *lora,
-                    const psoup__mix *mix, int32_t adapter, int32_t out) {
-    const int32_t uses = mix->first[adapter + 1] - mix->first[adapter];
-    for (int32_t start = 0; start < uses; start += PICK) {
+/* y += (w · scale · u) Bᵀ on the same. */
+static void lora_up(const lora_job *job, const float *u /* [uses, rank] */, int32_t adapter, int32_t start,
+                    int32_t end) {
+    const psoup__lora *lora = &job->lora[adapter];
+    for (; start < end; start += PICK) {
         row_pick p;
-        pick_rows(&p, mix, adapter, start);
+        pick_until(&p, job->mix, adapter, start, end);
         if (p.n)
-            psoup__gemm(context, &(psoup__gemm_args){
-                                     .m = p.n, .n = out, .k = lora->rank,
-                                     .c = y, .c_stride = out, .c_rows = p.row, .accumulate = true,
-                                     .a = u + (size_t)start * (size_t)lora->rank,
-                                     .a_row = lora->rank, .a_col = 1, .a_rows = p.local,
-                                     .a_scale = p.weight, .a_scale_stride = 1, .alpha = lora->scale,
-                                     .b = lora->b, .b_dtype = PSOUP_F32,
-                                     .b_row = 1, .b_col = lora->rank});
+            psoup__gemm(job->context, &(psoup__gemm_args){
+                                          .m = p.n, .n = job->out, .k = lora->rank,
+                                          .c = job->y, .c_stride = job->out, .c_rows = p.row,
+                                          .accumulate = true,
+                                          .a = u + (size_t)start * (size_t)lora->rank,
+                                          .a_row = lora->rank, .a_col = 1, .a_rows = p.local,
+                                          .a_scale = p.weight, .a_scale_stride = 1, .alpha = lora->scale,
+                                          .b = lora->b, .b_dtype = PSOUP_F32,
+                                          .b_row = 1, .b_col = lora->rank});
     }
+}
+
+static void lora_task(void *arg, size_t task, int worker) {
+    const lora_job *job = arg;
+    const psoup__mix *mix = job->mix;
+    const int32_t first = (int32_t)task * job->block, left = job->rows - first;
+    const int32_t last = first + (left < job->block ? left : job->block);
+    float *u = job->u;
+    for (int32_t i = 0; i < mix->n; i++) {
+        const size_t uses = (size_t)(mix->first[i + 1] - mix->first[i]), rank = (size_t)job->lora[i].rank;
+        const int32_t start = uses && rank ? (int32_t)place_of(mix, i, first) : 0;
+        const int32_t end = uses && rank ? (int32_t)place_of(mix, i, last) : 0;
+        if (start < end && job->x)
+            lora_down(job, u, &job->lora[i], i, start, end);
+        if (start < end && job->y)
+            lora_up(job, u, i, start, end);
+        u += uses * rank;
+    }
+}
+
+/* Blocks are few enough that a factor, which each copies for itself, is worth copying. */
+static void lora_forward(psoup_context *context, float *y, float *u, const float *x, const psoup__weight *w,
+                         const psoup__lora *lora, const psoup__mix *mix, int32_t rows) {
+    lora_job job = {context, y, u, x, lora, mix, w->in, w->out, rows, ROW_TILE};
+    const int32_t most = context->threads > 1 ? 2 * context->threads : 1;
+    while (job.block < PICK && rows / job.block > most)
+        job.block *= 2;
+    psoup__parallel(context, tiles((size_t)rows, (size_t)job.block), lora_task, &job);
 }
 
 static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, const float *x_lora,
@@ -187,24 +231,15 @@ static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, c
                                  .a = x, .a_row = w->in, .a_col = 1, .alpha = 1,
                                  .b = w->data, .b_dtype = w->dtype, .b_row = 1, .b_col = w->in,
                                  .packed = w->forward});
-    const bool pooled = mix->factors != NULL;
-    float *next = u;
-    for (int32_t i = 0; i < mix->n; i++) {
-        const int32_t uses = mix->first[i + 1] - mix->first[i];
-        if (uses == 0 || lora[i].rank == 0)
-            continue;
-        lora_down(be->context, next, x_lora, &lora[i], mix, i, w->in);
-        if (!pooled)
-            lora_up(be->context, y, next, &lora[i], mix, i, w->out);
-        next += (size_t)uses * (size_t)lora[i].rank;
+    if (mix->n == 0)
+        return;
+    if (!mix->factors) {
+        lora_forward(be->context, y, u, x_lora, w, lora, mix, rows);
+        return;
     }
+    lora_forward(be->context, NULL, u, x_lora, w, lora, mix, rows);
     pool(be->context, u, lora, mix, rows);
-    for (int32_t i = 0; pooled && i < mix->n; i++) {
-        const int32_t uses = mix->first[i + 1] - mix->first[i];
-        if (uses > 0 && lora[i].rank > 0)
-            lora_up(be->context, y, u, &lora[i], mix, i, w->out);
-        u += (size_t)uses * (size_t)lora[i].rank;
-    }
+    lora_forward(be->context, y, u, NULL, w, lora, mix, rows);
 }
 
 /* ---- backward ----------------------------------------------------------------------------------------- */
@@ -316,7 +351,8 @@ static void lora_backward(psoup_context *context, float *dx_lora, float *du, con
     if (lora->db)
         lora_db(context, dy, u, lora, mix, adapter, w->out);
     if (mix->factors && mix->dweight) { /* u was pooled: once more by itself */
-        lora_down(context, u, x_lora, lora, mix, adapter, w->in);
+        const lora_job down = {.context = context, .x = x_lora, .mix = mix, .in = w->in};
+        lora_down(&down, u, lora, adapter, 0, mix->first[adapter + 1] - mix->first[adapter]);
         psoup__parallel(context, tasks, dweight_task, &job);
     }
     if (!lora->da && !dx_lora)

@@ -155,7 +155,7 @@ static const psoup_field ppo_fields[] = {
     BOOL(reward_text, "Whether rewards read decoded text, tokenised again."),
     INT(reward_max_tokens, "Longer reward inputs keep their first tokens; 0 allows what the model "
                            "can hold."),
-    INT(max_sequences, "Responses decoded together; 0 decodes all of a step."),
+    INT(max_sequences, "Responses decoded together; 0 decodes all of a step, on the CPU 256 of them."),
     INT(validate_every, "PPO steps between validations; 0 validates at the end only."),
     BOOL(keep_best, "Whether to end with the weights of the best mean reward on the validation "
                     "prompts."),

@@ -94,14 +94,96 @@ static psoup_status share_notes(psoup_context *context, psoup__team *team, psoup
     return status;
 }
 
-/* Lays the responses out one after another, this rank's own from its generation's `first` on, and the others'. */
+/* ---- sampling -------------------------------------------------------------------------------------- */
+
+enum {
+    TOGETHER = 256, /* rows by which a CPU multiplies as fast as it can: more only drive one another's keys and
+                     * activations out of its caches */
+    ALONE = 64      /* rows by which one of its threads does, or nearly */
+};
+
+/* Completions of n prompts. On a CPU with rows enough, each thread decodes shares of them by itself: no thread
+ * waits for another at every op of a small model. A draw depends on neither. */
+typedef struct samples {
+    psoup_model *model;
+    const psoup_prompt *prompts;
+    size_t n, share; /* prompts of one share; the last may have fewer */
+    psoup_session_options session;
+    psoup_generation **parts; /* [shares] */
+    psoup_status *status;     /* [shares] */
+    psoup_error *errors;      /* [shares] */
+} samples;
+
+static size_t shares_of(const samples *s) {
+    return (s->n + s->share - 1) / s->share;
+}
+
+static void share_out(samples *s, int32_t max_sequences) {
+    size_t threads = (size_t)s->model->context->threads;
+    size_t places = max_sequences ? (size_t)max_sequences : s->model->be->ops->record ? s->n : TOGETHER;
+    s->share = s->n;
+    if (!s->model->be->ops->record && threads > 1 && s->n >= threads * ALONE && places >= threads * ALONE) {
+        size_t shares = (s->n + TOGETHER - 1) / TOGETHER;
+        shares = (shares + threads - 1) / threads * threads;
+        s->share = (s->n + shares - 1) / shares;
+        places /= threads;
+    }
+    s->session.max_sequences = (int32_t)(places < s->share ? places : s->share);
+}
+
+static void sample_share(void *arg, size_t task, int worker) {
+    samples *s = arg;
+    size_t first = task * s->share, left = s->n - first;
+    s->status[task] = psoup_generate(s->model, s->prompts + first, left < s->share ? left : s->share, NULL,
+                                     &s->session, NULL, NULL, &s->parts[task], &s->errors[task]);
+    (void)worker;
+}
+
+static const psoup_completion *sample_at(const samples *s, size_t i) {
+    return psoup_generation_get(s->parts[i / s->share], i % s->share);
+}
+
+static void samples_free(samples *s) {
+    psoup_context *context = s->model->context;
+    for (size_t i = 0; s->parts && i < shares_of(s); i++)
+        psoup_generation_free(s->parts[i]);
+    psoup__free(context, s->parts);
+    psoup__free(context, s->status);
+    psoup__free(context, s->errors);
+}
+
+static psoup_status sample(samples *s, int32_t max_sequences, psoup_error *error) {
+    psoup_context *context = s->model->context;
+    if (s->n == 0)
+        return PSOUP_OK;
+    share_out(s, max_sequences);
+    size_t shares = shares_of(s);
+    s->parts = psoup__alloc(context, shares, sizeof(psoup_generation *), error);
+    s->status = psoup__alloc(context, shares, sizeof(*s->status), error);
+    s->errors = psoup__alloc(context, shares, sizeof(*s->errors), error);
+    if (!s->parts || !s->status || !s->errors)
+        return PSOUP_ERROR_MEMORY;
+    psoup_status status = psoup__model_positions(s->model, s->session.max_tokens, error); /* before they share it */
+    if (status != PSOUP_OK)
+        return status;
+    psoup__parallel(context, shares, sample_share, s);
+    for (size_t i = 0; i < shares; i++)
+        if (s->status[i] != PSOUP_OK) {
+            if (error)
+                *error = s->errors[i];
+            return s->status[i];
+        }
+    return PSOUP_OK;
+}
+
+/* Lays the responses out one after another, this rank's own from the `first` of those drawn on, and the others'. */
 static psoup_status gather(psoup_model *model, psoup__team *team, psoup__rollouts *out,
-                           const psoup_generation *generation, size_t *first, psoup_error *error) {
+                           const samples *drawn, size_t *first, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     size_t own = *first;
     for (size_t i = 0; i < out->n; i++)
         if (out->mine[i])
-            note(model, out, i, psoup_generation_get(generation, (*first)++));
+            note(model, out, i, sample_at(drawn, (*first)++));
     PSOUP__TRY(share_notes(model->context, team, out, error));
     out->start[0] = 0;
     for (size_t i = 0; i < out->n; i++)
@@ -112,7 +194,7 @@ static psoup_status gather(psoup_model *model, psoup__team *team, psoup__rollout
     for (size_t i = 0; i < out->n; i++) {
         size_t bytes = (size_t)(out->start[i + 1] - out->start[i]) * sizeof(*out->response);
         if (bytes && out->mine[i])
-            memcpy(out->response + out->start[i], psoup_generation_get(generation, own)->tokens, bytes);
+            memcpy(out->response + out->start[i], sample_at(drawn, own)->tokens, bytes);
         else if (bytes)
             memset(out->response + out->start[i], 0, bytes);
         own += out->mine[i];
@@ -143,7 +225,7 @@ psoup_status psoup__sample_rollouts(psoup_model *model, psoup__team *team, const
     psoup_status status = PSOUP_OK;
     psoup_context *context = model->context;
     size_t total = 0, adapters = (size_t)model->n_adapters, longest = 0, k = 0, own = 0, size;
-    psoup_generation *generation = NULL;
+    samples drawn = {.model = model, .session = PSOUP_SESSION_OPTIONS_INIT};
     for (size_t r = 0; r < n; r++)
         total += requests[r].out->n;
     psoup_prompt *prompts = psoup__alloc(context, total, sizeof(*prompts), error);
@@ -185,16 +267,15 @@ psoup_status psoup__sample_rollouts(psoup_model *model, psoup__team *team, const
     }
     size_t room = longest + (size_t)options->max_new_tokens;
     size_t most = (size_t)model->config.max_position_embeddings;
-    psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
-    session.max_tokens = (int32_t)(room < most ? room : most);
-    session.max_sequences = options->max_sequences ? options->max_sequences : (int32_t)own;
-    if (own)
-        PSOUP__TRY(psoup_generate(model, prompts, own, NULL, &session, NULL, NULL, &generation, error));
+    drawn.prompts = prompts;
+    drawn.n = own;
+    drawn.session.max_tokens = (int32_t)(room < most ? room : most);
+    PSOUP__TRY(sample(&drawn, options->max_sequences, error));
     own = 0;
     for (size_t r = 0; r < n; r++)
-        PSOUP__TRY(gather(model, team, requests[r].out, generation, &own, error));
+        PSOUP__TRY(gather(model, team, requests[r].out, &drawn, &own, error));
 fail:
-    psoup_generation_free(generation);
+    samples_free(&drawn);
     psoup__free(context, mix);
     psoup__free(context, sampling);
     psoup__free(context, prompts);

@@ -464,7 +464,7 @@ class PpoOptions(TypedDict, total=False):
     reward_text: int
     # longer reward inputs keep their first tokens; default 512
     reward_max_tokens: int
-    # decoding together; 0: all of a step; default 0
+    # decoding together; 0: all of a step, on the CPU 256 of them; default 0
     max_sequences: int
     # steps; 0: at the end only; default 0
     validate_every: int
