@@ -13,7 +13,13 @@
 #include "cpu/variant.h"
 #include "cpu/vector.h"
 
-enum { PICK = 512, BIAS_TILE = 64, ROW_TILE = 64 };
+enum {
+    PICK = 1024,
+    BIAS_TILE = 64,
+    ROW_TILE = 64,
+    DB_COLUMNS = 64, /* of dBᵀ at a time */
+    DB_ROWS = 128
+};
 
 /* Up to PICK of the rows that adapter i lists, without those of weight zero: a row that is not to
  * feel an adapter must not be multiplied by 0 · NaN either. `start` is where they begin in u_i. */
@@ -22,6 +28,7 @@ typedef struct row_pick {
     int32_t local[PICK]; /* row of u_i, counted from start */
     int32_t row[PICK];   /* row of x and y */
     float weight[PICK];  /* of row start + k of u_i, used or not */
+    bool whole;          /* local is 0 … n − 1, and row is row[0] … row[0] + n − 1: nothing is to be gathered */
 } row_pick;
 
 static void pick_until(row_pick *pick, const psoup__mix *mix, int32_t adapter, int32_t start, int32_t end) {
@@ -37,6 +44,9 @@ static void pick_until(row_pick *pick, const psoup__mix *mix, int32_t adapter, i
         pick->local[pick->n] = k;
         pick->row[pick->n++] = row;
     }
+    pick->whole = true;
+    for (int32_t k = 0; k < pick->n; k++)
+        pick->whole &= pick->local[k] == k && pick->row[k] == pick->row[0] + k;
 }
 
 static void pick_rows(row_pick *pick, const psoup__mix *mix, int32_t adapter, int32_t start) {
@@ -295,6 +305,42 @@ static void lora_du(psoup_context *context, float *du, const float *dy, const ps
                              .b_row = lora->rank, .b_col = 1});
 }
 
+typedef struct db_job {
+    psoup_context *context;
+    float *db;       /* [out, rank] */
+    const float *dy; /* [rows, out] */
+    const float *u;  /* [p->n …, rank] from p->start on */
+    const psoup__lora *lora;
+    const row_pick *p;
+    size_t out, width, across; /* columns of a task, and tasks across dBᵀ */
+} db_job;
+
+/* Some rows and columns of dBᵀ += (w · scale · u)ᵀ dy. dy is wide and u is narrow: this way round the product reads dy
+ * where it stands, in whole vectors (4 times as fast; rank 8, 64 columns, Zen 4). */
+static void db_task(void *arg, size_t task, int worker) {
+    const db_job *job = arg;
+    const row_pick *p = job->p;
+    const size_t rank = (size_t)job->lora->rank, first = task / job->across * DB_ROWS;
+    const size_t column = task % job->across * job->width;
+    const size_t rows = least(DB_ROWS, rank - first), columns = least(job->width, job->out - column);
+    float turned[DB_ROWS * DB_COLUMNS], *db = job->db + column * rank + first;
+    for (size_t j = 0; j < columns; j++)
+        for (size_t i = 0; i < rows; i++)
+            turned[i * columns + j] = db[j * rank + i];
+    psoup__gemm(job->context, &(psoup__gemm_args){
+                                  .m = (int64_t)rows, .n = (int64_t)columns, .k = p->n,
+                                  .c = turned, .c_stride = (int64_t)columns, .accumulate = true,
+                                  .a = job->u + first, .a_row = 1, .a_col = (int64_t)rank,
+                                  .a_depth = p->whole ? NULL : p->local, .a_scale = p->weight,
+                                  .a_scale_stride = 1, .a_scale_by_depth = true, .alpha = job->lora->scale,
+                                  .b = job->dy + column + (p->whole ? (size_t)p->row[0] * job->out : 0),
+                                  .b_dtype = PSOUP_F32, .b_row = (int64_t)job->out, .b_col = 1,
+                                  .b_depth = p->whole ? NULL : p->row});
+    for (size_t j = 0; j < columns; j++)
+        for (size_t i = 0; i < rows; i++)
+            db[j * rank + i] = turned[i * columns + j];
+}
+
 /* dB += dyᵀ (w · scale · u), by PICK rows at a time as what follows. */
 static void lora_db(psoup_context *context, const float *dy, const float *u, const psoup__lora *lora,
                     const psoup__mix *mix, int32_t adapter, int32_t out) {
@@ -302,15 +348,12 @@ static void lora_db(psoup_context *context, const float *dy, const float *u, con
     for (int32_t start = 0; start < uses; start += PICK) {
         row_pick p;
         pick_rows(&p, mix, adapter, start);
+        db_job job = {context, lora->db, dy, u + (size_t)start * (size_t)rank, lora, &p, (size_t)out, DB_COLUMNS, 0};
+        if (job.out <= DB_COLUMNS) /* then for two */
+            job.width = DB_COLUMNS / 2;
+        job.across = tiles(job.out, job.width);
         if (p.n)
-            psoup__gemm(context, &(psoup__gemm_args){
-                                     .m = out, .n = rank, .k = p.n,
-                                     .c = lora->db, .c_stride = rank, .accumulate = true,
-                                     .a = dy, .a_row = 1, .a_col = out, .a_depth = p.row,
-                                     .a_scale = mix->weight + adapter, .a_scale_stride = mix->n,
-                                     .a_scale_by_depth = true, .alpha = lora->scale,
-                                     .b = u + (size_t)start * (size_t)rank, .b_dtype = PSOUP_F32,
-                                     .b_row = rank, .b_col = 1, .b_depth = p.local});
+            psoup__parallel(context, job.across * tiles((size_t)rank, DB_ROWS), db_task, &job);
     }
 }
 
@@ -328,9 +371,11 @@ static void lora_da(psoup_context *context, float *dx_lora, const float *du, con
             psoup__gemm(context, &(psoup__gemm_args){
                                      .m = rank, .n = in, .k = p.n,
                                      .c = lora->da, .c_stride = in, .accumulate = true,
-                                     .a = du_start, .a_row = 1, .a_col = rank, .a_depth = p.local,
-                                     .alpha = 1, .b = x_lora, .b_dtype = PSOUP_F32,
-                                     .b_row = in, .b_col = 1, .b_depth = p.row});
+                                     .a = du_start, .a_row = 1, .a_col = rank,
+                                     .a_depth = p.whole ? NULL : p.local, .alpha = 1,
+                                     .b = x_lora + (p.whole ? (size_t)p.row[0] * (size_t)in : 0),
+                                     .b_dtype = PSOUP_F32, .b_row = in, .b_col = 1,
+                                     .b_depth = p.whole ? NULL : p.row});
         if (dx_lora)
             psoup__gemm(context, &(psoup__gemm_args){
                                      .m = p.n, .n = in, .k = rank,
