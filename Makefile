@@ -53,7 +53,7 @@ endif
 FLAGS_generic   =
 FLAGS_avx2      = -mavx2 -mfma -mf16c -mbmi2
 FLAGS_avx512    = $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
-KERNEL_SRC      = src/base/gemm_kernel.c src/base/convert.c src/blend/kernels.c src/blend/fold_kernel.c \
+KERNEL_SRC      = src/base/gemm_kernel.c src/base/blocks_kernel.c src/base/convert.c src/blend/kernels.c src/blend/fold_kernel.c \
                   src/blend/method_kernels.c src/blend/dense_kernels.c \
                   src/merge/hash_kernel.c \
                   $(filter-out src/cpu/cpu.c,$(wildcard src/cpu/*.c))

@@ -26,10 +26,10 @@ static psoup_context *context_with(const char *isa, int32_t threads) {
 /* ---- dtypes ---------------------------------------------------------------------------------- */
 
 START_TEST(dtypes) {
-    const size_t sizes[] = {4, 2, 2, 8, 1, 1, 2, 4, 8, 1, 1, 1, 0};
+    const size_t sizes[] = {4, 2, 2, 8, 1, 1, 2, 4, 8, 1, 1, 1, 0, 0, 0};
     psoup_dtype parsed;
     psoup_error error;
-    for (int d = 0; d < 13; d++) {
+    for (int d = 0; d < 15; d++) {
         ck_assert_uint_eq(psoup_dtype_size((psoup_dtype)d), sizes[d]);
         ck_assert_int_eq(psoup_dtype_parse(psoup_dtype_name((psoup_dtype)d), &parsed, NULL), 0);
         ck_assert_int_eq(parsed, d);
@@ -39,7 +39,7 @@ START_TEST(dtypes) {
     ck_assert_int_eq(psoup_dtype_parse("f33", &parsed, &error), PSOUP_ERROR_ARGUMENT);
     CONTAINS(error, "\"f33\"");
     ck_assert_int_eq(psoup_dtype_parse(NULL, &parsed, NULL), PSOUP_ERROR_ARGUMENT);
-    ck_assert_uint_eq(psoup_dtype_size((psoup_dtype)13), 0);
+    ck_assert_uint_eq(psoup_dtype_size((psoup_dtype)15), 0);
     ck_assert_str_eq(psoup_dtype_name((psoup_dtype)-1), "?");
 
     size_t n;

@@ -124,7 +124,7 @@ static inline bool psoup__tensor_is_there(const psoup__tensor *tensor) {
 
 enum { PSOUP__Q8_BLOCK = 32, PSOUP__Q8_BYTES = 34 }; /* elements and bytes of a q8_0 block */
 
-/* The bytes of so many elements; false when they overflow, or are no whole blocks of q8_0. */
+/* The bytes of so many elements; false when they overflow, or are no whole blocks of q8_0. Not of int8 and nf4. */
 bool psoup__dtype_bytes(psoup_dtype dtype, size_t elements, size_t *bytes);
 /* Whether psoup__to_f32 and psoup__from_f32 know it. */
 bool psoup__dtype_is_float(psoup_dtype dtype);
@@ -248,7 +248,7 @@ void psoup__random_shuffle(psoup__random *random, int32_t *items, size_t n);
 
 /* ---- isa.c --------------------------------------------------------------------------------- */
 
-/* The kernel sources (src/base/gemm_kernel.c, convert.c; src/cpu; src/blend/kernels.c) are compiled
+/* The kernel sources (src/base/gemm_kernel.c, blocks_kernel.c, convert.c; src/cpu; src/blend/kernels.c) are compiled
  * once per instruction set with -DPSOUP__VARIANT=generic|avx2|avx512; each such file exports only
  * names made with PSOUP__NAME, so that psoup__gemm_kernel becomes psoup__gemm_kernel_avx2. */
 typedef enum psoup__isa {
@@ -261,6 +261,47 @@ psoup__isa psoup__isa_of(const psoup_context *context);
 #define PSOUP__PASTE2(a, b) a##_##b
 #define PSOUP__PASTE(a, b) PSOUP__PASTE2(a, b)
 #define PSOUP__NAME(name) PSOUP__PASTE(name, PSOUP__VARIANT)
+
+/* ---- blocks.c ------------------------------------------------------------------------------ */
+
+/* A matrix in blocks: 64 neighbouring elements in row-major order, whatever its rows, share one f32 scale; the
+ * last block may be shorter. The value of an element, rounded once:
+ *
+ *     NF4    level[code] · scale; codes of 4 bits, that of an even element in its byte's high half; scale = max|x|
+ *     INT8   code · scale; codes are signed bytes; scale = max|x| / 127
+ *
+ * NF4 is the 4-bit NormalFloat of Dettmers et al. 2023 (arXiv 2305.14314, appendix E), its bytes and scales those
+ * of bitsandbytes' quant_type "nf4" with blocksize 64. INT8's codes are those of bitsandbytes' int8_vectorwise_quant
+ * with every block for a row; so a row-wise scale (LLM.int8(), arXiv 2208.07339) can be written with them too. */
+enum { PSOUP__BLOCK = 64, PSOUP__NF4_LEVELS = 16 };
+extern const float psoup__nf4_level[PSOUP__NF4_LEVELS]; /* ascending */
+typedef struct psoup__blocks {
+    psoup_dtype dtype;    /* INT8 or NF4 */
+    const uint8_t *codes; /* [psoup__block_bytes] */
+    const float *scales;  /* [psoup__block_count] */
+} psoup__blocks;
+static inline bool psoup__dtype_is_blocks(psoup_dtype dtype) {
+    return dtype == PSOUP_INT8 || dtype == PSOUP_NF4;
+}
+/* Of n elements: bytes of their codes, and scales. */
+static inline size_t psoup__block_bytes(psoup_dtype dtype, size_t n) {
+    return dtype == PSOUP_NF4 ? n / 2 + n % 2 : n;
+}
+static inline size_t psoup__block_count(size_t n) {
+    return n / PSOUP__BLOCK + (n % PSOUP__BLOCK != 0);
+}
+static inline float psoup__block_value(const psoup__blocks *blocks, size_t at) {
+    const float scale = blocks->scales[at / PSOUP__BLOCK];
+    if (blocks->dtype == PSOUP_INT8)
+        return (float)(signed char)blocks->codes[at] * scale;
+    return psoup__nf4_level[blocks->codes[at / 2] >> (at % 2 ? 0 : 4) & 15] * scale;
+}
+/* Writes the blocks of n elements to codes and scales. A block that holds a NaN or an infinity becomes NaN; one
+ * of INT8 whose scale would be subnormal, zeros. */
+void psoup__blocks_write(psoup_context *context, psoup_dtype dtype, const float *in, size_t n, uint8_t *codes,
+                         float *scales);
+/* out[n] = elements at … at + n − 1. */
+void psoup__blocks_read(psoup_context *context, const psoup__blocks *blocks, size_t at, size_t n, float *out);
 
 /* ---- gemm.c -------------------------------------------------------------------------------- */
 
@@ -291,7 +332,8 @@ typedef struct psoup__gemm_args {
     float alpha;           /* multiplies A too (with a_scale: the product first); usually 1 */
     bool a_scale_by_depth; /* a_scale is indexed by the depth (p' above), not by the row */
     const void *b; /* element (p, j) at b[(b_depth ? b_depth[p] : p) · b_row + j · b_col], in b_dtype */
-    psoup_dtype b_dtype; /* F32, F16, BF16 */
+    psoup_dtype b_dtype; /* F32, F16, BF16; INT8 or NF4 with b the codes of a matrix, and: */
+    const float *b_scales; /* the scales of its blocks. The product has the bits of that with the blocks' values */
     int64_t b_row, b_col;
     const int32_t *b_depth;
     const psoup__gemm_b *packed; /* instead of b when not NULL */

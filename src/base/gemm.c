@@ -5,6 +5,7 @@
  * depths at a time. C keeps the sums in f32 between such steps, so cutting the depth does not change
  * them; and as no depth is ever shared between workers, each element is summed in ascending order.
  */
+#include "base/blocks.h"
 #include "base/gemm.h"
 
 #include <assert.h>
@@ -18,6 +19,7 @@ enum {
     TILE_ROWS = 96,     /* most rows of A in one block: 144 KiB */
     WIDE_B = 1 << 20,   /* floats of B copied at once for all workers: 4 MiB, a fraction of an L3 */
     NARROW_B = 1 << 17, /* and for a caller that works alone */
+    BLOCK_DEPTH = 128,  /* of one step where a panel is made from blocks for one tile: it stays in an L1 cache */
     FEW = 4,            /* register tiles that share a panel */
     TILES = 4,          /* per worker: the fewest that even out a worker that falls behind */
     ALONE = 1 << 18     /* multiply-adds that are done before another thread has woken up */
@@ -58,7 +60,7 @@ struct slot {
     float *b;     /* [b_size] panels */
     size_t b_size;
     float *a;     /* [workers, TILE_ROWS · DEPTH] blocks */
-    float *panel; /* [workers, DEPTH · columns] one panel of a packed 16-bit B, as f32 */
+    float *panel; /* [workers, DEPTH · columns] one panel of a packed 16-bit B, or of one in blocks, as f32 */
 };
 
 struct psoup__gemm_space {
@@ -147,15 +149,18 @@ static void give_slot(struct psoup__gemm_space *space, struct slot *slot) {
 enum b_place {
     B_PACKED, /* in args->packed */
     B_THERE,  /* where the caller has it */
+    B_BLOCKS, /* in slot->panel, one panel [step, columns] at a time, made from blocks by who multiplies with it */
     B_COPIED  /* in slot->b, one chunk [k_chunk, n_chunk] at a time */
 };
 
 struct job {
     const psoup__gemm_args *args;
     const psoup__gemm_kernels *kernel;
+    const psoup__block_kernels *blocks;
     struct slot *slot;
     enum b_place place;
     bool copies_a;
+    int64_t step; /* depths multiplied at a time, at most DEPTH */
     int64_t n_chunk, k_chunk;        /* n_chunk: whole panels, but for the last chunk */
     int64_t tile_rows, tile_columns; /* whole register tiles, whole panels */
     atomic_size_t claimed, done;     /* units of work */
@@ -179,6 +184,11 @@ static void copy_b(const struct job *job, const struct chunk *chunk, size_t unit
     const int64_t k = chunk->k0 + (int64_t)unit % steps * DEPTH;
     const int64_t columns = least(job->kernel->columns, chunk->n1 - j);
     const int64_t width = round_up(columns, job->kernel->vector);
+    if (psoup__dtype_is_blocks(args->b_dtype)) {
+        job->blocks->pack(copied_panel(job, chunk, j) + (k - chunk->k0) * width, args, k,
+                          least(DEPTH, chunk->k1 - k), j, columns);
+        return;
+    }
     const psoup__gemm_source source = {args->b, args->b_dtype, args->b_row, args->b_col,
                                        args->b_depth};
     job->kernel->pack_b(copied_panel(job, chunk, j) + (k - chunk->k0) * width, &source, k,
@@ -194,6 +204,13 @@ static void find_panel(const struct job *job, const struct chunk *chunk, int64_t
     strip->b_step = width;
     if (job->place == B_COPIED) {
         strip->b = copied_panel(job, chunk, j) + (k - chunk->k0) * width;
+        strip->b_dtype = PSOUP_F32;
+        return;
+    }
+    if (job->place == B_BLOCKS) {
+        float *panel = job->slot->panel + worker * DEPTH * job->kernel->columns;
+        job->blocks->pack(panel, args, k, strip->depth, j, strip->columns);
+        strip->b = panel;
         strip->b_dtype = PSOUP_F32;
         return;
     }
@@ -246,7 +263,7 @@ static void multiply_tile(const struct job *job, const struct chunk *chunk, size
     }
     strip.a_step = args->a_col;
     for (int64_t k = chunk->k0; k < chunk->k1; k += strip.depth) {
-        strip.depth = least(DEPTH, chunk->k1 - k);
+        strip.depth = least(job->step, chunk->k1 - k);
         strip.a_first = k;
         strip.resume = args->accumulate || k > 0;
         if (job->copies_a) {
@@ -308,6 +325,8 @@ static void work(void *arg, size_t task, int worker) {
 static enum b_place place_b(const psoup__gemm_args *args, const psoup__gemm_kernels *kernel) {
     if (args->packed != NULL)
         return B_PACKED;
+    if (psoup__dtype_is_blocks(args->b_dtype)) /* one tile high: no panel is made twice */
+        return args->m <= TILE_ROWS ? B_BLOCKS : B_COPIED;
     /* A copy earns its cost only where many register tiles read it: four read [2048, 2048] in place
      * 1.7 times as fast (Zen 4, one thread). */
     if (args->m <= 4 * kernel->rows && args->b_col == 1 && args->b_depth == NULL &&
@@ -339,8 +358,12 @@ static void plan_tiles(struct job *job) {
     const int64_t rows = divide_up(job->args->m, job->kernel->rows);
     const int64_t columns = divide_up(least(job->n_chunk, job->args->n), job->kernel->columns);
     const int64_t highest = TILE_ROWS / job->kernel->rows;
-    const int64_t want = job->slot->workers == 1 ? 1 : TILES * job->slot->workers;
+    int64_t want = job->slot->workers == 1 ? 1 : TILES * job->slot->workers;
     int64_t down = divide_up(rows, highest), across = 1;
+    if (job->place == B_BLOCKS) { /* a panel to a tile, so that its codes are read in order */
+        across = columns;
+        want = down;
+    }
     if (down < want)
         down = most(down, least(want, rows / (highest / 2)));
     if (down < want)
@@ -362,12 +385,13 @@ void psoup__gemm(psoup_context *context, const psoup__gemm_args *args) {
                    (size_t)args->n * sizeof(float));
         return;
     }
-    struct job job = {.args = args, .kernel = kernels_of(context)};
+    struct job job = {.args = args, .kernel = kernels_of(context), .blocks = psoup__block_kernels_of(context)};
     const double products = (double)args->m * (double)args->n * (double)args->k;
     job.slot = take_slot(context->gemm, products >= ALONE);
     job.place = place_b(args, job.kernel);
     job.copies_a = args->a_scale != NULL || args->alpha != 1.0f || args->a_depth != NULL ||
                    copy_a_pays(args, job.kernel);
+    job.step = job.place == B_BLOCKS ? BLOCK_DEPTH : DEPTH;
     plan_chunks(&job);
     plan_tiles(&job);
     atomic_init(&job.claimed, 0);

@@ -15,6 +15,7 @@ static const struct {
     [PSOUP_I16] = {"i16", 2},   [PSOUP_I32] = {"i32", 4}, [PSOUP_I64] = {"i64", 8},
     [PSOUP_BOOL] = {"bool", 1}, [PSOUP_F8_E4M3] = {"f8_e4m3", 1},
     [PSOUP_F8_E5M2] = {"f8_e5m2", 1}, [PSOUP_Q8_0] = {"q8_0", 0},
+    [PSOUP_INT8] = {"int8", 0}, [PSOUP_NF4] = {"nf4", 0},
 };
 enum {
     DTYPES = sizeof dtypes / sizeof dtypes[0],
@@ -41,7 +42,7 @@ psoup_status psoup_dtype_parse(const char *name, psoup_dtype *out, psoup_error *
     }
     return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                        "dtype \"%s\": expected f32, f16, bf16, f64, i8, u8, i16, i32, i64, bool, "
-                       "f8_e4m3, f8_e5m2 or q8_0",
+                       "f8_e4m3, f8_e5m2, q8_0, int8 or nf4",
                        name != NULL ? name : "");
 }
 

@@ -38,6 +38,8 @@ class Dtype(IntEnum):
     F8_E4M3 = 10
     F8_E5M2 = 11
     Q8_0 = 12
+    INT8 = 13
+    NF4 = 14
 
 
 class LogLevel(IntEnum):

@@ -65,11 +65,13 @@ typedef enum psoup_dtype {
     PSOUP_BOOL = 9,
     PSOUP_F8_E4M3 = 10, /* torch's float8_e4m3fn: no infinity, the largest value is 448 */
     PSOUP_F8_E5M2 = 11,
-    PSOUP_Q8_0 = 12 /* ggml's: blocks of 32 values, 34 bytes: an f16 scale, then 32 signed bytes */
+    PSOUP_Q8_0 = 12, /* ggml's: blocks of 32 values, 34 bytes: an f16 scale, then 32 signed bytes */
+    PSOUP_INT8 = 13, /* since 0.4: how a loaded model may keep its linears, never a dtype of a tensor: blocks of 64 */
+    PSOUP_NF4 = 14   /* values with an f32 scale, of signed bytes or of 4-bit normal floats: see psoup/model.h */
 } psoup_dtype;
 
-/* Bytes of one element; 0 for q8_0, whose 32 elements take 34 bytes together, and for a value that is
- * no dtype. */
+/* Bytes of one element; 0 for q8_0, whose 32 elements take 34 bytes together, for int8 and nf4, and for a value
+ * that is no dtype. */
 size_t psoup_dtype_size(psoup_dtype dtype);
 /* "f32", "bf16", …; borrowed, static; "?" for a value that is no dtype. */
 const char *psoup_dtype_name(psoup_dtype dtype);
