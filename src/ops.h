@@ -18,9 +18,10 @@
 
 /* A matrix of the base model, row-major [out, in], as torch.nn.Linear stores it. */
 typedef struct psoup__weight {
-    psoup_dtype dtype; /* F32, F16, BF16 */
+    psoup_dtype dtype; /* F32, F16, BF16; INT8, NF4: blocks, see base.h */
     int32_t out, in;
-    const void *data;        /* [out, in] */
+    const void *data;        /* [out, in], or the blocks' codes, with: */
+    const float *scales;     /* theirs, or NULL */
     psoup__gemm_b *forward;  /* packed for x·Wᵀ by weight_pack, or NULL */
     psoup__gemm_b *backward; /* packed for dy·W by weight_pack, or NULL */
 } psoup__weight;

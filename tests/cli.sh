@@ -66,6 +66,9 @@ check "model" has '^kind  *model'
 ok info base --json
 check "json" has '"kind": "model", "parameters": 14800, "vocab_size": 300, "hidden_size": 16'
 check "tokens" has '"tokenizer_tokens": 300'
+ok info base --dtype nf4 --json
+check "blocks" has '"linear_dtype": "nf4"'
+no 1 '"int3", expected f32, f16, bf16, int8 or nf4' info base --dtype int3
 ok info P1A --json
 check "adapter" has '"kind": "adapter".*"r": 2, .*"target_modules": \["q_proj", "v_proj"\]'
 no 1 'none' info none
@@ -93,6 +96,9 @@ ok generate --model base --prompt "Why?" $sample --threads 1
 check "one thread, the same text" cmp -s out one
 ok generate --model base --prompt "Why?" --max-new-tokens 12 --seed 6
 check "another seed, another text" differ out one
+ok generate --model base --prompt "Why?" $sample --dtype f32
+check "f32, the same text" cmp -s out one
+ok generate --model base $A --mix P1A=0.5,P2A=0.5 --prompt "Why?" $sample --dtype int8
 ok generate --model base $A --mix P1A=0.5,P2A=0.5 --prompt "Why?" $sample
 check "a soup, another text" differ out one
 ok generate --model base --prompt "Why?" $sample --json
@@ -415,6 +421,11 @@ ok score --model base --tokens "$rain"
 before=$(sum)
 ok score --model base --adapter mt=sft-adapter --mix mt=1 --tokens "$rain"
 check "the adapter has learned" better "$(sum)" "$before"
+sed 's/"model"/"dtype": "nf4", "model"/; s/"output": "sft-adapter"/"output": "sft-nf4"/; s/sft-metrics/sft-metrics-nf4/' sft.json >nf4.json
+trains sft --config nf4.json
+ok generate --model base --dtype nf4 --adapter mt=sft-nf4 --mix mt=1 --prompt "Why?" $sample
+sed 's/"adapter": "mt", "rank": 2, "targets": \[[^]]*\],//' nf4.json >nf4-base.json
+no 1 'nf4 blocks, which cannot train' sft --config nf4-base.json
 sed -i 's/"adapter": "mt", "rank": 2, "targets": \[[^]]*\],//; s/sft-adapter/sft-base/; s/sft-metrics/sft-metrics-base/' sft.json
 trains sft --config sft.json --json
 check "json" has '{"output": "sft-base"}'

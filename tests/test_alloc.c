@@ -44,6 +44,24 @@ fail:
     return status;
 }
 
+static psoup_status load_blocks(uint64_t *sum) {
+    psoup_load_options options = PSOUP_LOAD_OPTIONS_INIT;
+    psoup_status status;
+    psoup_row row = {.tokens = words[0], .n = 6};
+    float logprobs[5];
+    options.dtype = PSOUP_INT8;
+    TRY(psoup_model_load_with(context, at("base"), &options, &model, &error));
+    TRY(psoup_model_logprobs(model, &row, 1, logprobs, &error));
+    digest(sum, logprobs, sizeof logprobs);
+    psoup_model_free(model);
+    TRY(psoup_model_load(context, "tests/golden/quant/double", &model, &error));
+    digest(sum, "", 1);
+fail:
+    psoup_model_free(model);
+    model = NULL;
+    return status;
+}
+
 static psoup_status load_tokenizer(uint64_t *sum) {
     static const char text[] = "Hello,  soups\xff\n caf\xc3\xa9 </s> 12";
     psoup_status status;
@@ -426,6 +444,7 @@ static void write_catalogue(void) {
 static const path paths[] = {
     {"context", NULL, make_context, NULL, false},
     {"load a model", bare, load_all, release, false},
+    {"load models in blocks", bare, load_blocks, release, false},
     {"load a tokenizer", bare, load_tokenizer, release, false},
     {"load one adapter more", load, load_third, release, false},
     {"save model and adapters", load_reward, save_all, release, false},

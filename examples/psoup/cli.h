@@ -111,9 +111,10 @@ typedef struct cli_model {
     psoup_model *model;
     psoup_tokenizer *tokenizer; /* NULL when not asked for, or absent and not required */
 } cli_model;
-/* device: "cpu", "cuda" or "cuda:N"; NULL: the CPU. adapters: "NAME=DIR" each; may be NULL. */
-psoup_status cli_open(const char *directory, const char *device, int32_t threads, const cli_list *adapters,
-                      bool need_tokenizer, cli_model *out, psoup_error *error);
+/* device: "cpu", "cuda" or "cuda:N"; NULL: the CPU. dtype: of psoup_load_options, by name; NULL: as stored.
+ * adapters: "NAME=DIR" each; may be NULL. */
+psoup_status cli_open(const char *directory, const char *device, const char *dtype, int32_t threads,
+                      const cli_list *adapters, bool need_tokenizer, cli_model *out, psoup_error *error);
 void cli_close(cli_model *opened);
 
 /* Encodes a text; flags as for psoup_tokenizer_encode. Free *ids with free(). */

@@ -24,16 +24,31 @@ static psoup_status load_adapter(psoup_model *model, const char *text, psoup_err
     return status;
 }
 
-psoup_status cli_open(const char *directory, const char *device, int32_t threads, const cli_list *adapters,
-                      bool need_tokenizer, cli_model *out, psoup_error *error) {
+/* The dtype that a model is to be kept in. */
+static psoup_status read_dtype(const char *name, int32_t *out, psoup_error *error) {
+    psoup_dtype dtype;
+    if (!name)
+        return PSOUP_OK;
+    if (psoup_dtype_parse(name, &dtype, NULL) != PSOUP_OK ||
+        (dtype > PSOUP_BF16 && dtype != PSOUP_INT8 && dtype != PSOUP_NF4))
+        return cli_error(error, PSOUP_ERROR_ARGUMENT, "dtype: \"%.60s\", expected f32, f16, bf16, int8 or nf4", name);
+    *out = (int32_t)dtype;
+    return PSOUP_OK;
+}
+
+psoup_status cli_open(const char *directory, const char *device, const char *dtype, int32_t threads,
+                      const cli_list *adapters, bool need_tokenizer, cli_model *out, psoup_error *error) {
     psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    psoup_load_options load = PSOUP_LOAD_OPTIONS_INIT;
     *out = (cli_model){0};
     options.device = device;
     options.threads = threads;
     options.log = cli_log;
-    psoup_status status = psoup_context_create(&options, &out->context, error);
+    psoup_status status = read_dtype(dtype, &load.dtype, error);
     if (status == PSOUP_OK)
-        status = psoup_model_load(out->context, directory, &out->model, error);
+        status = psoup_context_create(&options, &out->context, error);
+    if (status == PSOUP_OK)
+        status = psoup_model_load_with(out->context, directory, &load, &out->model, error);
     for (size_t i = 0; status == PSOUP_OK && adapters && i < adapters->n; i++)
         status = load_adapter(out->model, adapters->items[i], error);
     if (status == PSOUP_OK) {

@@ -8,7 +8,7 @@
 enum { MAX_POLICIES = 64 };
 
 typedef struct dpo_run {
-    const char *model, *tokenizer, *device, *data, *validation, *output, *name;
+    const char *model, *tokenizer, *device, *dtype, *data, *validation, *output, *name;
     int32_t per_preference, threads;
     float validation_fraction;
     adapter_config lora;
@@ -29,6 +29,8 @@ static const psoup_field dpo_run_fields[] = {
           "true: a policy for each \"preference\" of the rows, side by side; false: one for all."),
     FIELD(PSOUP_FIELD_STRING, name, "The one policy's name where per_preference is false."),
     FIELD(PSOUP_FIELD_STRING, device, "\"cpu\", \"cuda\" or \"cuda:N\"; null: the CPU."),
+    FIELD(PSOUP_FIELD_STRING, dtype,
+          "The base in f32, f16 or bf16, or its linears in blocks of int8 or nf4; null: as stored."),
     FIELD(PSOUP_FIELD_INT, threads, "0 is one per processor."),
     {0}};
 #undef FIELD
@@ -109,7 +111,7 @@ static psoup_status dpo(dpo_run *run, const char *config_path, psoup_error *erro
     if (status == PSOUP_OK)
         status = adapter_config_finish(&run->lora, config_path, error);
     if (status == PSOUP_OK)
-        status = run_open_ranks(run->model, run->tokenizer, run->device, run->threads, &m, error);
+        status = run_open_ranks(run->model, run->tokenizer, run->device, run->dtype, run->threads, &m, error);
     if (status == PSOUP_OK)
         status = read_rows(m.context, run->data, &rows, error);
     if (status == PSOUP_OK)

@@ -5,7 +5,7 @@
 #include <string.h>
 
 typedef struct feedback_run {
-    const char *model, *tokenizer, *device, *prompts, *preferences, *output, *template, *mix;
+    const char *model, *tokenizer, *device, *dtype, *prompts, *preferences, *output, *template, *mix;
     const psoup_json *adapters, *judge;
     int32_t new_preferences, threads, max_new_tokens, min_new_tokens, top_k, max_sequences;
     float temperature, top_p, judge_patience;
@@ -36,6 +36,8 @@ static const psoup_field feedback_fields[] = {
     FIELD(PSOUP_FIELD_INT, max_sequences, "Candidates decoding together; 0: 64."),
     FIELD(PSOUP_FIELD_UINT64, seed, "Of the sampling, and of which positive meets whom."),
     FIELD(PSOUP_FIELD_STRING, device, "\"cpu\", \"cuda\" or \"cuda:N\"; null: the CPU."),
+    FIELD(PSOUP_FIELD_STRING, dtype,
+          "The base in f32, f16 or bf16, or its linears in blocks of int8 or nf4; null: as stored."),
     FIELD(PSOUP_FIELD_INT, threads, "0 is one per processor."),
     {0}};
 #undef FIELD
@@ -103,7 +105,7 @@ static psoup_status feedback(const feedback_run *run, const config *c,
     if (!run->prompts || !run->output)
         return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: expected \"prompts\" and \"output\"",
                          c->path);
-    status = run_open(run->model, run->tokenizer, run->device, run->threads, &m, error);
+    status = run_open(run->model, run->tokenizer, run->device, run->dtype, run->threads, &m, error);
     if (status == PSOUP_OK)
         status = load_adapters(run, c->path, m.model, error);
     if (status == PSOUP_OK)

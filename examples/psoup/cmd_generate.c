@@ -15,7 +15,7 @@ typedef struct job {
 } job;
 
 typedef struct generate_args {
-    const char *model, *device, *mix, *method, *prompt, *prompts, *template, *preference, *out;
+    const char *model, *device, *dtype, *mix, *method, *prompt, *prompts, *template, *preference, *out;
     cli_list adapters;
     bool any_sum, json, ignore_stop;
     int32_t threads, batch;
@@ -269,6 +269,7 @@ int cmd_generate(int argc, char **argv) {
         {"--seed", CLI_UINT64, &a.sampling.seed, "N", "equal seeds give equal texts (0)"},
         {"--batch", CLI_INT, &a.batch, "N", "prompts decoding together (32)"},
         {"--device", CLI_TEXT, &a.device, "DEVICE", "cpu, cuda or cuda:N (cpu)"},
+        {"--dtype", CLI_TEXT, &a.dtype, "DTYPE", "the model in f32, f16 or bf16, or its linears in int8 or nf4 (as stored)"},
         {"--threads", CLI_INT, &a.threads, "N", "0 is one per processor (0)"},
         {"--out", CLI_TEXT, &a.out, "FILE", "JSON Lines results go here (.zst is compressed)"},
         {"--json", CLI_FLAG, &a.json, NULL, "print JSON Lines instead of text"},
@@ -300,7 +301,7 @@ int cmd_generate(int argc, char **argv) {
     cli_model m;
     job *jobs = NULL;
     size_t n = 0;
-    psoup_status done = cli_open(a.model, a.device, a.threads, &a.adapters, true, &m, &error);
+    psoup_status done = cli_open(a.model, a.device, a.dtype, a.threads, &a.adapters, true, &m, &error);
     if (done == PSOUP_OK)
         done = read_jobs(&a, &m, &jobs, &n, &error);
     if (done == PSOUP_OK)

@@ -35,6 +35,9 @@ static psoup_json *model_json(const cli_model *m, psoup_error *error) {
     psoup_json_set(out, "tie_word_embeddings", psoup_json_new_bool(c.tie_word_embeddings));
     psoup_json_set(out, "dtype",
                    psoup_json_new_string(psoup_dtype_name((psoup_dtype)c.torch_dtype)));
+    if (c.linear_dtype)
+        psoup_json_set(out, "linear_dtype",
+                       psoup_json_new_string(psoup_dtype_name((psoup_dtype)c.linear_dtype)));
     psoup_json_set(out, "tokenizer_tokens",
                    m->tokenizer ? psoup_json_new_integer(psoup_tokenizer_vocab_size(m->tokenizer))
                                 : psoup_json_new_null());
@@ -86,7 +89,11 @@ int cmd_info(int argc, char **argv) {
     bool json = false;
     cli_list arguments = {0};
     int status;
-    const cli_option options[] = {{"--json", CLI_FLAG, &json, NULL, "print one line of JSON"}, {0}};
+    const char *dtype = NULL;
+    const cli_option options[] = {
+        {"--json", CLI_FLAG, &json, NULL, "print one line of JSON"},
+        {"--dtype", CLI_TEXT, &dtype, "DTYPE", "load it in f32, f16, bf16, int8 or nf4 (as stored)"},
+        {0}};
     if (!cli_parse(
             argc, argv, options,
             "Usage: psoup info DIR\n\nDescribes a model directory or .gguf file (it is loaded and checked), "
@@ -108,7 +115,7 @@ int cmd_info(int argc, char **argv) {
         fclose(adapter);
         if (psoup_context_create(NULL, &opened.context, &error) == PSOUP_OK)
             out = adapter_json(opened.context, path, &error);
-    } else if (cli_open(directory, NULL, 1, NULL, false, &opened, &error) == PSOUP_OK)
+    } else if (cli_open(directory, NULL, dtype, 1, NULL, false, &opened, &error) == PSOUP_OK)
         out = model_json(&opened, &error);
     free(path);
     cli_close(&opened);

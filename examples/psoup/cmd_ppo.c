@@ -25,6 +25,8 @@ static const psoup_field ppo_run_fields[] = {
                                        "output/NAME/ADAPTER; required."),
     FIELD(PSOUP_FIELD_UINT64, seed, "Policy k samples under seed + k, unless it has its own."),
     FIELD(PSOUP_FIELD_STRING, device, "\"cpu\", \"cuda\" or \"cuda:N\"; null: the CPU."),
+    FIELD(PSOUP_FIELD_STRING, dtype,
+          "The base in f32, f16 or bf16, or its linears in blocks of int8 or nf4; null: as stored."),
     FIELD(PSOUP_FIELD_INT, threads, "0 is one per processor."),
     {0}};
 #undef FIELD
@@ -67,7 +69,7 @@ static psoup_status ppo(ppo_state *s, psoup_error *error) {
                          s->config_path);
     status = adapter_config_finish(&run->lora, s->config_path, error);
     if (status == PSOUP_OK)
-        status = run_open_ranks(run->model, run->tokenizer, run->device, run->threads, &s->m, error);
+        status = run_open_ranks(run->model, run->tokenizer, run->device, run->dtype, run->threads, &s->m, error);
     if (status == PSOUP_OK)
         status = run->preferences ? psoup_preferences_load(s->m.context, run->preferences,
                                                            &s->preferences, error)

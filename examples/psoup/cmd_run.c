@@ -59,6 +59,8 @@ static const psoup_field run_fields[] = {
     FIELD(PSOUP_FIELD_UINT64, seed, "Policy k samples under seed + k; the rest under seed."),
     FIELD(PSOUP_FIELD_BOOL, resume, "Whether to go on with the run in output, skipping what is finished."),
     FIELD(PSOUP_FIELD_STRING, device, "\"cpu\", \"cuda\" or \"cuda:N\"; null: the CPU."),
+    FIELD(PSOUP_FIELD_STRING, dtype,
+          "The base in f32, f16 or bf16, or its linears in blocks of int8 or nf4; null: as stored."),
     FIELD(PSOUP_FIELD_INT, threads, "0 is one per processor."),
     {0}};
 #undef FIELD
@@ -391,7 +393,7 @@ static psoup_status start(run *r, run_book *book, psoup_error *error) {
                            "psoup run is of one process, and %d were launched: its parts, psoup sft, reward and ppo, "
                            "train in several", launch_world());
     if (status == PSOUP_OK)
-        status = run_open(c->model, c->tokenizer, c->device, c->threads, &r->m, error);
+        status = run_open(c->model, c->tokenizer, c->device, c->dtype, c->threads, &r->m, error);
     if (status == PSOUP_OK)
         status = run_read_preferences(r, error);
     if (status == PSOUP_OK)

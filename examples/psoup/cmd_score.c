@@ -6,7 +6,7 @@
 #include <string.h>
 
 typedef struct score_args {
-    const char *model, *device, *mix, *method, *tokens, *prompts, *logits;
+    const char *model, *device, *dtype, *mix, *method, *tokens, *prompts, *logits;
     cli_list adapters;
     bool any_sum, json;
     int32_t threads;
@@ -188,6 +188,7 @@ int cmd_score(int argc, char **argv) {
          "write the logits, f32 [tokens, vocabulary], as "
          "safetensors"},
         {"--device", CLI_TEXT, &a.device, "DEVICE", "cpu, cuda or cuda:N (cpu)"},
+        {"--dtype", CLI_TEXT, &a.dtype, "DTYPE", "the model in f32, f16 or bf16, or its linears in int8 or nf4 (as stored)"},
         {"--threads", CLI_INT, &a.threads, "N", "0 is one per processor (0)"},
         {"--json", CLI_FLAG, &a.json, NULL, "print JSON Lines instead of text"},
         {0}};
@@ -205,7 +206,7 @@ int cmd_score(int argc, char **argv) {
         return cli_complain("score: expected either --tokens IDS or --prompts FILE");
     psoup_error error = {0};
     cli_model m;
-    psoup_status done = cli_open(a.model, a.device, a.threads, &a.adapters, false, &m, &error);
+    psoup_status done = cli_open(a.model, a.device, a.dtype, a.threads, &a.adapters, false, &m, &error);
     if (done == PSOUP_OK)
         done = run(&a, &m, &error);
     status = done == PSOUP_OK ? 0 : cli_fail(&error);

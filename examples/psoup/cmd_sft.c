@@ -6,7 +6,7 @@
 #include <string.h>
 
 typedef struct sft_run {
-    const char *model, *tokenizer, *device, *data, *validation, *output, *adapter, *init, *template;
+    const char *model, *tokenizer, *device, *dtype, *data, *validation, *output, *adapter, *init, *template;
     int32_t threads;
     adapter_config lora;
     psoup_sft_options options;
@@ -26,6 +26,8 @@ static const psoup_field sft_run_fields[] = {
     FIELD(PSOUP_FIELD_STRING, init, "PEFT directory that the adapter starts from, with its rank, alpha and targets."),
     FIELD(PSOUP_FIELD_STRING, template, "tulu, alpaca, or a text with {instruction}."),
     FIELD(PSOUP_FIELD_STRING, device, "\"cpu\", \"cuda\" or \"cuda:N\"; null: the CPU."),
+    FIELD(PSOUP_FIELD_STRING, dtype,
+          "The base in f32, f16 or bf16, or its linears in blocks of int8 or nf4; null: as stored."),
     FIELD(PSOUP_FIELD_INT, threads, "0 is one per processor."),
     {0}};
 #undef FIELD
@@ -76,7 +78,7 @@ static psoup_status sft(sft_run *run, const char *config_path, psoup_error *erro
     if (status == PSOUP_OK)
         status = adapter_config_finish(&run->lora, config_path, error);
     if (status == PSOUP_OK)
-        status = run_open_ranks(run->model, run->tokenizer, run->device, run->threads, &m, error);
+        status = run_open_ranks(run->model, run->tokenizer, run->device, run->dtype, run->threads, &m, error);
     if (status == PSOUP_OK && run->init && !run->adapter)
         status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: \"init\" needs an \"adapter\"",
                            config_path);

@@ -340,23 +340,23 @@ char *join(const char *directory, const char *name) {
 
 /* ---- a run ------------------------------------------------------------------------------------- */
 
-psoup_status run_open(const char *model, const char *tokenizer, const char *device, int32_t threads,
-                      cli_model *out, psoup_error *error) {
+psoup_status run_open(const char *model, const char *tokenizer, const char *device, const char *dtype,
+                      int32_t threads, cli_model *out, psoup_error *error) {
     if (!model)
         return cli_error(error, PSOUP_ERROR_ARGUMENT, "the configuration names no \"model\"");
-    psoup_status status = cli_open(model, device, threads, NULL, tokenizer == NULL, out, error);
+    psoup_status status = cli_open(model, device, dtype, threads, NULL, tokenizer == NULL, out, error);
     if (status != PSOUP_OK || !tokenizer)
         return status;
     psoup_tokenizer_free(out->tokenizer); /* the model's own, where it has one */
     return psoup_tokenizer_load(out->context, tokenizer, &out->tokenizer, error);
 }
 
-psoup_status run_open_ranks(const char *model, const char *tokenizer, const char *device, int32_t threads,
-                            cli_model *out, psoup_error *error) {
+psoup_status run_open_ranks(const char *model, const char *tokenizer, const char *device, const char *dtype,
+                            int32_t threads, cli_model *out, psoup_error *error) {
     char own[LAUNCH_DEVICE];
     psoup_status status = launch_look(error);
     if (status == PSOUP_OK)
-        status = run_open(model, tokenizer, launch_device(device, own), launch_threads(threads), out, error);
+        status = run_open(model, tokenizer, launch_device(device, own), dtype, launch_threads(threads), out, error);
     if (status == PSOUP_OK)
         status = launch_connect(out->context, &out->comm, error);
     return status;

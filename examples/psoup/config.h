@@ -77,11 +77,11 @@ psoup_status hold_out(const psoup_json *rows, float fraction, void *items, size_
 char *join(const char *directory, const char *name);
 
 /* The model of a run with its tokenizer, its own or another. */
-psoup_status run_open(const char *model, const char *tokenizer, const char *device, int32_t threads,
-                      cli_model *out, psoup_error *error);
+psoup_status run_open(const char *model, const char *tokenizer, const char *device, const char *dtype,
+                      int32_t threads, cli_model *out, psoup_error *error);
 /* The same of a run that several processes may train, as they were launched; out->comm are the others. */
-psoup_status run_open_ranks(const char *model, const char *tokenizer, const char *device, int32_t threads,
-                            cli_model *out, psoup_error *error);
+psoup_status run_open_ranks(const char *model, const char *tokenizer, const char *device, const char *dtype,
+                            int32_t threads, cli_model *out, psoup_error *error);
 int32_t run_end_token(const cli_model *m); /* the model's eos token; −1 when it has none */
 /* What a finished run prints, of several ranks the first: where its results are. Returns the exit status. */
 int run_print_output(const char *output, bool json);

@@ -7,7 +7,7 @@
 enum { MAX_POLICIES = 64, MAX_DIMENSIONS = 16, MAX_SOUP = 64 };
 
 typedef struct ppo_run {
-    const char *model, *tokenizer, *device, *prompts, *validation, *preferences, *output, *template;
+    const char *model, *tokenizer, *device, *dtype, *prompts, *validation, *preferences, *output, *template;
     const psoup_json *policies;
     int32_t new_preferences, threads;
     uint64_t seed;

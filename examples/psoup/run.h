@@ -36,7 +36,7 @@ typedef struct run_sampling {
 } run_sampling;
 
 typedef struct run_config {
-    const char *model, *tokenizer, *device, *template, *preferences, *output;
+    const char *model, *tokenizer, *device, *dtype, *template, *preferences, *output;
     const char *validation, *evaluation, *examples;
     const psoup_json *prompts, *rewards, *reward_data;
     int32_t reward_form, user_input, soup; /* run_form, run_user_input, run_soup */

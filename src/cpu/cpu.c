@@ -57,6 +57,8 @@ static psoup_status cpu_weight_pack(psoup__backend *be, psoup__weight *weight, b
                                     psoup_error *error) {
     psoup_status status;
     cpu_weight_unpack(be, weight);
+    if (psoup__dtype_is_blocks(weight->dtype)) /* a few bits a value only while there is no copy */
+        return PSOUP_OK;
     PSOUP__TRY(psoup__gemm_pack(be->context, weight->data, weight->dtype, weight->in, weight->out, 1,
                                 weight->in, &weight->forward, error));
     if (backward)

@@ -239,7 +239,8 @@ static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, c
                                  .m = rows, .n = w->out, .k = w->in,
                                  .c = y, .c_stride = w->out, .accumulate = bias != NULL,
                                  .a = x, .a_row = w->in, .a_col = 1, .alpha = 1,
-                                 .b = w->data, .b_dtype = w->dtype, .b_row = 1, .b_col = w->in,
+                                 .b = w->data, .b_dtype = w->dtype, .b_scales = w->scales,
+                                 .b_row = 1, .b_col = w->in,
                                  .packed = w->forward});
     if (mix->n == 0)
         return;
@@ -415,7 +416,7 @@ static void linear_mix_backward(psoup__backend *be, float *dx, float *dx_lora, f
                                      .m = rows, .n = w->in, .k = w->out,
                                      .c = dx, .c_stride = w->in, .accumulate = true,
                                      .a = dy, .a_row = w->out, .a_col = 1, .alpha = 1,
-                                     .b = w->data, .b_dtype = w->dtype,
+                                     .b = w->data, .b_dtype = w->dtype, .b_scales = w->scales,
                                      .b_row = w->in, .b_col = 1, .packed = w->backward});
     if (dw)
         psoup__gemm(be->context, &(psoup__gemm_args){

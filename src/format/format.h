@@ -77,6 +77,26 @@ psoup__file *psoup__weights_file(const psoup__weights *weights, size_t index);
 struct psoup__gguf;
 const struct psoup__gguf *psoup__weights_gguf(const psoup__weights *weights); /* NULL: is none */
 
+/* ---- bitsandbytes.c: linears that transformers saved quantised ---------------------------------- */
+
+/* One linear, where its parts lie; see blocks.c in base.h for what they become. */
+typedef struct psoup__bnb {
+    psoup_dtype dtype; /* NF4, or INT8 for LLM.int8() */
+    int64_t in;
+    const psoup__tensor *codes;
+    const psoup__tensor *scales; /* max|x| of each block, or row: F32, or U8 where they are quantised in turn: */
+    const psoup__tensor *nested; /* max|x| of 256 scales; or NULL */
+    float level[256], offset;
+} psoup__bnb;
+/* Finds and checks what belongs to a weight "….weight" [out, in]. */
+psoup_status psoup__bnb_find(psoup_context *context, const psoup__weights *weights, const char *weight,
+                             psoup_dtype dtype, int64_t out, int64_t in, psoup__bnb *linear, psoup_error *error);
+/* The blocks of elements first … first + n − 1; first is a multiple of 64. */
+void psoup__bnb_read(psoup_context *context, const psoup__bnb *linear, size_t first, size_t n, uint8_t *codes,
+                     float *scales);
+/* Whether a tensor's name is that of such a part, and of which weight. */
+bool psoup__bnb_part(const char *name, char *weight, size_t size);
+
 /* ---- hf.c: config.json ------------------------------------------------------------------------ */
 
 /* Reads an architecture, of a model directory or a .gguf file; refuses model types outside the LLaMA

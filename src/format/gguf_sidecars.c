@@ -101,6 +101,18 @@ fail:
     return status;
 }
 
+/* The configuration of a directory whose weights a GGUF file can hold. */
+static psoup_status read_plain(psoup_context *context, const char *directory, psoup_model_config *out,
+                               psoup_error *error) {
+    psoup_status status = psoup__hf_config_read(context, directory, out, error);
+    if (status == PSOUP_OK && out->linear_dtype != 0)
+        status = psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                             "%s: config.json: quantization_config: quantised weights cannot be merged; name the model "
+                             "that they were made from",
+                             directory);
+    return status;
+}
+
 psoup_status psoup__gguf_metadata_from(psoup__gguf_writer *writer, const char *from,
                                        psoup_dtype dtype, psoup_error *error) {
     psoup_status status;
@@ -111,7 +123,7 @@ psoup_status psoup__gguf_metadata_from(psoup__gguf_writer *writer, const char *f
         return copy_metadata(writer, from, dtype, error);
     if ((directory = psoup__directory_of(context, from, error)) == NULL)
         return PSOUP_ERROR_MEMORY;
-    PSOUP__TRY(psoup__hf_config_read(context, directory, &config, error));
+    PSOUP__TRY(read_plain(context, directory, &config, error));
     PSOUP__TRY(psoup__gguf_write_config(writer, &config, config.qkv_bias != 0, base_name(directory, name),
                                         dtype, error));
     PSOUP__TRY(psoup__gguf_write_tokenizer(writer, directory, &config, error));
@@ -173,7 +185,7 @@ psoup_status psoup__model_heads(psoup_context *context, const char *model, const
     } else {
         if ((directory = psoup__directory_of(context, model, error)) == NULL)
             return PSOUP_ERROR_MEMORY;
-        PSOUP__TRY(psoup__hf_config_read(context, directory, &config, error));
+        PSOUP__TRY(read_plain(context, directory, &config, error));
         layout.permuted = !config.qkv_bias;
         layout.heads = config.num_attention_heads;
         layout.kv_heads = config.num_key_value_heads;

@@ -191,6 +191,30 @@ static psoup_status read_dtype(const psoup_json *root, const char *where, int32_
     return PSOUP_OK;
 }
 
+/* bitsandbytes' nf4 and int8 become blocks; another method is refused. */
+static psoup_status read_quantization(const psoup_json *how, const char *where, int32_t *out, psoup_error *error) {
+    if (psoup_json_kind(how) == PSOUP_JSON_NULL)
+        return PSOUP_OK;
+    const char *method = psoup_json_string(psoup_json_get(how, "quant_method"), "");
+    const char *type = psoup_json_string(psoup_json_get(how, "bnb_4bit_quant_type"), "");
+    const char *storage = psoup_json_string(psoup_json_get(how, "bnb_4bit_quant_storage"), "uint8");
+    if (strcmp(method, "bitsandbytes") != 0)
+        return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                           "%s: quantization_config: quant_method: \"%.60s\"; expected bitsandbytes", where, method);
+    if (psoup_json_bool(psoup_json_get(how, "load_in_8bit"), 0)) {
+        *out = PSOUP_INT8;
+        return PSOUP_OK;
+    }
+    if (!psoup_json_bool(psoup_json_get(how, "load_in_4bit"), 0) || strcmp(type, "nf4") != 0 ||
+        strcmp(storage, "uint8") != 0)
+        return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                           "%s: quantization_config: bnb_4bit_quant_type \"%.40s\" in %.40s; expected nf4 in uint8, "
+                           "or load_in_8bit",
+                           where, type, storage);
+    *out = PSOUP_NF4;
+    return PSOUP_OK;
+}
+
 static psoup_status read_config(const psoup_json *root, const char *where, psoup_model_config *c,
                                 psoup_error *error) {
     psoup_status status;
@@ -214,9 +238,7 @@ static psoup_status read_config(const psoup_json *root, const char *where, psoup
     if (strcmp(act, "silu") != 0 && strcmp(act, "swish") != 0)
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "%s: hidden_act: \"%.60s\"; expected silu",
                            where, act);
-    if (psoup_json_kind(psoup_json_get(root, "quantization_config")) != PSOUP_JSON_NULL)
-        return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
-                           "%s: quantization_config: quantised weights are not supported", where);
+    PSOUP__TRY(read_quantization(psoup_json_get(root, "quantization_config"), where, &c->linear_dtype, error));
     if (psoup_json_real(psoup_json_get(root, "partial_rotary_factor"), 1) != 1)
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
                            "%s: partial_rotary_factor: only 1 is supported", where);
@@ -335,6 +357,9 @@ psoup_status psoup__config_check(psoup_model_config *c, const char *where, psoup
         return psoup__fail(error, PSOUP_ERROR_FORMAT,
                            "%s: head_dim: %d is odd; rotary positions need pairs", where,
                            (int)c->head_dim);
+    if (c->linear_dtype != 0 && c->linear_dtype != PSOUP_INT8 && c->linear_dtype != PSOUP_NF4)
+        return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: linear_dtype: %d; expected 0, PSOUP_INT8 or PSOUP_NF4",
+                           where, (int)c->linear_dtype);
     if (c->qkv_bias && (c->attention_bias || c->mlp_bias))
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
                            "%s: qkv_bias: goes with neither attention_bias nor mlp_bias", where);

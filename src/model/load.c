@@ -1,6 +1,8 @@
 /* Reading a Hugging Face model directory, or a GGUF file. */
 #include "model/model.h"
 
+#include <float.h>
+#include <math.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
@@ -52,6 +54,10 @@ static bool has_non_finite(psoup_context *context, const psoup__tensor *tensor, 
     return atomic_load(&s.found);
 }
 
+static psoup_status not_finite(const char *path, const psoup__parameter *p, psoup_error *error) {
+    return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: tensor %s holds NaN or infinite values", path, p->name);
+}
+
 /* ---- tensors ---------------------------------------------------------------------------------- */
 
 static psoup_status check_tensor(const psoup_model *model, const psoup__parameter *p,
@@ -80,9 +86,8 @@ static psoup_status check_tensor(const psoup_model *model, const psoup__paramete
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
                            "%s: tensor %s is %s; weights must be f32, f16, bf16 or q8_0", path, p->name,
                            psoup_dtype_name(tensor->dtype));
-    if (has_non_finite(model->context, tensor, p->count))
-        return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: tensor %s holds NaN or infinite values",
-                           path, p->name);
+    if (tensor->data && has_non_finite(model->context, tensor, p->count)) /* else see check_piece */
+        return not_finite(path, p, error);
     return PSOUP_OK;
 }
 
@@ -92,7 +97,7 @@ static bool ends_with(const char *text, const char *end) {
 }
 
 /* A tensor that no weight of this architecture claims would be dropped silently: refuse it. */
-static psoup_status refuse_extra(const psoup_model *model, psoup_error *error) {
+static psoup_status refuse_extra(const psoup_model *model, bool blocks, psoup_error *error) {
     psoup__map *known = NULL;
     psoup_status status = psoup__map_create(model->context, psoup__weights_count(model->weights),
                                             &known, error);
@@ -100,8 +105,11 @@ static psoup_status refuse_extra(const psoup_model *model, psoup_error *error) {
         status = psoup__map_set(known, p.name, strlen(p.name), 1, NULL, error);
     for (size_t i = 0; status == PSOUP_OK && i < psoup__weights_count(model->weights); i++) {
         const char *name = psoup__weights_name(model->weights, i);
+        char whole[160]; /* the weight that a part belongs to */
         bool ignored = ends_with(name, "rotary_emb.inv_freq") || /* old checkpoints' buffers */
-                       (model->config.tie_word_embeddings && strcmp(name, "lm_head.weight") == 0);
+                       (model->config.tie_word_embeddings && strcmp(name, "lm_head.weight") == 0) ||
+                       (blocks && psoup__bnb_part(name, whole, sizeof whole) &&
+                        psoup__map_get(known, whole, strlen(whole), &(int64_t){0}));
         if (!ignored && !psoup__map_get(known, name, strlen(name), &(int64_t){0}))
             status = psoup__fail(error, PSOUP_ERROR_FORMAT,
                                  "%s: tensor %s belongs to no weight that config.json describes",
@@ -111,20 +119,40 @@ static psoup_status refuse_extra(const psoup_model *model, psoup_error *error) {
     return status;
 }
 
+/* What was read of a tensor that is to become such a dtype: finite numbers, and in its range. */
+static psoup_status check_piece(const psoup_model *model, const psoup__parameter *p, psoup_dtype dtype,
+                                const float *piece, size_t n, psoup_error *error) {
+    const float most = psoup__dtype_is_blocks(dtype) ? FLT_MAX : psoup__dtype_largest(dtype);
+    const char *path = psoup__weights_path(model->weights);
+    bool good = true;
+    for (size_t i = 0; i < n; i++)
+        good &= fabsf(piece[i]) <= most;
+    for (size_t i = 0; !good && i < n; i++)
+        if (!(fabsf(piece[i]) <= FLT_MAX))
+            return not_finite(path, p, error);
+    for (size_t i = 0; !good && i < n; i++)
+        if (fabsf(piece[i]) > most)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: tensor %s: %g does not fit %s", path, p->name,
+                               (double)piece[i], psoup_dtype_name(dtype));
+    return PSOUP_OK;
+}
+
 static psoup_status copy_vector(psoup_model *model, const psoup__parameter *p,
                                 const psoup__tensor *tensor, psoup_error *error) {
     float *values = psoup__alloc(model->context, p->count, sizeof(float), error);
     if (!values)
         return PSOUP_ERROR_MEMORY;
     psoup__tensor_read(model->context, tensor, 0, p->count, values);
-    model->be->ops->write(model->be, *p->vector, values, p->count * sizeof(float));
+    psoup_status status = check_piece(model, p, PSOUP_F32, values, p->count, error);
+    if (status == PSOUP_OK)
+        model->be->ops->write(model->be, *p->vector, values, p->count * sizeof(float));
     psoup__free(model->context, values);
-    return PSOUP_OK;
+    return status;
 }
 
 /* Bytes that the device takes as they are. */
 static bool same_bytes(const psoup__parameter *p, const psoup__tensor *tensor) {
-    return tensor->dtype == p->weight->dtype && tensor->heads == 0;
+    return tensor->data && tensor->dtype == p->weight->dtype && tensor->heads == 0;
 }
 
 static psoup_status copy_matrix(psoup_model *model, const psoup__parameter *p,
@@ -134,29 +162,62 @@ static psoup_status copy_matrix(psoup_model *model, const psoup__parameter *p,
         model->be->ops->write(model->be, to, tensor->data, tensor->bytes);
         return PSOUP_OK;
     }
+    psoup_status status = PSOUP_OK;
     float *piece = psoup__alloc(model->context, 2 * (size_t)PSOUP__PIECE, sizeof(float), error);
     if (!piece)
         return PSOUP_ERROR_MEMORY;
-    for (size_t first = 0; first < p->count; first += PSOUP__PIECE) {
+    for (size_t first = 0; status == PSOUP_OK && first < p->count; first += PSOUP__PIECE) {
         size_t n = p->count - first < PSOUP__PIECE ? p->count - first : PSOUP__PIECE;
         psoup__tensor_read(model->context, tensor, first, n, piece);
-        psoup__parameter_write(model, p, first, n, piece, piece + PSOUP__PIECE);
+        status = check_piece(model, p, p->weight->dtype, piece, n, error);
+        if (status == PSOUP_OK)
+            psoup__parameter_write(model, p, first, n, piece, piece + PSOUP__PIECE);
     }
     psoup__free(model->context, piece);
-    return PSOUP_OK;
+    return status;
 }
 
-psoup_status psoup__model_read(psoup_model *model, const char *directory, psoup_error *error) {
-    psoup_status status = psoup__weights_map(model->context, directory, "model", &model->weights,
-                                             error);
+/* A linear of blocks, as they are or as their values. */
+static psoup_status copy_blocks(psoup_model *model, const psoup__parameter *p, psoup_dtype dtype, psoup_error *error) {
+    psoup__bnb linear;
+    psoup_status status = psoup__bnb_find(model->context, model->weights, p->name, dtype, p->rows, p->columns, &linear,
+                                          error);
     if (status != PSOUP_OK)
         return status;
-    /* Matrices are read in place when they lie at multiples of their items, in order, where the ops can. */
-    bool mappable = model->be->ops->on_host;
+    const bool keep = p->weight->dtype == dtype;
+    float *piece = psoup__alloc(model->context, 3 * (size_t)PSOUP__PIECE, sizeof(float), error);
+    if (!piece)
+        return PSOUP_ERROR_MEMORY;
+    float *scales = piece + PSOUP__PIECE;
+    uint8_t *codes = (uint8_t *)(scales + psoup__block_count(PSOUP__PIECE));
+    for (size_t first = 0; status == PSOUP_OK && first < p->count; first += PSOUP__PIECE) {
+        size_t n = p->count - first < PSOUP__PIECE ? p->count - first : PSOUP__PIECE;
+        psoup__bnb_read(model->context, &linear, first, n, codes, scales);
+        psoup__blocks_read(model->context, &(psoup__blocks){dtype, codes, scales}, 0, n, piece);
+        status = check_piece(model, p, p->weight->dtype, piece, n, error);
+        if (status == PSOUP_OK && keep)
+            psoup__parameter_write_blocks(model, p, first, n, codes, scales);
+        else if (status == PSOUP_OK)
+            psoup__parameter_write(model, p, first, n, piece, piece + 2 * (size_t)PSOUP__PIECE);
+    }
+    psoup__free(model->context, piece);
+    return status;
+}
+
+/* ---- the model -------------------------------------------------------------------------------- */
+
+/* Checks the tensors and finds the dtype of the matrices that are no blocks in the files (f32 holds any mixture
+ * exactly), and whether they can be read in place: where they lie at multiples of their items, in order, and the
+ * ops can. */
+static psoup_status survey(psoup_model *model, psoup_dtype blocks, bool *mappable, psoup_error *error) {
+    psoup_status status;
     bool one_dtype = true;
     psoup_dtype dtype = (psoup_dtype)model->config.torch_dtype;
+    *mappable = model->be->ops->on_host;
     for (psoup__parameter p = {.next = 0}; psoup__model_next(model, &p);) {
         const psoup__tensor *tensor = psoup__weights_find(model->weights, p.name);
+        if (blocks && psoup__is_linear(model, p.weight))
+            continue;
         PSOUP__TRY(check_tensor(model, &p, tensor, error));
         if (!p.weight)
             continue;
@@ -164,17 +225,45 @@ psoup_status psoup__model_read(psoup_model *model, const char *directory, psoup_
         if (p.weight == &model->embed)
             dtype = exact;
         one_dtype = one_dtype && exact == dtype;
-        mappable = mappable && tensor->dtype == exact && tensor->heads == 0 &&
-                   (uintptr_t)tensor->data % psoup_dtype_size(exact) == 0;
+        *mappable = *mappable && tensor->data && tensor->dtype == exact && tensor->heads == 0 &&
+                    (uintptr_t)tensor->data % psoup_dtype_size(exact) == 0;
     }
-    PSOUP__TRY(refuse_extra(model, error));
-    /* What the files hold, whatever config.json says; f32 holds any mixture exactly. */
+    PSOUP__TRY(refuse_extra(model, blocks != 0, error));
+    /* What the files hold, whatever config.json says. */
     model->config.torch_dtype = one_dtype ? (int32_t)dtype : PSOUP_F32;
+    return PSOUP_OK;
+fail:
+    return status;
+}
+
+psoup_status psoup__model_read(psoup_model *model, const char *directory, int32_t asked, psoup_error *error) {
+    psoup_status status;
+    psoup_model_config *config = &model->config;
+    const psoup_dtype blocks = (psoup_dtype)config->linear_dtype; /* of the files; or 0 */
+    const bool convert = asked >= 0 || blocks;
+    bool mappable;
+    if (blocks && (asked == PSOUP_INT8 || asked == PSOUP_NF4) && asked != (int32_t)blocks)
+        return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                           "%s: its linears are %s; they become that, f32, f16 or bf16, not %s", directory,
+                           psoup_dtype_name(blocks), psoup_dtype_name((psoup_dtype)asked));
+    if (convert)
+        PSOUP__TRY(psoup__weights_open(model->context, directory, "model", 0, 0, &model->weights, error));
+    else
+        PSOUP__TRY(psoup__weights_map(model->context, directory, "model", &model->weights, error));
+    PSOUP__TRY(survey(model, blocks, &mappable, error));
+    if (asked == PSOUP_INT8 || asked == PSOUP_NF4)
+        config->linear_dtype = asked;
+    else if (asked >= 0) {
+        config->linear_dtype = 0;
+        config->torch_dtype = asked;
+    }
     PSOUP__TRY(psoup__model_store(model, !mappable, error));
     for (psoup__parameter p = {.next = 0}; psoup__model_next(model, &p);) {
         const psoup__tensor *tensor = psoup__weights_find(model->weights, p.name);
         if (!p.weight) {
             PSOUP__TRY(copy_vector(model, &p, tensor, error));
+        } else if (blocks && psoup__is_linear(model, p.weight)) {
+            PSOUP__TRY(copy_blocks(model, &p, blocks, error));
         } else if (mappable) {
             p.weight->dtype = tensor->dtype;
             p.weight->data = tensor->data;
@@ -182,10 +271,12 @@ psoup_status psoup__model_read(psoup_model *model, const char *directory, psoup_
             PSOUP__TRY(copy_matrix(model, &p, tensor, error));
         }
     }
-    if (model->config.tie_word_embeddings) {
+    if (config->tie_word_embeddings) {
         model->lm_head.dtype = model->embed.dtype;
         model->lm_head.data = model->embed.data;
     }
+    if (convert)
+        PSOUP__TRY(psoup__weights_check(model->weights, error));
     if (!mappable) {
         psoup__weights_free(model->weights);
         model->weights = NULL;

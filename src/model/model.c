@@ -46,21 +46,32 @@ fail:
     return status;
 }
 
-psoup_status psoup_model_load(psoup_context *context, const char *directory, psoup_model **out,
-                              psoup_error *error) {
+psoup_status psoup_model_load_with(psoup_context *context, const char *directory, const psoup_load_options *options,
+                                   psoup_model **out, psoup_error *error) {
     *out = NULL;
     psoup_model *model = NULL;
     psoup_model_config config = PSOUP_MODEL_CONFIG_INIT;
+    psoup_load_options full = PSOUP_LOAD_OPTIONS_INIT;
     psoup_status status;
+    PSOUP__TRY(psoup__options(&full, sizeof full, options, "psoup_load_options", error));
+    if (full.dtype < -1 || (full.dtype > PSOUP_BF16 && full.dtype != PSOUP_INT8 && full.dtype != PSOUP_NF4))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_load_options: dtype %d (%s); expected -1, f32, f16, bf16, int8 or nf4",
+                           (int)full.dtype, psoup_dtype_name((psoup_dtype)full.dtype));
     PSOUP__TRY(psoup__hf_config_read(context, directory, &config, error));
     PSOUP__TRY(create_empty(context, &config, &model, error));
-    PSOUP__TRY(psoup__model_read(model, directory, error));
+    PSOUP__TRY(psoup__model_read(model, directory, full.dtype, error));
     PSOUP__TRY(psoup__model_pack(model, false, error));
     *out = model;
     return PSOUP_OK;
 fail:
     psoup_model_free(model);
     return status;
+}
+
+psoup_status psoup_model_load(psoup_context *context, const char *directory, psoup_model **out,
+                              psoup_error *error) {
+    return psoup_model_load_with(context, directory, NULL, out, error);
 }
 
 typedef struct normals {
@@ -217,6 +228,11 @@ static psoup_status write_tokenizer_config(const psoup_model *model, const char 
 psoup_status psoup_model_save(const psoup_model *model, const char *directory,
                               const psoup_tokenizer *tokenizer, psoup_error *error) {
     psoup_context *context = model->context;
+    if (model->config.linear_dtype)
+        return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                           "%s: the model is kept in %s blocks, of which no file is written: the files that it was loaded "
+                           "from are more exact",
+                           directory, psoup_dtype_name((psoup_dtype)model->config.linear_dtype));
     psoup__safetensors_writer *writer = NULL;
     char *path = NULL, *tokenizer_path = NULL;
     psoup_status status = PSOUP_ERROR_MEMORY;

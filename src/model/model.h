@@ -62,7 +62,7 @@ struct psoup_model {
     float *data, *grad; /* [count]; NULL while frozen */
     size_t count;
     psoup__weights *weights; /* the open files that frozen matrices point into, or NULL with: */
-    void *storage;           /* device: frozen matrices of config.torch_dtype */
+    void *storage;           /* device: frozen matrices of config.torch_dtype, linears of config.linear_dtype */
     float *vectors;          /* device: frozen norms and biases */
     bool backward_packed;
     psoup__adapter **adapters;
@@ -70,6 +70,11 @@ struct psoup_model {
     size_t adapters_capacity;
     uint64_t edition; /* counts adapters added and removed: what a mix's columns mean */
 };
+
+/* Whether a parameter's matrix (or NULL) is one of a layer's linears. */
+static inline bool psoup__is_linear(const psoup_model *model, const psoup__weight *weight) {
+    return weight && weight != &model->embed && weight != &model->lm_head;
+}
 
 /* The widest input of a linear. */
 static inline int32_t psoup__model_widest(const psoup_model *model) {
@@ -109,18 +114,22 @@ void psoup__model_point_gradients(psoup_model *model, float *gradient);
 /* Device memory for frozen weights: norms and biases, and with `matrices` those too. Points the model
  * at it. */
 psoup_status psoup__model_store(psoup_model *model, bool matrices, psoup_error *error);
-/* Elements [first, first + n) as f32 in host memory; scratch has room for n floats. */
+/* Elements [first, first + n) as f32 in host memory; scratch has room for PSOUP__PIECE floats, and n is at most
+ * that. Of linears in blocks, `first` begins one. */
 psoup_status psoup__parameter_read(const psoup_model *model, const psoup__parameter *parameter,
                                    size_t first, size_t n, float *out, void *scratch,
                                    psoup_error *error);
 void psoup__parameter_write(psoup_model *model, const psoup__parameter *parameter, size_t first,
                             size_t n, const float *in, void *scratch);
+/* The same of blocks that are there already. */
+void psoup__parameter_write_blocks(psoup_model *model, const psoup__parameter *parameter, size_t first, size_t n,
+                                   const uint8_t *codes, const float *scales);
 enum { PSOUP__PIECE = 1 << 16 }; /* floats that cross between host and device at a time */
 /* Packs the frozen matrices for the forward, or for the backward. A failure leaves them usable. */
 psoup_status psoup__model_pack(psoup_model *model, bool backward, psoup_error *error);
 
-/* load.c: fills an empty model from a directory's files. */
-psoup_status psoup__model_read(psoup_model *model, const char *directory, psoup_error *error);
+/* load.c: fills an empty model from a directory's files. dtype: of psoup_load_options. */
+psoup_status psoup__model_read(psoup_model *model, const char *directory, int32_t dtype, psoup_error *error);
 
 /* ---- rope.c ---------------------------------------------------------------------------------------- */
 

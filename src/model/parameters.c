@@ -1,10 +1,11 @@
 /* The base's weights one by one, and the three places they can live in:
  *   mapped   matrices point into the model's files, norms and biases into `vectors`;
- *   stored   matrices point into `storage`, in the model's dtype;
+ *   stored   matrices point into `storage`, in the model's dtype or, the layers' linears, in blocks;
  *   training everything is f32 in `data`, with gradients in `grad`.
  */
 #include "model/model.h"
 
+#include <assert.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -117,15 +118,32 @@ static size_t aligned(size_t bytes) {
     return (bytes + 63) / 64 * 64;
 }
 
+/* In which a matrix is kept while it is frozen. */
+static psoup_dtype frozen_dtype(const psoup_model *model, const psoup__weight *weight) {
+    const psoup_model_config *c = &model->config;
+    return (psoup_dtype)(psoup__is_linear(model, weight) && c->linear_dtype ? c->linear_dtype : c->torch_dtype);
+}
+
+/* Bytes of so many elements, and where in them the scales of blocks begin. False where they overflow. */
+static bool matrix_bytes(psoup_dtype dtype, size_t count, size_t *bytes, size_t *scales) {
+    *scales = 0;
+    if (!psoup__dtype_is_blocks(dtype))
+        return psoup__multiply(count, psoup_dtype_size(dtype), bytes);
+    *scales = aligned(psoup__block_bytes(dtype, count)); /* of less than count bytes, and so what follows */
+    return psoup__add(*scales, psoup__block_count(count) * sizeof(float), bytes);
+}
+
 static psoup_status allocate_store(psoup_model *model, void **storage, float **vectors,
                                    psoup_error *error) {
     const psoup__ops *ops = model->be->ops;
-    size_t item = psoup_dtype_size((psoup_dtype)model->config.torch_dtype);
-    size_t matrix_bytes = 0, vector_count = 0;
+    size_t all = 0, vector_count = 0;
+    if (model->config.linear_dtype && !ops->on_host)
+        return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "%s linears on a GPU are not supported",
+                           psoup_dtype_name((psoup_dtype)model->config.linear_dtype));
     for (psoup__parameter p = {.next = 0}; psoup__model_next(model, &p);) {
-        size_t bytes = 0;
-        if (!psoup__multiply(p.count, item, &bytes) ||
-            !psoup__add(matrix_bytes, p.weight ? aligned(bytes) : 0, &matrix_bytes))
+        size_t bytes = 0, scales = 0;
+        if (p.weight && (!matrix_bytes(frozen_dtype(model, p.weight), p.count, &bytes, &scales) ||
+                         !psoup__add(all, aligned(bytes), &all)))
             return psoup__out_of_memory(error, SIZE_MAX);
         vector_count += p.weight ? 0 : aligned(p.count);
     }
@@ -134,7 +152,7 @@ static psoup_status allocate_store(psoup_model *model, void **storage, float **v
         return PSOUP_ERROR_MEMORY;
     if (!storage)
         return PSOUP_OK;
-    *storage = ops->alloc(model->be, matrix_bytes, 1, error);
+    *storage = ops->alloc(model->be, all, 1, error);
     if (!*storage) {
         ops->release(model->be, *vectors);
         *vectors = NULL;
@@ -144,16 +162,18 @@ static psoup_status allocate_store(psoup_model *model, void **storage, float **v
 }
 
 static void point_store(psoup_model *model, void *storage, float *vectors) {
-    size_t item = psoup_dtype_size((psoup_dtype)model->config.torch_dtype);
     char *matrix = storage;
     for (psoup__parameter p = {.next = 0}; psoup__model_next(model, &p);) {
         if (!p.weight) {
             *p.vector = vectors;
             vectors += aligned(p.count);
         } else if (matrix) {
-            p.weight->dtype = (psoup_dtype)model->config.torch_dtype;
+            size_t bytes, scales;
+            p.weight->dtype = frozen_dtype(model, p.weight);
+            matrix_bytes(p.weight->dtype, p.count, &bytes, &scales);
             p.weight->data = matrix;
-            matrix += aligned(p.count * item);
+            p.weight->scales = scales ? (const float *)(const void *)(matrix + scales) : NULL;
+            matrix += aligned(bytes);
         }
     }
     tie(model);
@@ -171,12 +191,42 @@ psoup_status psoup__model_store(psoup_model *model, bool matrices, psoup_error *
     return PSOUP_OK;
 }
 
+/* Of blocks: `first` begins one. Scales go to the head of the scratch, codes behind them. */
+static psoup_status read_blocks(const psoup_model *model, const psoup__weight *weight, size_t first, size_t n,
+                                float *out, void *scratch, psoup_error *error) {
+    const psoup__ops *ops = model->be->ops;
+    const size_t count = psoup__block_count(n);
+    float *scales = scratch;
+    uint8_t *codes = (uint8_t *)(scales + count);
+    psoup_status status;
+    assert(first % PSOUP__BLOCK == 0);
+    PSOUP__TRY(ops->read(model->be, scales, weight->scales + first / PSOUP__BLOCK, count * sizeof *scales, error));
+    PSOUP__TRY(ops->read(model->be, codes, (const uint8_t *)weight->data + psoup__block_bytes(weight->dtype, first),
+                         psoup__block_bytes(weight->dtype, n), error));
+    psoup__blocks_read(model->context, &(psoup__blocks){weight->dtype, codes, scales}, 0, n, out);
+fail:
+    return status;
+}
+
+void psoup__parameter_write_blocks(psoup_model *model, const psoup__parameter *p, size_t first, size_t n,
+                                   const uint8_t *codes, const float *scales) {
+    const psoup__ops *ops = model->be->ops;
+    const psoup__weight *w = p->weight;
+    assert(first % PSOUP__BLOCK == 0);
+    ops->write(model->be, (uint8_t *)(uintptr_t)w->data + psoup__block_bytes(w->dtype, first), codes,
+               psoup__block_bytes(w->dtype, n));
+    ops->write(model->be, (float *)(uintptr_t)w->scales + first / PSOUP__BLOCK, scales,
+               psoup__block_count(n) * sizeof *scales);
+}
+
 psoup_status psoup__parameter_read(const psoup_model *model, const psoup__parameter *p,
                                    size_t first, size_t n, float *out, void *scratch,
                                    psoup_error *error) {
     const psoup__ops *ops = model->be->ops;
     if (!p->weight)
         return ops->read(model->be, out, *p->vector + first, n * sizeof(float), error);
+    if (psoup__dtype_is_blocks(p->weight->dtype))
+        return read_blocks(model, p->weight, first, n, out, scratch, error);
     size_t item = psoup_dtype_size(p->weight->dtype);
     const char *from = (const char *)p->weight->data + first * item;
     if (!model->weights) {
@@ -194,6 +244,13 @@ void psoup__parameter_write(psoup_model *model, const psoup__parameter *p, size_
     const psoup__ops *ops = model->be->ops;
     if (!p->weight) {
         ops->write(model->be, *p->vector + first, in, n * sizeof(float));
+        return;
+    }
+    if (psoup__dtype_is_blocks(p->weight->dtype)) {
+        float *scales = scratch;
+        uint8_t *codes = (uint8_t *)(scales + psoup__block_count(n));
+        psoup__blocks_write(model->context, p->weight->dtype, in, n, codes, scales);
+        psoup__parameter_write_blocks(model, p, first, n, codes, scales);
         return;
     }
     size_t item = psoup_dtype_size(p->weight->dtype);
@@ -314,6 +371,11 @@ fail:
 psoup_status psoup__model_train_base(psoup_model *model, bool train, psoup_error *error) {
     if (train == (model->data != NULL))
         return PSOUP_OK;
+    if (model->config.linear_dtype)
+        return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                           "the base is kept in %s blocks, which cannot train: load it in f32, f16 or bf16, or train an "
+                           "adapter",
+                           psoup_dtype_name((psoup_dtype)model->config.linear_dtype));
     float *piece = psoup__alloc(model->context, 2 * (size_t)PSOUP__PIECE, sizeof(float), error);
     if (!piece)
         return PSOUP_ERROR_MEMORY;

@@ -6,7 +6,7 @@
 #include <string.h>
 
 _Static_assert(sizeof(psoup_model_config) ==
-                   offsetof(psoup_model_config, more_eos_token_ids) + 7 * sizeof(int32_t),
+                   offsetof(psoup_model_config, more_eos_token_ids) + 9 * sizeof(int32_t),
                "a configuration has no padding: its bytes are hashed");
 
 static psoup_status set(psoup__checkpoint *c, const char *key, psoup_json *value, psoup_error *error) {

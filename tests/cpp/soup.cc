@@ -71,6 +71,9 @@ static void test_errors(const psoup::context &context) {
     auto model = psoup::model::load(context, "nowhere");
     CHECK(!model && model.error().status == PSOUP_ERROR_IO);
     CHECK(model.error().message.find("nowhere") != std::string::npos);
+    auto load = psoup::defaults<psoup_load_options>();
+    load.dtype = PSOUP_NF4;
+    CHECK(psoup::model::load(context, "nowhere", load).error().status == PSOUP_ERROR_IO);
     CHECK(!psoup::parse_dtype("f31") && *psoup::parse_dtype("BF16") == PSOUP_BF16);
     CHECK(psoup::size_of(PSOUP_F16) == 2 && std::string(psoup::name_of(PSOUP_F32)) == "f32");
     CHECK(psoup::result<int>(psoup::error(PSOUP_ERROR_STATE, "no")).value_or(7) == 7);

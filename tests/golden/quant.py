@@ -1,7 +1,8 @@
 """Golden files for tests/test_quant.c: bitsandbytes' nf4 and int8, and models that transformers saved in them.
 
     pip install torch==2.15.0 bitsandbytes==0.50.2 transformers==5.24.0 accelerate==1.15.0 safetensors numpy
-    python tests/golden/quant.py      writes tests/golden/quant (on the CPU; bitsandbytes' own code)
+    python tests/golden/quant.py            writes tests/golden/quant (on the CPU; bitsandbytes' own code)
+    python tests/golden/quant.py --errors   prints the error of each format on normal weights
 
 blocks.safetensors: numbers, and what bitsandbytes makes of them: nf4 of blocks of 64 (quantize_4bit), and int8 with
 every block for a row (int8_vectorwise_quant). nf4, double, int8: models saved with a quantization_config, each with
@@ -9,6 +10,7 @@ logits.safetensors of the same weights, dequantised by bitsandbytes, in a float6
 """
 import os
 import shutil
+import sys
 import tempfile
 
 import bitsandbytes.functional as F
@@ -80,6 +82,21 @@ def model(kind, hidden, intermediate, **how):
     save_file({"tokens": tokens[0].int(), "logits": logits.float()}, os.path.join(directory, "logits.safetensors"))
 
 
+def errors():
+    """Root mean square of the error, over that of the weights, in blocks of 64."""
+    x = torch.randn(1 << 22, generator=torch.Generator().manual_seed(1))
+    codes, state = F.quantize_4bit(x, blocksize=64, quant_type="nf4")
+    dynamic, dynamic_state = F.quantize_blockwise(x, blocksize=64)
+    rows, stats, _ = F.int8_vectorwise_quant(x.reshape(-1, 64))
+    for name, values in [("nf4", F.dequantize_4bit(codes, state)),
+                         ("int8, 127 steps to max|x|", F.int8_vectorwise_dequant(rows, stats)),
+                         ("int8, bitsandbytes' dynamic map", F.dequantize_blockwise(dynamic, dynamic_state))]:
+        print("%-32s %.4f" % (name, ((values.reshape(-1) - x).norm() / x.norm()).item()))
+
+
+if "--errors" in sys.argv:
+    errors()
+    sys.exit()
 torch.manual_seed(5)
 shutil.rmtree(HERE, ignore_errors=True)
 os.makedirs(HERE)

@@ -11,6 +11,7 @@ namespace psoup {
 
 PSOUP_CPP_QUIET_BEGIN
 PSOUP_CPP_DEFAULTS(psoup_model_config, PSOUP_MODEL_CONFIG_INIT)
+PSOUP_CPP_DEFAULTS(psoup_load_options, PSOUP_LOAD_OPTIONS_INIT)
 PSOUP_CPP_DEFAULTS(psoup_adapter_options, PSOUP_ADAPTER_OPTIONS_INIT)
 PSOUP_CPP_DEFAULTS(psoup_sampling, PSOUP_SAMPLING_INIT)
 PSOUP_CPP_DEFAULTS(psoup_session_options, PSOUP_SESSION_OPTIONS_INIT)
@@ -123,6 +124,9 @@ public:
     using handle::handle;
     static result<model> load(const context &c, const std::string &directory) {
         return detail::make<model>(psoup_model_load, c.get(), directory.c_str());
+    }
+    static result<model> load(const context &c, const std::string &directory, const psoup_load_options &options) {
+        return detail::make<model>(psoup_model_load_with, c.get(), directory.c_str(), &options);
     }
     static result<model> create(const context &c, const psoup_model_config &config, std::uint64_t seed = 0) {
         return detail::make<model>(psoup_model_create, c.get(), &config, seed);

@@ -265,6 +265,10 @@ class psoup_model_config(Structure):
     pass
 
 
+class psoup_load_options(Structure):
+    pass
+
+
 class psoup_adapter_options(Structure):
     pass
 
@@ -544,6 +548,13 @@ psoup_model_config._fields_ = [
     ("torch_dtype", c_int32),
     ("initializer_range", c_float),
     ("more_eos_token_ids", c_int32 * 7),
+    ("linear_dtype", c_int32),
+    ("reserved", c_int32),
+]
+psoup_load_options._fields_ = [
+    ("size", c_size_t),
+    ("dtype", c_int32),
+    ("reserved", c_int32),
 ]
 psoup_adapter_options._fields_ = [
     ("size", c_size_t),
@@ -1029,6 +1040,7 @@ STRUCTS = (
     psoup_field,
     psoup_offset,
     psoup_model_config,
+    psoup_load_options,
     psoup_adapter_options,
     psoup_row,
     psoup_sampling,
@@ -1109,6 +1121,9 @@ DEFAULTS: Dict[Any, Dict[str, Any]] = {
         "pad_token_id": -1,
         "initializer_range": 0.02,
         "more_eos_token_ids": (-1, -1, -1, -1, -1, -1, -1),
+    },
+    psoup_load_options: {
+        "dtype": -1,
     },
     psoup_adapter_options: {
         "rank": 16,
@@ -1234,6 +1249,7 @@ ENUM_FIELDS: Dict[Any, Dict[str, Any]] = {
     psoup_named_tensor: {"dtype": Dtype},
     psoup_field: {"type": FieldType},
     psoup_model_config: {"rope_scaling": RopeScaling, "torch_dtype": Dtype},
+    psoup_load_options: {"dtype": Dtype},
     psoup_prompt: {"mix_method": MixMethod},
     psoup_completion: {"finish": Finish},
     psoup_merger_options: {"method": MergeMethod, "dtype": Dtype, "peer": MergePeer, "format": MergeFormat},
@@ -1307,6 +1323,7 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_tokenizer_encode": (c_int, [POINTER(psoup_tokenizer), c_char_p, c_size_t, c_uint32, POINTER(c_int32), POINTER(psoup_offset), c_size_t, POINTER(c_size_t), POINTER(psoup_error)]),
     "psoup_tokenizer_decode": (c_int, [POINTER(psoup_tokenizer), POINTER(c_int32), c_size_t, c_int, c_void_p, c_size_t, POINTER(c_size_t), POINTER(psoup_error)]),
     "psoup_model_load": (c_int, [POINTER(psoup_context), c_char_p, POINTER(POINTER(psoup_model)), POINTER(psoup_error)]),
+    "psoup_model_load_with": (c_int, [POINTER(psoup_context), c_char_p, POINTER(psoup_load_options), POINTER(POINTER(psoup_model)), POINTER(psoup_error)]),
     "psoup_model_create": (c_int, [POINTER(psoup_context), POINTER(psoup_model_config), c_uint64, POINTER(POINTER(psoup_model)), POINTER(psoup_error)]),
     "psoup_model_save": (c_int, [POINTER(psoup_model), c_char_p, POINTER(psoup_tokenizer), POINTER(psoup_error)]),
     "psoup_model_free": (None, [POINTER(psoup_model)]),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple
 
 from . import _abi
 from ._abi import Finish, MixMethod
-from ._library import Handle, call, callback, create, encoded, lib, new, record, text
+from ._library import Handle, call, callback, create, encoded, lib, member, new, record, text
 from .arrays import copied, empty, floats, ids, pointer_of
 from .context import Context, default_context
 from .errors import ArgumentError
@@ -123,22 +123,25 @@ def sampling_of(options: Mapping[str, Any], keep: List[Any]) -> Any:
 
 class Model(Handle):
     """A base and its adapters. `Model(directory)` loads a Hugging Face model directory;
-    `Model.create(vocab_size=..., hidden_size=..., ...)` makes one with random weights."""
+    `Model.create(vocab_size=..., hidden_size=..., ...)` makes one with random weights. `dtype` keeps all matrices
+    in "f32", "f16" or "bf16", or the layers' linears in blocks of "int8" or "nf4"; None: as the files have them."""
 
     context: Context
 
-    def __init__(self, directory: Path, context: Optional[Context] = None) -> None:
+    def __init__(self, directory: Path, context: Optional[Context] = None, dtype: Optional[str] = None) -> None:
         context = context or default_context()
-        self._open(create(_abi.psoup_model, lib.psoup_model_load, context.handle, encoded(directory)), context)
+        options = new(_abi.psoup_load_options, {} if dtype is None else {"dtype": member(_abi.Dtype, dtype, "dtype")})
+        self._open(create(_abi.psoup_model, lib.psoup_model_load_with, context.handle, encoded(directory), options),
+                   context)
 
     def _open(self, pointer: Any, context: Context) -> None:
         self.context = context
         self._own(pointer, lib.psoup_model_free, [context])
 
     @classmethod
-    def load(cls, directory: Path, context: Optional[Context] = None) -> "Model":
+    def load(cls, directory: Path, context: Optional[Context] = None, dtype: Optional[str] = None) -> "Model":
         """The same as `Model(directory)`."""
-        return cls(directory, context)
+        return cls(directory, context, dtype)
 
     @classmethod
     def create(cls, seed: int = 0, context: Optional[Context] = None, **config: Unpack[ModelConfig]) -> "Model":

@@ -97,6 +97,15 @@ class ModelConfig(TypedDict, total=False):
     initializer_range: float
     # that end a text as eos_token_id does; −1: none; default (-1, -1, -1, -1, -1, -1, -1)
     more_eos_token_ids: Sequence[int]
+    # since 0.4: how the layers' linears are kept while frozen: 0: as torch_dtype says; PSOUP_INT8,
+    # PSOUP_NF4: in blocks, see below; default 0
+    linear_dtype: int
+
+
+class LoadOptions(TypedDict, total=False):
+    # −1: as the files have it. PSOUP_F32, F16, BF16: of all matrices, rounded to nearest.
+    # PSOUP_INT8, NF4: of the layers' linears; embedding and head stay as they are; default -1
+    dtype: Union[int, str]
 
 
 class AdapterOptions(TypedDict, total=False):

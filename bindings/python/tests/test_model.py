@@ -142,6 +142,19 @@ class Models(Case):
         base, mixed = model.logprobs([[3, 1, 4, 1, 5]] * 2, mixes=[None, {"qv": 1}])
         self.assertNotEqual(list(base), list(mixed))
 
+    def test_a_model_is_kept_in_blocks(self):
+        plain = os.path.join(GOLDEN, "model", "plain")
+        rows, wide = [[3, 1, 4, 1, 5]], psoup.Model(plain, dtype="f32")
+        for dtype, most in ("int8", 0.2), ("nf4", 2.0):
+            model = psoup.Model(plain, dtype=dtype)
+            self.assertEqual(model.config["linear_dtype"], psoup.Dtype[dtype.upper()])
+            pairs = list(zip(model.logprobs(rows)[0], wide.logprobs(rows)[0]))
+            self.assertTrue(0 < max(abs(a - b) for a, b in pairs) < most)
+            with self.assertRaises(psoup.Error):
+                model.save(self.path("m"))
+        with self.assertRaises(ValueError):
+            psoup.Model(plain, dtype="int3")
+
     def test_token_arrays_need_not_be_lists(self):
         model = tiny()
         expected = list(model.logprobs([[2, 3, 4]])[0])

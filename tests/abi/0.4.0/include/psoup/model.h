@@ -103,6 +103,9 @@ typedef struct psoup_model_config {
     int32_t torch_dtype; /* psoup_dtype of the stored weights: F32, F16 or BF16 */
     float initializer_range;
     int32_t more_eos_token_ids[7]; /* that end a text as eos_token_id does; −1: none */
+    int32_t linear_dtype; /* since 0.4: how the layers' linears are kept while frozen: 0: as torch_dtype says;
+                           * PSOUP_INT8, PSOUP_NF4: in blocks, see below */
+    int32_t reserved;     /* 0 */
 } psoup_model_config;
 
 #define PSOUP_MODEL_CONFIG_INIT                                                                    \
@@ -119,11 +122,31 @@ typedef struct psoup_model_config {
  * written to before the model is freed; another file may take its place. */
 psoup_status psoup_model_load(psoup_context *context, const char *directory, psoup_model **out,
                               psoup_error *error);
+/* Linears in blocks: 64 neighbouring values of a matrix (row-major, whatever its rows) with one f32 scale.
+ *   PSOUP_NF4   4 bits a value, 4.5 with the scale: the 4-bit NormalFloat of QLoRA (Dettmers et al. 2023, arXiv
+ *               2305.14314, appendix E), bit for bit what bitsandbytes makes with quant_type nf4, blocksize 64
+ *   PSOUP_INT8  8 bits a value, 8.5 with the scale, which is max|x| / 127; rounded to the nearest
+ * Every result has the bits (on a GPU: is that) of a model whose linears hold the blocks' values. Adapters train on
+ * such a base as on any; the base itself does not, and is not saved. */
+typedef struct psoup_load_options {
+    size_t size;
+    int32_t dtype;    /* −1: as the files have it. PSOUP_F32, F16, BF16: of all matrices, rounded to nearest.
+                       * PSOUP_INT8, NF4: of the layers' linears; embedding and head stay as they are */
+    int32_t reserved; /* 0 */
+} psoup_load_options;
+#define PSOUP_LOAD_OPTIONS_INIT {.size = sizeof(psoup_load_options), .dtype = -1}
+
+/* psoup_model_load with options (NULL: none). Files are read piece by piece where anything is converted, so that
+ * the memory taken is the model's own; they are not used afterwards. Directories that transformers saved with
+ * bitsandbytes' nf4 (with double quantisation or without) or LLM.int8() are read by both, as they are or
+ * converted to f32, f16 or bf16. Since 0.4. */
+psoup_status psoup_model_load_with(psoup_context *context, const char *directory, const psoup_load_options *options,
+                                   psoup_model **out, psoup_error *error);
 /* A model with random weights: matrices normal(0, initializer_range), norms 1, biases 0. */
 psoup_status psoup_model_create(psoup_context *context, const psoup_model_config *config,
                                 uint64_t seed, psoup_model **out, psoup_error *error);
 /* Writes config.json and model.safetensors; with a tokenizer, tokenizer.json and a tokenizer_config.json
- * too. */
+ * too. PSOUP_ERROR_UNSUPPORTED where linears are kept in blocks. */
 psoup_status psoup_model_save(const psoup_model *model, const char *directory,
                               const psoup_tokenizer *tokenizer, psoup_error *error);
 void psoup_model_free(psoup_model *model);

@@ -460,7 +460,7 @@ typedef struct psoup_ppo_options {
     float truncation_penalty; /* subtracted from the score of a response without an end token */
     int32_t reward_text;      /* 1: rewards read the decoded text, tokenised again (needs tokenizer) */
     int32_t reward_max_tokens; /* longer reward inputs keep their first tokens */
-    int32_t max_sequences;     /* decoding together; 0: all of a step */
+    int32_t max_sequences;     /* decoding together; 0: all of a step, on the CPU 256 of them */
     int32_t validate_every;    /* steps; 0: at the end only */
     int32_t keep_best;
     const char *metrics;
