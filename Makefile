@@ -263,14 +263,14 @@ DRIVER_HEADER = $(if $(wildcard $(CUDA_HOME)/include/cublasLt.h),$B/tests/driver
 LIBS_bench_gemm = -l:libopenblas.so.0
 
 # ---- a GPU on the CPU -----------------------------------------------------------------------------
-# libcuda.so.1 and libcublasLt.so.13 whose kernels are those of cuda/, compiled for the CPU: see tests/host_driver.
-# Programs of tests/ look for the two there; others are told by LD_LIBRARY_PATH.
+# libcuda.so.1, libcublasLt.so.13 and libnccl.so.2: the kernels are those of cuda/, compiled for the CPU. See tests/host_driver.
+# Programs of tests/ look for them there; others are told by LD_LIBRARY_PATH.
 CXX        := $(if $(filter default,$(origin CXX)),$(if $(findstring clang,$(CC)),clang++,g++),$(CXX))
 HOST_B      = $B/host_driver
 HOST_FLAGS  = -std=c++17 $(if $(filter release,$(config)),-O2 -g,$(MODE)) -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-parameter \
               -fPIC -ffp-contract=off -MMD -MP -Itests/host_driver -Icuda $(CUDA_FLAGS)
 HOST_OBJ    = $(patsubst cuda/%.cu,$(HOST_B)/%.cu.o,$(GPU_SRC)) $(HOST_B)/fibers.o $(HOST_B)/driver.o
-host_driver: $(HOST_B)/libcuda.so.1 $(HOST_B)/libcublasLt.so.13
+host_driver: $(HOST_B)/libcuda.so.1 $(HOST_B)/libcublasLt.so.13 $(HOST_B)/libnccl.so.2
 
 $(HOST_B)/%.cu.o: cuda/%.cu
 	@mkdir -p $(@D)
@@ -290,6 +290,10 @@ $(HOST_B)/libcuda.so.1: $(HOST_OBJ)
 $B/embed_engine_gpu: $B/examples/embed_engine_gpu.o $B/libpsoup.a $(HOST_B)/libcuda.so.1
 	@echo "  LINK $@"
 	$(Q)$(CC) $(LDFLAGS) $^ $(LIBS) -Wl,-rpath,$(CURDIR)/$(HOST_B) -o $@
+
+$(HOST_B)/libnccl.so.2: $(HOST_B)/nccl.o $(HOST_B)/libcuda.so.1
+	@echo "  LINK $@"
+	$(Q)$(CXX) -shared $(filter -fsanitize% --coverage,$(MODE)) -Wl,-soname,libnccl.so.2 $^ -o $@
 
 $(HOST_B)/libcublasLt.so.13: $(HOST_B)/blas.o $(HOST_B)/libcuda.so.1 $B/libpsoup-merge.a
 	@echo "  LINK $@"

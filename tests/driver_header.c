@@ -14,6 +14,7 @@
 PSOUP__CU_CALLS(TYPE)
 
 SAME(PSOUP__CU_OUT_OF_MEMORY, CUDA_ERROR_OUT_OF_MEMORY);
+SAME(PSOUP__CU_NOT_READY, CUDA_ERROR_NOT_READY);
 SAME(PSOUP__CU_MULTIPROCESSORS, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
 SAME(PSOUP__CU_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
 SAME(PSOUP__CU_CAPABILITY_MINOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
@@ -124,3 +125,22 @@ static int matmul(void *handle, void *operation, const void *alpha, const void *
 const psoup__blas_calls psoup__type_of_blas = {
     create, destroy, operation_create, operation_destroy, operation_set, layout_create, layout_destroy,
     preference_create, preference_destroy, preference_set, heuristic, matmul};
+
+/* ---- NCCL, where its header is too: its types are pointers and enums that we hold as void * and int ------ */
+
+#if __has_include(<nccl.h>)
+#include <nccl.h>
+
+#include "gpu/nccl.h"
+
+SAME(PSOUP__NCCL_SUCCESS, ncclSuccess);
+SAME(PSOUP__NCCL_IN_PROGRESS, ncclInProgress);
+SAME(PSOUP__NCCL_F32, ncclFloat32);
+SAME(PSOUP__NCCL_SUM, ncclSum);
+SAME(sizeof(psoup__nccl_id), sizeof(ncclUniqueId));
+SAME(offsetof(psoup__nccl_config, magic), offsetof(ncclConfig_t, magic));
+SAME(offsetof(psoup__nccl_config, version), offsetof(ncclConfig_t, version));
+SAME(offsetof(psoup__nccl_config, blocking), offsetof(ncclConfig_t, blocking));
+SAME(offsetof(psoup__nccl_config, unset), offsetof(ncclConfig_t, cgaClusterSize));
+SAME(INT_MIN, NCCL_CONFIG_UNDEF_INT);
+#endif

@@ -108,6 +108,7 @@ int cli_print_json(psoup_json *value);
 typedef struct cli_model {
     psoup_context *context;
     psoup_comm *comm; /* the other processes of a training; NULL: there are none */
+    psoup_comm *line; /* what comm needs; NULL: nothing */
     psoup_model *model;
     psoup_tokenizer *tokenizer; /* NULL when not asked for, or absent and not required */
 } cli_model;

@@ -8,6 +8,7 @@ void cli_close(cli_model *opened) {
     psoup_tokenizer_free(opened->tokenizer);
     psoup_model_free(opened->model);
     psoup_comm_free(opened->comm);
+    psoup_comm_free(opened->line);
     psoup_context_free(opened->context);
     *opened = (cli_model){0};
 }

@@ -359,6 +359,8 @@ psoup_status run_open_ranks(const char *model, const char *tokenizer, const char
         status = run_open(model, tokenizer, launch_device(device, own), dtype, launch_threads(threads), out, error);
     if (status == PSOUP_OK)
         status = launch_connect(out->context, &out->comm, error);
+    if (status == PSOUP_OK && out->comm && device && !strncmp(device, "cuda", 4))
+        status = launch_join_gpus(out, error);
     return status;
 }
 

@@ -101,6 +101,19 @@ psoup_status launch_connect(psoup_context *context, psoup_comm **out, psoup_erro
     return psoup_comm_tcp_create(context, &who, out, error);
 }
 
+psoup_status launch_join_gpus(cli_model *m, psoup_error *error) {
+    psoup_comm *line = m->comm;
+    psoup_status status = psoup_comm_nccl_create(m->context, line, &m->comm, error);
+    m->line = status == PSOUP_OK ? line : NULL;
+    if (status != PSOUP_OK)
+        m->comm = line;
+    if (status != PSOUP_ERROR_UNSUPPORTED)
+        return status;
+    cli_log(NULL, PSOUP_LOG_WARNING, error->message);
+    cli_log(NULL, PSOUP_LOG_WARNING, "gradients go through the host's memory");
+    return PSOUP_OK;
+}
+
 psoup_status launch_finish(const psoup_comm *comm, psoup_status status, psoup_error *error) {
     char done = 1;
     if (!comm)

@@ -14,6 +14,8 @@ const char *launch_device(const char *device, char out[LAUNCH_DEVICE]);
 int32_t launch_threads(int32_t threads);
 /* The other processes; NULL where there are none. Free with psoup_comm_free. */
 psoup_status launch_connect(psoup_context *context, psoup_comm **out, psoup_error *error);
+/* m->comm, but that GPUs talk by NCCL where they can. */
+psoup_status launch_join_gpus(cli_model *m, psoup_error *error);
 /* After training, when rank 0 has saved: all wait until that is done, or hear why it was not. */
 psoup_status launch_finish(const psoup_comm *comm, psoup_status status, psoup_error *error);
 /* Before the program ends; returns its exit status. */

@@ -69,6 +69,12 @@ psoup_status psoup_comm_launch(psoup_variable_fn variable, void *user, psoup_com
  * torch's and MPI's are; an address of this machine alone (127.0.0.1) is listened at alone. */
 psoup_status psoup_comm_tcp_create(psoup_context *context, const psoup_comm_options *options,
                                    psoup_comm **out, psoup_error *error);
+/* Adds up in the memory of GPUs, one to a rank, by NCCL (libnccl.so.2, opened by this call); the rest goes by `host`,
+ * over which the ranks meet here, and which is borrowed until *out is freed. The context is of the rank's GPU. Where a
+ * rank has no NCCL this is PSOUP_ERROR_UNSUPPORTED for all, and `host` is as good as before: sums then go through the
+ * host's memory. A rank that is gone is known by `host` too, and then ends NCCL's work here. */
+psoup_status psoup_comm_nccl_create(psoup_context *context, const psoup_comm *host, psoup_comm **out,
+                                    psoup_error *error);
 /* Frees what one of this header's functions made; takes NULL. */
 void psoup_comm_free(psoup_comm *comm);
 

@@ -23,6 +23,7 @@ typedef struct CUgraphExec_st *psoup__cu_graph_exec;
 
 enum {
     PSOUP__CU_OUT_OF_MEMORY = 2,               /* CUDA_ERROR_OUT_OF_MEMORY */
+    PSOUP__CU_NOT_READY = 600,                 /* CUDA_ERROR_NOT_READY */
     PSOUP__CU_MULTIPROCESSORS = 16,            /* CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT */
     PSOUP__CU_CAPABILITY_MAJOR = 75,           /* CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR */
     PSOUP__CU_CAPABILITY_MINOR = 76,
@@ -81,6 +82,7 @@ typedef struct psoup__cu_copy_2d {
     X(stream_create, cuStreamCreate, (psoup__cu_stream * out, unsigned flags))                             \
     X(stream_destroy, cuStreamDestroy_v2, (psoup__cu_stream stream))                                       \
     X(stream_wait, cuStreamSynchronize, (psoup__cu_stream stream))                                         \
+    X(stream_query, cuStreamQuery, (psoup__cu_stream stream))                                              \
     X(event_create, cuEventCreate, (psoup__cu_event * out, unsigned flags))                                \
     X(event_destroy, cuEventDestroy_v2, (psoup__cu_event event))                                           \
     X(event_record, cuEventRecord, (psoup__cu_event event, psoup__cu_stream stream))                       \

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "fibers.h"
 #include "stream.h"
@@ -33,12 +34,12 @@
 #endif
 #endif
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_CONTEXT = 201, NOT_FOUND = 500, PAGE = 4096 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600, PAGE = 4096 };
 /* What a block may have without asking for it, less what a kernel may have besides, which nobody counts here; what
  * the driver takes of a block's memory. */
 enum { USUAL_SHARED = 44 << 10, DRIVERS_SHARED = 1 << 10 };
 
-typedef std::vector<std::function<void()>> work;
+typedef std::vector<std::function<bool()>> work; /* each item says whether it is done */
 
 struct CUgraph_st {
     work list;
@@ -135,13 +136,18 @@ void run_all(CUstream_st *stream) {
     queue.swap(stream->queue);
     open_memory(true);
     for (auto &item : queue)
-        item();
+        while (!item())
+            usleep(50);
     open_memory(false);
 }
 
-void put(CUstream_st *stream, std::function<void()> item) {
+void put_until(CUstream_st *stream, std::function<bool()> item) {
     stream = of(stream);
     (stream->capturing ? stream->captured : stream->queue).push_back(std::move(item));
+}
+
+void put(CUstream_st *stream, std::function<void()> item) {
+    put_until(stream, [item = std::move(item)] { return item(), true; });
 }
 
 bool is_pinned(const void *p) {
@@ -177,6 +183,12 @@ extern "C" {
 bool psoup_host_put(CUstream_st *stream, std::function<void()> item) {
     if (current)
         put(stream, std::move(item));
+    return current != nullptr;
+}
+
+bool psoup_host_put_until(CUstream_st *stream, std::function<bool()> item) {
+    if (current)
+        put_until(stream, std::move(item));
     return current != nullptr;
 }
 
@@ -371,6 +383,18 @@ int cuStreamSynchronize(CUstream_st *stream) {
         return 900; /* CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED */
     run_all(of(stream));
     return SUCCESS;
+}
+/* What can be done now is. */
+int cuStreamQuery(CUstream_st *stream) {
+    NEED_CONTEXT;
+    work &queue = of(stream)->queue;
+    size_t done = 0;
+    open_memory(true);
+    while (done < queue.size() && queue[done]())
+        done++;
+    open_memory(false);
+    queue.erase(queue.begin(), queue.begin() + (long)done);
+    return queue.empty() ? SUCCESS : NOT_READY;
 }
 int cuEventCreate(CUevent_st **out, unsigned) {
     NEED_CONTEXT;

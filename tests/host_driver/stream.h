@@ -1,4 +1,4 @@
-/* What libcublasLt's twin needs of libcuda's: its work goes into the same streams. */
+/* What libcublasLt's and libnccl's twins need of libcuda's: its work goes into the same streams. */
 #ifndef PSOUP__HOST_STREAM_H
 #define PSOUP__HOST_STREAM_H
 
@@ -9,5 +9,7 @@ struct CUstream_st;
 #pragma clang diagnostic ignored "-Wreturn-type-c-linkage"
 #endif
 extern "C" bool psoup_host_put(CUstream_st *stream, std::function<void()> item); /* false: without a context */
+/* Work that is done when the item says so: it is asked again and again, and nothing behind it runs before. */
+extern "C" bool psoup_host_put_until(CUstream_st *stream, std::function<bool()> item);
 
 #endif

@@ -31,6 +31,10 @@ public:
     static result<comm> tcp(const context &c, const psoup_comm_options &options) {
         return detail::make<comm>(psoup_comm_tcp_create, c.get(), &options);
     }
+    /* `host` has to outlive it. */
+    static result<comm> nccl(const context &c, const comm &host) {
+        return detail::make<comm>(psoup_comm_nccl_create, c.get(), static_cast<const psoup_comm *>(host.get()));
+    }
     int rank() const { return get()->rank; }
     int world() const { return get()->world; }
 };

@@ -1275,6 +1275,7 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_context_isa": (c_char_p, [POINTER(psoup_context)]),
     "psoup_comm_launch": (c_int, [psoup_variable_fn, c_void_p, POINTER(psoup_comm_options), POINTER(psoup_error)]),
     "psoup_comm_tcp_create": (c_int, [POINTER(psoup_context), POINTER(psoup_comm_options), POINTER(POINTER(psoup_comm)), POINTER(psoup_error)]),
+    "psoup_comm_nccl_create": (c_int, [POINTER(psoup_context), POINTER(psoup_comm), POINTER(POINTER(psoup_comm)), POINTER(psoup_error)]),
     "psoup_comm_free": (None, [POINTER(psoup_comm)]),
     "psoup_json_parse": (c_int, [c_char_p, c_size_t, c_char_p, POINTER(POINTER(psoup_json)), POINTER(psoup_error)]),
     "psoup_json_read": (c_int, [POINTER(psoup_context), c_char_p, POINTER(POINTER(psoup_json)), POINTER(psoup_error)]),

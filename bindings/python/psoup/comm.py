@@ -56,6 +56,13 @@ class Comm(Handle):
         call(lib.psoup_comm_launch, cast(address_fn, _abi.psoup_variable_fn), None, struct)
         return cls(context, **record(struct)) if struct.world > 1 else None
 
+    def nccl(self, context: Context) -> "Comm":
+        """The same, but that sums of the context's GPU memory are NCCL's."""
+        twin = Comm.__new__(Comm)
+        twin._own(create(_abi.psoup_comm, lib.psoup_comm_nccl_create, context.handle, self.handle, long=True),
+                  lib.psoup_comm_free, [context, self])
+        return twin
+
     @property
     def rank(self) -> int:
         return self.handle.contents.rank
