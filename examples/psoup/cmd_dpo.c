@@ -167,7 +167,7 @@ int cmd_dpo(int argc, char **argv) {
             argc, argv,
             "Usage: psoup dpo --config FILE.json\n\nDirect preference optimisation: policies from "
             "comparisons, with no reward model and no\nsampling; one per preference, side by side "
-            "on one base, which is their reference. Writes\nPEFT directories.\n",
+            "on one base, which is their reference. Writes\nPEFT directories.\n" LAUNCH_HELP,
             sections, 4, &c, &status))
         return status;
     cli_training training = {.quiet = c.json};

@@ -135,7 +135,7 @@ int cmd_ppo(int argc, char **argv) {
             "one policy, on what they will be used for: each prompt is made for a user for whose every\n"
             "preference there is an adapter, and answered under a mix of those, whose weights are drawn\n"
             "from a Dirichlet distribution (\"concentration\" 1: any; large: near equal; 0: one of them)\n"
-            "and weigh the adapters' rewards too. Where no adapter has a preference all are mixed.\n",
+            "and weigh the adapters' rewards too. Where no adapter has a preference all are mixed.\n" LAUNCH_HELP,
             sections, 4, &c, &status))
         return status;
     ppo_state *s = calloc(1, sizeof *s);

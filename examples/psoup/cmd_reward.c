@@ -209,7 +209,7 @@ int cmd_reward(int argc, char **argv) {
             "Usage: psoup reward --config FILE.json\n\nBradley-Terry reward models from "
             "comparisons: one per preference, trained side by side\non one base, or one for "
             "all, told by the preference prompt in its input. Writes PEFT\ndirectories of "
-            "task type SEQ_CLS.\n",
+            "task type SEQ_CLS.\n" LAUNCH_HELP,
             sections, 4, &c, &status))
         return status;
     cli_training training = {.quiet = c.json};

@@ -125,7 +125,7 @@ int cmd_sft(int argc, char **argv) {
             argc, argv,
             "Usage: psoup sft --config FILE.json\n\nSupervised fine-tuning: the loss is on "
             "the completion's tokens, examples are packed\nwithout padding. Writes a PEFT "
-            "directory, or with no \"adapter\" a whole model.\n",
+            "directory, or with no \"adapter\" a whole model.\n" LAUNCH_HELP,
             sections, 4, &c, &status))
         return status;
     cli_training training = {.quiet = c.json};

@@ -4,6 +4,11 @@
 
 #include "cli.h"
 
+/* Of the commands that train, for their --help. */
+#define LAUNCH_HELP                                                                                \
+    "\nStarted in several processes by torchrun, srun or mpirun, these train one run together, each on its\n" \
+    "share of every step's rows, and rank 0 writes the results: see docs/cluster.md.\n"
+
 /* Looks who this process is; before, and alone, it is rank 0 of 1. */
 psoup_status launch_look(psoup_error *error);
 int32_t launch_rank(void);
