@@ -509,6 +509,10 @@ trains ppo --config ppo.json
 check "alone, the same bits" cmp -s alone/P1A/adapter_model.safetensors policies/P1A/adapter_model.safetensors
 ppo morl '{"name": "morl", "reward": "rewards/all", "preference": "all", "init": "sft-adapter"}, {"name": "rlhf", "reward": "rewards/all"}'
 trains ppo --config ppo.json --json
+ppo several '{"name": "both", "preference": "all", "rewards": {"easy": "rewards/P1A", "short": {"reward": "rewards/P2A", "weight": -0.5}}}' \
+    ', "normalize_apart": true, "metrics": "several.jsonl"'
+trains ppo --config ppo.json
+check "each reward is told apart" grep -q '"reward/easy": .*"reward/short": ' several.jsonl
 check "P-MORL and RLHF" test -f morl/morl/adapter_config.json -a -f morl/rlhf/adapter_config.json
 ppo rlphf '{"name": "P1B", "reward": "rewards/P1B", "preference": "P1B"}' ', "draw_new_tokens_from": 2, "mini_batch_size": 2'
 trains ppo --preset rlphf --config ppo.json
@@ -631,7 +635,11 @@ ppo left/p '{"name": "../a", "reward": "rewards/P1A"}'; no 1 'expected a "name"'
 ppo left/p '{"name": "a", "reward": "P1A"}'; no 1 'P1A' ppo --config ppo.json
 ppo left/p '{"name": "a", "reward": "none"}'; no 1 'none' ppo --config ppo.json
 ppo left/p '{"name": "a", "reward": "rewards/P1A", "preference": "P9"}'; no 1 '"P9"' ppo --config ppo.json
-ppo left/p '{"name": "a", "rewards": "rewards/P1A"}'; no 1 'nearest known one is "reward"' ppo --config ppo.json
+ppo left/p '{"name": "a", "reword": "rewards/P1A"}'; no 1 'nearest known one is "reward"' ppo --config ppo.json
+for several in '"rewards/P1A"' '{}' '{"x": 1}' '{"x": {"weight": 1}}' '{"x": {"reward": "none"}}' '{"x": {"reward": "rewards/P1A", "weight": 0}}'; do
+    ppo left/p "{\"name\": \"a\", \"rewards\": $several}"
+    no 1 'rewards: expected {\|x: expected a directory\|none\|weight of source .x. is 0' ppo --config ppo.json
+done
 ppo left/p '{"name": "a", "reward": "rewards/P1A"}, {"name": "a", "reward": "rewards/P1A"}'
 no 1 '"a"' ppo --config ppo.json
 ppo left/p '{"name": "a", "reward": "rewards/P1A"}' ', "clip_range": -1'; no 1 'clip_range' ppo --config ppo.json

@@ -12,11 +12,16 @@
 static const psoup_field part_members[] = {PART(PSOUP_FIELD_STRING, policy_part, 0), {0}};
 static const psoup_field policy_members[] = {
     PART(PSOUP_FIELD_STRING, policy_part, offsetof(policy_run, self)),
+    {"rewards", PSOUP_FIELD_JSON, offsetof(policy_run, several), NULL, NULL},
     {"soup", PSOUP_FIELD_JSON, offsetof(policy_run, soup), NULL, NULL},
     {"concentration", PSOUP_FIELD_FLOAT, offsetof(policy_run, concentration), NULL, NULL},
     {"seed", PSOUP_FIELD_UINT64, offsetof(policy_run, seed), NULL, NULL},
     {0}};
 #undef PART
+static const psoup_field reward_members[] = {
+    {"reward", PSOUP_FIELD_STRING, offsetof(reward_part, directory), NULL, NULL},
+    {"weight", PSOUP_FIELD_FLOAT, offsetof(reward_part, weight), NULL, NULL},
+    {0}};
 
 /* ---- reading ------------------------------------------------------------------------------------ */
 
@@ -27,11 +32,12 @@ static psoup_status read_object(const psoup_field *members, const psoup_json *ob
     return status == PSOUP_OK ? psoup_fields_read(members, object, where, to, error) : status;
 }
 
-/* Names a directory, and knows its reward and preference; a soup itself has neither. */
-static psoup_status check_part(const ppo_state *s, const policy_part *part, bool is_soup, const char *where,
-                               psoup_error *error) {
+/* Names a directory, and knows its reward and preference; a soup itself has neither, and who has several rewards lists
+ * them. */
+static psoup_status check_part(const ppo_state *s, const policy_part *part, bool is_soup, bool several,
+                               const char *where, psoup_error *error) {
     if (!part->name || !*part->name || strchr(part->name, '/') || part->name[0] == '.' ||
-        (!is_soup && !part->reward_directory))
+        (!is_soup && !several && !part->reward_directory))
         return cli_error(error, PSOUP_ERROR_ARGUMENT,
                          "%s: expected a \"name\" that can name a directory, and \"reward\", a directory",
                          where);
@@ -76,23 +82,57 @@ static psoup_status read_soup(const ppo_state *s, policy_run *p, const char *whe
         snprintf(place, sizeof place, "%s: soup[%zu]", where, k);
         status = read_object(part_members, psoup_json_at(p->soup, k), place, &p->parts[k], error);
         if (status == PSOUP_OK)
-            status = check_part(s, &p->parts[k], false, place, error);
+            status = check_part(s, &p->parts[k], false, false, place, error);
     }
     return status == PSOUP_OK ? check_soup(p, where, error) : status;
+}
+
+/* "rewards": {"NAME": DIR, "OTHER": {"reward": DIR, "weight": W}, …}. */
+static psoup_status read_rewards(policy_run *p, const char *where, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    size_t n = psoup_json_size(p->several);
+    const psoup_json *value;
+    const char *name = NULL;
+    if (p->soup || p->self.reward_directory || psoup_json_kind(p->several) != PSOUP_JSON_OBJECT || n == 0 ||
+        n > MAX_REWARDS)
+        return cli_error(error, PSOUP_ERROR_ARGUMENT,
+                         "%s: rewards: expected {\"NAME\": DIR, …} of 1 to %d, without \"reward\" or \"soup\"", where,
+                         MAX_REWARDS);
+    p->several_parts = calloc(n, sizeof *p->several_parts);
+    p->sources = calloc(n, sizeof *p->sources);
+    if (!p->several_parts || !p->sources)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    while (status == PSOUP_OK && (value = psoup_json_next(p->several, &name))) {
+        reward_part *part = &p->several_parts[p->n_sources];
+        char place[600];
+        part->weight = 1;
+        part->directory = psoup_json_string(value, NULL);
+        p->sources[p->n_sources++].name = name;
+        snprintf(place, sizeof place, "%s: rewards: %s", where, name);
+        if (!part->directory && psoup_json_kind(value) == PSOUP_JSON_OBJECT)
+            status = read_object(reward_members, value, place, part, error);
+        if (status == PSOUP_OK && !part->directory)
+            status = cli_error(error, PSOUP_ERROR_ARGUMENT,
+                               "%s: expected a directory, or {\"reward\": DIR, \"weight\": W}", place);
+    }
+    return status;
 }
 
 static psoup_status read_policy(const ppo_state *s, const psoup_json *object, policy_run *p,
                                 const char *where, psoup_error *error) {
     psoup_status status = read_object(policy_members, object, where, p, error);
     bool is_soup = p->soup && psoup_json_kind(p->soup) != PSOUP_JSON_NULL;
+    bool several = p->several && psoup_json_kind(p->several) != PSOUP_JSON_NULL;
+    p->soup = is_soup ? p->soup : NULL;
     if (status == PSOUP_OK)
-        status = check_part(s, &p->self, is_soup, where, error);
+        status = check_part(s, &p->self, is_soup, several, where, error);
+    if (status == PSOUP_OK && several)
+        status = read_rewards(p, where, error);
     if (status == PSOUP_OK && is_soup) {
         status = read_soup(s, p, where, error);
     } else if (status == PSOUP_OK) {
         if (psoup_json_get(object, "concentration"))
             return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: \"concentration\" is of a soup's mixes", where);
-        p->soup = NULL;
         p->parts = calloc(1, sizeof *p->parts);
         if (!p->parts)
             return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
@@ -122,18 +162,34 @@ psoup_status ppo_read_policies(ppo_state *s, psoup_error *error) {
 
 /* ---- adapters ------------------------------------------------------------------------------------- */
 
-static psoup_status load_part(ppo_state *s, policy_part *part, psoup_error *error) {
-    size_t length = strlen(part->name) + sizeof "reward of ";
-    part->reward_name = malloc(length);
-    if (!part->reward_name)
+static psoup_status load_reward(ppo_state *s, const char *policy, const char *reward, const char *directory,
+                                char **name, psoup_reward **out, psoup_error *error) {
+    size_t length = strlen(policy) + strlen(reward) + sizeof "reward of : ";
+    *name = malloc(length);
+    if (!*name)
         return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    snprintf(part->reward_name, length, "reward of %s", part->name);
+    snprintf(*name, length, "reward of %s%s%s", policy, *reward ? ": " : "", reward);
+    return psoup_reward_load(s->m.model, *name, directory, out, error);
+}
+
+static psoup_status load_part(ppo_state *s, policy_part *part, psoup_error *error) {
     psoup_status status = part->init
                               ? psoup_model_load_adapter(s->m.model, part->name, part->init, error)
                               : psoup_model_add_adapter(s->m.model, part->name, &s->run->lora.options, error);
-    if (status == PSOUP_OK)
-        status = psoup_reward_load(s->m.model, part->reward_name, part->reward_directory, &part->reward,
-                                   error);
+    if (status == PSOUP_OK && part->reward_directory)
+        status = load_reward(s, part->name, "", part->reward_directory, &part->reward_name, &part->reward, error);
+    return status;
+}
+
+static psoup_status load_sources(ppo_state *s, policy_run *p, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t k = 0; status == PSOUP_OK && k < p->n_sources; k++) {
+        reward_part *part = &p->several_parts[k];
+        status = load_reward(s, p->self.name, p->sources[k].name, part->directory, &part->model_name, &part->reward,
+                             error);
+        p->sources[k].model = part->reward;
+        p->sources[k].weight = part->weight;
+    }
     return status;
 }
 
@@ -150,6 +206,8 @@ psoup_status ppo_load_adapters(ppo_state *s, psoup_error *error) {
             p->names[k] = p->parts[k].name;
             p->rewards[k] = p->parts[k].reward;
         }
+        if (status == PSOUP_OK)
+            status = load_sources(s, p, error);
     }
     return status;
 }
@@ -204,7 +262,7 @@ static psoup_status user_prompt(ppo_state *s, const policy_run *p, const char *i
                                 const char *input, size_t user, psoup_reward_input *inputs,
                                 psoup_ppo_prompt *out, psoup_error *error) {
     int32_t members[MAX_DIMENSIONS];
-    size_t size = psoup_user_size(s->preferences), length = 1;
+    size_t size = psoup_user_size(s->preferences), length = 1, rewards = p->n_sources ? p->n_sources : 1;
     psoup_status status = psoup_user_get(s->preferences, user, members, NULL, 0, error);
     for (size_t k = 0; status == PSOUP_OK && k < size; k++)
         length += strlen(psoup_preferences_get(s->preferences, (size_t)members[k])->prompt) + 1;
@@ -222,11 +280,15 @@ static psoup_status user_prompt(ppo_state *s, const policy_run *p, const char *i
         status =
             encode_filled(s, instruction, input, prompt, &inputs[k].tokens, &inputs[k].n, error);
     }
+    for (size_t k = size; status == PSOUP_OK && k < size * rewards; k++) { /* the same for each of several rewards */
+        inputs[k] = inputs[k % size];
+        inputs[k].reward = (int32_t)(k / size);
+    }
     if (status == PSOUP_OK)
         status = encode_filled(s, instruction, input, all, &out->tokens, &out->n, error);
     free(all);
     out->inputs = inputs;
-    out->n_inputs = size;
+    out->n_inputs = size * rewards;
     return status;
 }
 
@@ -259,6 +321,7 @@ psoup_status ppo_make_prompts(ppo_state *s, policy_run *p, int part, psoup_error
     bool all = p->soup ? p->parts[0].preference != NULL
                        : p->self.preference && !strcmp(p->self.preference, "all");
     size_t n = psoup_json_size(rows), size = psoup_user_size(s->preferences), users = 1;
+    size_t stride = size * (p->n_sources ? p->n_sources : 1); /* inputs of a prompt */
     psoup_status status = PSOUP_OK;
     if (size > MAX_DIMENSIONS)
         return cli_error(error, PSOUP_ERROR_ARGUMENT, "more than %d dimensions of preference",
@@ -270,12 +333,12 @@ psoup_status ppo_make_prompts(ppo_state *s, policy_run *p, int part, psoup_error
         status = users_of(s, p, user, &users, error);
     p->n[part] = n * users;
     p->prompts[part] = calloc(n * users + 1, sizeof *p->prompts[part]);
-    p->inputs[part] = all ? calloc(n * users * size + 1, sizeof *p->inputs[part]) : NULL;
+    p->inputs[part] = all ? calloc(n * users * stride + 1, sizeof *p->inputs[part]) : NULL;
     if (status == PSOUP_OK && (!p->prompts[part] || (all && !p->inputs[part])))
         status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     for (size_t i = 0; status == PSOUP_OK && i < n * users; i++)
         status = make_prompt(s, p, path, psoup_json_at(rows, i / users), i / users,
-                             all ? &user[i % users] : NULL, all ? p->inputs[part] + i * size : NULL,
+                             all ? &user[i % users] : NULL, all ? p->inputs[part] + i * stride : NULL,
                              &p->prompts[part][i], error);
     free(user);
     return status;
@@ -290,8 +353,10 @@ psoup_ppo_policy ppo_policy(policy_run *p) {
     p->mixed.concentration = p->concentration;
     return (psoup_ppo_policy){.adapter = p->self.name,
                               .soup = p->soup ? &p->mixed : NULL,
-                              .rewards = p->rewards,
-                              .n_rewards = p->n_parts,
+                              .rewards = p->n_sources ? NULL : p->rewards,
+                              .n_rewards = p->n_sources ? 0 : p->n_parts,
+                              .sources = p->sources,
+                              .n_sources = p->n_sources,
                               .prompts = p->prompts[0],
                               .n_prompts = p->n[0],
                               .validation = p->prompts[1],
@@ -321,6 +386,12 @@ void ppo_free_policies(ppo_state *s) {
             psoup_reward_free(p->parts[k].reward);
             free(p->parts[k].reward_name);
         }
+        for (size_t k = 0; k < p->n_sources; k++) {
+            psoup_reward_free(p->several_parts[k].reward);
+            free(p->several_parts[k].model_name);
+        }
+        free(p->several_parts);
+        free(p->sources);
         free(p->parts);
         free(p->names);
         free(p->rewards);

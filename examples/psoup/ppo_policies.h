@@ -4,7 +4,7 @@
 
 #include "config.h"
 
-enum { MAX_POLICIES = 64, MAX_DIMENSIONS = 16, MAX_SOUP = 64 };
+enum { MAX_POLICIES = 64, MAX_DIMENSIONS = 16, MAX_SOUP = 64, MAX_REWARDS = 64 };
 
 typedef struct ppo_run {
     const char *model, *tokenizer, *device, *dtype, *prompts, *validation, *preferences, *output, *template;
@@ -22,11 +22,22 @@ typedef struct policy_part {
     psoup_reward *reward;
 } policy_part;
 
+/* One of several rewards of a policy. */
+typedef struct reward_part {
+    const char *directory;
+    float weight;
+    char *model_name;
+    psoup_reward *reward;
+} reward_part;
+
 /* One policy's share of the configuration, and what was made of it. */
 typedef struct policy_run {
     policy_part self; /* a soup's has its name alone */
-    const psoup_json *soup;
+    const psoup_json *soup, *several;
     float concentration;
+    reward_part *several_parts;   /* [n_sources] */
+    psoup_reward_source *sources; /* [n_sources] */
+    size_t n_sources;             /* 0: one reward */
     uint64_t seed;
     policy_part *parts; /* [n_parts] itself, or a soup's */
     size_t n_parts;
@@ -35,7 +46,7 @@ typedef struct policy_run {
     psoup_ppo_soup mixed;
     psoup_ppo_prompt *prompts[2]; /* training, validation */
     size_t n[2];
-    psoup_reward_input *inputs[2]; /* of a user's prompts: one per preference */
+    psoup_reward_input *inputs[2]; /* of a user's prompts: one per preference and reward */
 } policy_run;
 
 typedef struct ppo_state {

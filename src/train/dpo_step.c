@@ -203,8 +203,8 @@ static psoup_status finish_step(psoup__dpo_trainer *t, psoup__dpo_learner *l, ps
     const psoup_dpo_options *o = &t->options;
     float rate = psoup__learning_rate(o->learning_rate, o->schedule, o->warmup_steps, l->step + 1,
                                       l->total);
-    PSOUP__TRY(psoup__guarded_step(&l->optimizer, rate, l->loss, "dpo", l->name, l->step + 1, &l->norm,
-                                   &l->stepped, error));
+    PSOUP__TRY(psoup__guarded_step(&t->team, &l->optimizer, rate, l->loss, "dpo", l->name, l->step + 1,
+                                   &l->norm, &l->stepped, error));
     psoup__metrics metrics = {.n = 0};
     report_sums(l, (double)(l->step_end - l->at), &metrics);
     psoup__metric(&metrics, "learning_rate", rate);

@@ -104,15 +104,15 @@ psoup_status psoup__optimizer_step(psoup__optimizer *optimizer, float lr, double
 /* For messages: no "-nan". */
 static double unsigned_nan(double x) { return isnan(x) ? (double)NAN : x; }
 
-psoup_status psoup__guarded_step(psoup__optimizer *optimizer, float lr, double loss, const char *trainer,
-                                 const char *subject, int64_t step, double *norm, bool *stepped,
-                                 psoup_error *error) {
+psoup_status psoup__guarded_step(const psoup__team *team, psoup__optimizer *optimizer, float lr, double loss,
+                                 const char *trainer, const char *subject, int64_t step, double *norm,
+                                 bool *stepped, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     *norm = 0.0;
     *stepped = false;
     if (isfinite(loss))
         status = psoup__optimizer_step(optimizer, lr, norm, stepped, error);
-    if (status == PSOUP_OK && !*stepped)
+    if (status == PSOUP_OK && !*stepped && team->rank == 0)
         psoup__log(optimizer->be->context, PSOUP_LOG_WARNING,
                    "%s: '%s', step %lld was skipped, its optimiser left as it was: %s is %g", trainer, subject,
                    (long long)step, isfinite(loss) ? "the norm of its gradient" : "its loss",

@@ -310,7 +310,7 @@ static psoup_status step_policy(psoup_ppo *ppo, psoup__policy *policy, progress 
         PSOUP__TRY(step_parts(policy, o->learning_rate, &norm, &stepped, error));
     }
     if (!stepped) {
-        if (g->skipped++ == 0)
+        if (g->skipped++ == 0 && ppo->team.rank == 0)
             tell_skipped(ppo, policy, g, norm);
         if (o->skipped_step) { /* as trl did: momentum moves on */
             zero_gradients(policy);

@@ -65,24 +65,24 @@ static bool paid_for_nothing(const halves *h, float bound, double responses) {
            h->reward[1] < h->reward[0] - 2.0 * error;
 }
 
-/* Notes whether a warning holds; true where it did not before. */
-static bool tell(psoup__policy *policy, int bit, bool holds) {
+/* Notes whether a warning holds; true where it did not before, on the one rank that tells. */
+static bool tell(const psoup_ppo *ppo, psoup__policy *policy, int bit, bool holds) {
     int64_t mask = (int64_t)1 << bit;
     bool news = holds && !(policy->next.watch.warned & mask);
     policy->next.watch.warned = holds ? policy->next.watch.warned | mask : policy->next.watch.warned & ~mask;
-    return news;
+    return news && ppo->team.rank == 0;
 }
 
 static void watch_texts(const psoup_ppo *ppo, psoup__policy *policy, const psoup__ppo_summary *seen) {
     const psoup_ppo_options *o = &ppo->options;
     psoup_context *context = ppo->model->context;
     long long step = policy->next.step;
-    if (tell(policy, 0, o->warn_repetition > 0.0f && seen->repetition > o->warn_repetition))
+    if (tell(ppo, policy, 0, o->warn_repetition > 0.0f && seen->repetition > o->warn_repetition))
         psoup__log(context, PSOUP_LOG_WARNING,
                    "ppo: policy '%s', step %lld: %.0f%% of the 4-grams of its responses repeat (warn_repetition is %g): "
                    "it may be collapsing", policy->name, step, 100.0 * seen->repetition,
                    (double)o->warn_repetition);
-    if (tell(policy, 1, o->warn_empty > 0.0f && seen->empty > o->warn_empty))
+    if (tell(ppo, policy, 1, o->warn_empty > 0.0f && seen->empty > o->warn_empty))
         psoup__log(context, PSOUP_LOG_WARNING,
                    "ppo: policy '%s', step %lld: %.0f%% of its responses are empty (warn_empty is %g): it may be "
                    "collapsing", policy->name, step, 100.0 * seen->empty, (double)o->warn_empty);
@@ -92,13 +92,13 @@ static void watch_reward(const psoup_ppo *ppo, psoup__policy *policy, const halv
     const psoup_ppo_options *o = &ppo->options;
     psoup_context *context = ppo->model->context;
     long long step = policy->next.step;
-    if (tell(policy, 2, rose_for_nothing(h, o->warn_reward_rise)))
+    if (tell(ppo, policy, 2, rose_for_nothing(h, o->warn_reward_rise)))
         psoup__log(context, PSOUP_LOG_WARNING,
                    "ppo: policy '%s', step %lld: its reward rose from %g to %g, %.2g deviations, over %d steps at a KL of "
                    "%.3g, where such a rise costs about %.3g: the reward does not come from the policy, or its KL is "
                    "not what is estimated", policy->name, step, h->reward[0], h->reward[1], h->rise,
                    (int)o->warn_window, h->kl[1], h->rise * h->rise / 8.0);
-    if (tell(policy, 3, paid_for_nothing(h, o->warn_kl_growth, (double)o->batch_size * o->warn_window)))
+    if (tell(ppo, policy, 3, paid_for_nothing(h, o->warn_kl_growth, (double)o->batch_size * o->warn_window)))
         psoup__log(context, PSOUP_LOG_WARNING,
                    "ppo: policy '%s', step %lld: its KL grew from %.3g to %.3g over %d steps while its reward fell from "
                    "%g to %g: it leaves the reference for nothing", policy->name, step, h->kl[0], h->kl[1],

@@ -169,8 +169,8 @@ static psoup_status finish_step(psoup__reward_trainer *t, psoup__reward_learner 
     psoup_status status = PSOUP_OK;
     float rate = psoup__learning_rate(t->options.learning_rate, t->options.schedule,
                                       t->options.warmup_steps, l->step + 1, l->total);
-    PSOUP__TRY(psoup__guarded_step(&l->optimizer, rate, l->loss, "reward", l->name, l->step + 1, &l->norm,
-                                   &l->stepped, error));
+    PSOUP__TRY(psoup__guarded_step(&t->team, &l->optimizer, rate, l->loss, "reward", l->name, l->step + 1,
+                                   &l->norm, &l->stepped, error));
     double n = (double)(l->step_end - l->at);
     psoup__metrics metrics = {.n = 0};
     psoup__metric(&metrics, "loss", l->loss / n);

@@ -161,8 +161,8 @@ static psoup_status train_step(sft *s, psoup_error *error) {
 
     float rate = psoup__learning_rate(s->options.learning_rate, s->options.schedule,
                                       s->options.warmup_steps, s->step + 1, s->total);
-    PSOUP__TRY(psoup__guarded_step(&s->optimizer, rate, loss, "sft", s->subject, s->step + 1, &norm, &stepped,
-                                   error));
+    PSOUP__TRY(psoup__guarded_step(&s->team, &s->optimizer, rate, loss, "sft", s->subject, s->step + 1, &norm,
+                                   &stepped, error));
     s->sequences += end - s->at;
     s->at = end;
     s->step++;

@@ -55,10 +55,6 @@ psoup_status psoup__optimizer_step(psoup__optimizer *optimizer, float lr, double
  * none. */
 psoup_status psoup__optimizers_step(psoup__optimizer *const *optimizers, size_t n, float lr,
                                     double *norm, bool *stepped, psoup_error *error);
-/* psoup__optimizer_step for a loss, which must be finite too. That nothing was stepped is told by the context's log. */
-psoup_status psoup__guarded_step(psoup__optimizer *optimizer, float lr, double loss, const char *trainer,
-                                 const char *subject, int64_t step, double *norm, bool *stepped,
-                                 psoup_error *error);
 /* The rate of step `step` (from 1) of `total`: warm-up from 0, then the schedule. */
 float psoup__learning_rate(float peak, psoup_schedule schedule, int64_t warmup, int64_t step,
                            int64_t total);
@@ -105,6 +101,11 @@ psoup_status psoup__team_vote(psoup__team *team, bool *stop, psoup_error *error)
 psoup_status psoup__team_broadcast(psoup__team *team, void *data, size_t bytes, psoup_error *error);
 /* What came of something that rank 0 did alone: its status, and its error, to all. */
 psoup_status psoup__team_outcome(psoup__team *team, psoup_status status, psoup_error *error);
+
+/* optim.c: psoup__optimizer_step for a loss, which must be finite too. That nothing was stepped is told by rank 0's log. */
+psoup_status psoup__guarded_step(const psoup__team *team, psoup__optimizer *optimizer, float lr, double loss,
+                                 const char *trainer, const char *subject, int64_t step, double *norm,
+                                 bool *stepped, psoup_error *error);
 
 /* ---- best.c ------------------------------------------------------------------------------------ */
 

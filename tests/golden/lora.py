@@ -89,7 +89,7 @@ def verify(directory):
     rows, after = base.token_rows(9), load_file(os.path.join(HERE, "golden.safetensors"))
     for name in VARIANTS:
         trained, started = load(os.path.join(directory, name)), load(os.path.join(HERE, name))
-        scales = [{n: layer.scaling["default"] for n, layer in m.named_modules() if hasattr(layer, "scaling")}
+        scales = [{n: layer.scaling["default"] for n, layer in m.named_modules() if hasattr(layer, "lora_A")}
                   for m in (trained, started)]
         worst = max(((p - after[name + "/after:" + n].double()).norm() / p.norm()).item()
                     for n, p in factors(trained).items())
