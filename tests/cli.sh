@@ -35,7 +35,7 @@ for c in $commands; do
     check "$c --help: --json" has '^  --json'
     no 2 "--nonsense" $c --nonsense
 done
-for pair in "tokenize --model --no-special --decode" "merge --out --base --method --dtype --any-sum" \
+for pair in "tokenize --model --no-special --decode" "merge --out --base --method --dtype --any-sum --strength" \
     "generate --model --adapter --mix --mix-method --strength --any-sum --prompt --prompts --template --preference \
      --max-new-tokens --min-new-tokens --temperature --top-k --top-p --no-repeat-ngram --seed --batch --out" \
     "score --model --adapter --mix --mix-method --strength --any-sum --tokens --prompts --logits" "winrate --seed"; do
@@ -279,6 +279,13 @@ ok info m-models --json
 check "bf16" has '"dtype": "bf16"'
 no 1 'sum' merge --out left/m P1A=0.5 P2A=0.6
 ok merge --any-sum --out m-any P1A=0.5 P2A=0.6
+ok merge --strength 1.5 --out m-strong P1A=0.5 P2A=0.5
+ok merge --any-sum --out m-strong2 P1A=0.75 P2A=0.75
+ok score --model base --adapter m=m-strong2 --mix m=1 --tokens "$tokens" --json
+mv out stronger
+ok score --model base --adapter m=m-strong --mix m=1 --tokens "$tokens" --json
+check "a strength multiplies the weights" cmp -s out stronger
+no 1 'strength 1.5 with method ties' merge --strength 1.5 --method ties --base base --out left/m P1A=0.5 P2A=0.5
 no 1 'expected DIR=WEIGHT' merge --out left/m P1A
 no 1 'expected DIR=WEIGHT' merge --out left/m P1A=x
 no 1 'none' merge --out left/m none=1

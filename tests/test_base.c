@@ -107,13 +107,13 @@ START_TEST(option_structs_end_without_padding) {
         const char *name;
         size_t size, end;
     } structs[] = {
-        ENDS(psoup_context_options, stream),     ENDS(psoup_model_config, more_eos_token_ids),
+        ENDS(psoup_context_options, stream),     ENDS(psoup_model_config, reserved),
         ENDS(psoup_adapter_options, seed),       ENDS(psoup_sampling, n_stop_tokens),
         ENDS(psoup_session_options, reserved2),  ENDS(psoup_step, times),
         ENDS(psoup_sft_options, reserved),       ENDS(psoup_reward_options, comm),
         ENDS(psoup_dpo_options, reserved),
         ENDS(psoup_ppo_options, comm),       ENDS(psoup_ppo_trace, mix),
-        ENDS(psoup_merger_options, keep_bytes),  ENDS(psoup_merge_report, mean_error),
+        ENDS(psoup_merger_options, strength),  ENDS(psoup_merge_report, mean_error),
         ENDS(psoup_merge_sink, write),           ENDS(psoup_merge_tensors, user),
         ENDS(psoup_merge_device, copy),      ENDS(psoup_comm, free),
         ENDS(psoup_comm_options, address),

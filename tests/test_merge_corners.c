@@ -153,6 +153,83 @@ START_TEST(what_failed_once_may_be_there_now) {
 }
 END_TEST
 
+/* What follows the header of DIRECTORY/FILE.safetensors. */
+static char *numbers_in(const char *directory, const char *name, size_t *n) {
+    char path[1200];
+    uint64_t header;
+    snprintf(path, sizeof path, "%s/%s.safetensors", directory, name);
+    FILE *file = fopen(path, "rb");
+    ck_assert_msg(file != NULL && fread(&header, 8, 1, file) == 1, "%s", path);
+    ck_assert(fseek(file, 0, SEEK_END) == 0);
+    *n = (size_t)ftell(file) - 8 - (size_t)header;
+    char *out = malloc(*n);
+    ck_assert(fseek(file, (long)(8 + header), SEEK_SET) == 0 && fread(out, 1, *n, file) == *n);
+    fclose(file);
+    return out;
+}
+
+/* A strength is weights that sum to something else, by name: in one adapter and folded into a base; its certificate
+ * makes it again. */
+START_TEST(a_strength_multiplies_the_weights) {
+    static const int32_t methods[] = {PSOUP_MERGE_DELTA, PSOUP_MERGE_FACTORS, PSOUP_MERGE_SVD, PSOUP_MERGE_DELTA};
+    const char *const names[] = {"plain", "strong"};
+    char result[700];
+    psoup_merger *merger;
+    for (int way = 0; way < 2; way++) {
+        psoup_merger_options options = PSOUP_MERGER_OPTIONS_INIT;
+        options.method = methods[_i];
+        options.svd_rank = methods[_i] == PSOUP_MERGE_SVD ? 8 : 0;
+        options.any_sum = !way;
+        options.strength = way ? 1.5 : 1;
+        ck_ok(psoup_merger_create(context, &options, &merger, &error));
+        if (_i == 3)
+            ck_ok(psoup_merger_set_base(merger, BASE, &error));
+        ck_ok(psoup_merger_add(merger, A, way ? 0.25 : 0.375, &error));
+        ck_ok(psoup_merger_add(merger, B, way ? 0.75 : 1.125, &error));
+        ck_ok(psoup_merger_write(merger, in_scratch(names[way]), &error));
+        psoup_merger_free(merger);
+    }
+    snprintf(result, sizeof result, "%s/psoup-merge.json", in_scratch("strong"));
+    psoup_merger_options options = PSOUP_MERGER_OPTIONS_INIT;
+    ck_ok(psoup_merger_create(context, &options, &merger, &error));
+    ck_ok(psoup_merger_load_certificate(merger, result, &error));
+    ck_ok(psoup_merger_write(merger, in_scratch("again"), &error));
+    psoup_merger_free(merger);
+    const char *const made[] = {"strong", "again"}, *file = _i == 3 ? "model" : "adapter_model";
+    size_t n, m;
+    char *expected = numbers_in(in_scratch("plain"), file, &n);
+    for (int i = 0; i < 2; i++) {
+        char *got = numbers_in(in_scratch(made[i]), file, &m);
+        ck_assert_msg(n == m && memcmp(got, expected, n) == 0, "%s is not as weights that sum to 1.5", made[i]);
+        free(got);
+    }
+    free(expected);
+}
+END_TEST
+
+START_TEST(a_strength_is_of_adapters) {
+    psoup_merger *merger;
+    psoup_merger_options options = PSOUP_MERGER_OPTIONS_INIT;
+    options.strength = 1.5;
+    ck_ok(psoup_merger_create(context, &options, &merger, &error));
+    ck_ok(psoup_merger_add(merger, BASE, 0.5, &error));
+    ck_ok(psoup_merger_add(merger, BASE, 0.5, &error));
+    ck_assert_int_eq(psoup_merger_write(merger, in_scratch("none"), &error), PSOUP_ERROR_ARGUMENT);
+    ck_assert_msg(strstr(error.message, "a strength of 1.5 is of adapters") != NULL, "%s", error.message);
+    psoup_merger_free(merger);
+    ck_ok(psoup_merger_create(context, &options, &merger, &error));
+    ck_ok(psoup_merger_add(merger, A, 0.5, &error)); /* the sum is that of the weights themselves */
+    ck_assert_int_eq(psoup_merger_write(merger, in_scratch("none"), &error), PSOUP_ERROR_ARGUMENT);
+    ck_assert_msg(strstr(error.message, "sum to 0.5") != NULL, "%s", error.message);
+    psoup_merger_free(merger);
+    options.method = PSOUP_MERGE_TIES;
+    ck_assert_int_eq(psoup_merger_create(context, &options, &merger, &error), PSOUP_ERROR_ARGUMENT);
+    ck_assert_msg(strstr(error.message, "strength 1.5 with method ties; expected delta") != NULL, "%s", error.message);
+    options.strength = NAN;
+    ck_assert_int_eq(psoup_merger_create(context, &options, &merger, &error), PSOUP_ERROR_ARGUMENT);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("merge: corners");
     TCase *tests = tcase_create("merge: corners");
@@ -163,6 +240,8 @@ int main(void) {
     tcase_add_test(tests, a_base_is_no_base_with_an_adapter);
     tcase_add_test(tests, resuming_sees_a_changed_scale);
     tcase_add_test(tests, what_failed_once_may_be_there_now);
+    tcase_add_loop_test(tests, a_strength_multiplies_the_weights, 0, 4);
+    tcase_add_test(tests, a_strength_is_of_adapters);
     suite_add_tcase(suite, tests);
     return run_suite(suite);
 }

@@ -1,5 +1,5 @@
-/* Gradient checkpointing: every trainer ends with the bits it has without, in less memory, which is counted by the
- * context's allocator. */
+/* Memory, counted by the context's allocator. Gradient checkpointing: every trainer ends with the bits it has without,
+ * in less of it. */
 #include "ppo_case.h"
 #include "resume_case.h"
 
@@ -261,6 +261,41 @@ START_TEST(a_tape_has_the_size_that_is_said) {
 }
 END_TEST
 
+/* Nobody ever has the logits of a long text: log-probs, and what training goes back from, are taken a chunk at a time. */
+START_TEST(log_probs_take_no_full_logits) {
+    enum { WORDS = 4096, TOKENS = 2000 };
+    const size_t full = (size_t)WORDS * TOKENS * sizeof(float); /* 33 MB */
+    psoup_model_config config = PSOUP_MODEL_CONFIG_INIT;
+    psoup_model *model = NULL;
+    open_counted("cpu");
+    config.vocab_size = WORDS;
+    config.hidden_size = 16;
+    config.intermediate_size = 24;
+    config.num_hidden_layers = config.num_attention_heads = 1;
+    config.max_position_embeddings = TOKENS;
+    OK(psoup_model_create(context, &config, 7, &model, &error));
+    add_adapter(model, "P0", 1);
+    int32_t *tokens = malloc(TOKENS * sizeof *tokens);
+    float *out = malloc(TOKENS * sizeof *out);
+    for (int t = 0; t < TOKENS; t++)
+        tokens[t] = (t * 37 + 11) % WORDS;
+    atomic_store(&most, atomic_load(&live));
+    size_t before = atomic_load(&live);
+    OK(psoup_model_logprobs(model, &(psoup_row){.tokens = tokens, .n = TOKENS}, 1, out, &error));
+    ck_assert_msg(atomic_load(&most) - before < full / 3, "scores took %zu bytes", atomic_load(&most) - before);
+    psoup_sft_options o = PSOUP_SFT_OPTIONS_INIT;
+    o.batch_tokens = TOKENS;
+    o.learning_rate = 1e-3f;
+    before = atomic_load(&live);
+    atomic_store(&most, before);
+    OK(psoup_sft(model, "P0", &(psoup_example){.tokens = tokens, .n = TOKENS, .n_prompt = 1}, 1, NULL, 0, &o, &error));
+    ck_assert_msg(atomic_load(&most) - before < full / 3, "training took %zu bytes", atomic_load(&most) - before);
+    free(tokens), free(out);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
 /* It is no part of what a run is: one that was stopped may go on with it, or without. */
 START_TEST(a_run_may_go_on_with_it) {
     size_t n = 0;
@@ -299,6 +334,7 @@ int main(void) {
     tcase_add_test(tests, a_gpu_has_the_same_bits);
     tcase_add_test(tests, a_base_trains_to_the_same_bits);
     tcase_add_test(tests, a_tape_has_the_size_that_is_said);
+    tcase_add_test(tests, log_probs_take_no_full_logits);
     tcase_add_test(tests, a_run_may_go_on_with_it);
     suite_add_tcase(suite, tests);
     return run_suite(suite);

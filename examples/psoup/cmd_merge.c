@@ -11,6 +11,7 @@ typedef struct merge_arguments {
         *reference;
     bool json, any_sum, sha256, resume;
     int32_t threads;
+    float strength;
     cli_list sources, parameters;
 } merge_arguments;
 
@@ -93,6 +94,7 @@ static psoup_status read_options(const merge_arguments *a, psoup_merger_options 
     psoup_dtype dtype;
     psoup_status status = read_method(a->method ? a->method : "delta", options, error);
     options->any_sum = a->any_sum;
+    options->strength = (double)a->strength;
     options->sha256 = a->sha256;
     options->resume = a->resume;
     options->progress = cli_progress;
@@ -251,7 +253,7 @@ static psoup_status merge(psoup_context *context, const merge_arguments *a, psou
 }
 
 int cmd_merge(int argc, char **argv) {
-    merge_arguments a = {0};
+    merge_arguments a = {.strength = 1};
     int status;
     const cli_option options[] = {
         {"--out", CLI_TEXT, &a.out, "DIR", "where the result goes; FILE.gguf for a GGUF file"},
@@ -265,6 +267,7 @@ int cmd_merge(int argc, char **argv) {
         {"--format", CLI_TEXT, &a.format, "F", "safetensors or gguf (by the name of --out)"},
         {"--reference", CLI_TEXT, &a.reference, "DIR", "the model that adapters in GGUF are for"},
         {"--any-sum", CLI_FLAG, &a.any_sum, NULL, "accept weights that do not sum to 1"},
+        {"--strength", CLI_FLOAT, &a.strength, "S", "multiplies adapters' weights, which sum to 1 before (1)"},
         {"--sha256", CLI_FLAG, &a.sha256, NULL, "put the SHA-256 of the sources into the certificate"},
         {"--resume", CLI_FLAG, &a.resume, NULL, "continue what a killed run began, from its finished shards"},
         {"--replay", CLI_TEXT, &a.replay, "FILE",
@@ -280,7 +283,7 @@ int cmd_merge(int argc, char **argv) {
     if ((a.verify && (a.out || a.replay || a.sources.n > 0)) || (a.replay && (a.sources.n > 0 || a.base)))
         return cli_complain("merge: --verify and --replay take no sources");
     bool how = a.method || a.peer;
-    bool more = a.seed || a.dtype || a.shard_size || a.format || a.reference || a.any_sum || a.parameters.n > 0;
+    bool more = a.seed || a.dtype || a.shard_size || a.format || a.reference || a.any_sum || a.strength != 1 || a.parameters.n > 0;
     if (a.replay && (how || more))
         return cli_complain("merge: --replay does what the certificate says; beside it only --out, --threads, "
                             "--sha256 and --resume");

@@ -96,7 +96,7 @@ static int add_options(psoup_json *root, const psoup_merger *merger) {
         const char *name;
         double value;
     } reals[] = {{"density", o->density}, {"gamma", o->gamma}, {"epsilon", o->epsilon},
-                 {"lambda", o->lambda}, {"t", o->t}};
+                 {"lambda", o->lambda}, {"t", o->t}, {"strength", o->strength}};
     int failed = 0;
     if (o->dtype >= 0)
         failed |= psoup_json_set(json, "dtype", psoup_json_new_string(psoup_dtype_name((psoup_dtype)o->dtype)));

@@ -49,7 +49,7 @@ static psoup_status read_options(psoup_merger *merger, const psoup_json *root, c
         const char *name;
         double *to;
     } reals[] = {{"density", &o->density}, {"gamma", &o->gamma}, {"epsilon", &o->epsilon},
-                 {"lambda", &o->lambda}, {"t", &o->t}};
+                 {"lambda", &o->lambda}, {"t", &o->t}, {"strength", &o->strength}};
     psoup_dtype kind;
     PSOUP__TRY(psoup_merge_method_parse(psoup_json_string(psoup_json_get(root, "method"), ""), &o->method,
                                         error));
@@ -61,6 +61,8 @@ static psoup_status read_options(psoup_merger *merger, const psoup_json *root, c
     }
     for (size_t i = 0; i < sizeof reals / sizeof *reals; i++)
         *reals[i].to = psoup_json_real(psoup_json_get(json, reals[i].name), PSOUP_MERGE_UNSAID);
+    if (o->strength == PSOUP_MERGE_UNSAID) /* of before 0.4 */
+        o->strength = 1;
     o->shard_size = (uint64_t)psoup_json_integer(psoup_json_get(json, "shard_size"), 0);
     o->seed = (uint64_t)psoup_json_integer(psoup_json_get(json, "seed"), 0);
     o->dtype = -1;

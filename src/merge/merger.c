@@ -60,9 +60,14 @@ psoup_status psoup__options_check(const psoup_merger_options *o, psoup_error *er
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_merger_options: peer %d, format %d",
                            (int)o->peer, (int)o->format);
     if (!isfinite(o->density) || !isfinite(o->gamma) || !isfinite(o->epsilon) || !isfinite(o->lambda) ||
-        !isfinite(o->t))
+        !isfinite(o->t) || !isfinite(o->strength))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_merger_options: density, gamma, epsilon, lambda and t must be finite");
+                           "psoup_merger_options: density, gamma, epsilon, lambda, t and strength must be finite");
+    if (o->strength != 1 && o->method > PSOUP_MERGE_SVD && o->method != PSOUP_MERGE_PEFT_LINEAR)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_merger_options: strength %g with method %s; expected delta, factors, svd or "
+                           "peft_linear (others have lambda)",
+                           o->strength, psoup_merge_method_name(o->method));
     if (o->keep_bytes < -1)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_merger_options: keep_bytes %lld; expected -1, 0 or more",
                            (long long)o->keep_bytes);

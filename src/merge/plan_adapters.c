@@ -81,8 +81,8 @@ static psoup_status plan_pair(psoup__plan *plan, const char *module, psoup_error
         factors[count++] = (psoup_lora_factors){.rank = pair->rank, .scale = pair->scale};
         if (result->method != NULL)
             PSOUP__TRY(psoup__plan_task_vector(plan, i, module, &input, error));
-        if (result->method != NULL)
-            weight = psoup__plan_counts(plan, input) ? 1 : 0;
+        weight = result->method == NULL ? weight * merger->options.strength
+                 : psoup__plan_counts(plan, input) ? 1 : 0;
         PSOUP__TRY(psoup__plan_part_add(plan, input, i, pair, weight, error));
     }
     int32_t rank = merger->options.svd_rank;

@@ -162,6 +162,12 @@ psoup_status psoup__plan_models(psoup__plan *plan, psoup_error *error) {
     if (method != NULL && method->needs_base && !merger->has_base)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "method %s takes differences from a base; expected a base", method->name);
+    for (size_t i = 0; merger->options.strength != 1 && i < merger->n; i++)
+        if (!psoup__source_is_adapter(&merger->sources[i]))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "%s: a strength of %g is of adapters; expected one, or task_arithmetic with a base and "
+                               "lambda",
+                               merger->sources[i].path, merger->options.strength);
     PSOUP__TRY(check_adapters_fit(plan, error));
     PSOUP__TRY(check_models_agree(plan, &head, error));
     PSOUP__TRY(merger->n_slices > 0 ? plan_slices(plan, head, error) : plan_whole(plan, head, error));

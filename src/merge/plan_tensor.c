@@ -140,6 +140,7 @@ static psoup_status add_folded(psoup__plan *plan, const char *name, psoup__resul
         if (pair == NULL)
             continue;
         psoup__plan_weight(plan, i, name, &weight);
+        weight *= merger->options.strength;
         if (!sums || weight != 0)
             PSOUP__TRY(psoup__plan_part_add(plan, input, i, pair, weight, error));
     }

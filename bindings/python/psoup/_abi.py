@@ -687,6 +687,7 @@ psoup_merger_options._fields_ = [
     ("sha256", c_int32),
     ("resume", c_int32),
     ("keep_bytes", c_int64),
+    ("strength", c_double),
 ]
 psoup_merge_sink._fields_ = [
     ("size", c_size_t),
@@ -1149,6 +1150,7 @@ DEFAULTS: Dict[Any, Dict[str, Any]] = {
         "normalize": -1,
         "rescale": -1,
         "keep_bytes": -1,
+        "strength": 1.0,
     },
     psoup_merge_sink: {
     },

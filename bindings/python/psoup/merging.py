@@ -54,8 +54,8 @@ class Merger(Handle):
     A base or source is a path (model directory, .safetensors, .gguf, PEFT directory, GGUF adapter) or a
     state dict of arrays and `Pulled` tensors, which are not copied. Options: method="delta" (see
     MergeMethod), dtype, format="gguf", shard_size, svd_rank, any_sum, peer, density, gamma, epsilon,
-    lambda_, t, normalize, rescale, seed, sha256, resume, keep_bytes. progress: a callable (label, done,
-    total), or True for a bar.
+    lambda_, t, normalize, rescale, seed, sha256, resume, keep_bytes, strength. progress: a callable (label,
+    done, total), or True for a bar.
     """
 
     def __init__(self, base: Optional[Source] = None, progress: Any = None, context: Optional[Context] = None,

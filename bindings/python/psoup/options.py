@@ -208,6 +208,10 @@ class MergerOptions(TypedDict, total=False):
     # most bytes of adapters' factors (f32) that stay in memory from one run to the next; 0: none.
     # −1: 64 MiB, and 1 GiB from the first psoup_merger_set_weights on. Since 0.4; default -1
     keep_bytes: int
+    # of delta, factors, svd and peft_linear of adapters: multiplies the weights, whose sum is
+    # checked before. What a scalar head (score) is merged by it leaves alone. Methods of task
+    # vectors have `lambda`. Since 0.4; default 1.0
+    strength: float
 
 
 class SftOptions(TypedDict, total=False):

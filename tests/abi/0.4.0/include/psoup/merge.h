@@ -91,10 +91,14 @@ typedef struct psoup_merger_options {
                           * which may be others now, none is taken over */
     int64_t keep_bytes;  /* most bytes of adapters' factors (f32) that stay in memory from one run to the next; 0:
                           * none. −1: 64 MiB, and 1 GiB from the first psoup_merger_set_weights on. Since 0.4 */
+    double strength;     /* of delta, factors, svd and peft_linear of adapters: multiplies the weights, whose sum is
+                          * checked before. What a scalar head (score) is merged by it leaves alone. Methods of task
+                          * vectors have `lambda`. Since 0.4 */
 } psoup_merger_options;
 #define PSOUP_MERGER_OPTIONS_INIT                                                                          \
     {.size = sizeof(psoup_merger_options), .dtype = -1, .density = 1, .gamma = 0.01, .epsilon = 0.15,      \
-     .lambda = 1, .t = PSOUP_MERGE_UNSAID, .normalize = -1, .rescale = -1, .keep_bytes = -1}
+     .lambda = 1, .t = PSOUP_MERGE_UNSAID, .normalize = -1, .rescale = -1, .keep_bytes = -1,    \
+     .strength = 1}
 #define PSOUP_MERGE_UNSAID (-1e308)
 
 typedef struct psoup_merger psoup_merger;
