@@ -13,6 +13,7 @@
 #pragma GCC diagnostic error "-Wpadded"
 #endif
 #include "layer.h"
+#include "blocks.h"
 #include "rows.h"
 #include "attention.h"
 #include "attention_decode.h"
@@ -27,6 +28,7 @@
 
 #define PSOUP__KERNELS(X) \
     PSOUP__LAYER_KERNELS(X) \
+    PSOUP__BLOCKS_KERNELS(X) \
     PSOUP__ROWS_KERNELS(X) \
     PSOUP__ATTENTION_KERNELS(X) \
     PSOUP__ATTENTION_DECODE_KERNELS(X) \

@@ -21,10 +21,16 @@ typedef struct psoup__weight {
     psoup_dtype dtype; /* F32, F16, BF16; INT8, NF4: blocks, see base.h */
     int32_t out, in;
     const void *data;        /* [out, in], or the blocks' codes, with: */
-    const float *scales;     /* theirs, or NULL */
+    const float *scales;     /* theirs, or NULL, and: */
+    psoup_dtype values;      /* F32, F16, BF16: a device multiplies with values rounded to it, the CPU in f32 */
     psoup__gemm_b *forward;  /* packed for x·Wᵀ by weight_pack, or NULL */
     psoup__gemm_b *backward; /* packed for dy·W by weight_pack, or NULL */
 } psoup__weight;
+
+/* The dtype that a device takes products with a weight in. */
+static inline psoup_dtype psoup__weight_dtype(const psoup__weight *weight) {
+    return psoup__dtype_is_blocks(weight->dtype) ? weight->values : weight->dtype;
+}
 
 /* One adapter's factors for one linear; scale = alpha / rank, or alpha / sqrt(rank) (rsLoRA). An
  * adapter that leaves this linear alone has rank 0. */

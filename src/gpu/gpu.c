@@ -190,6 +190,8 @@ static void close_gpu(psoup__gpu *gpu) {
         psoup__upload_free(gpu);
         if (gpu->room)
             d->release(gpu->room);
+        if (gpu->matrix)
+            d->release(gpu->matrix);
         if (gpu->counters)
             d->release(gpu->counters);
         for (int i = 0; i < gpu->n_modules; i++)
@@ -243,10 +245,10 @@ static psoup_dtype gpu_cache(psoup__backend *be, psoup_dtype weights) {
     return weights;
 }
 
-/* A weight is multiplied as it lies in the device's memory. */
+/* A weight is multiplied as it lies in the device's memory, or by way of the room for one. */
 static psoup_status gpu_weight_pack(psoup__backend *be, psoup__weight *weight, bool backward,
                                     psoup_error *error) {
-    return PSOUP_OK;
+    return psoup__gpu_reserve_matrix(psoup__gpu_of(be), weight, error);
 }
 
 static void gpu_weight_unpack(psoup__backend *be, psoup__weight *weight) {

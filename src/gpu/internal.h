@@ -53,6 +53,8 @@ typedef struct psoup__gpu {
     psoup__record record;
     psoup__cu_pointer room; /* what ops take beside their arguments: see ops->reserve */
     size_t room_bytes;
+    psoup__cu_pointer matrix; /* a weight in blocks, while it is multiplied: see blocks.c */
+    size_t matrix_bytes;
     psoup__cast cast;
     psoup__cu_pointer counters; /* uint32_t [PSOUP__GPU_COUNTERS] */
     psoup_error failed; /* the first failure that nobody was told of; status PSOUP_OK while there is none */
@@ -84,6 +86,13 @@ bool psoup__gpu_failed(psoup__gpu *gpu, psoup__cu_result result, const char *wha
 psoup_status psoup__gpu_fail(psoup__gpu *gpu, psoup__cu_result result, const char *what, psoup_error *error);
 /* Makes sure that gpu->room has so many bytes; what was in it is lost. */
 psoup_status psoup__gpu_make_room(psoup__gpu *gpu, size_t bytes, psoup_error *error);
+
+/* ---- blocks.c ------------------------------------------------------------------------------------------- */
+
+/* Makes sure of the room that a weight in blocks takes while it is multiplied. */
+psoup_status psoup__gpu_reserve_matrix(psoup__gpu *gpu, const psoup__weight *weight, psoup_error *error);
+/* A weight [out, in] in psoup__weight_dtype: itself, or in the room, until the next one. NULL after a failure. */
+const void *psoup__gpu_matrix(psoup__gpu *gpu, const psoup__weight *weight);
 
 /* ---- launch.c ------------------------------------------------------------------------------------------- */
 

@@ -243,10 +243,10 @@ static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, c
                        const psoup__weight *w, const float *bias, const psoup__lora *lora,
                        const psoup__mix *mix, int32_t rows) {
     psoup__gpu *gpu = psoup__gpu_of(be);
-    linear l = {gpu, w->dtype, lora, mix, rows};
+    linear l = {gpu, psoup__weight_dtype(w), lora, mix, rows};
     if (rows == 0)
         return;
-    const void *operand = rounded(gpu, x, (size_t)rows * (size_t)w->in, w->dtype);
+    const void *operand = rounded(gpu, x, (size_t)rows * (size_t)w->in, l.dtype);
     if (!operand)
         return;
     bool begun = false, wide = x_lora != x;
@@ -259,10 +259,10 @@ static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, c
     if (bias && !begun)
         expand(&l, &(group){.n = 0}, true, y, bias, false, w->out);
     psoup__blas_run(gpu,
-                    &(psoup__product){.m = rows, .n = w->out, .k = w->in, .dtype = w->dtype,
+                    &(psoup__product){.m = rows, .n = w->out, .k = w->in, .dtype = l.dtype,
                                       .transpose_b = true, .lda = w->in, .ldb = w->in, .ldc = w->out,
                                       .alpha = 1, .beta = bias || begun ? 1 : 0},
-                    y, operand, w->data);
+                    y, operand, psoup__gpu_matrix(gpu, w));
     overwritten(gpu, y, (size_t)rows * (size_t)w->out);
 }
 
@@ -297,17 +297,17 @@ static void linear_mix_backward(psoup__backend *be, float *dx, float *dx_lora, f
                                 const float *x_lora, float *u, const psoup__weight *w,
                                 const psoup__lora *lora, const psoup__mix *mix, int32_t rows) {
     psoup__gpu *gpu = psoup__gpu_of(be);
-    linear l = {gpu, w->dtype, lora, mix, rows};
+    linear l = {gpu, psoup__weight_dtype(w), lora, mix, rows};
     if (rows == 0)
         return;
-    const void *operand = dx ? rounded(gpu, dy, (size_t)rows * (size_t)w->out, w->dtype) : dy;
+    const void *operand = dx ? rounded(gpu, dy, (size_t)rows * (size_t)w->out, l.dtype) : dy;
     if (!operand)
         return;
     if (dx)
         psoup__blas_run(gpu,
-                        &(psoup__product){.m = rows, .n = w->in, .k = w->out, .dtype = w->dtype,
+                        &(psoup__product){.m = rows, .n = w->in, .k = w->out, .dtype = l.dtype,
                                           .lda = w->out, .ldb = w->in, .ldc = w->in, .alpha = 1, .beta = 1},
-                        dx, operand, w->data);
+                        dx, operand, psoup__gpu_matrix(gpu, w));
     base_gradients(&l, dw, dbias, dy, x, w);
     bool da, db;
     asked(&l, NULL, &da, &db);

@@ -137,9 +137,6 @@ static psoup_status allocate_store(psoup_model *model, void **storage, float **v
                                    psoup_error *error) {
     const psoup__ops *ops = model->be->ops;
     size_t all = 0, vector_count = 0;
-    if (model->config.linear_dtype && !ops->on_host)
-        return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "%s linears on a GPU are not supported",
-                           psoup_dtype_name((psoup_dtype)model->config.linear_dtype));
     for (psoup__parameter p = {.next = 0}; psoup__model_next(model, &p);) {
         size_t bytes = 0, scales = 0;
         if (p.weight && (!matrix_bytes(frozen_dtype(model, p.weight), p.count, &bytes, &scales) ||
@@ -172,6 +169,7 @@ static void point_store(psoup_model *model, void *storage, float *vectors) {
             p.weight->dtype = frozen_dtype(model, p.weight);
             matrix_bytes(p.weight->dtype, p.count, &bytes, &scales);
             p.weight->data = matrix;
+            p.weight->values = (psoup_dtype)model->config.torch_dtype;
             p.weight->scales = scales ? (const float *)(const void *)(matrix + scales) : NULL;
             matrix += aligned(bytes);
         }

@@ -15,6 +15,7 @@ typedef struct shape {
     sharing sharing;
     bool ragged;  /* ranks of every sort, 0 among them, that leave no address aligned; else 16 */
     bool factors; /* two rows of three are; ragged ranks are then 0 or 35, and scales are one */
+    psoup_dtype blocks; /* INT8, NF4: of the weight; or 0 */
 } shape;
 
 /* One case: what the op reads, on the device and as numbers. */
@@ -80,6 +81,27 @@ static void list_rows(checker *c, layer *l) {
     free(factors);
 }
 
+/* The weight in blocks, and their values, as products take them, in the matrix that results are compared by. */
+static void make_blocks(checker *c, layer *l, psoup_dtype dtype) {
+    const size_t n = l->matrix->n, bytes = psoup__block_bytes(l->s.blocks, n), count = psoup__block_count(n);
+    uint8_t *codes = malloc(bytes);
+    float *scales = malloc(count * sizeof *scales);
+    void *narrow = malloc(n * sizeof(float));
+    psoup_error error;
+    psoup__blocks_write(c->context, l->s.blocks, l->matrix->host, n, codes, scales);
+    psoup__blocks_read(c->context, &(psoup__blocks){l->s.blocks, codes, scales}, 0, n, l->matrix->host);
+    if (c->cuda) {
+        psoup__from_f32(c->context, narrow, dtype, l->matrix->host, n);
+        psoup__to_f32(c->context, l->matrix->host, narrow, dtype, n);
+    }
+    l->w.dtype = l->s.blocks;
+    l->w.values = dtype;
+    l->w.data = block(c, codes, bytes);
+    l->w.scales = block(c, scales, count * sizeof *scales);
+    expect_true(c, "packed", c->ops->weight_pack(c->be, &l->w, true, &error) == PSOUP_OK);
+    free(codes), free(scales), free(narrow);
+}
+
 static void open_layer(checker *c, layer *l, const shape *s, psoup_dtype dtype, bool dropped, bool bias) {
     const size_t n_x = (size_t)s->rows * (size_t)s->in;
     *l = (layer){.s = *s};
@@ -109,6 +131,8 @@ static void open_layer(checker *c, layer *l, const shape *s, psoup_dtype dtype, 
     }
     list_rows(c, l);
     l->w = (psoup__weight){.dtype = dtype, .out = s->out, .in = s->in, .data = l->matrix->device};
+    if (s->blocks)
+        make_blocks(c, l, dtype);
     psoup_error error;
     int32_t widest = s->in > s->out ? s->in : s->out;
     expect_true(c, "room", c->ops->reserve(c->be, s->rows, widest, &error) == PSOUP_OK);
@@ -169,8 +193,8 @@ static void reference(const layer *l, double *y, double *u) {
 
 static void say(checker *c, const char *op, const shape *s, psoup_dtype dtype, bool dropped, bool bias) {
     static const char *const sharings[] = {"one-hot", "full", "sparse"};
-    begin(c, op, "%s, rows %d, in %d, out %d, %d adapters, %s, ranks %s%s%s%s", psoup_dtype_name(dtype),
-          (int)s->rows, (int)s->in, (int)s->out, (int)s->n, sharings[s->sharing], s->ragged ? "ragged" : "16",
+    begin(c, op, "%s%s%s, rows %d, in %d, out %d, %d adapters, %s, ranks %s%s%s%s", psoup_dtype_name(dtype),
+          s->blocks ? ", in blocks of " : "", s->blocks ? psoup_dtype_name(s->blocks) : "", (int)s->rows, (int)s->in, (int)s->out, (int)s->n, sharings[s->sharing], s->ragged ? "ragged" : "16",
           s->factors ? ", factors" : "",
           dropped ? ", x_lora is not x" : "", bias ? ", bias" : "");
 }
@@ -415,6 +439,9 @@ static const shape shapes[] = {
     {1, 640, 129, 8, FULL, false, true},      {17, 129, 37, 8, SPARSE, true, true},
     {127, 64, 48, 3, ONE_HOT, false, true},   {20, 40, 33, 40, FULL, true, true},
     {66, 72, 65, 33, SPARSE, false, true},    {600, 33, 24, 2, FULL, false, true},
+    {1, 1, 1, 1, FULL, true, false, PSOUP_NF4},       {1, 640, 128, 8, FULL, false, false, PSOUP_NF4},
+    {5, 37, 33, 1, FULL, true, false, PSOUP_INT8},    {129, 127, 3, 3, ONE_HOT, true, false, PSOUP_NF4},
+    {200, 64, 80, 2, FULL, false, false, PSOUP_INT8}, {17, 48, 37, 8, SPARSE, true, false, PSOUP_NF4},
 };
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 
