@@ -411,7 +411,8 @@ static void check_logits(psoup_model *model, const char *directory) {
         row[i] = i;
     psoup__tape *tape = NULL;
     OK(psoup__tape_create(model, &tape, &error));
-    OK(psoup__forward(model, tape, &(psoup__batch){.n = 1, .rows = 12, .tokens = tokens, .start = start}, false, &error));
+    const psoup__batch batch = {.n = 1, .rows = 12, .tokens = tokens, .start = start};
+    OK(psoup__forward(model, tape, &batch, false, &error));
     OK(psoup__logits(model, tape, row, 12, got, &error));
     ck_assert_msg(relative(got, want, 12 * 40) < 2e-6, "the logits are off by %g", relative(got, want, 12 * 40));
     psoup__tape_free(tape);
@@ -587,7 +588,7 @@ START_TEST(test_numbers) {
     FILE *file = fopen(path, "w");
     fputs("{\"model_type\": \"llama\", \"quantization_config\": {\"quant_method\": \"gptq\"}}", file);
     fclose(file);
-    REFUSED(refused_as(context, directory, -1), PSOUP_ERROR_UNSUPPORTED, "quant_method: \"gptq\"; expected bitsandbytes");
+    REFUSED(refused_as(context, directory, -1), PSOUP_ERROR_UNSUPPORTED, "\"gptq\"; expected bitsandbytes");
     file = fopen(path, "w");
     fputs("{\"model_type\": \"llama\", \"quantization_config\": {\"quant_method\": \"bitsandbytes\", "
           "\"load_in_4bit\": true, \"bnb_4bit_quant_type\": \"fp4\"}}", file);

@@ -12,6 +12,11 @@ typedef struct psoup__block_kernels {
      * the columns that fill it up. */
     void (*pack)(float *out /* [depth, whole vectors] */, const psoup__gemm_args *args, int64_t k0, int64_t depth,
                  int64_t j0, int64_t columns);
+    /* C's columns j0, … of one whole panel for few rows, straight from the codes: over all depths, from 0 or C. */
+    int64_t few; /* rows at most */
+    bool (*is_whole)(const psoup__gemm_args *args); /* whether it can read such a B */
+    void (*multiply)(const psoup__gemm_args *args, float *const *c /* [rows] */, const float *const *a /* [rows] */,
+                     int64_t rows, int64_t j0);
 } psoup__block_kernels;
 
 extern const psoup__block_kernels psoup__block_kernels_generic;

@@ -148,52 +148,71 @@ INLINE vec scales_of(const psoup__blocks *b, int64_t line, int64_t k, int64_t j,
     return load(scale);
 }
 
-/* B's columns are the matrix's rows: depths are neighbours. Words of codes, VECTOR columns by VECTOR words, are
- * transposed as they are; then a shift brings the code of one depth of all columns to where it is looked up. */
+/* Whether scales change at depth k, a multiple of a word's codes. */
+INLINE bool is_new_block(int64_t line, int64_t k) {
+    return k % (line % PSOUP__BLOCK == 0 ? PSOUP__BLOCK : RUN) == 0;
+}
+
+enum { WORD = 4 }; /* bytes */
+
+INLINE int64_t in_word(const psoup_dtype dtype) {
+    return dtype == PSOUP_NF4 ? 8 : 4;
+}
+
+/* Words of codes, n of each of `some` columns, transposed as they are: word q of all columns begins at
+ * turned[q · VECTOR]. */
+INLINE void turn(float *turned /* [VECTOR, VECTOR] */, const uint8_t *from, size_t line_bytes, int64_t some,
+                 int64_t n) {
+    if (n == VECTOR && some == VECTOR) {
+        for (int64_t i = 0; i < VECTOR; i++) /* more streams than the hardware follows by itself */
+            __builtin_prefetch(from + (size_t)i * line_bytes + 2 * VECTOR * WORD);
+        transpose(turned, VECTOR, (const char *)from, line_bytes, PSOUP_F32);
+        return;
+    }
+    uint8_t padded[VECTOR][VECTOR * WORD] = {{0}};
+    for (int64_t i = 0; i < some; i++)
+        memcpy(padded[i], from + (size_t)i * line_bytes, (size_t)n * WORD);
+    transpose(turned, VECTOR, (const char *)padded, VECTOR * WORD, PSOUP_F32);
+}
+
+/* Code t of each word, in the order of depths, unscaled. A byte of NF4 has the even depth above the odd one. */
+INLINE vec code_of(words word, const int t, const psoup_dtype dtype) {
+    if (dtype == PSOUP_NF4)
+        return levels(word >> (t / 2 * 8 + (t % 2 ? 0 : 4)));
+    return __builtin_convertvector((ints)(word << (24 - 8 * t)) >> 24, vec);
+}
+
+/* B's columns are the matrix's rows: depths are neighbours. */
 INLINE void pack_along(float *out, const psoup__blocks *b, int64_t line, int64_t k0, int64_t depth, int64_t j0,
                        int64_t columns, int64_t width, const psoup_dtype dtype) {
-    enum { WORD = 4 };
-    const int64_t codes = dtype == PSOUP_NF4 ? 8 : 4; /* in a word */
+    const int64_t codes = in_word(dtype);
     const size_t line_bytes = psoup__block_bytes(dtype, (size_t)line);
     float turned[VECTOR * VECTOR];
     for (int64_t j = 0; j < columns; j += VECTOR) {
         const int64_t some = columns - j < VECTOR ? columns - j : VECTOR;
         const uint8_t *from = b->codes + psoup__block_bytes(dtype, (size_t)((j0 + j) * line + k0));
-        vec scale = {0};
-        for (int64_t p = 0; p < depth; p += VECTOR * codes) {
+        vec scale = scales_of(b, line, k0, j0 + j, some);
+        for (int64_t p = 0; p < depth; p += VECTOR * codes, from += VECTOR * WORD) {
             const int64_t left = (depth - p) / codes, n = left < VECTOR ? left : VECTOR;
-            if (n == VECTOR && some == VECTOR) {
-                for (int64_t i = 0; i < VECTOR; i++) /* more streams than the hardware follows by itself */
-                    __builtin_prefetch(from + (size_t)i * line_bytes + 2 * VECTOR * WORD);
-                transpose(turned, VECTOR, (const char *)from, line_bytes, PSOUP_F32);
-            } else {
-                uint8_t padded[VECTOR][VECTOR * WORD] = {{0}};
-                for (int64_t i = 0; i < some; i++)
-                    memcpy(padded[i], from + (size_t)i * line_bytes, (size_t)n * WORD);
-                transpose(turned, VECTOR, (const char *)padded, VECTOR * WORD, PSOUP_F32);
-            }
-            from += VECTOR * WORD;
+            turn(turned, from, line_bytes, some, n);
             for (int64_t q = 0; q < n; q++) {
                 const int64_t k = k0 + p + q * codes;
                 const words word = (words)load(turned + q * VECTOR);
                 float *to = out + (p + q * codes) * width + j;
-                if (k % PSOUP__BLOCK == 0 || q + p == 0 || (line % PSOUP__BLOCK != 0 && k % RUN == 0))
+                if (is_new_block(line, k))
                     scale = scales_of(b, line, k, j0 + j, some);
-                if (dtype == PSOUP_NF4) {
-#pragma GCC unroll 4
-                    for (int t = 0; t < 4; t++) { /* a byte has the even depth above the odd one */
-                        store(to + 2 * t * width, levels(word >> (8 * t + 4)) * scale);
-                        store(to + (2 * t + 1) * width, levels(word >> (8 * t)) * scale);
-                    }
-                } else {
-#pragma GCC unroll 4
-                    for (int t = 0; t < 4; t++)
-                        store(to + t * width,
-                              __builtin_convertvector((ints)(word << (24 - 8 * t)) >> 24, vec) * scale);
-                }
+#pragma GCC unroll 8
+                for (int t = 0; t < 8; t++)
+                    if (t < codes)
+                        store(to + t * width, code_of(word, t, dtype) * scale);
             }
         }
     }
+}
+
+/* Whether depths are neighbours, and begin with whole runs. */
+static bool is_whole(const psoup__gemm_args *args) {
+    return args->b_depth == NULL && args->b_row == 1 && args->b_col % RUN == 0 && args->k % RUN == 0;
 }
 
 INLINE void pack_as(float *out, const psoup__gemm_args *args, int64_t k0, int64_t depth, int64_t j0,
@@ -201,7 +220,7 @@ INLINE void pack_as(float *out, const psoup__gemm_args *args, int64_t k0, int64_
     const psoup__blocks b = {dtype, args->b, args->b_scales};
     const int64_t width = (columns + VECTOR - 1) / VECTOR * VECTOR;
     const bool gathered = args->b_depth != NULL;
-    if (!gathered && args->b_row == 1 && args->b_col % RUN == 0 && k0 % RUN == 0 && depth % RUN == 0) {
+    if (is_whole(args) && k0 % RUN == 0) {
         pack_along(out, &b, args->b_col, k0, depth, j0, columns, width, dtype);
         return;
     }
@@ -223,4 +242,88 @@ static void pack(float *out, const psoup__gemm_args *args, int64_t k0, int64_t d
         pack_as(out, args, k0, depth, j0, columns, PSOUP_INT8);
 }
 
-const psoup__block_kernels PSOUP__NAME(psoup__block_kernels) = {.write = write, .read = read, .pack = pack};
+/* ---- few rows --------------------------------------------------------------------------------- */
+
+#if defined(__AVX512F__) || defined(__aarch64__) /* as in gemm_kernel.c */
+#define VECTORS 4
+#else
+#define VECTORS 2
+#endif
+enum { FEW = 4 };
+
+/* Each value is made in a register and multiplied with all rows there: the same products and sums, in the same order, as
+ * gemm_kernel.c's of a panel. */
+INLINE void multiply_as(const psoup__gemm_args *args, float *const *c_rows, const float *const *a, const int rows,
+                        int64_t j0, const psoup_dtype dtype) {
+    const psoup__blocks b = {dtype, args->b, args->b_scales};
+    const int64_t line = args->b_col, depth = args->k, step = args->a_col, codes = in_word(dtype);
+    const size_t line_bytes = psoup__block_bytes(dtype, (size_t)line);
+    const uint8_t *from = b.codes + psoup__block_bytes(dtype, (size_t)(j0 * line));
+    float turned[VECTORS][VECTOR * VECTOR];
+    vec c[FEW][VECTORS], scale[VECTORS];
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++)
+            c[i][v] = args->accumulate ? load(c_rows[i] + j0 + v * VECTOR) : (vec){0};
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++)
+        scale[v] = (vec){0};
+    for (int64_t p = 0; p < depth; p += VECTOR * codes, from += VECTOR * WORD) {
+        const int64_t left = (depth - p) / codes, n = left < VECTOR ? left : VECTOR;
+        for (int v = 0; v < VECTORS; v++)
+            turn(turned[v], from + (size_t)v * VECTOR * line_bytes, line_bytes, VECTOR, n);
+        for (int64_t q = 0; q < n; q++) {
+            const int64_t k = p + q * codes;
+            words word[VECTORS];
+            if (is_new_block(line, k)) {
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++)
+                    scale[v] = scales_of(&b, line, k, j0 + v * VECTOR, VECTOR);
+            }
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++)
+                word[v] = (words)load(turned[v] + q * VECTOR);
+#pragma GCC unroll 8
+            for (int t = 0; t < 8; t++)
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++) {
+                    if (t >= codes)
+                        continue;
+                    const vec value = code_of(word[v], t, dtype) * scale[v];
+#pragma GCC unroll 4
+                    for (int i = 0; i < rows; i++)
+                        c[i][v] = multiply_add(broadcast(a[i][(k + t) * step]), value, c[i][v]);
+                }
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++)
+            store(c_rows[i] + j0 + v * VECTOR, c[i][v]);
+}
+
+#define MULTIPLY(name, dtype)                                                                               \
+    static void name(const psoup__gemm_args *args, float *const *c, const float *const *a, int64_t rows,    \
+                     int64_t j0) {                                                                          \
+        switch (rows) {                                                                                     \
+        case 1: multiply_as(args, c, a, 1, j0, dtype); break;                                               \
+        case 2: multiply_as(args, c, a, 2, j0, dtype); break;                                               \
+        case 3: multiply_as(args, c, a, 3, j0, dtype); break;                                               \
+        default: multiply_as(args, c, a, 4, j0, dtype); break;                                              \
+        }                                                                                                   \
+    }
+MULTIPLY(multiply_nf4, PSOUP_NF4)
+MULTIPLY(multiply_int8, PSOUP_INT8)
+
+static void multiply(const psoup__gemm_args *args, float *const *c, const float *const *a, int64_t rows, int64_t j0) {
+    if (args->b_dtype == PSOUP_NF4)
+        multiply_nf4(args, c, a, rows, j0);
+    else
+        multiply_int8(args, c, a, rows, j0);
+}
+
+const psoup__block_kernels PSOUP__NAME(psoup__block_kernels) = {
+    .write = write, .read = read, .pack = pack, .few = FEW, .is_whole = is_whole, .multiply = multiply,
+};

@@ -262,6 +262,11 @@ static void multiply_tile(const struct job *job, const struct chunk *chunk, size
         a[i] = args->a + (args->a_rows == NULL ? i0 + i : args->a_rows[i0 + i]) * args->a_row;
     }
     strip.a_step = args->a_col;
+    if (job->place == B_BLOCKS && strip.rows <= job->blocks->few && !job->copies_a && job->blocks->is_whole(args) &&
+        j1 - j0 == job->kernel->columns) {
+        job->blocks->multiply(args, c, a, strip.rows, j0);
+        return;
+    }
     for (int64_t k = chunk->k0; k < chunk->k1; k += strip.depth) {
         strip.depth = least(job->step, chunk->k1 - k);
         strip.a_first = k;

@@ -120,9 +120,10 @@ psoup_status psoup__bnb_find(psoup_context *context, const psoup__weights *weigh
             PSOUP__TRY(find(weights, name, PSOUP_U8, 1, &tensor, error));
             psoup__tensor_bytes(tensor, 0, 1, &format);
         }
-        return format == 0 ? PSOUP_OK
-                           : psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "%s: tensor %s: %d; only 0, rows, is supported",
-                                         psoup__weights_path(weights), name, (int)format);
+        if (format != 0)
+            return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "%s: tensor %s: %d; only 0, rows, is supported",
+                               psoup__weights_path(weights), name, (int)format);
+        return PSOUP_OK;
     }
     snprintf(name, sizeof name, "%s.quant_map", weight);
     PSOUP__TRY(check_levels(context, weights, name, error));

@@ -230,8 +230,8 @@ psoup_status psoup_model_save(const psoup_model *model, const char *directory,
     psoup_context *context = model->context;
     if (model->config.linear_dtype)
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
-                           "%s: the model is kept in %s blocks, of which no file is written: the files that it was loaded "
-                           "from are more exact",
+                           "%s: the model is kept in %s blocks, of which no file is written: the files that it was "
+                           "loaded from are more exact",
                            directory, psoup_dtype_name((psoup_dtype)model->config.linear_dtype));
     psoup__safetensors_writer *writer = NULL;
     char *path = NULL, *tokenizer_path = NULL;

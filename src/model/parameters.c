@@ -371,8 +371,8 @@ psoup_status psoup__model_train_base(psoup_model *model, bool train, psoup_error
         return PSOUP_OK;
     if (model->config.linear_dtype)
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
-                           "the base is kept in %s blocks, which cannot train: load it in f32, f16 or bf16, or train an "
-                           "adapter",
+                           "the base is kept in %s blocks, which cannot train: load it in f32, f16 or bf16, or train "
+                           "an adapter",
                            psoup_dtype_name((psoup_dtype)model->config.linear_dtype));
     float *piece = psoup__alloc(model->context, 2 * (size_t)PSOUP__PIECE, sizeof(float), error);
     if (!piece)

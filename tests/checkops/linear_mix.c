@@ -194,7 +194,8 @@ static void reference(const layer *l, double *y, double *u) {
 static void say(checker *c, const char *op, const shape *s, psoup_dtype dtype, bool dropped, bool bias) {
     static const char *const sharings[] = {"one-hot", "full", "sparse"};
     begin(c, op, "%s%s%s, rows %d, in %d, out %d, %d adapters, %s, ranks %s%s%s%s", psoup_dtype_name(dtype),
-          s->blocks ? ", in blocks of " : "", s->blocks ? psoup_dtype_name(s->blocks) : "", (int)s->rows, (int)s->in, (int)s->out, (int)s->n, sharings[s->sharing], s->ragged ? "ragged" : "16",
+          s->blocks ? ", in blocks of " : "", s->blocks ? psoup_dtype_name(s->blocks) : "", (int)s->rows, (int)s->in,
+          (int)s->out, (int)s->n, sharings[s->sharing], s->ragged ? "ragged" : "16",
           s->factors ? ", factors" : "",
           dropped ? ", x_lora is not x" : "", bias ? ", bias" : "");
 }
@@ -357,7 +358,7 @@ static double plain_loss(void *arg) {
 }
 
 static void check_differences(checker *c) {
-    const shape s = {1, 7, 5, 3, FULL, false, true}; /* row 0 is one of factors */
+    const shape s = {1, 7, 5, 3, FULL, false, true, 0}; /* row 0 is one of factors */
     layer l;
     begin(c, "linear_mix_backward", "rows of factors by finite differences");
     open_layer(c, &l, &s, PSOUP_F32, true, false);
@@ -394,7 +395,7 @@ static void check_differences(checker *c) {
  * written. */
 static void check_rewritten(checker *c) {
     static const char *const ways[] = {"write", "copy", "zero", "an op", "a layer"};
-    const shape s = {5, 32, 32, 1, FULL, false, false};
+    const shape s = {5, 32, 32, 1, FULL, false, false, 0};
     for (int way = 0; way < 5; way++) {
         layer l, other;
         begin(c, "linear_mix", "x is rewritten by %s", ways[way]);
@@ -430,15 +431,15 @@ static void check_rewritten(checker *c) {
 }
 
 static const shape shapes[] = {
-    {1, 1, 1, 1, FULL, true, false},          {1, 640, 129, 8, FULL, false, false},
-    {2, 37, 127, 0, FULL, false, false},      {5, 1000, 33, 1, FULL, true, false},
-    {17, 129, 37, 8, SPARSE, true, false},    {64, 640, 64, 3, FULL, false, false},
-    {127, 64, 128, 8, ONE_HOT, false, false}, {129, 127, 2, 3, ONE_HOT, true, false},
-    {37, 64, 80, 33, FULL, true, false},      {66, 72, 65, 33, SPARSE, false, false},
-    {600, 40, 640, 1, ONE_HOT, false, false}, {1100, 33, 24, 2, FULL, false, false},
-    {1, 640, 129, 8, FULL, false, true},      {17, 129, 37, 8, SPARSE, true, true},
-    {127, 64, 48, 3, ONE_HOT, false, true},   {20, 40, 33, 40, FULL, true, true},
-    {66, 72, 65, 33, SPARSE, false, true},    {600, 33, 24, 2, FULL, false, true},
+    {1, 1, 1, 1, FULL, true, false, 0},          {1, 640, 129, 8, FULL, false, false, 0},
+    {2, 37, 127, 0, FULL, false, false, 0},      {5, 1000, 33, 1, FULL, true, false, 0},
+    {17, 129, 37, 8, SPARSE, true, false, 0},    {64, 640, 64, 3, FULL, false, false, 0},
+    {127, 64, 128, 8, ONE_HOT, false, false, 0}, {129, 127, 2, 3, ONE_HOT, true, false, 0},
+    {37, 64, 80, 33, FULL, true, false, 0},      {66, 72, 65, 33, SPARSE, false, false, 0},
+    {600, 40, 640, 1, ONE_HOT, false, false, 0}, {1100, 33, 24, 2, FULL, false, false, 0},
+    {1, 640, 129, 8, FULL, false, true, 0},      {17, 129, 37, 8, SPARSE, true, true, 0},
+    {127, 64, 48, 3, ONE_HOT, false, true, 0},   {20, 40, 33, 40, FULL, true, true, 0},
+    {66, 72, 65, 33, SPARSE, false, true, 0},    {600, 33, 24, 2, FULL, false, true, 0},
     {1, 1, 1, 1, FULL, true, false, PSOUP_NF4},       {1, 640, 128, 8, FULL, false, false, PSOUP_NF4},
     {5, 37, 33, 1, FULL, true, false, PSOUP_INT8},    {129, 127, 3, 3, ONE_HOT, true, false, PSOUP_NF4},
     {200, 64, 80, 2, FULL, false, false, PSOUP_INT8}, {17, 48, 37, 8, SPARSE, true, false, PSOUP_NF4},
