@@ -146,6 +146,7 @@ typedef struct psoup__ops {
     bool on_host;     /* device memory is the host's: files may be read where they are mapped */
     int32_t page;     /* rows in a page of a cache; 0: a sequence's rows follow one another */
     void (*free)(psoup__backend *be);
+    int64_t (*unused)(psoup__backend *be); /* bytes of device memory that nobody has; −1: it is the host's */
 
     /* Memory. alloc gives zeroed bytes; write and read cross between host and device. */
     void *(*alloc)(psoup__backend *be, size_t count, size_t size, psoup_error *error);
@@ -167,10 +168,13 @@ typedef struct psoup__ops {
     psoup_status (*weight_pack)(psoup__backend *be, psoup__weight *weight, bool backward,
                                 psoup_error *error);
     void (*weight_unpack)(psoup__backend *be, psoup__weight *weight);
+    /* Bytes that packing takes, for `forward` or for `backward`. */
+    size_t (*packed_bytes)(psoup__backend *be, const psoup__weight *weight);
 
     /* Makes sure of the room that ops of so many rows, none wider than `width`, take beside their
      * arguments. Before them; not an op. */
     psoup_status (*reserve)(psoup__backend *be, int32_t rows, int32_t width, psoup_error *error);
+    size_t (*reserved_bytes)(psoup__backend *be, int32_t rows, int32_t width); /* that reserve takes */
     /* The dtype of a cache for a model whose weights are of `weights`. */
     psoup_dtype (*cache)(psoup__backend *be, psoup_dtype weights);
 

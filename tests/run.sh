@@ -148,6 +148,19 @@ put odd.json '[{"user_input": "a", "completion_a": "b", "completion_b": "c", "pr
 bad 'odd.json: row 1: "preference": rlhf compares by general' rlhf "$only, \"prompts\": \"alpaca.json\", \"reward_data\": \"odd.json\""
 bad 'alpaca.json: all 4 prompts have max_prompt_tokens, 3, or more' rlhf "$only, \"prompts\": \"alpaca.json\", $rows, \"max_prompt_tokens\": 3"
 
+# ---- memory -------------------------------------------------------------------------------------
+config plan
+"$psoup" run psoups --config run.json --plan >out 2>err
+check "--plan" test $? -eq 0 -a ! -e plan
+for stage in rewards policies responses; do
+    check "--plan: $stage" has "^memory of $stage: [0-9.]* [KM]iB: base [0-9].*, adapters .*, learning .*, activations .*, logits .*, cache .*, rows "
+done
+no 1 'run.json: rewards need [0-9.]* MiB (base .*, rows .*), --memory-limit is 100 KiB: ' run psoups --config run.json --memory-limit 100K --json
+check "nothing was begun" test ! -e plan
+config left/huge '' "$rows" "$(echo "$sizes" | sed 's/"batch_size": 4, "max_new/"batch_size": 100000000, "mini_batch_size": 4, "max_new/')"
+no 1 'run.json: policies need [0-9.]* [TG]iB (.*), there are .* GiB: ppo.max_sequences makes it less' run psoups --config run.json --json
+no 2 '--memory-limit: "much"' run psoups --config run.json --memory-limit much
+
 # ---- killed, and going on -----------------------------------------------------------------------
 # alike WHAT: kept/ has the bytes of psoups/.
 alike() {

@@ -307,18 +307,21 @@ static void close_book(run_book *book) {
 
 /* ---- the run --------------------------------------------------------------------------------------- */
 
+enum { PLACES = 5 };
+
 /* Where the trainers keep themselves, their metrics, and whom they tell. */
-static psoup_status set_places(run *r, char *paths[4], psoup_error *error) {
+static psoup_status set_places(run *r, char *paths[PLACES], psoup_error *error) {
     run_config *c = &r->c;
     static const char *const names[] = {"checkpoints/rewards", "checkpoints/policies", "metrics-rewards.jsonl",
-                                        "metrics-policies.jsonl"};
-    for (int i = 0; i < 4; i++)
+                                        "metrics-policies.jsonl", "samples.jsonl"};
+    for (int i = 0; i < PLACES; i++)
         if (!(paths[i] = join(c->output, names[i])))
             return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     c->reward.checkpoint_dir = paths[0];
     c->ppo.checkpoint_dir = c->sft.checkpoint_dir = paths[1];
     c->reward.metrics = paths[2];
     c->ppo.metrics = c->sft.metrics = paths[3];
+    c->ppo.samples = c->ppo.samples_every > 0 ? paths[4] : NULL;
     c->reward.resume = c->ppo.resume = c->sft.resume = c->resume;
     c->reward.seed = c->sft.seed = c->seed;
     c->reward.on_step = c->ppo.on_step = c->sft.on_step = cli_training_step;
@@ -351,9 +354,21 @@ static psoup_status prepare(run *r, const run_book *book, bool trains_rewards, p
     return status == PSOUP_OK ? run_add_policies(r, trained, error) : status;
 }
 
+/* What the stages that are still to come will take. */
+static psoup_status plan(run *r, const run_book *book, bool trains_rewards, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    if (trains_rewards && !is_finished(r, book, "rewards") && !is_finished(r, book, "policies"))
+        status = run_plan_stage(r, "rewards", error);
+    if (status == PSOUP_OK && r->n_policies && !is_finished(r, book, "policies"))
+        status = run_plan_stage(r, "policies", error);
+    if (status == PSOUP_OK && r->c.evaluation && !is_finished(r, book, "responses"))
+        status = run_plan_stage(r, "responses", error);
+    return status;
+}
+
 static psoup_status go(run *r, run_book *book, psoup_error *error) {
     const run_config *c = &r->c;
-    char *paths[4] = {NULL};
+    char *paths[PLACES] = {NULL};
     bool soups = r->method->scope == RUN_EACH && (c->save_soups || c->soup == RUN_FACTORS);
     bool trains_rewards = r->n_rewards && !r->rewards[0].directory;
     psoup_status status = open_book(r, book, error);
@@ -361,6 +376,10 @@ static psoup_status go(run *r, run_book *book, psoup_error *error) {
         status = set_places(r, paths, error);
     if (status == PSOUP_OK)
         status = prepare(r, book, trains_rewards, error);
+    if (status == PSOUP_OK)
+        status = plan(r, book, trains_rewards, error);
+    if (status != PSOUP_OK || r->plan_only)
+        goto done;
     if (status == PSOUP_OK)
         status = run_make_directory(c->output, error);
     if (status == PSOUP_OK && access(book->config_path, F_OK) != 0)
@@ -378,7 +397,8 @@ static psoup_status go(run *r, run_book *book, psoup_error *error) {
         status = run_load_soups(r, error);
     if (status == PSOUP_OK && c->evaluation)
         status = stage(r, book, "responses", run_respond, error);
-    for (int i = 0; i < 4; i++)
+done:
+    for (int i = 0; i < PLACES; i++)
         free(paths[i]);
     return status;
 }
@@ -418,7 +438,7 @@ static void run_close(run *r) {
 /* ---- the command ----------------------------------------------------------------------------------- */
 
 static const char about[] =
-    "Usage: psoup run METHOD [--preset default|rlphf] --config FILE.json\n\n"
+    "Usage: psoup run METHOD [--preset default|rlphf] [--memory-limit SIZE] [--plan] --config FILE.json\n\n"
     "A method of the paper (Jang et al. 2023) end to end: reward models, policies, soups, and every\n"
     "user's responses to the evaluation prompts. METHOD is\n"
     "  vb      the base, without preference prompts\n"
@@ -432,6 +452,8 @@ static const char about[] =
     "paper's, and sizes are: a small model on a small machine wants smaller batches and fewer tokens.\n"
     "--preset rlphf sets the released code's settings before the file's own (docs/fidelity.md).\n"
     "An output that has a run is refused, unless --resume goes on with it.\n\n"
+    "Before it begins it says what each stage will take of memory, and ends where there is less: in the\n"
+    "GPU, or in the machine, or than --memory-limit says (\"24G\"). --plan says it and stops.\n\n"
     "Rows: an array of objects or JSON Lines, as in the released alpaca_gpt4_10k.json (instruction, input),\n"
     "koala_eval_50.json (prompt), and reward rows (user_input, completion_a, completion_b).\n";
 
@@ -439,7 +461,7 @@ enum { MOST_FIELDS = 128 };
 
 /* A trainer's fields without those that the run sets. */
 static const psoup_field *without_places(const psoup_field *from, psoup_field *to) {
-    static const char *const ours[] = {"metrics", "checkpoint_dir", "resume", "seed"};
+    static const char *const ours[] = {"metrics", "samples", "checkpoint_dir", "resume", "seed"};
     size_t n = 0;
     for (; from->name && n + 1 < MOST_FIELDS; from++) {
         bool kept = true;
@@ -474,43 +496,69 @@ static int run_command(run *r, int argc, char **argv) {
     r->quiet = r->training.quiet = c.json;
     book.config = config_values(sections, keys, N);
     cli_training_begin(r->c.output);
-    status = start(r, &book, &error) == PSOUP_OK ? run_print_output(r->c.output, c.json) : cli_training_fail(&error);
+    status = start(r, &book, &error) != PSOUP_OK ? cli_training_fail(&error)
+             : r->plan_only                      ? 0
+                                                 : run_print_output(r->c.output, c.json);
     close_book(&book);
     run_close(r);
     config_free(&c);
     return status;
 }
 
+/* The value of an option at argv[*i], "--name VALUE" or "--name=VALUE"; NULL where that is another. */
+static const char *option_value(int argc, char **argv, int *i, const char *name) {
+    size_t length = strlen(name);
+    if (!strncmp(argv[*i], name, length) && argv[*i][length] == '=')
+        return argv[*i] + length + 1;
+    return !strcmp(argv[*i], name) && *i + 1 < argc ? argv[++*i] : NULL;
+}
+
+static const run_method *method_named(const char *name) {
+    for (size_t k = 0; k < sizeof methods / sizeof *methods; k++)
+        if (!strcmp(name, methods[k].name))
+            return &methods[k];
+    return NULL;
+}
+
+/* Takes what is read before the file out of argv: the method, the preset, and what is said of memory. Returns 0, or an
+ * exit status. */
+static int read_arguments(run *r, int *argc, char **argv) {
+    psoup_error error = {0};
+    int kept = 1;
+    for (int i = 1; i < *argc; i++) {
+        const char *preset = option_value(*argc, argv, &i, "--preset");
+        const char *limit = preset ? NULL : option_value(*argc, argv, &i, "--memory-limit");
+        if (preset && set_preset(preset, &r->c, &error) != PSOUP_OK)
+            return cli_complain("%s", error.message);
+        if (limit && !run_parse_size(limit, &r->memory_limit))
+            return cli_complain("--memory-limit: \"%s\", expected a size as 24G or 512M", limit);
+        if (preset || limit)
+            continue;
+        if (!strcmp(argv[i], "--plan"))
+            r->plan_only = true;
+        else if (!r->method && method_named(argv[i]))
+            r->method = method_named(argv[i]);
+        else {
+            argv[kept++] = argv[i];
+            if (!strcmp(argv[i], "--config") && i + 1 < *argc)
+                argv[kept++] = argv[++i];
+        }
+    }
+    *argc = kept;
+    if (r->method || (kept > 1 && !strcmp(argv[1], "--help")))
+        return 0;
+    return cli_complain("run: expected a method, vb, pp, rlhf, mt, pmorl or psoups%s%s%s", kept > 1 ? ", not \"" : "",
+                        kept > 1 ? argv[1] : "", kept > 1 ? "\"" : "");
+}
+
 int cmd_run(int argc, char **argv) {
     run *r = calloc(1, sizeof *r);
-    psoup_error error = {0};
-    int status = 0, kept = 1;
     if (!r)
         return cli_complain("out of memory"), 1;
     r->c = paper_config();
-    /* The method and --preset NAME come before the file's own values. */
-    for (int i = 1; i < argc && status == 0; i++) {
-        const char *preset = !strncmp(argv[i], "--preset=", 9)              ? argv[i] + 9
-                             : !strcmp(argv[i], "--preset") && i + 1 < argc ? argv[++i]
-                                                                            : NULL;
-        if (preset && set_preset(preset, &r->c, &error) != PSOUP_OK)
-            status = cli_complain("%s", error.message);
-        for (size_t k = 0; !preset && !r->method && k < sizeof methods / sizeof *methods; k++)
-            if (!strcmp(argv[i], methods[k].name)) {
-                r->method = &methods[k];
-                preset = argv[i];
-            }
-        if (!preset) {
-            argv[kept++] = argv[i];
-            kept += !strcmp(argv[i], "--config") && i + 1 < argc ? (argv[kept] = argv[++i], 1) : 0;
-        }
-    }
-    bool help = kept > 1 && !strcmp(argv[1], "--help");
-    if (status == 0 && !r->method && !help)
-        status = cli_complain("run: expected a method, vb, pp, rlhf, mt, pmorl or psoups%s%s%s",
-                              kept > 1 ? ", not \"" : "", kept > 1 ? argv[1] : "", kept > 1 ? "\"" : "");
+    int status = read_arguments(r, &argc, argv);
     if (status == 0)
-        status = run_command(r, kept, argv);
+        status = run_command(r, argc, argv);
     free(r);
     return status;
 }

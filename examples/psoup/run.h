@@ -3,6 +3,7 @@
  *   cmd_run.c      the command: configuration, preset, what is done already, the order of the stages
  *   run_data.c     files in the paper's layouts, and what psoup feedback writes, as tokens
  *   run_methods.c  the stages: reward models, policies, soups, responses
+ *   run_plan.c     what the stages will take of memory
  */
 #ifndef RUN_H
 #define RUN_H
@@ -86,7 +87,8 @@ typedef struct run {
     const run_method *method;
     run_config c;
     const char *config_path;
-    bool quiet;
+    bool quiet, plan_only;
+    int64_t memory_limit; /* bytes; 0: what there is */
     cli_training training;
     cli_model m;
     psoup_preferences *preferences;
@@ -130,6 +132,8 @@ psoup_status run_train_policies(run *r, psoup_error *error);
 psoup_status run_make_soups(run *r, psoup_error *error);
 psoup_status run_load_soups(run *r, psoup_error *error);
 psoup_status run_respond(run *r, psoup_error *error);
+psoup_status run_policies_memory(run *r, psoup_memory *out, psoup_error *error);
+psoup_status run_responses_memory(run *r, psoup_memory *out, psoup_error *error);
 /* "OUTPUT/FOLDER/NAME"; free with free(). */
 char *run_path(const run *r, const char *folder, const char *name);
 /* Makes a directory and those above it. */
@@ -138,5 +142,11 @@ psoup_status run_make_directory(const char *path, psoup_error *error);
 __attribute__((format(printf, 2, 3)))
 #endif
 void run_say(const run *r, const char *format, ...); /* one line on standard error, unless it is quiet */
+
+/* ---- run_plan.c ---- */
+/* "24G", "512M"; false where it is no size. */
+bool run_parse_size(const char *text, int64_t *bytes);
+/* Says what "rewards", "policies" or "responses" will take; PSOUP_ERROR_MEMORY, with numbers, where there is less. */
+psoup_status run_plan_stage(run *r, const char *stage, psoup_error *error);
 
 #endif

@@ -113,6 +113,13 @@ static psoup_ppo_policy ppo_policy(run *r, size_t i) {
                               .seed = r->c.seed + i};
 }
 
+psoup_status run_policies_memory(run *r, psoup_memory *out, psoup_error *error) {
+    psoup_ppo_policy policies[RUN_PREFERENCES];
+    for (size_t i = 0; i < r->n_policies; i++)
+        policies[i] = ppo_policy(r, i);
+    return psoup_ppo_memory(r->m.model, policies, r->n_policies, &r->c.ppo, out, error);
+}
+
 static psoup_status train_by_reward(run *r, psoup_error *error) {
     psoup_ppo_policy policies[RUN_PREFERENCES];
     psoup_ppo *ppo = NULL;
@@ -313,22 +320,54 @@ static psoup_status write_responses(const asking *a, size_t u, const psoup_gener
     return status;
 }
 
-psoup_status run_respond(run *r, psoup_error *error) {
-    asking a = {.r = r, .n_prompts = psoup_json_size(r->evaluation.rows), .n_askers = r->method->asks ? r->n_users : 1};
+static asking asking_of(run *r) {
+    return (asking){.r = r,
+                    .n_prompts = psoup_json_size(r->evaluation.rows),
+                    .n_askers = r->method->asks ? r->n_users : 1};
+}
+
+static void sampling_of(const run *r, psoup_sampling *sampling, psoup_session_options *session) {
     const run_sampling *s = &r->c.generate;
+    sampling->max_new_tokens = s->max_new_tokens;
+    sampling->min_new_tokens = s->min_new_tokens;
+    sampling->temperature = s->temperature;
+    sampling->top_k = s->top_k;
+    sampling->top_p = s->top_p;
+    sampling->no_repeat_ngram_size = s->no_repeat_ngram_size;
+    sampling->seed = r->c.seed;
+    session->max_sequences = s->max_sequences;
+}
+
+/* With soups by factors there will be an adapter more for each user. */
+psoup_status run_responses_memory(run *r, psoup_memory *out, psoup_error *error) {
+    asking a = asking_of(r);
+    psoup_sampling sampling = PSOUP_SAMPLING_INIT;
+    psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
+    const float *data;
+    size_t count = 0;
+    sampling_of(r, &sampling, &session);
+    psoup_status status = ask(&a, error);
+    if (status == PSOUP_OK)
+        status = psoup_generate_memory(r->m.model, a.prompts, a.n_askers * a.n_prompts, &sampling, &session, out, error);
+    if (status == PSOUP_OK && r->method->scope == RUN_EACH && r->c.soup == RUN_FACTORS) {
+        status = psoup_model_adapter_data(r->m.model, r->policies[0].name, &data, &count, error);
+        int64_t more = (int64_t)(r->n_users * count * sizeof *data);
+        out->adapters += more;
+        *(out->device ? &out->device : &out->host) += more;
+    }
+    free(a.prompts);
+    free(a.mixes);
+    return status;
+}
+
+psoup_status run_respond(run *r, psoup_error *error) {
+    asking a = asking_of(r);
     psoup_sampling sampling = PSOUP_SAMPLING_INIT;
     psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
     psoup_generation *g = NULL;
     char *directory = join(r->c.output, "responses");
     psoup_status status = directory ? run_make_directory(directory, error) : no_memory(error);
-    sampling.max_new_tokens = s->max_new_tokens;
-    sampling.min_new_tokens = s->min_new_tokens;
-    sampling.temperature = s->temperature;
-    sampling.top_k = s->top_k;
-    sampling.top_p = s->top_p;
-    sampling.no_repeat_ngram_size = s->no_repeat_ngram_size;
-    sampling.seed = r->c.seed;
-    session.max_sequences = s->max_sequences;
+    sampling_of(r, &sampling, &session);
     if (status == PSOUP_OK)
         status = ask(&a, error);
     if (status == PSOUP_OK)

@@ -561,6 +561,22 @@ typedef struct psoup_ppo_trace {
 psoup_status psoup_ppo_get_trace(const psoup_ppo *ppo, size_t policy, psoup_ppo_trace *out,
                                  psoup_error *error);
 
+/* ---- what a run takes --------------------------------------------------------------------------------
+ *
+ * psoup_memory of a call with these arguments (see psoup/model.h), which are checked as there. out->size must
+ * be set. */
+psoup_status psoup_sft_memory(psoup_model *model, const char *adapter, const psoup_example *train,
+                              size_t n_train, const psoup_example *validation, size_t n_validation,
+                              const psoup_sft_options *options, psoup_memory *out, psoup_error *error);
+psoup_status psoup_reward_memory(psoup_reward *const *rewards, size_t n_rewards,
+                                 const psoup_comparison *train, size_t n_train,
+                                 const psoup_comparison *validation, size_t n_validation,
+                                 const psoup_reward_options *options, psoup_memory *out,
+                                 psoup_error *error);
+psoup_status psoup_ppo_memory(psoup_model *model, const psoup_ppo_policy *policies, size_t n,
+                              const psoup_ppo_options *options, psoup_memory *out,
+                              psoup_error *error);
+
 #ifdef __cplusplus
 }
 #endif

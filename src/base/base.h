@@ -345,6 +345,8 @@ psoup_status psoup__gemm_pack(psoup_context *context, const void *b, psoup_dtype
                               int64_t n, int64_t b_row, int64_t b_col, psoup__gemm_b **out,
                               psoup_error *error);
 void psoup__gemm_b_free(psoup_context *context, psoup__gemm_b *packed);
+/* Bytes that packing a [k, n] takes. */
+size_t psoup__gemm_pack_bytes(const psoup_context *context, psoup_dtype dtype, int64_t k, int64_t n);
 
 /* ---- context.c ----------------------------------------------------------------------------- */
 

@@ -471,6 +471,11 @@ psoup_status psoup__gemm_pack(psoup_context *context, const void *b, psoup_dtype
     return PSOUP_OK;
 }
 
+size_t psoup__gemm_pack_bytes(const psoup_context *context, psoup_dtype dtype, int64_t k, int64_t n) {
+    return sizeof(psoup__gemm_b) +
+           (size_t)round_up(n, kernels_of(context)->vector) * (size_t)k * psoup_dtype_size(dtype);
+}
+
 void psoup__gemm_b_free(psoup_context *context, psoup__gemm_b *packed) {
     if (packed == NULL)
         return;

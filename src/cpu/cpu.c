@@ -43,6 +43,14 @@ static psoup_status cpu_reserve(psoup__backend *be, int32_t rows, int32_t width,
     return PSOUP_OK;
 }
 
+static int64_t cpu_unused(psoup__backend *be) {
+    return -1;
+}
+
+static size_t cpu_reserved_bytes(psoup__backend *be, int32_t rows, int32_t width) {
+    return 0;
+}
+
 static psoup_dtype cpu_cache(psoup__backend *be, psoup_dtype weights) {
     return PSOUP_F32;
 }
@@ -70,6 +78,12 @@ fail:
     return status;
 }
 
+static size_t cpu_packed_bytes(psoup__backend *be, const psoup__weight *weight) {
+    size_t forward = psoup__gemm_pack_bytes(be->context, weight->dtype, weight->in, weight->out);
+    size_t backward = psoup__gemm_pack_bytes(be->context, weight->dtype, weight->out, weight->in);
+    return forward > backward ? forward : backward;
+}
+
 #define FILL(ops, variant)                                                                         \
     do {                                                                                           \
         psoup__cpu_fill_linear_mix_##variant(ops);                                                 \
@@ -90,6 +104,7 @@ psoup_status psoup__cpu_create(psoup_context *context, psoup__backend **out, pso
     ops->name = "cpu";
     ops->on_host = true;
     ops->free = cpu_free;
+    ops->unused = cpu_unused;
     ops->alloc = cpu_alloc;
     ops->release = cpu_release;
     ops->write = cpu_copy;
@@ -98,7 +113,9 @@ psoup_status psoup__cpu_create(psoup_context *context, psoup__backend **out, pso
     ops->zero = cpu_zero;
     ops->weight_pack = cpu_weight_pack;
     ops->weight_unpack = cpu_weight_unpack;
+    ops->packed_bytes = cpu_packed_bytes;
     ops->reserve = cpu_reserve;
+    ops->reserved_bytes = cpu_reserved_bytes;
     ops->cache = cpu_cache;
     switch (psoup__isa_of(context)) {
 #if defined(__x86_64__)

@@ -232,12 +232,25 @@ psoup_status psoup__gpu_make_room(psoup__gpu *gpu, size_t bytes, psoup_error *er
 /* The largest need of any op, attention_backward's: a row's queries, keys, values and gradient of the
  * output in 16 bits, and two numbers for each head. And at least what few rows' attention to many keys takes,
  * in parts for as many blocks as fill a device. */
-static psoup_status gpu_reserve(psoup__backend *be, int32_t rows, int32_t width, psoup_error *error) {
+static int64_t gpu_unused(psoup__backend *be) {
+    psoup__gpu *gpu = psoup__gpu_of(be);
+    size_t unused = 0, total = 0;
+    return gpu->driver.memory_info(&unused, &total) == 0 ? (int64_t)unused : -1;
+}
+
+static size_t gpu_reserved_bytes(psoup__backend *be, int32_t rows, int32_t width) {
     const size_t most = 9, least = 8 << 20; /* bytes for each number of a row; bytes */
     size_t bytes = 0;
     if (!psoup__multiply((size_t)rows, (size_t)width, &bytes) || !psoup__multiply(bytes, most, &bytes))
+        return SIZE_MAX;
+    return bytes > least ? bytes : least;
+}
+
+static psoup_status gpu_reserve(psoup__backend *be, int32_t rows, int32_t width, psoup_error *error) {
+    size_t bytes = gpu_reserved_bytes(be, rows, width);
+    if (bytes == SIZE_MAX)
         return psoup__out_of_memory(error, SIZE_MAX);
-    return psoup__gpu_make_room(psoup__gpu_of(be), bytes > least ? bytes : least, error);
+    return psoup__gpu_make_room(psoup__gpu_of(be), bytes, error);
 }
 
 /* Half of the bytes for models that have half of the bits. */
@@ -254,12 +267,17 @@ static psoup_status gpu_weight_pack(psoup__backend *be, psoup__weight *weight, b
 static void gpu_weight_unpack(psoup__backend *be, psoup__weight *weight) {
 }
 
+static size_t gpu_packed_bytes(psoup__backend *be, const psoup__weight *weight) {
+    return 0;
+}
+
 enum { PAGE = 64 /* rows of a cache: enough to read at full speed, few enough to waste little */ };
 
 static void fill(psoup__ops *ops) {
     ops->name = "cuda";
     ops->page = PAGE;
     ops->free = gpu_free;
+    ops->unused = gpu_unused;
     ops->alloc = gpu_alloc;
     ops->release = gpu_release;
     ops->write = gpu_write;
@@ -269,9 +287,11 @@ static void fill(psoup__ops *ops) {
     ops->record = psoup__gpu_record;
     ops->replay = psoup__gpu_replay;
     ops->reserve = gpu_reserve;
+    ops->reserved_bytes = gpu_reserved_bytes;
     ops->cache = gpu_cache;
     ops->weight_pack = gpu_weight_pack;
     ops->weight_unpack = gpu_weight_unpack;
+    ops->packed_bytes = gpu_packed_bytes;
     psoup__gpu_fill_layer(ops);
     psoup__gpu_fill_rows(ops);
     psoup__gpu_fill_attention(ops);

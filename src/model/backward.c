@@ -60,6 +60,12 @@ static void lay_out(psoup__tape *t, scratch *s, bool dmix) {
     s->dweight = dmix ? take(slab, rows, t->active) : NULL;
 }
 
+void psoup__backward_measure(psoup__tape *t) {
+    scratch s;
+    psoup__slab_measure(&t->backward);
+    lay_out(t, &s, false);
+}
+
 static void zero(psoup__tape *t, float *x, int32_t rows, int32_t width) {
     psoup__backend *be = t->model->be;
     be->ops->zero(be, x, (size_t)rows * (size_t)width * sizeof *x);

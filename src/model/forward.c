@@ -200,6 +200,13 @@ static void lay_out_heads(psoup__slab *s, psoup__head_space *space, size_t n, si
     space->dropped = psoup__slab_take(s, dropped, sizeof(float));
 }
 
+void psoup__heads_measure(psoup__tape *t, size_t n, bool dropout) {
+    psoup__head_space space;
+    size_t dim = (size_t)t->model->config.hidden_size;
+    psoup__slab_measure(&t->heads);
+    lay_out_heads(&t->heads, &space, n, dim, dropout ? n * dim : 0);
+}
+
 psoup_status psoup__head_prepare(psoup__tape *t, const psoup__head_rows *h,
                                  psoup__head_space *space, psoup_error *error) {
     psoup_model *model = t->model;

@@ -1,7 +1,7 @@
 /* A session, its steps and their results in one call. */
 #include <string.h>
 
-#include "model/model.h"
+#include "model/measure.h"
 
 typedef struct completion {
     psoup_completion seen; /* what callers see, pointing at: */
@@ -147,4 +147,66 @@ void psoup_generation_free(psoup_generation *generation) {
     }
     psoup__free(generation->context, generation->completions);
     psoup__free(generation->context, generation);
+}
+
+/* ---- what it takes ------------------------------------------------------------------------------- */
+
+/* What the prompts want together; adapters [n_adapters] receives which ones they use. */
+static psoup_status look(const psoup_model *model, const psoup_prompt *prompts, size_t n, const psoup_sampling *sampling,
+                         int32_t *adapters, psoup__decoding_extent *d, bool *mixes_logits, psoup_error *error) {
+    for (size_t i = 0; i < n; i++) {
+        psoup_sampling own = PSOUP_SAMPLING_INIT;
+        psoup_status status = psoup__options(&own, sizeof own, sampling_of(&prompts[i], sampling), "psoup_sampling",
+                                             error);
+        if (status != PSOUP_OK)
+            return status;
+        bool logits = prompts[i].mix_method == PSOUP_MIX_LOGITS;
+        int32_t used = 0;
+        for (int32_t a = 0; prompts[i].mix && a < model->n_adapters; a++) {
+            used += prompts[i].mix[a] != 0;
+            adapters[a] |= prompts[i].mix[a] != 0;
+        }
+        used = logits ? 1 : used; /* each of its sequences has one */
+        d->longest = (int64_t)prompts[i].n > d->longest ? (int64_t)prompts[i].n : d->longest;
+        d->most = own.max_new_tokens > d->most ? own.max_new_tokens : d->most;
+        d->each = used > d->each ? used : d->each;
+        d->history = d->history || own.no_repeat_ngram_size > 0;
+        d->factors = d->factors || prompts[i].mix_method == PSOUP_MIX_FACTORS;
+        *mixes_logits = *mixes_logits || logits;
+    }
+    for (int32_t a = 0; a < model->n_adapters; a++)
+        if (adapters[a])
+            adapters[d->n_adapters++] = a;
+    return PSOUP_OK;
+}
+
+psoup_status psoup_generate_memory(psoup_model *model, const psoup_prompt *prompts, size_t n,
+                                   const psoup_sampling *sampling, const psoup_session_options *options,
+                                   psoup_memory *out, psoup_error *error) {
+    psoup_session_options full = PSOUP_SESSION_OPTIONS_INIT;
+    psoup_memory memory = {.size = sizeof memory};
+    psoup__footprint print;
+    psoup_status status = PSOUP_OK;
+    bool mixes_logits = false;
+    if (!model || !out || (n > 0 && !prompts))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_generate_memory: an argument is NULL");
+    psoup__decoding_extent d = {.prompts = (int64_t)n, .longest = 1, .most = 1, .options = &full, .each = 1};
+    int32_t *adapters = psoup__alloc(model->context, (size_t)model->n_adapters, sizeof *adapters, error);
+    if (!adapters)
+        return PSOUP_ERROR_MEMORY;
+    d.adapters = adapters;
+    PSOUP__TRY(psoup__options(&full, sizeof full, options, "psoup_session_options", error));
+    PSOUP__TRY(look(model, prompts, n, sampling, adapters, &d, &mixes_logits, error));
+    PSOUP__TRY(fit_session(model, prompts, n, sampling, &full, error));
+    psoup__memory_begin(model, false, &memory);
+    PSOUP__TRY(psoup__measure_decoding(model, &d, &print, &memory.cache, error));
+    psoup__memory_add(&memory, &print);
+    memory.logits += mixes_logits ? memory.logits : 0; /* as many again, mixed */
+    memory.activations = psoup__sum(memory.activations, print.reserved);
+    memory.base += psoup__measure_positions(model, d.longest + d.most);
+    psoup__memory_end(model, 0, &memory);
+    psoup__memory_copy(out, &memory);
+fail:
+    psoup__free(model->context, adapters);
+    return status;
 }

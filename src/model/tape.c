@@ -471,6 +471,19 @@ static void lay_out_chunk(psoup__tape *t) {
     t->chunk.lse = take_rows(s, rows, 1);
 }
 
+void psoup__tape_measure(psoup__tape *t, bool cached, int32_t *adapter, int32_t *first, psoup__lora *lora) {
+    psoup__slab_measure(&t->host);
+    lay_out_host(t, cached);
+    t->adapter = adapter; /* what says how wide u is */
+    t->first = first;
+    t->lora = lora;
+    psoup__tape_collect(t);
+    psoup__slab_measure(&t->device);
+    lay_out_device(t, cached);
+    psoup__slab_measure(&t->chunk_slab);
+    lay_out_chunk(t);
+}
+
 psoup_status psoup__tape_chunk(psoup__tape *t, psoup_error *error) {
     if (t->chunk_slab.base)
         return PSOUP_OK;

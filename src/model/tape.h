@@ -32,6 +32,7 @@ typedef struct psoup__cache {
 /* Room for so many sequences of max_tokens; with tokens > 0, for so many tokens of all together. */
 psoup_status psoup__cache_create(psoup_model *model, int32_t sequences, int32_t max_tokens, int64_t tokens,
                                  psoup__cache **out, psoup_error *error);
+size_t psoup__cache_bytes(psoup_model *model, int32_t sequences, int32_t max_tokens, int64_t tokens); /* SIZE_MAX: too many */
 void psoup__cache_free(psoup__cache *cache);
 int32_t psoup__cache_pages(const psoup__cache *cache, int32_t tokens); /* that so many tokens take */
 bool psoup__cache_take(psoup__cache *cache, int32_t *pages, int32_t n); /* false where there are too few */
@@ -136,6 +137,12 @@ const psoup__lora *psoup__tape_lora(const psoup__tape *tape, int32_t layer, int 
 const float *psoup__tape_drop(psoup__tape *tape, const float *x, int32_t layer, int linear);
 psoup__dropout psoup__tape_dropout(psoup__tape *tape, int32_t layer, int linear);
 psoup_status psoup__tape_chunk(psoup__tape *tape, psoup_error *error);
+/* The bytes of a batch that is not there, of which n, rows, saved, dropout, active, factors and n_pages are set: into
+ * `used` of the slabs host, device and chunk_slab. Adapter i of [active] is used by first[i + 1] − first[i] rows;
+ * lora is scratch [layers · LINEARS, active]. */
+void psoup__tape_measure(psoup__tape *tape, bool cached, int32_t *adapter, int32_t *first, psoup__lora *lora);
+void psoup__backward_measure(psoup__tape *tape); /* after it: into `backward` */
+void psoup__heads_measure(psoup__tape *tape, size_t n, bool dropout); /* into `heads` */
 psoup_status psoup__check_rows(const psoup__tape *tape, const int32_t *row, const int32_t *target,
                                int32_t n, psoup_error *error);
 

@@ -84,7 +84,11 @@ struct psoup_ppo {
     double began[PSOUP__PHASES + 1]; /* when the step's phases did, and its end */
 };
 
-/* ppo_setup.c: finds each policy's adapters where they are now; PSOUP_ERROR_STATE when one is gone. */
+/* ppo_setup.c: the names of the adapters that a policy trains; whether these policies can be trained. */
+size_t psoup__ppo_adapters(const psoup_ppo_policy *policy, const char *const **names);
+psoup_status psoup__ppo_check_policies(const psoup_model *model, const psoup_ppo_policy *policies, size_t n,
+                                       psoup_error *error);
+/* Finds each policy's adapters where they are now; PSOUP_ERROR_STATE when one is gone. */
 psoup_status psoup__ppo_refresh(psoup_ppo *ppo, psoup_error *error);
 /* The prompts of a policy's next batch, into its experience. */
 psoup_status psoup__ppo_next_prompts(psoup_ppo *ppo, psoup__policy *policy, psoup_error *error);

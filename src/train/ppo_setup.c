@@ -26,8 +26,7 @@ fail:
     return status;
 }
 
-/* The names of the adapters that a policy trains. */
-static size_t adapters_of(const psoup_ppo_policy *policy, const char *const **names) {
+size_t psoup__ppo_adapters(const psoup_ppo_policy *policy, const char *const **names) {
     *names = policy->soup ? policy->soup->adapters : &policy->adapter;
     return policy->soup ? policy->soup->n : 1;
 }
@@ -36,7 +35,7 @@ static size_t adapters_of(const psoup_ppo_policy *policy, const char *const **na
 static psoup_status check_adapter(const psoup_model *model, const psoup_ppo_policy *policies, size_t at,
                                   size_t k, psoup_error *error) {
     const char *const *names, *const *others;
-    adapters_of(&policies[at], &names);
+    psoup__ppo_adapters(&policies[at], &names);
     const psoup__adapter *adapter = names[k] ? psoup__model_adapter(model, names[k]) : NULL;
     if (!adapter)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo: the model has no adapter '%s'",
@@ -44,7 +43,7 @@ static psoup_status check_adapter(const psoup_model *model, const psoup_ppo_poli
     if (adapter->grad)
         return psoup__fail(error, PSOUP_ERROR_STATE, "adapter '%s' is being trained already", names[k]);
     for (size_t i = 0; i <= at; i++) {
-        size_t n = adapters_of(&policies[i], &others);
+        size_t n = psoup__ppo_adapters(&policies[i], &others);
         for (size_t j = 0; j < (i < at ? n : k); j++)
             if (strcmp(others[j], names[k]) == 0)
                 return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s' is there twice", names[k]);
@@ -65,7 +64,7 @@ static psoup_status check_policy(const psoup_model *model, const psoup_ppo_polic
                                policy->adapter);
     if (policy->soup)
         PSOUP__TRY(psoup__soup_check(policy, error));
-    for (size_t k = 0; k < adapters_of(policy, &names); k++)
+    for (size_t k = 0; k < psoup__ppo_adapters(policy, &names); k++)
         PSOUP__TRY(check_adapter(model, policies, at, k, error));
     PSOUP__TRY(psoup__rewards_check(policy, error));
     if (policy->n_prompts == 0)
@@ -86,13 +85,23 @@ static psoup_status check_apart(const psoup_model *model, const psoup_ppo_policy
             const psoup_reward *reward = psoup__rewards_model(&policies[p], i);
             const char *const *names;
             for (size_t q = 0; reward && reward->model == model && q < n; q++)
-                for (size_t k = 0; k < adapters_of(&policies[q], &names); k++)
+                for (size_t k = 0; k < psoup__ppo_adapters(&policies[q], &names); k++)
                     if (strcmp(reward->name, names[k]) == 0)
                         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                            "adapter '%s' is both a policy and a reward model",
                                            names[k]);
         }
     return PSOUP_OK;
+}
+
+psoup_status psoup__ppo_check_policies(const psoup_model *model, const psoup_ppo_policy *policies, size_t n,
+                                       psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t p = 0; p < n; p++)
+        PSOUP__TRY(check_policy(model, policies, p, error));
+    PSOUP__TRY(check_apart(model, policies, n, error));
+fail:
+    return status;
 }
 
 static psoup_status start_part(psoup_ppo *ppo, psoup__policy *policy, size_t k, const char *name,
@@ -133,7 +142,7 @@ static psoup_status start_policy(psoup_ppo *ppo, psoup__policy *policy,
     const psoup_ppo_options *o = &ppo->options;
     policy->given = *given;
     const char *const *names;
-    size_t n = adapters_of(given, &names);
+    size_t n = psoup__ppo_adapters(given, &names);
     policy->name = psoup__strdup(model->context, given->adapter, error);
     policy->order = psoup__alloc(model->context, given->n_prompts, sizeof(*policy->order), error);
     policy->parts = psoup__alloc(model->context, n, sizeof(*policy->parts), error);
@@ -179,9 +188,7 @@ psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *polici
                               error));
     PSOUP__TRY(psoup__team_join(&ppo->team, model->context, ppo->options.comm, error));
     PSOUP__TRY(psoup__ppo_check(&ppo->options, error));
-    for (size_t p = 0; p < n; p++)
-        PSOUP__TRY(check_policy(model, policies, p, error));
-    PSOUP__TRY(check_apart(model, policies, n, error));
+    PSOUP__TRY(psoup__ppo_check_policies(model, policies, n, error));
     PSOUP__TRY(psoup__reporter_open(&ppo->reporter, &ppo->team, ppo->options.metrics,
                                     ppo->options.on_step, ppo->options.user, error));
     if (ppo->options.samples && ppo->team.rank == 0)

@@ -118,17 +118,17 @@ static size_t shares_of(const samples *s) {
     return (s->n + s->share - 1) / s->share;
 }
 
-static void share_out(samples *s, int32_t max_sequences) {
-    size_t threads = (size_t)s->model->context->threads;
-    size_t places = max_sequences ? (size_t)max_sequences : s->model->be->ops->record ? s->n : TOGETHER;
-    s->share = s->n;
-    if (!s->model->be->ops->record && threads > 1 && s->n >= threads * ALONE && places >= threads * ALONE) {
-        size_t shares = (s->n + TOGETHER - 1) / TOGETHER;
+int32_t psoup__rollout_places(const psoup_model *model, size_t n, int32_t max_sequences, size_t *share) {
+    size_t threads = (size_t)model->context->threads;
+    size_t places = max_sequences ? (size_t)max_sequences : model->be->ops->record ? n : TOGETHER;
+    *share = n;
+    if (!model->be->ops->record && threads > 1 && n >= threads * ALONE && places >= threads * ALONE) {
+        size_t shares = (n + TOGETHER - 1) / TOGETHER;
         shares = (shares + threads - 1) / threads * threads;
-        s->share = (s->n + shares - 1) / shares;
+        *share = (n + shares - 1) / shares;
         places /= threads;
     }
-    s->session.max_sequences = (int32_t)(places < s->share ? places : s->share);
+    return (int32_t)(places < *share ? places : *share);
 }
 
 static void sample_share(void *arg, size_t task, int worker) {
@@ -156,7 +156,7 @@ static psoup_status sample(samples *s, int32_t max_sequences, psoup_error *error
     psoup_context *context = s->model->context;
     if (s->n == 0)
         return PSOUP_OK;
-    share_out(s, max_sequences);
+    s->session.max_sequences = psoup__rollout_places(s->model, s->n, max_sequences, &s->share);
     size_t shares = shares_of(s);
     s->parts = psoup__alloc(context, shares, sizeof(psoup_generation *), error);
     s->status = psoup__alloc(context, shares, sizeof(*s->status), error);

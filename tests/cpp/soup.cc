@@ -439,6 +439,10 @@ static void test_rewards_and_ppo(psoup::model &model) {
         auto trace = NEED(ppo.trace(0));
         CHECK(trace.adapters == 2 && trace.mix[0] > 0 && trace.mix[0] < 1 && by_adapter[0] && by_adapter[1]);
     }
+    {
+        psoup_memory taken = NEED(psoup::ppo::memory(model, {by_function, by_model}, ppo_options));
+        CHECK(taken.learning > 0 && taken.cache > 0 && taken.host > taken.held && taken.device_free == -1);
+    }
     by_function.function = [](psoup::span<const psoup_rollout>, psoup::span<float>) { return false; };
     psoup::ppo other = NEED(psoup::ppo::create(model, {by_function}, ppo_options));
     CHECK(!other.run());

@@ -212,6 +212,23 @@ public:
                                              on_token each = {},
                                              const psoup_session_options &options = defaults<psoup_session_options>());
 
+    /* What generate would take with these. */
+    result<psoup_memory> generate_memory(span<const prompt> prompts,
+                                         const psoup_sampling &sampling = defaults<psoup_sampling>(),
+                                         const psoup_session_options &options = defaults<psoup_session_options>()) {
+        std::vector<psoup_prompt> c_prompts;
+        for (const prompt &p : prompts) {
+            auto c = prompt_of(p);
+            if (!c) return c.error();
+            c_prompts.push_back(*c);
+        }
+        auto out = defaults<psoup_memory>();
+        auto done = detail::call(psoup_generate_memory, get(), c_prompts.data(), c_prompts.size(), &sampling, &options,
+                                 &out);
+        if (!done) return done.error();
+        return out;
+    }
+
     /* Mixes have one weight per adapter or none. */
     result<const float *> mix_of(span<const float> mix) const {
         if (mix.empty()) return static_cast<const float *>(nullptr);

@@ -45,6 +45,17 @@ inline result<void> sft(model &m, const std::string &adapter, span<const psoup_e
     return done;
 }
 
+/* What sft would take with these. */
+inline result<psoup_memory> sft_memory(model &m, const std::string &adapter, span<const psoup_example> train,
+                                       const psoup_sft_options &options = defaults<psoup_sft_options>(),
+                                       span<const psoup_example> validation = {}) {
+    auto out = defaults<psoup_memory>();
+    auto done = detail::call(psoup_sft_memory, m.get(), adapter.empty() ? nullptr : adapter.c_str(), train.data(),
+                             train.size(), validation.data(), validation.size(), &options, &out);
+    if (!done) return done.error();
+    return out;
+}
+
 /* ---- reward models ----------------------------------------------------------------------------------- */
 
 class reward : public handle<psoup_reward, psoup_reward_free> {
@@ -94,6 +105,18 @@ inline result<void> train_rewards(span<reward *const> rewards, span<const psoup_
                              validation.size(), &options);
     c.rethrow();
     return done;
+}
+
+/* What train_rewards would take with these. */
+inline result<psoup_memory> reward_memory(span<reward *const> rewards, span<const psoup_comparison> train,
+                                          const psoup_reward_options &options = defaults<psoup_reward_options>(),
+                                          span<const psoup_comparison> validation = {}) {
+    const auto r = detail::pointers(rewards);
+    auto out = defaults<psoup_memory>();
+    auto done = detail::call(psoup_reward_memory, r.data(), r.size(), train.data(), train.size(), validation.data(),
+                             validation.size(), &options, &out);
+    if (!done) return done.error();
+    return out;
 }
 
 struct accuracy {
@@ -234,6 +257,15 @@ public:
                                       &options);
         if (made) made->state_ = made->keep(std::move(kept));
         return made;
+    }
+    /* What create and run would take with these. */
+    static result<psoup_memory> memory(model &m, std::vector<policy> policies,
+                                       const psoup_ppo_options &options = defaults<psoup_ppo_options>()) {
+        state s(std::move(policies), {}, {});
+        auto out = defaults<psoup_memory>();
+        auto done = detail::call(psoup_ppo_memory, m.get(), s.c_policies.data(), s.c_policies.size(), &options, &out);
+        if (!done) return done.error();
+        return out;
     }
     /* How many steps are left. */
     result<std::int64_t> step() {

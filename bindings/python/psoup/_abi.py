@@ -305,6 +305,10 @@ class psoup_completion(Structure):
     pass
 
 
+class psoup_memory(Structure):
+    pass
+
+
 class psoup_preference(Structure):
     pass
 
@@ -608,6 +612,21 @@ psoup_completion._fields_ = [
     ("logprobs", POINTER(c_float)),
     ("n", c_size_t),
     ("finish", c_int),
+]
+psoup_memory._fields_ = [
+    ("size", c_size_t),
+    ("base", c_int64),
+    ("mapped", c_int64),
+    ("adapters", c_int64),
+    ("learning", c_int64),
+    ("activations", c_int64),
+    ("logits", c_int64),
+    ("cache", c_int64),
+    ("rows", c_int64),
+    ("held", c_int64),
+    ("host", c_int64),
+    ("device", c_int64),
+    ("device_free", c_int64),
 ]
 psoup_preference._fields_ = [
     ("symbol", c_char_p),
@@ -1048,6 +1067,7 @@ STRUCTS = (
     psoup_prompt,
     psoup_session_options,
     psoup_completion,
+    psoup_memory,
     psoup_preference,
     psoup_question,
     psoup_instruction,
@@ -1357,6 +1377,7 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_session_step": (c_int, [POINTER(psoup_session), psoup_token_fn, c_void_p, POINTER(c_size_t), POINTER(psoup_error)]),
     "psoup_session_free": (None, [POINTER(psoup_session)]),
     "psoup_generate": (c_int, [POINTER(psoup_model), POINTER(psoup_prompt), c_size_t, POINTER(psoup_sampling), POINTER(psoup_session_options), psoup_token_fn, c_void_p, POINTER(POINTER(psoup_generation)), POINTER(psoup_error)]),
+    "psoup_generate_memory": (c_int, [POINTER(psoup_model), POINTER(psoup_prompt), c_size_t, POINTER(psoup_sampling), POINTER(psoup_session_options), POINTER(psoup_memory), POINTER(psoup_error)]),
     "psoup_generation_get": (POINTER(psoup_completion), [POINTER(psoup_generation), c_size_t]),
     "psoup_generation_free": (None, [POINTER(psoup_generation)]),
     "psoup_preferences_default": (c_int, [POINTER(psoup_context), c_int, POINTER(POINTER(psoup_preferences)), POINTER(psoup_error)]),
@@ -1435,4 +1456,7 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_ppo_run": (c_int, [POINTER(psoup_ppo), POINTER(psoup_error)]),
     "psoup_ppo_free": (None, [POINTER(psoup_ppo)]),
     "psoup_ppo_get_trace": (c_int, [POINTER(psoup_ppo), c_size_t, POINTER(psoup_ppo_trace), POINTER(psoup_error)]),
+    "psoup_sft_memory": (c_int, [POINTER(psoup_model), c_char_p, POINTER(psoup_example), c_size_t, POINTER(psoup_example), c_size_t, POINTER(psoup_sft_options), POINTER(psoup_memory), POINTER(psoup_error)]),
+    "psoup_reward_memory": (c_int, [POINTER(POINTER(psoup_reward)), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_reward_options), POINTER(psoup_memory), POINTER(psoup_error)]),
+    "psoup_ppo_memory": (c_int, [POINTER(psoup_model), POINTER(psoup_ppo_policy), c_size_t, POINTER(psoup_ppo_options), POINTER(psoup_memory), POINTER(psoup_error)]),
 }

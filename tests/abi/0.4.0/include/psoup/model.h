@@ -350,6 +350,28 @@ psoup_status psoup_generate(psoup_model *model, const psoup_prompt *prompts, siz
                             const psoup_sampling *sampling, const psoup_session_options *options,
                             psoup_token_fn on_token, void *user, psoup_generation **out,
                             psoup_error *error);
+/* What a call will take, in bytes and at most, found without making it: from the sizes of the model, the options and
+ * the lengths of what it is given, every response taken to be as long as it may become. Of what the system and other
+ * libraries keep for themselves nothing is in it, nor what the context has since it was created. */
+typedef struct psoup_memory {
+    size_t size;
+    int64_t base;        /* the base's weights, and their copies packed for products */
+    int64_t mapped;      /* those used where they lie in their files, which no sum has: the system may drop them */
+    int64_t adapters;    /* factors and heads of all of the model's adapters */
+    int64_t learning;    /* gradients, optimisers' moments, the best weights so far; of a base also itself in f32 */
+    int64_t activations; /* of the largest passes, forward and backward */
+    int64_t logits;      /* of a few rows at a time */
+    int64_t cache;       /* keys and values of what decodes together */
+    int64_t rows;        /* tokens, responses, and what is known of each */
+    int64_t held;        /* of base and adapters: what the model has already */
+    int64_t host, device; /* the sums in host memory and in the GPU's; device is 0 on the CPU */
+    int64_t device_free; /* what the GPU has free at this moment; −1 on the CPU */
+} psoup_memory;
+
+/* Of psoup_generate with these arguments. out->size must be set. */
+psoup_status psoup_generate_memory(psoup_model *model, const psoup_prompt *prompts, size_t n,
+                                   const psoup_sampling *sampling, const psoup_session_options *options,
+                                   psoup_memory *out, psoup_error *error);
 /* Borrowed; NULL past the last prompt. */
 const psoup_completion *psoup_generation_get(const psoup_generation *generation, size_t index);
 void psoup_generation_free(psoup_generation *generation);
