@@ -27,7 +27,7 @@ check "no command: 2" test $? -eq 2
 ok --version
 check "version" has '^psoup [0-9]'
 ok --help
-commands="info tokenize generate score feedback sft reward dpo ppo run plot merge inspect winrate"
+commands="info tokenize generate score feedback sft reward dpo ppo run plot merge inspect judge winrate"
 for c in $commands; do check "help lists $c" has "^  $c "; done
 for c in $commands; do
     ok $c --help

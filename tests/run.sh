@@ -92,6 +92,26 @@ trains run pmorl --config run.json
 check "pmorl with a reward for each of eight" test "$(ls each/rewards | tr '\n' ' ')" = "$symbols P3C P3D "
 check "sixteen users" test "$(ls each/responses | wc -l)" -eq 16
 
+# ---- before a judge -----------------------------------------------------------------------------
+ok judge --judge "$helpers/judge" --judge first --helpfulness --out duels.jsonl psoups pp
+check "a duel for every user and prompt" lines duels.jsonl 16
+check "by the user's criteria" grep -q '^{"prompt": 1, "user": "ABA", "criteria": {"P1A": 1, "P2B": 1, "P3A": 1}, "helpfulness": 1}$' duels.jsonl
+ok winrate duels.jsonl
+check "and won" has '^aggregate  *100.0 %'
+ok judge --judge "$helpers/judge" --judge first --swap --out swapped.jsonl psoups/responses/AAA.jsonl pp/responses/AAA.jsonl --json
+check "a verdict by place alone is a tie" test "$(grep -c '"criteria": {"P1A": 0, "P2A": 0, "P3A": 0}}' swapped.jsonl)" -eq 2
+check "json" has '{"output": "swapped.jsonl", "duels": 2}'
+no 2 'expected two sides' judge --judge x --out left/d psoups
+no 2 'expected --judge' judge --out left/d psoups pp
+no 1 'none.jsonl' judge --judge x --out left/d none.jsonl pp
+no 1 'psoups has 16 responses, .*AAA.jsonl 2' judge --judge x --out left/d psoups pp/responses/AAA.jsonl
+no 1 'row 1 answers other prompts or users' judge --judge x --out left/d psoups/responses/AAA.jsonl pp/responses/BBB.jsonl
+no 1 'judge' judge --judge none-such-judge --out left/d psoups pp
+put odd.jsonl '{"prompt": 1, "user": "A", "preferences": ["P9"], "instruction": "a", "completion": "b"}\n'
+no 1 'odd.jsonl: row 1: "preferences": "P9" is not' judge --judge x --out left/d odd.jsonl odd.jsonl
+put odd.jsonl '{"prompt": 1, "user": "A", "instruction": "a", "completion": "b"}\n'
+no 1 'odd.jsonl: row 1: "preferences" is missing' judge --judge x --out left/d odd.jsonl odd.jsonl
+
 # ---- the preset ---------------------------------------------------------------------------------
 ok run psoups --print-config
 check "delta" has '"soup": "delta"'
@@ -158,7 +178,7 @@ done
 no 1 'run.json: rewards need [0-9.]* MiB (base .*, rows .*), --memory-limit is 100 KiB: ' run psoups --config run.json --memory-limit 100K --json
 check "nothing was begun" test ! -e plan
 config left/huge '' "$rows" "$(echo "$sizes" | sed 's/"batch_size": 4, "max_new/"batch_size": 100000000, "mini_batch_size": 4, "max_new/')"
-no 1 'run.json: policies need [0-9.]* [TG]iB (.*), there are .* GiB: ppo.max_sequences makes it less' run psoups --config run.json --json
+no 1 'run.json: policies need [0-9.]* [TG]iB (.*), there are .* GiB: ppo.batch_size makes it less' run psoups --config run.json --json
 no 2 '--memory-limit: "much"' run psoups --config run.json --memory-limit much
 
 # ---- killed, and going on -----------------------------------------------------------------------

@@ -166,7 +166,7 @@ static void improve(int32_t objective, int32_t batch, int n_validation, float dr
     }
     o.batch_size = batch;
     o.steps = 2;
-    o.ppo_epochs = 2;
+    o.ppo_epochs = 1;
     o.max_new_tokens = NEW;
     o.micro_batch_tokens = 256;
     o.validate_every = 1;
@@ -189,7 +189,7 @@ START_TEST(ppo) { improve(PSOUP_OBJECTIVE_PPO, 8, 0, 0, 0); }
 END_TEST
 START_TEST(ppo_with_validation) { improve(PSOUP_OBJECTIVE_PPO, 8, 16, 0.1f, 0); }
 END_TEST
-START_TEST(ppo_of_many) { improve(PSOUP_OBJECTIVE_PPO, 64, 0, 0, 0); } /* each thread decodes a share */
+START_TEST(ppo_of_many) { improve(PSOUP_OBJECTIVE_PPO, 44, 0, 0, 0); } /* each thread decodes a share */
 END_TEST
 START_TEST(grpo) { improve(PSOUP_OBJECTIVE_GRPO, 8, 4, 0, 1); }
 END_TEST
@@ -254,6 +254,7 @@ END_TEST
 int main(void) {
     Suite *suite = suite_create("what a run takes");
     TCase *tests = tcase_create("all");
+    tcase_set_timeout(tests, 60);
     tcase_add_checked_fixture(tests, counting, tear_down);
     tcase_add_test(tests, sft_of_an_adapter);
     tcase_add_test(tests, sft_with_dropout);

@@ -29,6 +29,7 @@ int cmd_inspect(int argc, char **argv);
 int cmd_winrate(int argc, char **argv);
 int cmd_plot(int argc, char **argv);
 int cmd_run(int argc, char **argv);
+int cmd_judge(int argc, char **argv);
 
 /* ---- arguments --------------------------------------------------------------------------------- */
 

@@ -17,6 +17,7 @@ static const command commands[] = {
     {"run", cmd_run, "a method of the paper end to end: vb, pp, rlhf, mt, pmorl, psoups"},
     {"merge", cmd_merge, "adapters or models into one, by weights"},
     {"inspect", cmd_inspect, "norms, angles and interference of adapters, and what a cheaper soup loses"},
+    {"judge", cmd_judge, "the responses of two runs before a judge: duels"},
     {"winrate", cmd_winrate, "win rates with intervals from judged duels"},
 };
 

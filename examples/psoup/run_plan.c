@@ -91,6 +91,8 @@ static const char *advice(const run *r, const char *stage, const psoup_memory *m
                                      : "ppo.micro_batch_tokens and ppo.gradient_checkpointing make it less";
     if (!strcmp(parts[most].name, "activations") && !strcmp(stage, "rewards"))
         return "reward.batch_size and reward.max_tokens make it less";
+    if (!strcmp(parts[most].name, "rows") && !strcmp(stage, "policies"))
+        return "ppo.batch_size makes it less";
     return "most of it is the model itself";
 }
 

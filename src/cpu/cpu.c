@@ -79,6 +79,8 @@ fail:
 }
 
 static size_t cpu_packed_bytes(psoup__backend *be, const psoup__weight *weight) {
+    if (psoup__dtype_is_blocks(weight->dtype))
+        return 0;
     size_t forward = psoup__gemm_pack_bytes(be->context, weight->dtype, weight->in, weight->out);
     size_t backward = psoup__gemm_pack_bytes(be->context, weight->dtype, weight->out, weight->in);
     return forward > backward ? forward : backward;

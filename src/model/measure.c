@@ -148,6 +148,13 @@ void psoup__memory_add(psoup_memory *out, const psoup__footprint *print) {
 
 /* ---- the base ------------------------------------------------------------------------------------ */
 
+static int64_t matrix_bytes(const psoup__parameter *p) {
+    psoup_dtype dtype = p->weight->dtype;
+    if (psoup__dtype_is_blocks(dtype))
+        return (int64_t)(psoup__block_bytes(dtype, p->count) + psoup__block_count(p->count) * sizeof(float));
+    return (int64_t)(p->count * psoup_dtype_size(dtype));
+}
+
 psoup__base_bytes psoup__measure_base(const psoup_model *model) {
     psoup__base_bytes bytes = {0};
     for (psoup__parameter p = {.next = 0}; psoup__model_next(model, &p);) {
@@ -155,7 +162,7 @@ psoup__base_bytes psoup__measure_base(const psoup_model *model) {
             bytes.stored += model->data ? 0 : (int64_t)(p.count * sizeof(float));
             continue;
         }
-        int64_t own = (int64_t)(p.count * psoup_dtype_size(p.weight->dtype));
+        int64_t own = matrix_bytes(&p);
         int64_t one_way = (int64_t)model->be->ops->packed_bytes(model->be, p.weight);
         if (!model->data && !(p.weight == &model->lm_head && model->config.tie_word_embeddings))
             *(model->storage ? &bytes.stored : &bytes.mapped) += own;
