@@ -39,6 +39,7 @@ UNUSED = {
     "psoup_generate_memory", "psoup_sft_memory", "psoup_reward_memory", "psoup_ppo_memory",
     "psoup_model_find_adapter",  # name in model.adapters
     "psoup_model_context",       # model.context
+    "psoup_model_load",          # psoup_model_load_with serves both
 }
 
 
