@@ -74,6 +74,9 @@ struct psoup_session {
     psoup__window window;
 };
 
+/* submit.c; takes NULL. */
+void psoup__sequence_free(psoup_context *context, sequence *s);
+
 /* Hands out what the parts drew in one step (drawn, logprobs, by part), and leaves in `parts` those that go on. */
 psoup_status psoup__session_deliver(psoup_session *session, int32_t *parts, psoup_token_fn on_token, void *user,
                                     psoup_error *error);
