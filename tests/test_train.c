@@ -121,6 +121,13 @@ START_TEST(kl_estimates_are_trls) {
 }
 END_TEST
 
+START_TEST(kl_that_is_no_number_moves_nothing) {
+    const double bad[] = {NAN, INFINITY, -INFINITY};
+    for (int i = 0; i < 3; i++)
+        ck_assert_double_eq(psoup__kl_coefficient(0.2, bad[i], 6.0, 10000.0, 64.0), 0.2);
+}
+END_TEST
+
 START_TEST(running_moments_are_trls) {
     psoup_json *file = golden("objectives.json");
     const psoup_json *batches = psoup_json_get(file, "moments");
@@ -387,6 +394,7 @@ int main(void) {
     tcase_add_loop_test(tests, rewards_advantages_and_losses_are_trls, 0, 3);
     tcase_add_test(tests, kl_controller_is_trls);
     tcase_add_loop_test(tests, kl_estimates_are_trls, 0, 3);
+    tcase_add_test(tests, kl_that_is_no_number_moves_nothing);
     tcase_add_test(tests, running_moments_are_trls);
     tcase_add_loop_test(tests, bradley_terry_is_autograds, 0, 3);
     tcase_add_test(tests, guards_see_what_is_not_finite);

@@ -174,8 +174,11 @@ void psoup__value_loss(float *dvalue, const float *value, const float *old_value
     }
 }
 
-/* β ← β (1 + clip(KL/target − 1, ±0.2) n / horizon): Ziegler et al. 2019 section 2.2. */
+/* β ← β (1 + clip(KL/target − 1, ±0.2) n / horizon): Ziegler et al. 2019 section 2.2. A KL that is no number says
+ * nothing. */
 double psoup__kl_coefficient(double beta, double kl, double target, double horizon, double n) {
+    if (!isfinite(kl))
+        return beta;
     double off = fmin(fmax(kl / target - 1.0, -0.2), 0.2);
     return beta * (1.0 + off * n / horizon);
 }
