@@ -53,6 +53,10 @@ START_TEST(test_nearest) {
                 x[i] *= ldexpf(1, (int)(i / 64 % 40) - 20) * x[i] * x[i];
             quantised q = quantise(context, dtypes[d], x, n);
             for (size_t i = 0; i < n; i++) {
+                const float alone = psoup__block_value(&q.blocks, i);
+                check_same(&q.values[i], &alone, 1, "a value alone");
+                if (i > 300 && i % 16 != 5) /* comparing with all values takes its time */
+                    continue;
                 const size_t block = i / 64 * 64;
                 const float most = largest(x + block, n - block < 64 ? n - block : 64);
                 double best = INFINITY;
@@ -63,8 +67,6 @@ START_TEST(test_nearest) {
                 ck_assert_float_eq(q.scales[i / 64], d ? most : most / 127.0f);
                 ck_assert_msg(fabs((double)q.values[i] - x[i]) <= best + 1e-6 * most, "%s [%zu]: %a is read as %a",
                               psoup_dtype_name(dtypes[d]), i, x[i], q.values[i]);
-                const float alone = psoup__block_value(&q.blocks, i);
-                check_same(&q.values[i], &alone, 1, "a value alone");
             }
             for (int trial = 0; trial < 20; trial++) {
                 const size_t at = (size_t)below((int)n), some = (size_t)below((int)(n - at) + 1);
@@ -178,7 +180,7 @@ START_TEST(test_product) {
     psoup_context *contexts[] = {context_of(isas[_i], 1), context_of(isas[_i], 2), context_of(isas[_i], 3)};
     if (contexts[0] == NULL)
         return;
-    for (int trial = 0; trial < 66; trial++) {
+    for (int trial = 0; trial < 44; trial++) {
         state = (uint64_t)trial * 31 + 3;
         const int in = ins[trial % 11], out = outs[below(7)], m = rows[below(10)], d = below(2), back = below(2);
         const int k = back ? out : in, n = back ? in : out;
