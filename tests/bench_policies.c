@@ -13,7 +13,6 @@
 #include "bench_limits.h"
 #include "psoup/psoup.h"
 
-static int32_t threads_ours = THREADS;
 enum { POLICIES = 8, PROMPTS = 256, LONGEST = 40, VOCAB = 680, END = 0, TURNS = 3, SHORTEST = 8, NEW = 48 };
 
 static int32_t rollouts = 128, steps = 2;
@@ -137,7 +136,7 @@ static psoup_context *make_context(int32_t threads) {
 
 static account side_by_side(void) {
     account a = {0};
-    psoup_context *context = make_context(threads_ours);
+    psoup_context *context = make_context(THREADS);
     psoup_model *model = make_model(context);
     double start = now();
     train(model, 0, POLICIES, &a);
@@ -183,9 +182,10 @@ static double median(double *values) {
 
 int main(int argc, char **argv) {
     double ours[2][TURNS], theirs[2][TURNS], ratio[2][TURNS];
-    rollouts = argc > 1 ? atoi(argv[1]) : rollouts;
-    steps = argc > 2 ? atoi(argv[2]) : steps;
-    threads_ours = argc > 3 ? atoi(argv[3]) : THREADS;
+    if (argc > 1 && atoi(argv[1]) > 0) /* `make bench` names Python and a script, as to every bench */
+        rollouts = atoi(argv[1]);
+    if (argc > 2 && atoi(argv[2]) > 0)
+        steps = atoi(argv[2]);
     for (int i = 0; i < PROMPTS; i++) {
         size_t n = 24 + (size_t)i % 17;
         for (size_t t = 0; t < n; t++)

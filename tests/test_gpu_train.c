@@ -126,18 +126,24 @@ START_TEST(reward_is_the_cpus) {
 }
 END_TEST
 
-/* Two policies side by side, with validation and dropout in the head: rollouts in windows, values, advantages, two
+/* Two policies side by side, or a policy and a soup of two, with validation and dropout in the head: rollouts in windows, values, advantages, two
  * passes of updates. A text that differed would show: the changes would have nothing in common. */
 START_TEST(ppo_is_the_cpus) {
-    made m[2] = {{.n = 0}, {.n = 0}};
+    made m[3] = {{.n = 0}, {.n = 0}, {.n = 0}};
+    int n_adapters = _i ? 3 : 2;
+    psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT;
+    soup.adapters = names + 1;
+    soup.n = 2;
     seen s[2];
     for (int d = 0; d < 2; d++) {
         on(devices[d]);
-        psoup_model *model = fresh(2);
+        psoup_model *model = fresh(n_adapters);
         psoup_ppo_policy policies[2] = {policy(0), policy(1)};
         psoup_ppo_options o = plain();
-        float *before[2];
+        float *before[3];
         size_t n;
+        if (_i)
+            policies[1].soup = &soup;
         o.steps = 2;
         o.ppo_epochs = 2;
         o.learning_rate = 1e-3f;
@@ -147,10 +153,10 @@ START_TEST(ppo_is_the_cpus) {
         o.user = &s[d];
         s[d] = (seen){.subject = "P1"};
         psoup_ppo *ppo = create(model, policies, 2, &o); /* which gives them a head for the value */
-        for (int p = 0; p < 2; p++)
+        for (int p = 0; p < n_adapters; p++)
             before[p] = weights(model, names[p], &n);
         OK(psoup_ppo_run(ppo, &error));
-        for (int p = 0; p < 2; p++)
+        for (int p = 0; p < n_adapters; p++)
             keep(&m[p], d, before[p], weights(model, names[p], &n), n);
         psoup_ppo_free(ppo);
         psoup_model_free(model);
@@ -161,6 +167,8 @@ START_TEST(ppo_is_the_cpus) {
     near(s[1].validation, s[0].validation, 1e-6, "validation reward", 0);
     same_change(&m[0], "policy 0", 5e-2);
     same_change(&m[1], "policy 1", 5e-2);
+    if (_i)
+        same_change(&m[2], "the soup's other adapter", 5e-2);
 }
 END_TEST
 
@@ -208,7 +216,7 @@ int main(void) {
     tcase_set_timeout(tests, 600);
     tcase_add_loop_test(tests, sft_is_the_cpus, 0, 2);
     tcase_add_test(tests, reward_is_the_cpus);
-    tcase_add_test(tests, ppo_is_the_cpus);
+    tcase_add_loop_test(tests, ppo_is_the_cpus, 0, 2);
     tcase_add_loop_test(tests, stopped_runs_go_on, 0, 2);
     suite_add_tcase(suite, tests);
     return run_suite(suite);

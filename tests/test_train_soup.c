@@ -200,7 +200,7 @@ static int keep_parts(void *user, const psoup_step *step) {
     if (strcmp(step->phase, "train") != 0)
         return 0;
     for (int k = 0; k < ADAPTERS; k++) {
-        char name[16];
+        char name[32];
         snprintf(name, sizeof(name), "reward/P%d", k);
         told[k] = value_of(step, name);
     }
