@@ -37,6 +37,7 @@ UNUSED = {
     "psoup_model_gradients",
     # What a run will take is for those who launch it, before it begins: psoup run says it.
     "psoup_generate_memory", "psoup_sft_memory", "psoup_reward_memory", "psoup_ppo_memory",
+    "psoup_model_load",          # psoup_model_load_with, without options
     "psoup_model_find_adapter",  # name in model.adapters
     "psoup_model_context",       # model.context
     "psoup_model_load",          # psoup_model_load_with serves both
