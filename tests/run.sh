@@ -177,6 +177,9 @@ for stage in rewards policies responses; do
 done
 no 1 'run.json: rewards need [0-9.]* MiB (base .*, rows .*), --memory-limit is 100 KiB: ' run psoups --config run.json --memory-limit 100K --json
 check "nothing was begun" test ! -e plan
+config blocks ', "dtype": "nf4"'
+trains run rlhf --config run.json
+check "a base in blocks" grep -q 'memory of policies: .*; the base is f32, its linears nf4$' err
 config left/huge '' "$rows" "$(echo "$sizes" | sed 's/"batch_size": 4, "max_new/"batch_size": 100000000, "mini_batch_size": 4, "max_new/')"
 no 1 'run.json: policies need [0-9.]* [TG]iB (.*), there are .* GiB: ppo.batch_size makes it less' run psoups --config run.json --json
 no 2 '--memory-limit: "much"' run psoups --config run.json --memory-limit much

@@ -83,6 +83,25 @@ static psoup_model *small_model(int n_adapters) {
 
 static psoup_memory nothing(void) { return (psoup_memory){.size = sizeof(psoup_memory)}; }
 
+/* The same read from files: mapped, or with its linears in blocks. */
+static psoup_model *from_files(psoup_model *model, int32_t dtype, int n_adapters) {
+    psoup_load_options options = PSOUP_LOAD_OPTIONS_INIT;
+    char directory[256], command[300], name[8];
+    temporary(directory, sizeof directory);
+    ck_assert_ptr_nonnull(mkdtemp(directory));
+    OK(psoup_model_save(model, directory, NULL, &error));
+    psoup_model_free(model);
+    options.dtype = dtype;
+    OK(psoup_model_load_with(context, directory, &options, &model, &error));
+    for (int i = 0; i < n_adapters; i++) {
+        snprintf(name, sizeof name, "P%d", i);
+        add_adapter(model, name, 20 + (uint64_t)i);
+    }
+    snprintf(command, sizeof command, "rm -r '%s'", directory);
+    ck_assert_int_eq(system(command), 0);
+    return model;
+}
+
 /* ---- the calls -------------------------------------------------------------------------------------- */
 
 static void fine_tune(const char *adapter, float dropout, int32_t recompute) {
@@ -103,6 +122,26 @@ static void fine_tune(const char *adapter, float dropout, int32_t recompute) {
     ck_assert(said.learning > 0 && said.cache == 0 && said.mapped == 0);
     psoup_model_free(model);
 }
+
+/* Of a base that is mapped, or kept in blocks, which are not packed. */
+START_TEST(bases_of_files) {
+    static const int32_t dtypes[] = {-1, PSOUP_BF16, PSOUP_INT8, PSOUP_NF4};
+    psoup_model *model = from_files(small_model(0), dtypes[_i], 1);
+    psoup_example examples[ROWS];
+    psoup_sft_options o = PSOUP_SFT_OPTIONS_INIT;
+    psoup_memory said = nothing();
+    for (int i = 0; i < ROWS; i++)
+        examples[i] = (psoup_example){tokens[i], LENGTH, 4};
+    o.batch_tokens = 3 * LENGTH;
+    o.max_steps = 2;
+    OK(psoup_sft_memory(model, "P0", examples, ROWS, NULL, 0, &o, &said, &error));
+    ck_assert_int_eq(said.mapped > 0, dtypes[_i] < 0);
+    begin();
+    OK(psoup_sft(model, "P0", examples, ROWS, NULL, 0, &o, &error));
+    within("sft over a base of a file", &said);
+    psoup_model_free(model);
+}
+END_TEST
 
 START_TEST(sft_of_an_adapter) { fine_tune("P1", 0, 0); }
 END_TEST
@@ -260,6 +299,7 @@ int main(void) {
     tcase_add_test(tests, sft_with_dropout);
     tcase_add_test(tests, sft_of_inputs_alone);
     tcase_add_test(tests, sft_of_the_base);
+    tcase_add_loop_test(tests, bases_of_files, 0, 4);
     tcase_add_test(tests, reward_models);
     tcase_add_test(tests, ppo);
     tcase_add_test(tests, ppo_with_validation);

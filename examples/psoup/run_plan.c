@@ -74,6 +74,12 @@ static void print_stage(const run *r, FILE *out, const char *stage, const psoup_
         fprintf(out, "%s%s %s", i ? ", " : ": ", parts[i].name, size_text(parts[i].bytes, size));
     if (m->mapped)
         fprintf(out, "; %s of weights are read where they lie", size_text(m->mapped, size));
+    psoup_model_config c = PSOUP_MODEL_CONFIG_INIT;
+    psoup_error error;
+    if (psoup_model_get_config(r->m.model, &c, &error) == PSOUP_OK)
+        fprintf(out, "; the base is %s%s%s", psoup_dtype_name((psoup_dtype)c.torch_dtype),
+                c.linear_dtype ? ", its linears " : "",
+                c.linear_dtype ? psoup_dtype_name((psoup_dtype)c.linear_dtype) : "");
     fputc('\n', out);
 }
 
