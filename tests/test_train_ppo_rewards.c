@@ -400,6 +400,36 @@ START_TEST(sampling_follows_the_options) {
 }
 END_TEST
 
+/* Inputs are for models: where a callback pays, what they name is not looked at. */
+START_TEST(a_callback_reads_no_inputs) {
+    psoup_model *model = fresh(1);
+    const psoup_reward_input input = {.reward = 1 << 28, .weight = 1.0f};
+    psoup_ppo_prompt listed[PROMPTS];
+    float *expected;
+    size_t n;
+    for (int i = 0; i < PROMPTS; i++) {
+        listed[i] = prompts[i];
+        listed[i].inputs = &input;
+        listed[i].n_inputs = 1;
+    }
+    psoup_ppo_policy p = policy(0);
+    psoup_ppo_options o = plain();
+    psoup_ppo *ppo = create(model, &p, 1, &o);
+    OK(psoup_ppo_step(ppo, NULL, &error));
+    expected = weights(model, names[0], &n);
+    psoup_ppo_free(ppo);
+    psoup_model_free(model);
+    model = fresh(1);
+    p.prompts = listed;
+    ppo = create(model, &p, 1, &o);
+    OK(psoup_ppo_step(ppo, NULL, &error));
+    ck_assert(same_weights(model, names[0], expected, n));
+    free(expected);
+    psoup_ppo_free(ppo);
+    psoup_model_free(model);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("train_ppo_rewards");
     TCase *tests = tcase_create("ppo_rewards");
@@ -407,6 +437,7 @@ int main(void) {
     tcase_set_timeout(tests, 240);
     tcase_add_test(tests, reward_models_pay_by_their_inputs);
     tcase_add_test(tests, reward_models_read_text);
+    tcase_add_test(tests, a_callback_reads_no_inputs);
     tcase_add_test(tests, sampling_follows_the_options);
     tcase_add_loop_test(tests, several_rewards_are_weighed_and_told_apart, 0, 2);
     tcase_add_loop_test(tests, one_source_is_the_plain_form, 0, 2);

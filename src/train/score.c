@@ -103,6 +103,13 @@ static bool reads_prompts(const psoup__request *q, size_t source) {
     return q->sources[source].model && (q->policy->soup || q->policy->sources || source == 0);
 }
 
+static bool has_models(const psoup__request *q) {
+    bool any = false;
+    for (size_t k = 0; k < q->out->sources; k++)
+        any = any || q->sources[k].model;
+    return any;
+}
+
 /* How much of a response's score each of its policy's rewards is. */
 static void set_shares(const psoup__request *q) {
     psoup__rollouts *out = q->out;
@@ -118,7 +125,8 @@ static void set_shares(const psoup__request *q) {
             else
                 share[k] = source->function || reads_prompts(q, k) ? source->weight : 0.0f;
         }
-        for (size_t k = 0; !q->policy->soup && prompt->inputs && k < prompt->n_inputs; k++)
+        bool reads = !q->policy->soup && has_models(q); /* a callback alone has none that inputs could name */
+        for (size_t k = 0; reads && prompt->inputs && k < prompt->n_inputs; k++)
             if (q->sources[prompt->inputs[k].reward].model)
                 share[prompt->inputs[k].reward] = q->sources[prompt->inputs[k].reward].weight;
     }
@@ -187,13 +195,6 @@ static psoup_status score_model(scoring *s, size_t from, psoup__sequence *sequen
         }
 fail:
     return status;
-}
-
-static bool has_models(const psoup__request *q) {
-    bool any = false;
-    for (size_t k = 0; k < q->out->sources; k++)
-        any = any || q->sources[k].model;
-    return any;
 }
 
 /* Scores by reward models of all requests that have any. */
