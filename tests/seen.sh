@@ -134,7 +134,7 @@ check "says where" has '^plot.html$' out
 check "the page has samples of both: 2 prompts, 3 times" \
     sh -c '"$0" look.py plot.html | grep -q "chart 1[0-9] said 12 button 2$"' "$python"
 check "its configuration" has 'run_dir&quot;: &quot;runs/one&quot;' plot.html
-check "all is well" has 'No update was skipped, and every number is finite' plot.html
+check "all is well" has 'No update was skipped, nothing was warned of, and every number is finite' plot.html
 check "what never changed" has 'Never changed: .*epochs 1' plot.html
 runs plot reward.jsonl --out r.svg --out r.html --json
 check "accuracy, and what the best is" has '"subject": "P1A", "step": 4, "total": 4, .*"best": "accuracy", "best_value": 1.0, "best_step": 4' out
@@ -146,7 +146,7 @@ for total in (3000, 40):
     for step in range(1, total + 1):
         loss = None if step in (17, 900) else math.exp(-step / 500) + 0.1 * math.sin(7 * step)
         print(json.dumps({"phase": "train", "subject": "<a & \"b\">", "step": step, "total": total, "loss": loss,
-                          "grad_norm": 1e9 if step == 5 else 1.0, "skipped": float(step in (3, 4))}))
+                          "grad_norm": 1e9 if step == 5 else 1.0, "warnings": float(step == 7), "reward/kind": step % 3, "skipped": float(step in (3, 4))}))
 END
 runs plot long.jsonl --out long.svg --metric loss
 check "a gap parts the short run's curves, pale and smoothed" shows long.svg 'polyline 6 ring 0 chart 1 said 0 button 0'
@@ -154,6 +154,8 @@ check "many points are thinned out" test "$(wc -c <long.svg)" -lt 60000
 runs plot long.jsonl --out long.html
 check "the second run in it" has 'long #2 · &lt;a &amp; &quot;b&quot;&gt;' long.html
 check "what was skipped" has 'long · .*: updates were skipped at step 3, 4<' long.html
+check "what was warned of" has 'there were warnings of a collapse at step 7<' long.html
+check "one of several rewards" has '>reward/kind <small>what this reward gave' long.html
 check "what is no number" has 'no finite loss at step 17, 900<' long.html
 
 # no STATUS PATTERN COMMAND…: one line that matches, and no file.

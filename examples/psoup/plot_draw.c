@@ -20,7 +20,10 @@ static const struct {
     {"policy_loss", "Policy loss", NULL},
     {"value_loss", "Value loss", "of the critic"},
     {"length", "Length", "tokens of a response"},
+    {"length_penalty", "Length penalty", "mean, of a response"},
     {"ended", "Ended", "share of responses that end by themselves"},
+    {"empty", "Empty", "share of responses"},
+    {"repetition", "Repetition", "share of 4-grams that were there before"},
     {"reward_deviation", "Deviation of the reward", "within a batch"},
     {"reward_chosen", "Implied reward of the chosen", NULL},
     {"reward_rejected", "Implied reward of the rejected", NULL},
@@ -28,11 +31,13 @@ static const struct {
     {"clip_fraction", "Clipped ratios", "share of tokens"},
     {"value_clip_fraction", "Clipped values", "share of tokens"},
     {"ratio_max", "Largest ratio", "of new to old probability"},
+    {"reward_rise", "Rise of the reward", "in its deviations, over warn_window steps"},
     {"epochs", "Epochs", "of updates before the early stop"},
     {"grad_norm", "Gradient's norm", "before it is clipped"},
     {"learning_rate", "Learning rate", NULL},
     {"tokens", "Tokens of a step", NULL},
     {"skipped", "Skipped updates", "the optimiser was not touched"},
+    {"warnings", "Warnings", "of a collapse"},
 };
 enum { KNOWN = sizeof known / sizeof *known };
 
@@ -43,6 +48,8 @@ static size_t known_as(const char *metric) {
     return KNOWN;
 }
 
+static bool is_part(const char *metric) { return !strncmp(metric, "reward/", 7); }
+
 const char *plot_title(const char *metric) {
     size_t i = known_as(metric);
     return i < KNOWN ? known[i].title : metric;
@@ -50,7 +57,7 @@ const char *plot_title(const char *metric) {
 
 const char *plot_about(const char *metric) {
     size_t i = known_as(metric);
-    return i < KNOWN ? known[i].about : NULL;
+    return i < KNOWN ? known[i].about : is_part(metric) ? "what this reward gave, on average" : NULL;
 }
 
 static bool moves(const plot *p, size_t metric) {
@@ -76,11 +83,15 @@ size_t plot_choose(const plot *p, size_t *chosen, size_t *constant, size_t const
             chosen[n++] = plot_metric(p, p->only.items[i]);
         return n;
     }
-    for (size_t i = 0; i < KNOWN; i++)
+    for (size_t i = 0; i < KNOWN; i++) {
         if (plot_metric(p, known[i].name) < PLOT_METRICS)
             order[all++] = plot_metric(p, known[i].name);
+        for (size_t m = 0; i == 0 && m < p->n_metrics; m++) /* what each reward gave, behind their sum */
+            if (is_part(p->metrics[m]))
+                order[all++] = m;
+    }
     for (size_t m = 0; m < p->n_metrics; m++)
-        if (known_as(p->metrics[m]) == KNOWN)
+        if (known_as(p->metrics[m]) == KNOWN && !is_part(p->metrics[m]))
             order[all++] = m;
     for (size_t i = 0; i < all; i++)
         if (moves(p, order[i]))

@@ -192,7 +192,7 @@ static size_t note_steps(FILE *f, const plot *p, const plot_line *line, const ch
 
 /* What a reader should not overlook. */
 static void notes(FILE *f, const plot *p, const size_t *constants, size_t constant) {
-    size_t n = 0, skipped = plot_metric(p, "skipped");
+    size_t n = 0, skipped = plot_metric(p, "skipped"), warnings = plot_metric(p, "warnings");
     fputs("<h2>Notes</h2><div class=\"card\">", f);
     for (size_t i = 0; i < p->n; i++) {
         const plot_line *line = p->lines[i];
@@ -204,11 +204,13 @@ static void notes(FILE *f, const plot *p, const size_t *constants, size_t consta
         }
         if (skipped < PLOT_METRICS)
             n += note_steps(f, p, line, "updates were skipped", skipped, false);
+        if (warnings < PLOT_METRICS)
+            n += note_steps(f, p, line, "there were warnings of a collapse", warnings, false);
         for (size_t m = 0; m < p->n_metrics; m++)
             n += note_steps(f, p, line, "no finite", m, true);
     }
     if (n == 0)
-        fputs("<p>No update was skipped, and every number is finite.</p>\n", f);
+        fputs("<p>No update was skipped, nothing was warned of, and every number is finite.</p>\n", f);
     for (size_t k = 0; k < constant; k++) {
         double value = NAN;
         for (size_t i = 0; i < p->n && isnan(value); i++)
