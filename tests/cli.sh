@@ -37,7 +37,7 @@ for c in $commands; do
 done
 for pair in "tokenize --model --no-special --decode" "merge --out --base --method --dtype --any-sum --strength" \
     "generate --model --adapter --mix --mix-method --strength --any-sum --prompt --prompts --template --preference \
-     --max-new-tokens --min-new-tokens --temperature --top-k --top-p --no-repeat-ngram --seed --batch --out" \
+     --max-new-tokens --min-new-tokens --temperature --top-k --top-p --no-repeat-ngram --seed --batch --best-of --reward --out" \
     "score --model --adapter --mix --mix-method --strength --any-sum --tokens --prompts --logits" "winrate --seed"; do
     set -- $pair
     c=$1
@@ -467,6 +467,26 @@ put reward.json '{"model": "base", "data": "comparisons.jsonl", "validation": "s
 trains reward --config reward.json --json
 check "json" has '{"output": "rewards", "held_out": 96, "accuracy": [01]\.'
 check "one for all" test -f rewards/all/adapter_model.safetensors
+use="generate --model base $A --prompts head.jsonl $sample --reward rewards/P1A --best-of"
+ok $use 4 --json
+cp out best.jsonl
+check "four answers each" test "$(grep -c '"score": -*[0-9.e-]*, "scores": \[[^,]*,[^,]*,[^,]*,[^,]*\]}' best.jsonl)" -eq "$(wc -l <head.jsonl)"
+check "the best has the highest score" awk -F'"score": |, "scores": \\[|\\]}' '{
+    n = split($3, all, ", "); most = all[1]; for (i in all) if (all[i] + 0 > most + 0) most = all[i]
+    if (most != $2) exit 1 }' best.jsonl
+ok $use 4 --batch 1
+check "the same in any batch" cmp -s out best.jsonl
+ok $use 1
+sed 's/, "score": .*/}/' out >one.jsonl
+ok generate --model base $A --prompts head.jsonl $sample
+check "best of one is the answer itself" cmp -s out one.jsonl
+ok generate --model base --prompt "Why?" $sample --reward rewards/P1A --best-of 3
+check "its text" test -s out
+no 2 'expected --best-of N, at least 1, and --reward DIR together' generate --model base --prompt x --best-of 3
+no 2 'expected --best-of N' generate --model base --prompt x --reward rewards/P1A
+no 2 'all answers would be the same' generate --model base --prompt x --reward rewards/P1A --best-of 2 --temperature 0
+no 1 'none' generate --model base --prompt x --reward none --best-of 2
+no 1 'head' generate --model base $A --prompt x --reward P1A --best-of 2 --out left/g.jsonl
 put odd.jsonl '{"user_input": "a", "completion_a": "b", "completion_b": "c"}\n'
 reward() { put bad.json "{\"model\": \"base\", \"output\": \"left/r\", $1}"; }
 reward '"data": "none.jsonl"'; no 1 'none.jsonl' reward --config bad.json
@@ -498,7 +518,7 @@ dpo '"data": "odd.jsonl"'; no 1 '"../x" cannot name' dpo --config bad.json
 
 # ---- ppo ----------------------------------------------------------------------------------------
 small='"model": "base", "prompts": "instructions.jsonl", "rank": 2, "steps": 2, "batch_size": 4, "ppo_epochs": 2,
-    "max_new_tokens": 6, "seed": 4, "learning_rate": 0.001'
+    "max_new_tokens": 6, "seed": 4, "learning_rate": 0.001, "warn_empty": 0'
 ppo() { put ppo.json "{$small, \"output\": \"$1\", \"policies\": [$2] $3}"; }
 ppo policies '{"name": "P1A", "reward": "rewards/P1A", "preference": "P1A"},
     {"name": "P2A", "reward": "rewards/P2A", "preference": "P2A"}' \

@@ -18,10 +18,23 @@ typedef struct generate_args {
     const char *model, *device, *dtype, *mix, *method, *prompt, *prompts, *template, *preference, *out;
     cli_list adapters;
     bool any_sum, json, ignore_stop;
-    int32_t threads, batch;
+    int32_t threads, batch, best_of;
     float strength;
+    const char *reward;
     psoup_sampling sampling;
 } generate_args;
+
+/* What was answered; with --best-of which of each prompt's answers is the best, and what all scored. */
+typedef struct answers {
+    psoup_generation *generation;
+    size_t each;
+    int32_t *chosen; /* [n] */
+    float *scores;   /* [n, each]; NULL without --best-of */
+} answers;
+
+static const psoup_completion *answer(const answers *a, size_t i) {
+    return psoup_generation_get(a->generation, i * a->each + (a->scores ? (size_t)a->chosen[i] : 0));
+}
 
 static psoup_status read_job(const generate_args *args, const cli_model *m, psoup_json *row,
                              int64_t line, job *out, psoup_error *error) {
@@ -54,6 +67,7 @@ static psoup_status read_job(const generate_args *args, const cli_model *m, psou
         return line ? cli_error(error, PSOUP_ERROR_ARGUMENT, "%s:%lld: the prompt has no tokens",
                                 args->prompts, (long long)line)
                     : cli_error(error, PSOUP_ERROR_ARGUMENT, "--prompt: it has no tokens");
+    /* One more, which stays 0: the adapter of a reward that comes later. */
     out->mix = calloc((size_t)psoup_model_adapters(m->model) + 1, sizeof *out->mix);
     if (!out->mix)
         return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
@@ -176,16 +190,27 @@ static psoup_json *result_row(const cli_model *m, const job *j, psoup_completion
     return row;
 }
 
+/* "score", that of the answer, and "scores", of all. */
+static void add_scores(psoup_json *row, const answers *a, size_t i) {
+    psoup_json *scores = psoup_json_new_array();
+    const float *own = a->scores + i * a->each;
+    for (size_t k = 0; k < a->each; k++)
+        psoup_json_append(scores, psoup_json_new_real((double)own[k]));
+    psoup_json_set(row, "score", psoup_json_new_real((double)own[a->chosen[i]]));
+    psoup_json_set(row, "scores", scores);
+}
+
 static psoup_status write_results(const generate_args *args, const cli_model *m, const job *jobs,
-                                  size_t n, const psoup_generation *generation,
-                                  psoup_error *error) {
+                                  size_t n, const answers *a, psoup_error *error) {
     psoup_jsonl_writer *writer = NULL;
     psoup_status status = PSOUP_OK;
     if (args->out)
         status = psoup_jsonl_create(m->context, args->out, 0, &writer, error);
     for (size_t i = 0; status == PSOUP_OK && i < n; i++) {
         psoup_json *row =
-            result_row(m, &jobs[i], *psoup_generation_get(generation, i), args->prompt, error);
+            result_row(m, &jobs[i], *answer(a, i), args->prompt, error);
+        if (row && a->scores)
+            add_scores(row, a, i);
         if (!row)
             status = error->status;
         else if (writer) {
@@ -208,13 +233,47 @@ static psoup_status diverged(const generate_args *args, const job *j, psoup_erro
                      what);
 }
 
+static psoup_status best_of(const generate_args *args, const cli_model *m, const psoup_prompt *prompts, size_t n,
+                            const psoup_session_options *session, answers *out, psoup_error *error) {
+    psoup_best_options options = PSOUP_BEST_OPTIONS_INIT;
+    psoup_reward *reward = NULL;
+    out->each = (size_t)args->best_of;
+    out->chosen = calloc(n + 1, sizeof *out->chosen);
+    out->scores = calloc(n * out->each + 1, sizeof *out->scores);
+    if (!out->chosen || !out->scores)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    /* After the mixes were read: they have a 0 for it. */
+    psoup_status status = psoup_reward_load(m->model, "the reward of --best-of", args->reward, &reward, error);
+    options.n = args->best_of;
+    options.rewards = &reward;
+    options.n_rewards = 1;
+    if (status == PSOUP_OK)
+        status = psoup_best_of_n(m->model, prompts, n, &args->sampling, session, &options, &out->generation,
+                                 out->chosen, out->scores, error);
+    psoup_reward_free(reward);
+    return status;
+}
+
+static psoup_status print_text(const cli_model *m, const psoup_completion *c, psoup_error *error) {
+    char *text = NULL, *clean = NULL;
+    size_t length;
+    psoup_status status = cli_decode(m->tokenizer, c->tokens, c->n, &text, &length, error);
+    if (status == PSOUP_OK && !(clean = cli_utf8(text, length)))
+        status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    if (clean)
+        puts(clean);
+    free(clean);
+    free(text);
+    return status;
+}
+
 static psoup_status run(const generate_args *args, const cli_model *m, job *jobs, size_t n,
                         psoup_error *error) {
-    bool streaming = args->prompt && !args->json && !args->out;
+    bool plain = args->prompt && !args->json && !args->out, streaming = plain && !args->best_of;
     psoup_prompt *prompts = calloc(n ? n : 1, sizeof *prompts);
     stream s = {.m = m};
     counter count = {0, (int64_t)n};
-    psoup_generation *generation = NULL;
+    answers a = {.each = 1};
     psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
     psoup_status status = PSOUP_OK;
     if (!prompts)
@@ -224,18 +283,24 @@ static psoup_status run(const generate_args *args, const cli_model *m, job *jobs
             .tokens = jobs[i].tokens, .n = jobs[i].n, .mix = jobs[i].mix, .sequence = i,
             .mix_method = jobs[i].method};
     session.max_sequences = args->batch;
-    if (status == PSOUP_OK)
+    if (status == PSOUP_OK && args->best_of)
+        status = best_of(args, m, prompts, n, &session, &a, error);
+    else if (status == PSOUP_OK)
         status = psoup_generate(m->model, prompts, n, &args->sampling, &session,
                                 streaming ? on_stream : on_count,
-                                streaming ? (void *)&s : (void *)&count, &generation, error);
+                                streaming ? (void *)&s : (void *)&count, &a.generation, error);
     if (status == PSOUP_OK && streaming)
         putchar('\n');
+    else if (status == PSOUP_OK && plain)
+        status = print_text(m, answer(&a, 0), error);
     else if (status == PSOUP_OK)
-        status = write_results(args, m, jobs, n, generation, error);
+        status = write_results(args, m, jobs, n, &a, error);
     for (size_t i = 0; status == PSOUP_OK && i < n; i++)
-        if (psoup_generation_get(generation, i)->finish == PSOUP_FINISH_ERROR)
+        if (answer(&a, i)->finish == PSOUP_FINISH_ERROR)
             status = diverged(args, &jobs[i], error);
-    psoup_generation_free(generation);
+    psoup_generation_free(a.generation);
+    free(a.chosen);
+    free(a.scores);
     free(s.tokens);
     free(prompts);
     return status;
@@ -267,7 +332,9 @@ int cmd_generate(int argc, char **argv) {
         {"--no-repeat-ngram", CLI_INT, &a.sampling.no_repeat_ngram_size, "N", "0 is off (0)"},
         {"--ignore-stop", CLI_FLAG, &a.ignore_stop, NULL, "go on past end tokens"},
         {"--seed", CLI_UINT64, &a.sampling.seed, "N", "equal seeds give equal texts (0)"},
-        {"--batch", CLI_INT, &a.batch, "N", "prompts decoding together (32)"},
+        {"--best-of", CLI_INT, &a.best_of, "N", "sample N answers, keep the one that --reward scores highest"},
+        {"--reward", CLI_TEXT, &a.reward, "DIR", "a reward model of this base, which reads prompt and answer"},
+        {"--batch", CLI_INT, &a.batch, "N", "answers decoding together (32)"},
         {"--device", CLI_TEXT, &a.device, "DEVICE", "cpu, cuda or cuda:N (cpu)"},
         {"--dtype", CLI_TEXT, &a.dtype, "DTYPE", "the model in f32, f16 or bf16, or its linears in int8 or nf4 (as stored)"},
         {"--threads", CLI_INT, &a.threads, "N", "0 is one per processor (0)"},
@@ -296,6 +363,10 @@ int cmd_generate(int argc, char **argv) {
         return cli_complain("--preference: a --prompt takes it only with a --template");
     if (a.sampling.max_new_tokens < 1)
         return cli_complain("--max-new-tokens: %d, expected at least 1", a.sampling.max_new_tokens);
+    if (!a.best_of != !a.reward || a.best_of < 0)
+        return cli_complain("generate: expected --best-of N, at least 1, and --reward DIR together");
+    if (a.best_of > 1 && a.sampling.temperature == 0.0f)
+        return cli_complain("--best-of: at --temperature 0 all answers would be the same");
     a.sampling.ignore_stop = a.ignore_stop;
     psoup_error error = {0};
     cli_model m;

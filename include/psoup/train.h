@@ -577,6 +577,37 @@ psoup_status psoup_ppo_memory(psoup_model *model, const psoup_ppo_policy *polici
                               const psoup_ppo_options *options, psoup_memory *out,
                               psoup_error *error);
 
+/* ---- best of n --------------------------------------------------------------------------------------
+ *
+ * Several answers to each prompt, of which a reward chooses one (rejection sampling: Stiennon et al. 2020,
+ * arXiv 2009.01325). Since 0.4. */
+typedef struct psoup_best_options {
+    size_t size;
+    int32_t n;           /* answers to each prompt */
+    int32_t reward_text; /* 1: rewards read the decoded text, tokenised again (needs tokenizer) */
+    psoup_reward *const *rewards;
+    size_t n_rewards;
+    psoup_reward_fn reward_fn; /* instead of reward models when not NULL; a rollout's policy is "best of n" */
+    void *reward_user;
+    const psoup_ppo_prompt *questions; /* what rewards read before the answer, one for each prompt, as with PPO;
+                                        * NULL: rewards[0] reads the prompt itself, and ids count from 0 */
+    const psoup_tokenizer *tokenizer;
+    int32_t reward_max_tokens; /* longer reward inputs keep their first tokens; 0: what the model can hold */
+    int32_t reserved;          /* 0 */
+} psoup_best_options;
+#define PSOUP_BEST_OPTIONS_INIT                                                                    \
+    {.size = sizeof(psoup_best_options), .n = 4, .reward_max_tokens = 512}
+/* *out receives all answers: number k to prompt i is psoup_generation_get(*out, i · options.n + k). chosen [n]
+ * receives which k has the highest score, the first of equals, and scores [n, options.n], which may be NULL,
+ * what they were: NaN of an answer whose logits were no numbers, which is chosen only where all are such.
+ * The first answer is what psoup_generate gives, those of a larger options.n begin with those of a smaller
+ * one, and all have the same bits in any batch. sampling and session as for psoup_generate; a temperature of
+ * 0 is refused. */
+psoup_status psoup_best_of_n(psoup_model *model, const psoup_prompt *prompts, size_t n,
+                             const psoup_sampling *sampling, const psoup_session_options *session,
+                             const psoup_best_options *options, psoup_generation **out, int32_t *chosen,
+                             float *scores, psoup_error *error);
+
 #ifdef __cplusplus
 }
 #endif

@@ -357,6 +357,23 @@ static void test_rewards_and_ppo(psoup::model &model) {
         CHECK(!psoup::training::sft(model, "nobody", {&example, 1}));
     }
 
+    auto best_options = psoup::defaults<psoup_best_options>();
+    best_options.n = 3;
+    const std::vector<psoup::prompt> questions{{asked, {}}};
+    const auto found = NEED(psoup::best_of_n(model, questions, {&reward}, {}, best_options));
+    CHECK(found.size() == 1 && found[0].candidates.size() == 3 && found[0].scores.size() == 3);
+    for (float score : found[0].scores) CHECK(score <= found[0].scores[found[0].chosen]);
+    ids read = asked;
+    read.insert(read.end(), found[0].answer().tokens.begin(), found[0].answer().tokens.end());
+    CHECK(NEED(reward.score(std::vector<psoup::row>{{read, {}}}))[0] == found[0].scores[found[0].chosen]);
+    CHECK(NEED(psoup::best_of_n(model, questions, {},
+                                [](psoup::span<const psoup_rollout> r, psoup::span<float> out) {
+                                    for (std::size_t i = 0; i < r.size(); i++) out[i] = i == 1 ? 1.0f : 0.0f;
+                                    return true;
+                                }))[0]
+              .chosen == 1);
+    CHECK(!psoup::best_of_n(model, questions, {}));
+
     psoup_ppo_prompt prompt{};
     prompt.tokens = asked.data();
     prompt.n = asked.size();

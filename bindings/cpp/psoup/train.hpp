@@ -12,6 +12,7 @@ PSOUP_CPP_DEFAULTS(psoup_sft_options, PSOUP_SFT_OPTIONS_INIT)
 PSOUP_CPP_DEFAULTS(psoup_reward_options, PSOUP_REWARD_OPTIONS_INIT)
 PSOUP_CPP_DEFAULTS(psoup_dpo_options, PSOUP_DPO_OPTIONS_INIT)
 PSOUP_CPP_DEFAULTS(psoup_ppo_options, PSOUP_PPO_OPTIONS_INIT)
+PSOUP_CPP_DEFAULTS(psoup_best_options, PSOUP_BEST_OPTIONS_INIT)
 PSOUP_CPP_QUIET_END
 
 /* Return false to stop with PSOUP_ERROR_CANCELLED. */
@@ -373,6 +374,62 @@ private:
     }
     state *state_ = nullptr;
 };
+
+/* ---- best of n -------------------------------------------------------------------------------------------- */
+
+struct best {
+    std::vector<completion> candidates;
+    std::vector<float> scores;
+    std::size_t chosen = 0;
+    const completion &answer() const { return candidates[chosen]; }
+};
+
+/* options.n answers to each prompt, and which of them the rewards, or a function, like best. */
+inline result<std::vector<best>> best_of_n(model &m, span<const prompt> prompts, std::vector<reward *> rewards,
+                                           reward_function function = {},
+                                           psoup_best_options options = defaults<psoup_best_options>(),
+                                           const psoup_sampling &sampling = defaults<psoup_sampling>(),
+                                           const psoup_session_options &session = defaults<psoup_session_options>()) {
+    detail::callback<bool(span<const psoup_rollout>, span<float>)> c(std::move(function));
+    const auto handles = detail::pointers(rewards);
+    if (!rewards.empty()) {
+        options.rewards = handles.data();
+        options.n_rewards = handles.size();
+    }
+    if (c.function) {
+        options.reward_user = &c;
+        options.reward_fn = [](void *user, const psoup_rollout *rollouts, std::size_t n, float *scores) {
+            auto *own = static_cast<decltype(&c)>(user);
+            return own->run([&] { return own->function({rollouts, n}, {scores, n}); });
+        };
+    }
+    std::vector<psoup_prompt> asked;
+    for (const prompt &p : prompts) {
+        auto one = m.prompt_of(p);
+        if (!one) return one.error();
+        asked.push_back(*one);
+    }
+    const auto each = static_cast<std::size_t>(options.n > 0 ? options.n : 0);
+    std::vector<std::int32_t> chosen(prompts.size());
+    std::vector<float> scores(prompts.size() * each);
+    psoup_generation *made = nullptr;
+    auto done = detail::call(psoup_best_of_n, m.get(), static_cast<const psoup_prompt *>(asked.data()), asked.size(),
+                             &sampling, &session, static_cast<const psoup_best_options *>(&options), &made,
+                             chosen.data(), scores.data());
+    handle<psoup_generation, psoup_generation_free> owned(made);
+    c.rethrow();
+    if (!done) return done.error();
+    std::vector<best> out(prompts.size());
+    for (std::size_t i = 0; i < prompts.size(); i++) {
+        out[i].chosen = static_cast<std::size_t>(chosen[i]);
+        for (std::size_t k = 0; k < each; k++) {
+            const psoup_completion *p = psoup_generation_get(made, i * each + k);
+            out[i].candidates.push_back({{p->tokens, p->tokens + p->n}, {p->logprobs, p->logprobs + p->n}, p->finish});
+            out[i].scores.push_back(scores[i * each + k]);
+        }
+    }
+    return out;
+}
 
 } // namespace psoup
 

@@ -8,6 +8,7 @@ others train it, `psoup.Merger` and `psoup.merge` make files and state dicts of 
 from ._abi import Dtype, EarlyStop, Finish, LogLevel, MergeMethod, MergePeer, MixMethod, RopeScaling, Schedule, Status
 from ._library import Bar
 from .arrays import View, empty, empty_like, packed, view
+from .best import *  # noqa: F403
 from .comm import *  # noqa: F403
 from .context import *  # noqa: F403
 from .data import *  # noqa: F403

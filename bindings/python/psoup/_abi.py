@@ -457,6 +457,10 @@ class psoup_ppo_trace(Structure):
     pass
 
 
+class psoup_best_options(Structure):
+    pass
+
+
 psoup_error._fields_ = [
     ("status", c_int),
     ("message", c_char * 1020),
@@ -1049,6 +1053,19 @@ psoup_ppo_trace._fields_ = [
     ("adapters", c_size_t),
     ("mix", POINTER(c_float)),
 ]
+psoup_best_options._fields_ = [
+    ("size", c_size_t),
+    ("n", c_int32),
+    ("reward_text", c_int32),
+    ("rewards", POINTER(POINTER(psoup_reward))),
+    ("n_rewards", c_size_t),
+    ("reward_fn", psoup_reward_fn),
+    ("reward_user", c_void_p),
+    ("questions", POINTER(psoup_ppo_prompt)),
+    ("tokenizer", POINTER(psoup_tokenizer)),
+    ("reward_max_tokens", c_int32),
+    ("reserved", c_int32),
+]
 
 STRUCTS = (
     psoup_error,
@@ -1098,6 +1115,7 @@ STRUCTS = (
     psoup_ppo_policy,
     psoup_ppo_options,
     psoup_ppo_trace,
+    psoup_best_options,
 )
 OPAQUE = (
     psoup_context,
@@ -1262,6 +1280,10 @@ DEFAULTS: Dict[Any, Dict[str, Any]] = {
         "warn_reward_rise": 1.0,
         "warn_kl_growth": 2.0,
         "warn_window": 16,
+    },
+    psoup_best_options: {
+        "n": 4,
+        "reward_max_tokens": 512,
     },
 }
 
@@ -1459,4 +1481,5 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_sft_memory": (c_int, [POINTER(psoup_model), c_char_p, POINTER(psoup_example), c_size_t, POINTER(psoup_example), c_size_t, POINTER(psoup_sft_options), POINTER(psoup_memory), POINTER(psoup_error)]),
     "psoup_reward_memory": (c_int, [POINTER(POINTER(psoup_reward)), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_reward_options), POINTER(psoup_memory), POINTER(psoup_error)]),
     "psoup_ppo_memory": (c_int, [POINTER(psoup_model), POINTER(psoup_ppo_policy), c_size_t, POINTER(psoup_ppo_options), POINTER(psoup_memory), POINTER(psoup_error)]),
+    "psoup_best_of_n": (c_int, [POINTER(psoup_model), POINTER(psoup_prompt), c_size_t, POINTER(psoup_sampling), POINTER(psoup_session_options), POINTER(psoup_best_options), POINTER(POINTER(psoup_generation)), POINTER(c_int32), POINTER(c_float), POINTER(psoup_error)]),
 }

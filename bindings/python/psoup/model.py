@@ -335,33 +335,31 @@ class Model(Handle):
                  stop_tokens: Optional[Sequence[int]] = None, max_sequences: int = 0, max_tokens: int = 0,
                  prefill_rows: int = 0, method: Method = "delta", methods: Optional[Sequence[Method]] = None,
                  strength: float = 1.0, **sampling: Unpack[Sampling]) -> List[Completion]:
-        """Generates for all prompts together, each with its mix and method, weights times strength. `on_token(token)` sees every new token
-        as it comes; `token.id` is the prompt's number. Sampling: max_new_tokens=128, temperature=1.0 (0:
-        greedy), top_p, top_k, min_new_tokens, no_repeat_ngram_size, seed. stop_tokens: None is the
+        """Generates for all prompts together, each with its mix and method, weights times strength. `on_token(token)`
+        sees every new token as it comes; `token.id` is the prompt's number. Sampling: max_new_tokens=128,
+        temperature=1.0 (0: greedy), top_p, top_k, min_new_tokens, no_repeat_ngram_size, seed. stop_tokens: None is the
         model's own end tokens. max_sequences decode together."""
-        if mixes is not None and len(mixes) != len(prompts):
-            raise ArgumentError("there are %d prompts and %d mixes" % (len(prompts), len(mixes)))
-        if methods is not None and len(methods) != len(prompts):
-            raise ArgumentError("there are %d prompts and %d methods" % (len(prompts), len(methods)))
         keep: List[Any] = []
-        structs = (_abi.psoup_prompt * len(prompts))()
         settings = sampling_of({**sampling, "stop_tokens": stop_tokens}, keep)
         session = new(_abi.psoup_session_options, {"max_sequences": max_sequences, "max_tokens": max_tokens,
                                                    "prefill_rows": prefill_rows})
         with self.lock:
-            for i, prompt in enumerate(prompts):
-                structs[i] = self._prompt(prompt, mixes[i] if mixes is not None else mix,
-                                          methods[i] if methods is not None else method, strength, i, keep)
+            structs = self._prompts(prompts, mix, mixes, method, methods, strength, keep)
             generation = create(_abi.psoup_generation, lib.psoup_generate, self.handle, structs, len(prompts),
                                 settings, session, _token_callback(on_token), None, long=True)
-        try:
-            out = []
-            for i in range(len(prompts)):
-                c = lib.psoup_generation_get(generation, i).contents
-                out.append(Completion(copied(c.tokens, c.n, "int32"), copied(c.logprobs, c.n), Finish(c.finish)))
-            return out
-        finally:
-            lib.psoup_generation_free(generation)
+        return _completions(generation, len(prompts))
+
+    def _prompts(self, prompts: Sequence[Union[Prompt, Tokens]], mix: Mix, mixes: Optional[Sequence[Mix]],
+                 method: Method, methods: Optional[Sequence[Method]], strength: float, keep: List[Any]) -> Any:
+        if mixes is not None and len(mixes) != len(prompts):
+            raise ArgumentError("there are %d prompts and %d mixes" % (len(prompts), len(mixes)))
+        if methods is not None and len(methods) != len(prompts):
+            raise ArgumentError("there are %d prompts and %d methods" % (len(prompts), len(methods)))
+        structs = (_abi.psoup_prompt * len(prompts))()
+        for i, prompt in enumerate(prompts):
+            structs[i] = self._prompt(prompt, mixes[i] if mixes is not None else mix,
+                                      methods[i] if methods is not None else method, strength, i, keep)
+        return structs
 
     def session(self, **options: Unpack[SessionOptions]) -> "Session":
         """A `Session` over this model."""
@@ -370,6 +368,18 @@ class Model(Handle):
     def __repr__(self) -> str:
         return "<psoup.Model closed>" if self.closed else "<psoup.Model, %d parameters, adapters: %s>" % (
             self.parameters, ", ".join(self.adapters) or "none")
+
+
+def _completions(generation: Any, n: int) -> List[Completion]:
+    """Copies of the first n, and frees the generation."""
+    try:
+        out = []
+        for i in range(n):
+            c = lib.psoup_generation_get(generation, i).contents
+            out.append(Completion(copied(c.tokens, c.n, "int32"), copied(c.logprobs, c.n), Finish(c.finish)))
+        return out
+    finally:
+        lib.psoup_generation_free(generation)
 
 
 def _split(flat: Any, counts: Sequence[int]) -> List[Any]:

@@ -538,3 +538,14 @@ class PpoOptions(TypedDict, total=False):
     length_penalty: float
     # units of the normalised score; default 0
     length_target: int
+
+
+class BestOptions(TypedDict, total=False):
+    # answers to each prompt; default 4
+    n: int
+    # 1: rewards read the decoded text, tokenised again (needs tokenizer); default 0
+    reward_text: int
+    # default 0
+    n_rewards: int
+    # longer reward inputs keep their first tokens; 0: what the model can hold; default 512
+    reward_max_tokens: int

@@ -428,12 +428,12 @@ class PPO(Run):
                  reward: Union[RewardFunction, Reward, Sequence[Reward]] = (),
                  validation: Sequence[Union[PpoPrompt, Tokens]] = (), seed: int = 0,
                  **options: Unpack[PpoOptions]) -> None:
-        policies = [Policy(p, prompts, reward, validation, seed + k) if isinstance(p, str) else p
-                    for k, p in enumerate(policies)]
+        given = [Policy(p, prompts, reward, validation, seed + k) if isinstance(p, str) else p
+                 for k, p in enumerate(policies)]
         keep: List[Any] = []
         parents: List[Handle] = [model]
-        structs = (_abi.psoup_ppo_policy * len(policies))()
-        for struct, policy in zip(structs, policies):
+        structs = (_abi.psoup_ppo_policy * len(given))()
+        for struct, policy in zip(structs, given):
             struct.adapter, struct.seed = encoded(policy.adapter), policy.seed
             struct.prompts, struct.n_prompts = _ppo_prompts(policy.prompts, keep), len(policy.prompts)
             struct.validation = _ppo_prompts(policy.validation, keep)
@@ -463,7 +463,7 @@ class PPO(Run):
             settings.tokenizer = tokenizer.handle
             parents.append(tokenizer)
         keep += [structs, settings]
-        self.policies = tuple(p.adapter for p in policies)
+        self.policies = tuple(p.adapter for p in given)
         with model.lock:
             self._own(create(_abi.psoup_ppo, lib.psoup_ppo_create, model.handle, structs, len(policies), settings),
                       lib.psoup_ppo_free, parents, keep, lock=model.lock)

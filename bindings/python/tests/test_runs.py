@@ -149,5 +149,47 @@ class Iteration(Case):
         self.assertEqual(json.loads(json.dumps(history.values("loss")[-1])), [24999, 1.0])
 
 
+class BestOfN(Case):
+    PROMPTS = [[2, 3], [4, 5, 6]]
+
+    def test_the_best_of_the_answers(self):
+        model = tiny()
+        plain = model.generate(self.PROMPTS, {"A": 1}, max_new_tokens=6, seed=4)
+        found = psoup.best_of_n(model, self.PROMPTS, nines, 8, {"A": 1}, max_new_tokens=6, seed=4)
+        self.assertEqual(len(found), 2)
+        for best, first, prompt in zip(found, plain, self.PROMPTS):
+            rollouts = [psoup.Rollout("", prompt, 0, list(c.tokens), c.finish) for c in best.candidates]
+            for score, expected in zip(best.scores, nines(rollouts)):
+                self.assertAlmostEqual(score, expected, places=5)
+            self.assertEqual((best.score, best.chosen), (max(best.scores), best.scores.index(max(best.scores))))
+            self.assertEqual(list(best.answer.tokens), list(best.candidates[best.chosen].tokens))
+            self.assertEqual(list(best.candidates[0].tokens), list(first.tokens))
+        alone, = psoup.best_of_n(model, [psoup.Prompt(self.PROMPTS[1], {"A": 1}, 1)], nines, 3, max_new_tokens=6, seed=4)
+        self.assertEqual(alone.scores, found[1].scores[:3])
+
+    def test_reward_models_and_questions(self):
+        model = tiny()
+        rewards = [psoup.Reward(model, name, rank=2) for name in ("R", "S")]
+        psoup.train_rewards(rewards, COMPARISONS + [c._replace(reward=1) for c in COMPARISONS], learning_rate=0.05,
+                            epochs=5)
+        best, = psoup.best_of_n(model, [[2, 3]], rewards[0], 4, max_new_tokens=3)
+        expected = rewards[0].score([[2, 3] + list(c.tokens) for c in best.candidates])
+        self.assertEqual(best.scores, [float(x) for x in expected])
+        question = psoup.PpoPrompt([7], inputs=[psoup.RewardInput([7], 0, 0.5), psoup.RewardInput([8, 2], 1, 2.0)])
+        again, = psoup.best_of_n(model, [[2, 3]], rewards, 4, max_new_tokens=3, questions=[question])
+        first = rewards[0].score([[7] + list(c.tokens) for c in best.candidates])
+        second = rewards[1].score([[8, 2] + list(c.tokens) for c in best.candidates])
+        self.assertNear(again.scores, [0.5 * x + 2 * y for x, y in zip(first, second)], 1e-6)
+
+    def test_what_is_wrong_is_said(self):
+        model = tiny(("A",))
+        self.assertRaises(ZeroDivisionError, psoup.best_of_n, model, [[2]], lambda r: 1 / 0)
+        for wrong, message in ((dict(n=0), "n is 0"), (dict(temperature=0), "the same"),
+                               (dict(reward_text=True), "tokenizer is NULL")):
+            self.assertRaisesRegex(psoup.ArgumentError, message, psoup.best_of_n, model, [[2]], nines, **wrong)
+        self.assertRaisesRegex(ValueError, "1 prompts and 0 questions", psoup.best_of_n, model, [[2]], nines, questions=[])
+        self.assertEqual(psoup.best_of_n(model, [], nines), [])
+
+
 if __name__ == "__main__":
     unittest.main()
