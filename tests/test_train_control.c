@@ -209,6 +209,48 @@ START_TEST(other_trainers_skip_and_say_so) {
 }
 END_TEST
 
+/* Elements of a gradient are clipped in every trainer, and a value beyond all of them changes nothing. */
+START_TEST(gradients_are_clipped_by_value) {
+    static const float values[3] = {0.0f, 1e30f, 1e-3f};
+    float *expected = NULL;
+    size_t count;
+    for (int v = 0; v < 3; v++) {
+        psoup_model *model = fresh(1);
+        psoup_reward *reward;
+        const char *name = _i == 1 ? "R" : "P0";
+        OK(psoup_reward_create(model, "R", NULL, &reward, &error));
+        const psoup_example example = {words[0], 2, 1};
+        psoup_comparison pair = {.chosen = words[0], .n_chosen = 2, .rejected = words[1], .n_rejected = 3};
+        psoup_dpo_pair two = {.prompt = words[0], .n_prompt = 1, .chosen = words[1], .n_chosen = 2,
+                              .rejected = words[2], .n_rejected = 1};
+        psoup_ppo_policy p = policy(0);
+        psoup_sft_options sft = PSOUP_SFT_OPTIONS_INIT;
+        psoup_reward_options r = PSOUP_REWARD_OPTIONS_INIT;
+        psoup_dpo_options dpo = PSOUP_DPO_OPTIONS_INIT;
+        psoup_ppo_options o = plain();
+        sft.max_steps = r.max_steps = dpo.max_steps = 3;
+        sft.max_grad_value = r.max_grad_value = dpo.max_grad_value = o.max_grad_value = values[v];
+        if (_i == 0)
+            OK(psoup_sft(model, "P0", &example, 1, NULL, 0, &sft, &error));
+        else if (_i == 1)
+            OK(psoup_reward_train(&reward, 1, &pair, 1, NULL, 0, &r, &error));
+        else if (_i == 2)
+            OK(psoup_dpo(model, &name, 1, &two, 1, NULL, 0, &dpo, &error));
+        psoup_ppo *ppo = _i == 3 ? create(model, &p, 1, &o) : NULL;
+        if (ppo)
+            OK(psoup_ppo_step(ppo, NULL, &error));
+        psoup_ppo_free(ppo);
+        if (v == 0)
+            expected = weights(model, name, &count);
+        else
+            ck_assert_int_eq(same_weights(model, name, expected, count), v == 1);
+        psoup_reward_free(reward);
+        psoup_model_free(model);
+    }
+    free(expected);
+}
+END_TEST
+
 /* ---- signs of collapse ------------------------------------------------------------------------------ */
 
 START_TEST(repeated_grams_are_counted) {
@@ -396,6 +438,7 @@ int main(void) {
     tcase_add_loop_test(tests, a_bad_mini_batch_touches_nothing, 0, GUARDS);
     tcase_add_test(tests, a_step_too_far_is_the_last);
     tcase_add_loop_test(tests, other_trainers_skip_and_say_so, 0, 3);
+    tcase_add_loop_test(tests, gradients_are_clipped_by_value, 0, 4);
     tcase_add_test(tests, repeated_grams_are_counted);
     tcase_add_test(tests, rewards_and_kl_belong_together);
     tcase_add_loop_test(tests, runs_are_watched_and_left_alone, 0, 4);
