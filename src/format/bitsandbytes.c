@@ -47,15 +47,16 @@ static psoup_status read_state(psoup_context *context, const psoup__weights *wei
     const char *path = psoup__weights_path(weights);
     const psoup__tensor *tensor = psoup__weights_find(weights, name);
     psoup_json *state = NULL;
-    psoup_status status;
+    psoup_status status = PSOUP_ERROR_MEMORY;
     if (tensor == NULL || tensor->dtype != PSOUP_U8 || tensor->bytes > STATE_LIMIT)
         return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: tensor %s: expected the bytes of a JSON object", path,
                            name);
     char *text = psoup__alloc(context, tensor->bytes + 1, 1, error);
-    if (text == NULL)
-        return PSOUP_ERROR_MEMORY;
+    char *where = psoup__format(context, error, "%s: tensor %s", path, name);
+    if (text == NULL || where == NULL)
+        goto fail;
     psoup__tensor_bytes(tensor, 0, tensor->bytes, text);
-    PSOUP__TRY(psoup_json_parse(text, tensor->bytes, name, &state, error));
+    PSOUP__TRY(psoup_json_parse(text, tensor->bytes, where, &state, error));
     const psoup_json *shape = psoup_json_get(state, "shape");
     const char *kind = psoup_json_string(psoup_json_get(state, "quant_type"), "");
     const int64_t block = psoup_json_integer(psoup_json_get(state, "blocksize"), -1);
@@ -77,6 +78,7 @@ static psoup_status read_state(psoup_context *context, const psoup__weights *wei
     linear->offset = (float)offset;
 fail:
     psoup_json_free(state);
+    psoup__free(context, where);
     psoup__free(context, text);
     return status;
 }
