@@ -72,7 +72,8 @@ enum { NAN_LOSS, NAN_GRADIENT, RATIO, GUARDS };
  * were, counts what it skipped, and says which policy, which step and what was wrong, once. */
 START_TEST(a_bad_mini_batch_touches_nothing) {
     static const char *const why[GUARDS] = {"its loss or its ratio is not a finite number",
-                                            "the norm of its gradient is ", "its mean ratio is 1 (ratio_threshold is 0.5)"};
+                                            "the norm of its gradient is ",
+                                            "its mean ratio is 1 (ratio_threshold is 0.5)"};
     seen s = {0};
     psoup_model *model = poisoned = fresh(2);
     psoup_ppo_policy p[2] = {policy(0), policy(1)}; /* the second is told of too, in its own name */
@@ -102,7 +103,8 @@ START_TEST(a_bad_mini_batch_touches_nothing) {
     OK(psoup_ppo_step(ppo, NULL, &error));
     ck_assert_double_eq(s.skipped, 4.0);
     ck_assert_int_eq(heard.warnings, _i == NAN_LOSS ? 1 : 2);
-    SAID(_i == NAN_LOSS ? "policy 'P0', step 2: mini-batch 1 was skipped" : "policy 'P1', step 2: mini-batch 1 was skipped");
+    SAID(_i == NAN_LOSS ? "policy 'P0', step 2: mini-batch 1 was skipped"
+                        : "policy 'P1', step 2: mini-batch 1 was skipped");
     SAID("its optimiser left as it was");
     SAID(why[_i]);
     ck_assert(same(before, look(optimizer)));
@@ -171,7 +173,8 @@ static void poison(psoup_model *model, const char *name) {
 START_TEST(other_trainers_skip_and_say_so) {
     static const char *const says[] = {"sft: 'P0', step 2 was skipped, its optimiser left as it was: its loss is nan",
                                        "reward: 'R', step 2 was skipped, its optimiser left as it was: its loss is nan",
-                                       "dpo: 'P0', step 2 was skipped, its optimiser left as it was: the norm of its gradient is "};
+                                       "dpo: 'P0', step 2 was skipped, its optimiser left as it was: the norm of its "
+                                       "gradient is "};
     double skipped = 0.0;
     psoup_model *model = fresh(1);
     psoup_reward *reward;

@@ -195,7 +195,7 @@ static double in_deviations(const double *all, size_t n, double s) {
 }
 
 /* A reward model and two functions of one policy: each response's score is their weighted sum, and what it is paid
- * that sum normalised, or the sum of each one normalised, clipped, less a penalty for length. Each is reported apart. */
+ * that sum normalised, or the sum of each one normalised; clipped, less a penalty for length. Each is told apart. */
 START_TEST(several_rewards_are_weighed_and_told_apart) {
     psoup_model *model = fresh(1);
     psoup_reward *reward = headed(model, "R");
@@ -331,7 +331,8 @@ START_TEST(unsound_sources_are_refused) {
                                      {.name = "b", .function = pay, .weight = 1.0f}};
         const int32_t tokens[2] = {2, 3};
         const psoup_reward_input input = {i == 10 ? 2 : 0, 1.0f, tokens, 2};
-        psoup_ppo_prompt prompt = {.tokens = tokens, .n = 2, .inputs = i == 10 || i == 11 ? &input : NULL, .n_inputs = 1};
+        psoup_ppo_prompt prompt = {.tokens = tokens, .n = 2, .n_inputs = 1,
+                                   .inputs = i == 10 || i == 11 ? &input : NULL};
         psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT;
         psoup_ppo_policy p = policy(0);
         psoup_ppo_options o = plain();

@@ -354,7 +354,8 @@ START_TEST(other_ppo_runs_are_refused) {
     REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its validation of policy 1 was \"8 rows, ");
     policies[1].n_validation++;
     source.weight = 0.5f;
-    REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its source 0 of policy 0 was \"reward/a of weight 1, ");
+    REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE,
+            "its source 0 of policy 0 was \"reward/a of weight 1, ");
     source.weight = 1.0f;
     *psoup__model_adapter(model, "R")->data += 1.0f;
     REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its reward 0 of policy 1 was \"R of rank ");

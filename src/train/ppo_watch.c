@@ -79,8 +79,8 @@ static void watch_texts(const psoup_ppo *ppo, psoup__policy *policy, const psoup
     long long step = policy->next.step;
     if (tell(ppo, policy, 0, o->warn_repetition > 0.0f && seen->repetition > o->warn_repetition))
         psoup__log(context, PSOUP_LOG_WARNING,
-                   "ppo: policy '%s', step %lld: %.0f%% of the 4-grams of its responses repeat (warn_repetition is %g): "
-                   "it may be collapsing", policy->name, step, 100.0 * seen->repetition,
+                   "ppo: policy '%s', step %lld: %.0f%% of the 4-grams of its responses repeat (warn_repetition is "
+                   "%g): it may be collapsing", policy->name, step, 100.0 * seen->repetition,
                    (double)o->warn_repetition);
     if (tell(ppo, policy, 1, o->warn_empty > 0.0f && seen->empty > o->warn_empty))
         psoup__log(context, PSOUP_LOG_WARNING,
@@ -94,14 +94,14 @@ static void watch_reward(const psoup_ppo *ppo, psoup__policy *policy, const halv
     long long step = policy->next.step;
     if (tell(ppo, policy, 2, rose_for_nothing(h, o->warn_reward_rise)))
         psoup__log(context, PSOUP_LOG_WARNING,
-                   "ppo: policy '%s', step %lld: its reward rose from %g to %g, %.2g deviations, over %d steps at a KL of "
-                   "%.3g, where such a rise costs about %.3g: the reward does not come from the policy, or its KL is "
+                   "ppo: policy '%s', step %lld: its reward rose from %g to %g, %.2g deviations, over %d steps at a KL "
+                   "of %.3g, where such a rise costs about %.3g: the reward does not come from the policy, or its KL is "
                    "not what is estimated", policy->name, step, h->reward[0], h->reward[1], h->rise,
                    (int)o->warn_window, h->kl[1], h->rise * h->rise / 8.0);
     if (tell(ppo, policy, 3, paid_for_nothing(h, o->warn_kl_growth, (double)o->batch_size * o->warn_window)))
         psoup__log(context, PSOUP_LOG_WARNING,
-                   "ppo: policy '%s', step %lld: its KL grew from %.3g to %.3g over %d steps while its reward fell from "
-                   "%g to %g: it leaves the reference for nothing", policy->name, step, h->kl[0], h->kl[1],
+                   "ppo: policy '%s', step %lld: its KL grew from %.3g to %.3g over %d steps while its reward fell "
+                   "from %g to %g: it leaves the reference for nothing", policy->name, step, h->kl[0], h->kl[1],
                    (int)o->warn_window, h->reward[0], h->reward[1]);
 }
 

@@ -47,8 +47,8 @@ psoup_status psoup__optimizer_start(psoup__optimizer *optimizer, psoup__backend 
                                     psoup_error *error);
 void psoup__optimizer_end(psoup__optimizer *optimizer); /* takes a zeroed struct */
 void psoup__optimizer_zero(psoup__optimizer *optimizer); /* g = 0 */
-/* One step at rate `lr`, with g clipped to max_grad_value and then max_grad_norm; *norm is g's before both. A gradient that is not
- * finite steps nothing: *stepped is false and p, m, v and the counter are as they were. */
+/* One step at rate `lr`, with g clipped to max_grad_value and then max_grad_norm; *norm is g's before both. A
+ * gradient that is not finite steps nothing: *stepped is false and p, m, v and the counter are as they were. */
 psoup_status psoup__optimizer_step(psoup__optimizer *optimizer, float lr, double *norm,
                                    bool *stepped, psoup_error *error);
 /* The same of n of them as if their buffers were one: clipped by their common norm, and stepped all or
@@ -102,7 +102,7 @@ psoup_status psoup__team_broadcast(psoup__team *team, void *data, size_t bytes, 
 /* What came of something that rank 0 did alone: its status, and its error, to all. */
 psoup_status psoup__team_outcome(psoup__team *team, psoup_status status, psoup_error *error);
 
-/* optim.c: psoup__optimizer_step for a loss, which must be finite too. That nothing was stepped is told by rank 0's log. */
+/* optim.c: psoup__optimizer_step for a loss, which must be finite too. Rank 0's log tells that nothing was stepped. */
 psoup_status psoup__guarded_step(const psoup__team *team, psoup__optimizer *optimizer, float lr, double loss,
                                  const char *trainer, const char *subject, int64_t step, double *norm,
                                  bool *stepped, psoup_error *error);

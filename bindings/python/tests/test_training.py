@@ -218,7 +218,8 @@ class Ppo(Case):
     def test_a_model_and_functions_reward_one_policy(self):
         model = tiny(("A",))
         steps = []
-        sources = {"judge": psoup.Reward(model, "R", rank=2), "length": (lambda rs: [len(r.response) for r in rs], -0.5),
+        sources = {"judge": psoup.Reward(model, "R", rank=2),
+                   "length": (lambda rs: [len(r.response) for r in rs], -0.5),
                    "first": lambda rs: [float(r.response[0]) for r in rs]}
         ppo = psoup.Ppo(model, [psoup.Policy("A", [[2, 3], [4, 5]], sources)], steps=2, on_step=steps.append,
                         normalize_apart=True, length_penalty=0.1, **self.OPTIONS)
@@ -226,7 +227,8 @@ class Ppo(Case):
         ppo.run()
         for step in steps:
             m = step.metrics
-            self.assertAlmostEqual(m["reward"], m["reward/first"] - 0.5 * m["reward/length"] + m["reward/judge"], places=5)
+            self.assertAlmostEqual(m["reward"], m["reward/first"] - 0.5 * m["reward/length"] + m["reward/judge"],
+                                   places=5)
             self.assertEqual(m["reward/length"], m["length"])
             self.assertAlmostEqual(m["length_penalty"], 0.1 * m["length"], places=5)
         with self.assertRaisesRegex(psoup.ArgumentError, "the weight of source 'x' is 0"):
