@@ -136,8 +136,9 @@ class TrainPolicy(Case):
         tokenizer = psoup.Tokenizer.train(["What do you eat?"] * 3, 270, special=["</s>"])
         tiny((), vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.token_id("</s>")).save(
             self.path("base"), tokenizer)
-        run(self.path("base"), self.path("vowels"))
-        self.assertTrue(os.path.exists(self.path("vowels", "adapter_config.json")))
+        run(self.path("vowels"), self.path("base"))
+        self.assertEqual(sorted(os.listdir(self.path("vowels"))), [
+            "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "samples.jsonl"])
 
 
 LLAMA = os.path.join(os.environ.get("PSOUP_TEST_BUILD", ""), "embed_llama_cpp")
