@@ -1,6 +1,9 @@
 /* Several ranks train one run: the same update as one process on the whole batch, by supervised fine-tuning,
  * reward training and DPO. */
 #include "ranks_case.h"
+#include "resume_case.h"
+
+#include <signal.h>
 
 enum { ROWS = 23, LEARNERS = 2 };
 
@@ -9,6 +12,8 @@ static psoup_example examples[ROWS];
 static psoup_comparison comparisons[ROWS];
 static psoup_dpo_pair pairs[ROWS];
 static float rate, start[MOST_WEIGHTS]; /* the learning rate; the weights before */
+static const char *kept; /* where a run is kept; NULL: nowhere */
+static int resumes, dies_at; /* dies_at: rank 1, in its report of this step; 0: it does not */
 
 /* Rows of 4 to 14 tokens, for one learner more than for the other. */
 static void make_rows(void) {
@@ -35,6 +40,8 @@ static psoup_model *fresh(void) {
 static int keep_numbers(void *user, const psoup_step *step) {
     left *l = user;
     size_t at = 0;
+    if (l == &results[1] && dies_at == step->step && strcmp(step->phase, "train") == 0)
+        kill(getpid(), SIGKILL);
     for (size_t i = 0; i < step->n && i < 8; i++, at++)
         l->numbers[at + (strcmp(step->phase, "validation") == 0 ? 16 : 0) +
                    (strcmp(step->subject, "Q") == 0 ? 32 : 0)] = step->values[i];
@@ -58,6 +65,9 @@ static void train_sft(const psoup_comm *comm, void *arg) {
     o.on_step = keep_numbers;
     o.user = &results[rank];
     o.comm = comm;
+    o.checkpoint_dir = kept;
+    o.checkpoint_every = 0; /* before the first step and after the last, and when somebody dies */
+    o.resume = resumes;
     leave(rank, psoup_sft(model, adapter, examples, ROWS - 6, examples + ROWS - 6, 6, &o, &error));
     if (adapter)
         leave_weights(rank, model, adapter);
@@ -91,6 +101,9 @@ static void train_rewards(const psoup_comm *comm, void *arg) {
     o.on_step = keep_numbers;
     o.user = &results[rank];
     o.comm = comm;
+    o.checkpoint_dir = kept;
+    o.checkpoint_every = 0; /* before the first step and after the last, and when somebody dies */
+    o.resume = resumes;
     leave(rank, psoup_reward_train(rewards, LEARNERS, comparisons, ROWS - 5, comparisons + ROWS - 5, 5, &o, &error));
     for (int j = 0; j < LEARNERS; j++) {
         leave_weights(rank, model, name[j]);
@@ -112,6 +125,9 @@ static void train_dpo(const psoup_comm *comm, void *arg) {
     o.on_step = keep_numbers;
     o.user = &results[rank];
     o.comm = comm;
+    o.checkpoint_dir = kept;
+    o.checkpoint_every = 0; /* before the first step and after the last, and when somebody dies */
+    o.resume = resumes;
     leave(rank, psoup_dpo(model, name, LEARNERS, pairs, ROWS - 5, pairs + ROWS - 5, 5, &o, &error));
     for (int j = 0; j < LEARNERS; j++)
         leave_weights(rank, model, name[j]);
@@ -148,6 +164,40 @@ START_TEST(rewards) { the_same(train_rewards, NULL, 1e-4); }
 END_TEST
 START_TEST(dpo) { the_same(train_dpo, NULL, 1e-4); }
 END_TEST
+/* ---- when a rank dies -------------------------------------------------------------------------------- */
+
+/* Rank 0 keeps the run as it was after the last whole step, from where it ends with the same bits. */
+static void survives(rank_fn train, const char *arg, int at) {
+    left *whole = malloc(sizeof(*whole));
+    run r;
+    int ended[2];
+    share_results();
+    rate = 1e-2f;
+    in_ranks(2, train, (void *)arg, NULL);
+    *whole = results[0];
+    run_begin(&r);
+    kept = r.checkpoints;
+    dies_at = at;
+    in_ranks(2, train, (void *)arg, ended);
+    dies_at = 0;
+    ck_assert(ended[0] == 0 && WIFSIGNALED(ended[1]));
+    ck_assert_msg(results[0].status == PSOUP_ERROR_IO && strstr(results[0].message, "rank 1 (") &&
+                  strstr(results[0].message, " has the run as it was after step "), "%s", results[0].message);
+    resumes = 1;
+    in_ranks(2, train, (void *)arg, NULL);
+    resumes = 0;
+    kept = NULL;
+    same_in_all(2, whole, start, 0.0);
+    run_end(&r);
+    free(whole);
+}
+
+START_TEST(supervised_survives) { survives(train_sft, "P", 2 + _i); }
+END_TEST
+START_TEST(rewards_survive) { survives(train_rewards, NULL, 1 + _i); }
+END_TEST
+START_TEST(dpo_survives) { survives(train_dpo, NULL, 1 + _i); }
+END_TEST
 
 int main(void) {
     Suite *suite = suite_create("train_ranks");
@@ -159,6 +209,13 @@ int main(void) {
     tcase_add_test(same, rewards);
     tcase_add_test(same, dpo);
     suite_add_tcase(suite, same);
+    TCase *death = tcase_create("death");
+    tcase_add_checked_fixture(death, set_up, tear_down);
+    tcase_set_timeout(death, 60);
+    tcase_add_loop_test(death, supervised_survives, 0, 2);
+    tcase_add_loop_test(death, rewards_survive, 0, 3);
+    tcase_add_loop_test(death, dpo_survives, 0, 3);
+    suite_add_tcase(suite, death);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);
     const int failed = srunner_ntests_failed(runner);

@@ -225,8 +225,8 @@ psoup_status psoup__reward_step(psoup__reward_trainer *t, const psoup_comparison
         psoup__reward_learner *l = &t->learners[j];
         if (l->step == l->total)
             continue;
-        if (!psoup__goes_on(&status, finish_step(t, l, error)))
-            break;
+        if (!psoup__goes_on(&status, finish_step(t, l, error)) && !t->team.lost)
+            break; /* when a rank is gone all have had their step */
     }
 fail:
     return status;
