@@ -77,19 +77,20 @@ static bool same(const psoup_json *a, const psoup_json *b, const char *key) {
     return equal;
 }
 
-static psoup_status read_members(const psoup_preferences *preferences, const psoup_json *row, const char *path, size_t i,
-                                 duel_set *d, psoup_error *error) {
+static psoup_status read_members(const psoup_preferences *preferences, const psoup_json *row, const char *path,
+                                 size_t i, duel_set *d, psoup_error *error) {
     const psoup_json *list = psoup_json_get(row, "preferences");
     size_t n = psoup_json_size(list);
     if (psoup_json_kind(list) != PSOUP_JSON_ARRAY || n > MOST_MEMBERS)
-        return cli_error(error, PSOUP_ERROR_FORMAT, "%s: row %zu: \"preferences\" is missing or no list of 1 to %d symbols",
-                         path, i + 1, MOST_MEMBERS);
+        return cli_error(error, PSOUP_ERROR_FORMAT,
+                         "%s: row %zu: \"preferences\" is missing or no list of at most %d symbols", path, i + 1,
+                         MOST_MEMBERS);
     for (size_t k = 0; k < n; k++) {
         const char *symbol = psoup_json_string(psoup_json_at(list, k), "");
         d->preferences[i][k] = psoup_preferences_find(preferences, symbol);
         if (d->preferences[i][k] < 0)
-            return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: row %zu: \"preferences\": \"%s\" is not in the catalogue",
-                             path, i + 1, symbol);
+            return cli_error(error, PSOUP_ERROR_ARGUMENT,
+                             "%s: row %zu: \"preferences\": \"%s\" is not in the catalogue", path, i + 1, symbol);
     }
     d->duels[i] = (psoup_duel){.prompt = (int64_t)i, .preferences = d->preferences[i], .n = n};
     return PSOUP_OK;
@@ -123,8 +124,9 @@ static psoup_status pair(const psoup_preferences *preferences, const char *const
     size_t n = psoup_json_size(d->rows[0]), other = psoup_json_size(d->rows[1]);
     psoup_status status = PSOUP_OK;
     if (n != other)
-        return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s has %zu responses, %s %zu: expected those to the same prompts",
-                         paths[0], n, paths[1], other);
+        return cli_error(error, PSOUP_ERROR_ARGUMENT,
+                         "%s has %zu responses, %s %zu: expected those to the same prompts", paths[0], n, paths[1],
+                         other);
     d->duels = calloc(n, sizeof *d->duels);
     d->preferences = calloc(n, sizeof *d->preferences);
     d->prompts = calloc(n, sizeof *d->prompts);
@@ -190,8 +192,8 @@ static psoup_status ask(const judge_args *a, psoup_context *context, const psoup
     if (status == PSOUP_OK)
         status = psoup_judge_set_patience(judge, (double)a->patience, error);
     if (status == PSOUP_OK)
-        status = psoup_judge_duels(judge, preferences, (const char *const *)d->prompts, d->responses[0], d->responses[1],
-                                   d->duels, d->n, a->swap, verdicts, helpful, error);
+        status = psoup_judge_duels(judge, preferences, (const char *const *)d->prompts, d->responses[0],
+                                   d->responses[1], d->duels, d->n, a->swap, verdicts, helpful, error);
     if (status == PSOUP_OK)
         status = write_duels(context, preferences, d, verdicts, helpful, a->out, error);
     psoup_judge_free(judge);

@@ -49,13 +49,15 @@ static const psoup_field run_fields[] = {
     FIELD(PSOUP_FIELD_BOOL, new_preferences, "With the paper's catalogue: P3C and P3D too, which makes 16 users."),
     FIELD(PSOUP_FIELD_BOOL, train_with_preference,
           "psoups: whether a policy's prompts, and bare comparisons, carry its preference's prompt."),
-    FIELD(PSOUP_FIELD_BOOL, evaluate_with_preference, "Whether evaluation prompts carry the user's preference prompts."),
+    FIELD(PSOUP_FIELD_BOOL, evaluate_with_preference,
+          "Whether evaluation prompts carry the user's preference prompts."),
     FIELD(PSOUP_FIELD_STRING, template, "tulu, alpaca, or a text with {instruction}."),
     FIELD(PSOUP_FIELD_INT, max_prompt_tokens, "Training and validation prompts this long are left out; 0: none."),
     CHOICE(soup, "delta|factors",
            "psoups: the weighted sum of the policies' changes, mixed row by row; or the A's and B's averaged apart, as "
            "the paper's code does."),
-    FIELD(PSOUP_FIELD_BOOL, save_soups, "psoups: whether each user's soup is written as an adapter; factors always are."),
+    FIELD(PSOUP_FIELD_BOOL, save_soups,
+          "psoups: whether each user's soup is written as an adapter; factors always are."),
     FIELD(PSOUP_FIELD_UINT64, seed, "Policy k samples under seed + k; the rest under seed."),
     FIELD(PSOUP_FIELD_BOOL, resume, "Whether to go on with the run in output, skipping what is finished."),
     FIELD(PSOUP_FIELD_STRING, device, "\"cpu\", \"cuda\" or \"cuda:N\"; null: the CPU."),
@@ -195,116 +197,6 @@ static psoup_status check_config(run *r, psoup_error *error) {
     return status == PSOUP_OK ? adapter_config_finish(&c->reward_lora, r->config_path, error) : status;
 }
 
-/* ---- what is done already -------------------------------------------------------------------------- */
-
-/* The run's directory holds the configuration as it was used, and which stages are finished. */
-typedef struct run_book {
-    psoup_json *config, *finished;
-    char *config_path, *finished_path;
-} run_book;
-
-static bool is_listed(const run_book *book, const char *stage) {
-    for (size_t i = 0; i < psoup_json_size(book->finished); i++)
-        if (!strcmp(psoup_json_string(psoup_json_at(book->finished, i), ""), stage))
-            return true;
-    return false;
-}
-
-static bool is_there(const run *r, const char *folder, const char *name, const char *file) {
-    char *directory = run_path(r, folder, name), *path = directory && file ? join(directory, file) : NULL;
-    bool there = directory && access(path ? path : directory, R_OK) == 0;
-    free(directory);
-    free(path);
-    return there;
-}
-
-/* A stage is finished when it said so and what it made is still there: files come into their place whole. */
-static bool is_finished(const run *r, const run_book *book, const char *stage) {
-    bool rewards = !strcmp(stage, "rewards"), policies = !strcmp(stage, "policies"), soups = !strcmp(stage, "soups");
-    bool there = is_listed(book, stage);
-    for (size_t i = 0; i < r->n_rewards && rewards; i++)
-        there = there && is_there(r, stage, r->rewards[i].name, "adapter_config.json") &&
-                is_there(r, stage, r->rewards[i].name, "adapter_model.safetensors");
-    for (size_t i = 0; i < r->n_policies && policies; i++)
-        there = there && is_there(r, stage, r->policies[i].name, "adapter_config.json") &&
-                is_there(r, stage, r->policies[i].name, "adapter_model.safetensors");
-    for (size_t u = 0; u < r->n_users && !rewards && !policies; u++) {
-        char name[RUN_MEMBERS + 8];
-        snprintf(name, sizeof name, "%s%s", r->users[u].name, soups ? "" : ".jsonl");
-        there = there && is_there(r, stage, name, soups ? "adapter_model.safetensors" : NULL);
-    }
-    return there;
-}
-
-static psoup_status finish(const run *r, run_book *book, const char *stage, psoup_error *error) {
-    if (!is_listed(book, stage) && psoup_json_append(book->finished, psoup_json_new_string(stage)) != 0)
-        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    return psoup_json_write(r->m.context, book->finished_path, book->finished, error);
-}
-
-/* Members in which a run may go on differently: none of them changes a result. */
-static bool may_differ(const char *name) {
-    return !strcmp(name, "output") || !strcmp(name, "resume") || !strcmp(name, "threads");
-}
-
-static psoup_status compare(const psoup_json *was, const psoup_json *is, const char *prefix, const char *path,
-                            psoup_error *error) {
-    const psoup_json *value;
-    const char *name = NULL;
-    psoup_status status = PSOUP_OK;
-    while (status == PSOUP_OK && (value = psoup_json_next(is, &name))) {
-        const psoup_json *before = psoup_json_get(was, name);
-        char where[256];
-        snprintf(where, sizeof where, "%s%s%s", prefix, *prefix ? "." : "", name);
-        if (may_differ(where))
-            continue;
-        if (psoup_json_kind(value) == PSOUP_JSON_OBJECT && psoup_json_kind(before) == PSOUP_JSON_OBJECT) {
-            status = compare(before, value, where, path, error);
-            continue;
-        }
-        char *a = before ? psoup_json_text(before, 0) : NULL, *b = psoup_json_text(value, 0);
-        if (!a || !b || strcmp(a, b) != 0)
-            status = cli_error(error, PSOUP_ERROR_STATE, "%s: is of another run: its %s was %.200s, is %.200s", path,
-                               where, a ? a : "absent", b ? b : "?");
-        psoup_text_free(a);
-        psoup_text_free(b);
-    }
-    return status;
-}
-
-static psoup_status open_book(const run *r, run_book *book, psoup_error *error) {
-    psoup_json *was = NULL, *finished = NULL;
-    psoup_status status = PSOUP_OK;
-    book->config_path = join(r->c.output, "config.json");
-    book->finished_path = join(r->c.output, "finished.json");
-    book->finished = psoup_json_new_array();
-    if (!book->config_path || !book->finished_path || !book->finished || !book->config)
-        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    bool there = access(book->config_path, F_OK) == 0;
-    if (there && !r->c.resume)
-        return cli_error(error, PSOUP_ERROR_STATE, "%s: has a run already; --resume goes on with it", r->c.output);
-    if (there)
-        status = psoup_json_read(r->m.context, book->config_path, &was, error);
-    if (there && status == PSOUP_OK)
-        status = compare(was, book->config, "", book->config_path, error);
-    if (status == PSOUP_OK && there && access(book->finished_path, F_OK) == 0) {
-        status = psoup_json_read(r->m.context, book->finished_path, &finished, error);
-        if (status == PSOUP_OK) {
-            psoup_json_free(book->finished);
-            book->finished = finished;
-        }
-    }
-    psoup_json_free(was);
-    return status;
-}
-
-static void close_book(run_book *book) {
-    psoup_json_free(book->config);
-    psoup_json_free(book->finished);
-    free(book->config_path);
-    free(book->finished_path);
-}
-
 /* ---- the run --------------------------------------------------------------------------------------- */
 
 enum { PLACES = 5 };
@@ -333,35 +225,35 @@ static psoup_status set_places(run *r, char *paths[PLACES], psoup_error *error) 
 typedef psoup_status (*stage_fn)(run *r, psoup_error *error);
 
 static psoup_status stage(run *r, run_book *book, const char *name, stage_fn fn, psoup_error *error) {
-    if (is_finished(r, book, name)) {
+    if (run_finished(r, book, name)) {
         run_say(r, "%s: finished before", name);
         return PSOUP_OK;
     }
     psoup_status status = fn(r, error);
-    return status == PSOUP_OK ? finish(r, book, name, error) : status;
+    return status == PSOUP_OK ? run_finish(r, book, name, error) : status;
 }
 
 /* Reads all that the stages need and adds their adapters, so that what is wrong is known before anything is trained. */
 static psoup_status prepare(run *r, const run_book *book, bool trains_rewards, psoup_error *error) {
-    bool trained = is_finished(r, book, "policies");
+    bool trained = run_finished(r, book, "policies");
     psoup_status status = run_read_prompts(r, error);
     if (status == PSOUP_OK && r->method->supervised && !trained)
         status = run_read_examples(r, error);
-    if (status == PSOUP_OK && trains_rewards && !is_finished(r, book, "rewards"))
+    if (status == PSOUP_OK && trains_rewards && !run_finished(r, book, "rewards"))
         status = run_read_comparisons(r, error);
     if (status == PSOUP_OK && !trained)
-        status = run_add_rewards(r, is_finished(r, book, "rewards"), error);
+        status = run_add_rewards(r, run_finished(r, book, "rewards"), error);
     return status == PSOUP_OK ? run_add_policies(r, trained, error) : status;
 }
 
 /* What the stages that are still to come will take. */
 static psoup_status plan(run *r, const run_book *book, bool trains_rewards, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    if (trains_rewards && !is_finished(r, book, "rewards") && !is_finished(r, book, "policies"))
+    if (trains_rewards && !run_finished(r, book, "rewards") && !run_finished(r, book, "policies"))
         status = run_plan_stage(r, "rewards", error);
-    if (status == PSOUP_OK && r->n_policies && !is_finished(r, book, "policies"))
+    if (status == PSOUP_OK && r->n_policies && !run_finished(r, book, "policies"))
         status = run_plan_stage(r, "policies", error);
-    if (status == PSOUP_OK && r->c.evaluation && !is_finished(r, book, "responses"))
+    if (status == PSOUP_OK && r->c.evaluation && !run_finished(r, book, "responses"))
         status = run_plan_stage(r, "responses", error);
     return status;
 }
@@ -371,7 +263,7 @@ static psoup_status go(run *r, run_book *book, psoup_error *error) {
     char *paths[PLACES] = {NULL};
     bool soups = r->method->scope == RUN_EACH && (c->save_soups || c->soup == RUN_FACTORS);
     bool trains_rewards = r->n_rewards && !r->rewards[0].directory;
-    psoup_status status = open_book(r, book, error);
+    psoup_status status = run_open_book(r, book, error);
     if (status == PSOUP_OK)
         status = set_places(r, paths, error);
     if (status == PSOUP_OK)
@@ -393,7 +285,7 @@ static psoup_status go(run *r, run_book *book, psoup_error *error) {
         status = stage(r, book, "policies", run_train_policies, error);
     if (status == PSOUP_OK && soups)
         status = stage(r, book, "soups", run_make_soups, error);
-    if (status == PSOUP_OK && soups && c->soup == RUN_FACTORS && c->evaluation && !is_finished(r, book, "responses"))
+    if (status == PSOUP_OK && soups && c->soup == RUN_FACTORS && c->evaluation && !run_finished(r, book, "responses"))
         status = run_load_soups(r, error);
     if (status == PSOUP_OK && c->evaluation)
         status = stage(r, book, "responses", run_respond, error);
@@ -499,7 +391,7 @@ static int run_command(run *r, int argc, char **argv) {
     status = start(r, &book, &error) != PSOUP_OK ? cli_training_fail(&error)
              : r->plan_only                      ? 0
                                                  : run_print_output(r->c.output, c.json);
-    close_book(&book);
+    run_close_book(&book);
     run_close(r);
     config_free(&c);
     return status;

@@ -1,6 +1,7 @@
 /* psoup run: what its parts share.
  *
  *   cmd_run.c      the command: configuration, preset, what is done already, the order of the stages
+ *   run_book.c     what is done already
  *   run_data.c     files in the paper's layouts, and what psoup feedback writes, as tokens
  *   run_methods.c  the stages: reward models, policies, soups, responses
  *   run_plan.c     what the stages will take of memory
@@ -107,6 +108,18 @@ typedef struct run {
     psoup_example *examples;
     size_t n_examples, n_examples_held;
 } run;
+
+/* ---- run_book.c ---- */
+typedef struct run_book {
+    psoup_json *config, *finished;
+    char *config_path, *finished_path;
+} run_book;
+/* book->config is the configuration now. Refuses an output that has a run, unless it goes on with the same. */
+psoup_status run_open_book(const run *r, run_book *book, psoup_error *error);
+void run_close_book(run_book *book);
+/* A stage is finished when it said so and what it made is still there: files come into their place whole. */
+bool run_finished(const run *r, const run_book *book, const char *stage);
+psoup_status run_finish(const run *r, run_book *book, const char *stage, psoup_error *error);
 
 /* ---- run_data.c ---- */
 psoup_status run_read_preferences(run *r, psoup_error *error);

@@ -348,7 +348,8 @@ psoup_status run_responses_memory(run *r, psoup_memory *out, psoup_error *error)
     sampling_of(r, &sampling, &session);
     psoup_status status = ask(&a, error);
     if (status == PSOUP_OK)
-        status = psoup_generate_memory(r->m.model, a.prompts, a.n_askers * a.n_prompts, &sampling, &session, out, error);
+        status = psoup_generate_memory(r->m.model, a.prompts, a.n_askers * a.n_prompts, &sampling, &session, out,
+                                       error);
     if (status == PSOUP_OK && r->method->scope == RUN_EACH && r->c.soup == RUN_FACTORS) {
         status = psoup_model_adapter_data(r->m.model, r->policies[0].name, &data, &count, error);
         int64_t more = (int64_t)(r->n_users * count * sizeof *data);

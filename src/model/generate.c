@@ -152,8 +152,8 @@ void psoup_generation_free(psoup_generation *generation) {
 /* ---- what it takes ------------------------------------------------------------------------------- */
 
 /* What the prompts want together; adapters [n_adapters] receives which ones they use. */
-static psoup_status look(const psoup_model *model, const psoup_prompt *prompts, size_t n, const psoup_sampling *sampling,
-                         int32_t *adapters, psoup__decoding_extent *d, bool *mixes_logits, psoup_error *error) {
+static psoup_status look(const psoup_model *model, const psoup_prompt *prompts, size_t n,
+                         const psoup_sampling *sampling, int32_t *adapters, psoup__decoding_extent *d, bool *mixes_logits, psoup_error *error) {
     for (size_t i = 0; i < n; i++) {
         psoup_sampling own = PSOUP_SAMPLING_INIT;
         psoup_status status = psoup__options(&own, sizeof own, sampling_of(&prompts[i], sampling), "psoup_sampling",

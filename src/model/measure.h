@@ -59,8 +59,8 @@ psoup__base_bytes psoup__measure_base(const psoup_model *model);
 /* The table of rotations for so many positions, and what making it takes besides. */
 int64_t psoup__measure_positions(const psoup_model *model, int64_t positions);
 
-/* Fills in base, adapters and held, of a model that will learn or not; adds a footprint; and sums up, where `kept` bytes
- * of learning are in host memory whatever the device. */
+/* Fills in base, adapters and held, of a model that will learn or not; adds a footprint; and sums up, where `kept`
+ * bytes of learning are in host memory whatever the device. */
 void psoup__memory_begin(psoup_model *model, bool learns, psoup_memory *out);
 void psoup__memory_add(psoup_memory *out, const psoup__footprint *print);
 void psoup__memory_end(const psoup_model *model, int64_t kept, psoup_memory *out);

@@ -32,7 +32,7 @@ typedef struct psoup__cache {
 /* Room for so many sequences of max_tokens; with tokens > 0, for so many tokens of all together. */
 psoup_status psoup__cache_create(psoup_model *model, int32_t sequences, int32_t max_tokens, int64_t tokens,
                                  psoup__cache **out, psoup_error *error);
-size_t psoup__cache_bytes(psoup_model *model, int32_t sequences, int32_t max_tokens, int64_t tokens); /* SIZE_MAX: too many */
+size_t psoup__cache_bytes(psoup_model *model, int32_t sequences, int32_t max_tokens, int64_t tokens); /* or SIZE_MAX */
 void psoup__cache_free(psoup__cache *cache);
 int32_t psoup__cache_pages(const psoup__cache *cache, int32_t tokens); /* that so many tokens take */
 bool psoup__cache_take(psoup__cache *cache, int32_t *pages, int32_t n); /* false where there are too few */

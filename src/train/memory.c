@@ -5,7 +5,8 @@
 
 /* Bytes beside activations of a pass (pack.c), whose arrays may have doubled: its rows, log-probs, values and heads. */
 static int64_t pack_bytes(const psoup_model *model, const psoup__extent *e) {
-    int64_t row = 4, read = 16, head = 8 + 4 + 8 + 4 + 4 + 4 + 3 * 8, sequence = 4 + 16 + 4 * (int64_t)model->n_adapters;
+    int64_t row = 4, read = 16, head = 8 + 4 + 8 + 4 + 4 + 4 + 3 * 8;
+    int64_t sequence = 4 + 16 + 4 * (int64_t)model->n_adapters;
     int64_t sum = psoup__product(e->rows, row);
     sum = psoup__sum(sum, psoup__product(e->reads, read));
     sum = psoup__sum(sum, psoup__product(e->heads, head * (e->each > 1 ? e->each : 1)));
@@ -176,7 +177,8 @@ typedef struct asked {
     int64_t read;     /* tokens of what one reads before the response */
 } asked;
 
-static void look(const psoup_ppo_policy *policy, const psoup_ppo_prompt *prompts, size_t n, int64_t answered, asked *a) {
+static void look(const psoup_ppo_policy *policy, const psoup_ppo_prompt *prompts, size_t n, int64_t answered,
+                 asked *a) {
     int64_t inputs = 0, models = 0;
     for (size_t k = 0; k < psoup__rewards_count(policy); k++)
         models += psoup__rewards_model(policy, k) != NULL;
