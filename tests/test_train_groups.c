@@ -358,6 +358,13 @@ START_TEST(what_cannot_be_is_refused) {
     o.group_size = 4;
     o.objective = 3;
     refused(o, "objective is 3: expected 0 to 2");
+    o = grouped(objectives[_i]);
+    o.kl_estimator = PSOUP_KL_K1;
+    o.scale_rewards = PSOUP_SCALE_NONE;
+    refused(o, objectives[_i] == PSOUP_OBJECTIVE_GRPO ? "kl_estimator is k1: expected k2 or k3 with grpo"
+                                                      : "scale_rewards is of grpo alone");
+    o.kl_estimator = 4;
+    refused(o, "kl_estimator is 4: expected 0 to 3");
 }
 END_TEST
 
