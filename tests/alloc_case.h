@@ -104,6 +104,9 @@ static void digest(uint64_t *sum, const void *data, size_t length) {
         *sum = (*sum ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
 }
 
+/* Rows are appended to it one by one. */
+static bool grows(const char *name) { return strstr(name, "metrics") != NULL || strstr(name, "samples") != NULL; }
+
 typedef struct left { /* a file below home/out */
     char name[300];
     uint64_t sum;
@@ -134,7 +137,7 @@ static size_t look(const char *folder, bool removing, left *files, size_t n) {
         files[n].sum = 0xcbf29ce484222325u;
         digest(&files[n].sum, data, length);
         snprintf(files[n++].name, sizeof files->name, "%s", name);
-        if (strstr(name, "metrics") != NULL) /* rows are appended one by one: whole lines */
+        if (grows(name)) /* whole lines */
             ck_assert_msg(length == 0 || data[length - 1] == '\n', "%s: half a line", name);
         if (removing)
             remove(at(name));
@@ -161,7 +164,7 @@ typedef struct path {
 static bool whole_files(const left *got, size_t n, const left *expected, size_t n_expected,
                         const char **bad) {
     for (size_t i = 0; i < n; i++) {
-        bool whole = strstr(got[i].name, "metrics") != NULL;
+        bool whole = grows(got[i].name);
         for (size_t k = 0; k < n_expected; k++)
             whole |= strcmp(got[i].name, expected[k].name) == 0 && got[i].sum == expected[k].sum;
         *bad = got[i].name;

@@ -345,11 +345,36 @@ static psoup_status ppo(uint64_t *sum) {
     options.reward_text = 1;
     options.tokenizer = tokenizer;
     options.metrics = at("out/metrics.jsonl");
+    options.samples_every = options.samples_count = 1;
+    options.samples = at("out/samples.jsonl");
     TRY(psoup_ppo_create(model, &policy, 1, &options, &handle, &error));
     TRY(psoup_ppo_run(handle, &error));
     TRY(digest_adapter("P1A", sum));
 fail:
     psoup_ppo_free(handle);
+    return status;
+}
+
+static psoup_status best_of_n(uint64_t *sum) {
+    const psoup_prompt prompts[2] = {{.tokens = words[0], .n = 4}, {.tokens = words[1], .n = 3, .sequence = 1}};
+    psoup_best_options options = PSOUP_BEST_OPTIONS_INIT;
+    psoup_sampling sampling = PSOUP_SAMPLING_INIT;
+    psoup_generation *generation = NULL;
+    int32_t chosen[2];
+    float scores[4];
+    psoup_status status;
+    sampling.max_new_tokens = 3;
+    options.n = 2;
+    options.rewards = &reward;
+    options.n_rewards = 1;
+    options.reward_text = 1;
+    options.tokenizer = tokenizer;
+    TRY(psoup_best_of_n(model, prompts, 2, &sampling, NULL, &options, &generation, chosen, scores,
+                        &error));
+    digest(sum, chosen, sizeof chosen);
+    digest(sum, scores, sizeof scores);
+fail:
+    psoup_generation_free(generation);
     return status;
 }
 
@@ -464,6 +489,7 @@ static const path paths[] = {
     {"train a reward model", load_reward, reward_train, release, true},
     {"DPO", load, dpo, release, true},
     {"PPO", load_reward, ppo, release, true},
+    {"best of n", load_reward, best_of_n, release, false},
     {"feedback and win rates", load, feedback, release, false},
     {"a judge's program", bare, judge_command, release, false},
     {"preferences and templates", write_catalogue, catalogue, release, false},
