@@ -139,6 +139,12 @@ check "what never changed" has 'Never changed: .*epochs 1' plot.html
 runs plot reward.jsonl --out r.svg --out r.html --json
 check "accuracy, and what the best is" has '"subject": "P1A", "step": 4, "total": 4, .*"best": "accuracy", "best_value": 1.0, "best_step": 4' out
 check "both are written" test -s r.svg -a -s r.html
+mkdir several
+cp reward.jsonl several/metrics-rewards.jsonl
+cp ppo.jsonl several/metrics-policies.jsonl
+runs plot several --metric reward --metric accuracy --smooth 0 --out several.svg
+check "a directory of two trainings, as psoup run leaves it" shows several.svg 'polyline 8 ring 4 chart 2 said 0 button 0'
+check "each by its file's name" has '>metrics-rewards · P1A<' several.svg
 # Long, smoothed, appended to, with what is no number and names that XML must be told with care.
 "$python" - >long.jsonl <<'END'
 import json, math
