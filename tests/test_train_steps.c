@@ -8,6 +8,7 @@ static psoup_example examples[ROWS];
 static psoup_comparison comparisons[ROWS];
 static psoup_dpo_pair pairs[ROWS];
 static const char *const names[] = {"A", "B"};
+static const psoup_comm *ranks; /* NULL: one process alone */
 
 /* One training that the tests take whole or in steps. */
 typedef struct subject {
@@ -55,6 +56,7 @@ static void finish(subject *s) {
         o.checkpoint_dir = (r)->checkpoints;                                                       \
         o.checkpoint_every = 3;                                                                    \
         o.resume = 1;                                                                              \
+        o.comm = ranks;                                                                            \
     } while (0)
 
 /* kind 0: fine-tuning of A; 1: two rewards; 2: two policies; 3: the base. *out NULL: the whole. */
@@ -186,6 +188,39 @@ START_TEST(a_report_stops_it_and_it_goes_on) {
 }
 END_TEST
 
+/* Of two ranks the other one, which says nothing: all that it adds is 0. */
+static psoup_status nothing_added(void *user, void *x, size_t n, psoup_dtype dtype, psoup_error *e) { return PSOUP_OK; }
+static psoup_status nothing_sent(void *user, void *data, size_t bytes, psoup_error *e) { return PSOUP_OK; }
+static psoup_status nobody_failed(void *user, psoup_error *e) { return PSOUP_OK; }
+static void count_aborts(void *user, const char *reason) { ++*(int *)user; }
+
+/* All ranks know that a report stopped it; what one of them fails by after it went on they do not. */
+START_TEST(a_failure_after_a_stop_is_told_to_the_others) {
+    int aborts = 0;
+    const psoup_comm two = {.size = sizeof(two), .user = &aborts, .world = 2, .sum = nothing_added,
+                            .broadcast = nothing_sent, .failed = nobody_failed, .abort = count_aborts};
+    run r;
+    subject s;
+    psoup_training *training;
+    run_begin(&r);
+    begin(&s);
+    make_adapters(&s, _i);
+    ranks = &two;
+    OK(train(&s, _i, &r, &training));
+    r.stop_after = 1;
+    REFUSED(psoup_training_step(training, NULL, &error), PSOUP_ERROR_CANCELLED, "was stopped at step 1");
+    OK(psoup_training_step(training, NULL, &error));
+    ck_assert_int_eq(aborts, 0);
+    OK(psoup_model_remove_adapter(s.model, "A", &error));
+    REFUSED(psoup_training_step(training, NULL, &error), PSOUP_ERROR_STATE, "'A'");
+    ck_assert_int_eq(aborts, 1);
+    psoup_training_free(training);
+    ranks = NULL;
+    finish(&s);
+    run_end(&r);
+}
+END_TEST
+
 START_TEST(an_adapter_that_is_gone_is_refused) {
     run r;
     subject s;
@@ -227,6 +262,7 @@ int main(void) {
     tcase_add_loop_test(tcase, steps_leave_what_the_whole_leaves, 0, 4);
     tcase_add_loop_test(tcase, a_report_stops_it_and_it_goes_on, 0, 4);
     tcase_add_loop_test(tcase, an_adapter_that_is_gone_is_refused, 0, 3);
+    tcase_add_loop_test(tcase, a_failure_after_a_stop_is_told_to_the_others, 0, 3);
     tcase_add_test(tcase, nothing_is_needed);
     suite_add_tcase(suite, tcase);
     SRunner *runner = srunner_create(suite);
