@@ -228,6 +228,47 @@ START_TEST(samples_go_on_with_the_same_bytes) {
 }
 END_TEST
 
+/* Fails at one call of its own choosing, in training or where samples are scored. */
+static int failing_calls;
+static int pay_but_once(void *user, const psoup_rollout *rollouts, size_t n, float *scores) {
+    return --failing_calls == 0 || pay(user, rollouts, n, scores);
+}
+
+/* A reward that fails while samples are scored takes none of them away: the run that goes on has them all. */
+START_TEST(samples_that_were_not_scored_are_taken_again) {
+    told whole, t;
+    told_begin(&whole);
+    told_begin(&t);
+    for (int k = 0; k < 2; k++) {
+        psoup_ppo_policy p = policy(0);
+        psoup_model *model = fresh(1);
+        psoup_ppo *ppo;
+        psoup_ppo_options o = told_options(k ? &t : &whole);
+        p.reward_fn = pay_but_once;
+        o.validate_every = 0;
+        o.steps = 3;
+        o.checkpoint_dir = k ? t.files.checkpoints : NULL;
+        o.resume = k;
+        failing_calls = k ? 4 : 0; /* samples, two steps, and samples */
+        OK(psoup_ppo_create(model, &p, 1, &o, &ppo, &error));
+        if (k) {
+            REFUSED(psoup_ppo_run(ppo, &error), PSOUP_ERROR_CANCELLED, "its reward callback failed");
+            psoup_ppo_free(ppo);
+            psoup_model_free(model);
+            model = fresh(1);
+            OK(psoup_ppo_create(model, &p, 1, &o, &ppo, &error));
+        }
+        OK(psoup_ppo_run(ppo, &error));
+        psoup_ppo_free(ppo);
+        psoup_model_free(model);
+    }
+    ck_assert_int_eq(whole.calls, 3);
+    same_files(whole.samples, t.samples);
+    run_end(&whole.files);
+    run_end(&t.files);
+}
+END_TEST
+
 /* Steps taken one by one validate, keep the best weights and leave what psoup_ppo_run leaves. */
 START_TEST(single_steps_are_the_run) {
     told whole, t;
@@ -280,6 +321,7 @@ int main(void) {
     tcase_add_test(tcase, samples_change_no_bit);
     tcase_add_test(tcase, samples_are_the_policy_s_own);
     tcase_add_loop_test(tcase, samples_go_on_with_the_same_bytes, 0, 2);
+    tcase_add_test(tcase, samples_that_were_not_scored_are_taken_again);
     tcase_add_test(tcase, single_steps_are_the_run);
     tcase_add_test(tcase, samples_need_a_place);
     suite_add_tcase(suite, tcase);

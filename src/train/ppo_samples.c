@@ -150,13 +150,16 @@ psoup_status psoup__ppo_sample(psoup_ppo *ppo, size_t n, psoup_error *error) {
     }
     PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->team, &ppo->options, ppo->requests, n, error));
     for (size_t p = 0; p < n; p++) { /* who diverged has none; the next step finds it out */
-        ppo->active[p]->state.sampled = ppo->active[p]->state.step + 1;
-        if (ppo->active[p]->samples.diverged)
+        if (ppo->active[p]->samples.diverged) {
+            ppo->active[p]->state.sampled = ppo->active[p]->state.step + 1;
             continue;
+        }
         ppo->requests[left] = ppo->requests[p];
         ppo->active[left++] = ppo->active[p];
     }
     PSOUP__TRY(psoup__score_rollouts(ppo->model, &ppo->team, &ppo->options, ppo->requests, left, error));
+    for (size_t p = 0; p < left; p++)
+        ppo->active[p]->state.sampled = ppo->active[p]->state.step + 1;
     for (size_t p = 0; p < left; p++) { /* all are told; the first that says stop decides */
         psoup_status told = tell(ppo, ppo->active[p], status == PSOUP_OK ? error : NULL);
         status = status == PSOUP_OK ? told : status;
