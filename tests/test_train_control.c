@@ -348,6 +348,27 @@ START_TEST(rewards_and_kl_belong_together) {
 }
 END_TEST
 
+/* One response to a step has no deviation that a rise could be measured in, nor means with a known error. */
+START_TEST(one_response_tells_of_nothing) {
+    psoup_model *model = fresh(1);
+    psoup_ppo_policy p = policy(0);
+    psoup_ppo_options o = plain();
+    o.batch_size = 1;
+    psoup_ppo *ppo = create(model, &p, 1, &o);
+    heard = (told){0};
+    for (int t = 0; t < 24; t++) {
+        psoup__ppo_summary s = at_step(t, 4.0 * (_i ? -1.0 : 1.0), _i ? 20.0 : 9.0);
+        s.deviation = 0.0;
+        see(ppo, s);
+        ck_assert_double_eq(noted(&ppo->policies[0], "warnings"), 0.0);
+        ck_assert_double_eq(noted(&ppo->policies[0], "reward_rise"), 0.0);
+    }
+    ck_assert_int_eq(heard.warnings, 0);
+    psoup_ppo_free(ppo);
+    psoup_model_free(model);
+}
+END_TEST
+
 /* A reward whose every response earns the same, more each step, comes from no policy. */
 static int drift(void *user, const psoup_rollout *rollouts, size_t n, float *scores) {
     int *calls = user;
@@ -444,6 +465,7 @@ int main(void) {
     tcase_add_loop_test(tests, gradients_are_clipped_by_value, 0, 4);
     tcase_add_test(tests, repeated_grams_are_counted);
     tcase_add_test(tests, rewards_and_kl_belong_together);
+    tcase_add_loop_test(tests, one_response_tells_of_nothing, 0, 2);
     tcase_add_loop_test(tests, runs_are_watched_and_left_alone, 0, 4);
     suite_add_tcase(suite, tests);
     return run_suite(suite);

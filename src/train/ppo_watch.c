@@ -113,7 +113,7 @@ void psoup__ppo_watch(const psoup_ppo *ppo, psoup__policy *policy, const psoup__
     watch->deviation[step % window] = seen->deviation;
     watch->kl[step % window] = seen->kl;
     watch_texts(ppo, policy, seen);
-    if (step >= window) {
+    if (step >= window && ppo->options.batch_size > 1) { /* one response to a step has no deviation */
         h = halves_of(watch, step, window);
         watch_reward(ppo, policy, &h);
     }
