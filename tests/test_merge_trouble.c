@@ -45,6 +45,10 @@ START_TEST(refuses_what_cannot_be) {
                             .dtype = -1}, "holds an adapter");
     expect_refusal((recipe){.sources = {BASE, GOLDEN "unloaded.safetensors", GOLDEN "cat.safetensors"},
                             .weights = {0.5, 0.25, 0.25}, .dtype = -1}, "has no tensor");
+    const char *quantised = "tests/golden/quant/nf4";
+    expect_refusal((recipe){.sources = {quantised, quantised}, .weights = {0.5, 0.5}, .dtype = -1},
+                   "quantization_config: quantised weights cannot be merged");
+    expect_refusal((recipe){.base = quantised, .sources = {A}, .weights = {1}, .dtype = -1}, "quantization_config");
     recipe r = {.sources = {A, B}, .weights = {0.5, 0.7}, .dtype = -1, .any_sum = 1};
     ck_ok(run_recipe(context, &r, in_scratch("any"), NULL));
     ck_assert_int_eq(run_recipe(context, &r, in_scratch("any"), NULL), PSOUP_OK); /* over itself */

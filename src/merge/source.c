@@ -63,7 +63,7 @@ static bool has_file(psoup_context *context, const char *directory, const char *
 }
 
 /* config.json's model_type, where there is one beside the weights: other architectures can have tensors of
- * the same names and shapes. */
+ * the same names and shapes. What it says of quantised weights no sum of their codes would keep. */
 static psoup_status read_architecture(psoup_context *context, psoup__merge_source *source,
                                       const char *directory, psoup_error *error) {
     psoup_json *config = NULL;
@@ -83,8 +83,13 @@ static psoup_status read_architecture(psoup_context *context, psoup__merge_sourc
         return status;
     const char *type = psoup_json_string(psoup_json_get(config, "model_type"), "");
     strncpy(source->architecture, type, sizeof source->architecture - 1);
+    if (psoup_json_get(config, "quantization_config") != NULL)
+        status = psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                             "%s: config.json: quantization_config: quantised weights cannot be merged; name the model "
+                             "that they were made from",
+                             directory);
     psoup_json_free(config);
-    return PSOUP_OK;
+    return status;
 }
 
 psoup_status psoup__path_is_adapter(psoup_context *context, const char *path, bool *adapter,

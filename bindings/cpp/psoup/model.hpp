@@ -77,6 +77,15 @@ private:
 
 /* ---- model ----------------------------------------------------------------------------------------- */
 
+inline const char *name_of(psoup_mix_method method) { return psoup_mix_method_name(method); }
+inline result<psoup_mix_method> parse_mix_method(const std::string &name) {
+    std::int32_t out = 0;
+    psoup_error e{};
+    const psoup_status status = psoup_mix_method_parse(name.c_str(), &out, &e);
+    if (status != PSOUP_OK) return error(e, status);
+    return static_cast<psoup_mix_method>(out);
+}
+
 /* A sequence and its mix: a weight per adapter; empty is the base. */
 struct row {
     span<const std::int32_t> tokens;

@@ -13,6 +13,7 @@ PSOUP_CPP_DEFAULTS(psoup_reward_options, PSOUP_REWARD_OPTIONS_INIT)
 PSOUP_CPP_DEFAULTS(psoup_dpo_options, PSOUP_DPO_OPTIONS_INIT)
 PSOUP_CPP_DEFAULTS(psoup_ppo_options, PSOUP_PPO_OPTIONS_INIT)
 PSOUP_CPP_DEFAULTS(psoup_best_options, PSOUP_BEST_OPTIONS_INIT)
+PSOUP_CPP_DEFAULTS(psoup_ppo_soup, PSOUP_PPO_SOUP_INIT)
 PSOUP_CPP_QUIET_END
 
 /* Return false to stop with PSOUP_ERROR_CANCELLED. */
@@ -340,7 +341,7 @@ private:
                 for (const std::string &name : each_policy.soup)
                     soup_adapters.back().push_back(name.c_str());
                 if (!each_policy.soup.empty()) {
-                    soups.push_back(PSOUP_PPO_SOUP_INIT);
+                    soups.push_back(defaults<psoup_ppo_soup>());
                     soups.back().adapters = soup_adapters.back().data();
                     soups.back().n = soup_adapters.back().size();
                     soups.back().concentration = each_policy.concentration;

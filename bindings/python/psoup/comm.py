@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from ctypes import CFUNCTYPE, addressof, c_char_p, c_void_p, cast, create_string_buffer
-from typing import TYPE_CHECKING, Any, Mapping, Optional
+from typing import TYPE_CHECKING, Any, List, Mapping, Optional
 
 from . import _abi
 from ._library import Handle, call, create, encoded, lib, new, record
@@ -41,7 +41,7 @@ class Comm(Handle):
                  environment: Optional[Mapping[str, str]] = None) -> Optional["Comm"]:
         """By the variables of torchrun, Slurm or mpirun; None where the world is one process."""
         variables = os.environ if environment is None else environment
-        kept = []
+        kept: List[Any] = []
 
         def variable(user: Any, name: bytes) -> Optional[int]:
             value = variables.get(name.decode())
