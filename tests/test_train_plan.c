@@ -173,6 +173,17 @@ START_TEST(reward_models) {
     begin();
     OK(psoup_reward_train(rewards, 3, pairs, 27, pairs + 27, 5, &o, &error));
     within("reward training", &said);
+    /* What cannot be trained together is refused here too. */
+    psoup_model *other = small_model(8);
+    psoup_reward *apart, *const pair[] = {rewards[0], NULL};
+    OK(psoup_reward_create(other, "R9", &lora, &apart, &error));
+    psoup_reward *const two[] = {rewards[0], apart};
+    ck_assert(psoup_reward_memory(pair, 2, pairs, 27, NULL, 0, &o, &said, &error) == PSOUP_ERROR_ARGUMENT);
+    ck_assert_ptr_nonnull(strstr(error.message, "rewards[1] is NULL"));
+    ck_assert(psoup_reward_memory(two, 2, pairs, 27, NULL, 0, &o, &said, &error) == PSOUP_ERROR_ARGUMENT);
+    ck_assert_ptr_nonnull(strstr(error.message, "are of different models"));
+    psoup_reward_free(apart);
+    psoup_model_free(other);
     for (int j = 0; j < 3; j++)
         psoup_reward_free(rewards[j]);
     psoup_model_free(model);

@@ -2,6 +2,7 @@
  * tests/test_train_plan.c holds them against what is allocated. */
 #include "model/measure.h"
 #include "train/ppo.h"
+#include "train/reward.h"
 
 /* Bytes beside activations of a pass (pack.c), whose arrays may have doubled: its rows, log-probs, values and heads. */
 static int64_t pack_bytes(const psoup_model *model, const psoup__extent *e) {
@@ -115,8 +116,11 @@ psoup_status psoup_reward_memory(psoup_reward *const *rewards, size_t n_rewards,
     psoup_memory memory = {.size = sizeof memory};
     int64_t reserved = 0, kept = 0;
     int32_t *adapters = NULL;
-    if (!out || !rewards || n_rewards == 0 || !rewards[0] || (n_train && !train) || (n_validation && !validation))
+    if (!out || (n_train && !train) || (n_validation && !validation))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_reward_memory: an argument is NULL");
+    status = psoup__reward_check_models(rewards, n_rewards, error);
+    if (status != PSOUP_OK)
+        return status;
     psoup_model *model = rewards[0]->model;
     adapters = psoup__alloc(model->context, n_rewards, sizeof *adapters, error);
     if (!adapters)

@@ -43,6 +43,8 @@ typedef struct psoup__reward_trainer {
     size_t through; /* tokens that went through it */
 } psoup__reward_trainer;
 
+/* reward_train.c: refuses reward models that cannot be trained together. */
+psoup_status psoup__reward_check_models(psoup_reward *const *rewards, size_t n, psoup_error *error);
 /* reward_step.c: the order of l->epoch. */
 void psoup__reward_order(const psoup__reward_trainer *t, psoup__reward_learner *l);
 /* One step of every learner that has steps to go, and its report. */

@@ -143,10 +143,6 @@ static psoup_status set_up(psoup__reward_trainer *t, psoup_reward *const *reward
     PSOUP__TRY(psoup__pack_create(t->model, t->options.gradient_checkpointing, &t->pack, error));
     for (size_t j = 0; j < n_rewards; j++) {
         psoup__reward_learner *l = &t->learners[j];
-        if (rewards[j]->model != t->model)
-            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                               "reward models '%s' and '%s' are of different models: those trained "
-                               "together share one", rewards[0]->name, rewards[j]->name);
         l->name = psoup__strdup(context, rewards[j]->name, error);
         l->epoch = -1;
         if (!l->name)
@@ -217,15 +213,20 @@ static void tear_down(psoup__reward_trainer *t) {
     psoup__pack_free(t->pack);
 }
 
-static psoup_status check_rewards(psoup_reward *const *rewards, size_t n, psoup_error *error) {
+psoup_status psoup__reward_check_models(psoup_reward *const *rewards, size_t n, psoup_error *error) {
     if (n == 0 || !rewards)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "reward training: there is no reward model");
-    for (size_t j = 0; j < n; j++)
+    for (size_t j = 0; j < n; j++) {
         for (size_t i = 0; i <= j; i++)
             if (!rewards[j] || (i < j && strcmp(rewards[i]->name, rewards[j]->name) == 0))
                 return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                    "reward training: rewards[%zu] is %s", j,
                                    rewards[j] ? "there twice" : "NULL");
+        if (rewards[j]->model != rewards[0]->model)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "reward models '%s' and '%s' are of different models: those trained "
+                               "together share one", rewards[0]->name, rewards[j]->name);
+    }
     return PSOUP_OK;
 }
 
@@ -278,7 +279,7 @@ psoup_status psoup_reward_train_create(psoup_reward *const *rewards, size_t n_re
                                        const psoup_comparison *validation, size_t n_validation,
                                        const psoup_reward_options *options, psoup_training **out,
                                        psoup_error *error) {
-    psoup_status status = check_rewards(rewards, n_rewards, error);
+    psoup_status status = psoup__reward_check_models(rewards, n_rewards, error);
     if (out)
         *out = NULL;
     if (status == PSOUP_OK && !out)
@@ -329,7 +330,7 @@ psoup_status psoup_reward_train(psoup_reward *const *rewards, size_t n_rewards,
 psoup_status psoup_reward_accuracy(psoup_reward *const *rewards, size_t n_rewards,
                                    const psoup_comparison *comparisons, size_t n, double *accuracy,
                                    double *loss, psoup_error *error) {
-    psoup_status status = check_rewards(rewards, n_rewards, error);
+    psoup_status status = psoup__reward_check_models(rewards, n_rewards, error);
     if (status != PSOUP_OK)
         return status;
     psoup__reward_trainer t = {.model = rewards[0]->model, .options = PSOUP_REWARD_OPTIONS_INIT};
