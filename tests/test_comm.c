@@ -1,6 +1,7 @@
 /* Ranks that talk: sums, broadcasts, who is gone and who never came; and who a launcher says a process is. */
 #include "ranks_case.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <time.h>
 
@@ -169,6 +170,19 @@ START_TEST(who_does_not_come_is_named) {
 }
 END_TEST
 
+/* The socket that rank 0 was given is its own: also where it does not come to listening. */
+START_TEST(a_listener_is_taken_over) {
+    for (int k = 0; k < 3; k++) {
+        int port, listener = listen_here(&port);
+        psoup_comm_options o = rank_options(0, k == 0 ? 1 : 2, port, listener);
+        o.timeout = 0;
+        o.port = k == 1 ? 0 : port;
+        ck_assert_int_eq(one_comes(&o) == PSOUP_OK, k == 0);
+        ck_assert_int_eq(fcntl(listener, F_GETFD), -1);
+    }
+}
+END_TEST
+
 /* A child that says something at the port, and gets whatever answer. */
 static void say(int port, const char *text) {
     struct sockaddr_in to = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
@@ -285,6 +299,7 @@ int main(void) {
     tcase_add_test(c, who_is_gone_is_known_without_waiting);
     tcase_add_test(c, calls_that_differ_are_refused);
     tcase_add_test(c, who_does_not_come_is_named);
+    tcase_add_test(c, a_listener_is_taken_over);
     tcase_add_test(c, strangers_are_sent_away);
     tcase_add_test(c, launchers_are_understood);
     tcase_add_test(c, what_launchers_must_not_say);

@@ -2,6 +2,7 @@
 #include "comm/wire.h"
 
 #include <string.h>
+#include <unistd.h>
 
 enum { CHUNK = 1 << 17 /* numbers that are summed at a time */ };
 
@@ -178,6 +179,7 @@ psoup_status psoup_comm_tcp_create(psoup_context *context, const psoup_comm_opti
     psoup_status status = PSOUP_OK;
     psoup_comm_options o = PSOUP_COMM_OPTIONS_INIT;
     tcp *t = NULL;
+    bool meets = false;
     if (out)
         *out = NULL;
     if (!context || !out)
@@ -185,8 +187,10 @@ psoup_status psoup_comm_tcp_create(psoup_context *context, const psoup_comm_opti
     PSOUP__TRY(psoup__options(&o, sizeof o, options, "psoup_comm_options", error));
     PSOUP__TRY(check_options(&o, error));
     t = psoup__alloc(context, 1, sizeof *t, error);
-    if (!t)
-        return PSOUP_ERROR_MEMORY;
+    if (!t) {
+        status = PSOUP_ERROR_MEMORY;
+        goto fail;
+    }
     t->context = context;
     t->comm = (psoup_comm){.size = sizeof t->comm, .user = t, .rank = o.rank, .world = o.world,
                            .sum = tcp_sum, .broadcast = tcp_broadcast, .failed = tcp_failed,
@@ -196,16 +200,18 @@ psoup_status psoup_comm_tcp_create(psoup_context *context, const psoup_comm_opti
         t->peers[r] = (psoup__peer){.fd = -1, .rank = r};
     t->total = psoup__alloc(context, CHUNK, sizeof *t->total, error);
     t->part = psoup__alloc(context, CHUNK, sizeof(double), error);
-    if (!t->peers || !t->total || !t->part)
+    if (!t->peers || !t->total || !t->part) {
         status = PSOUP_ERROR_MEMORY;
-    else if (o.world > 1)
-        status = o.rank == 0 ? psoup__meet_all(&o, t->peers, error) : psoup__meet_first(&o, t->peers, error);
-    if (status != PSOUP_OK)
         goto fail;
+    }
+    meets = o.world > 1;
+    if (meets)
+        PSOUP__TRY(o.rank == 0 ? psoup__meet_all(&o, t->peers, error) : psoup__meet_first(&o, t->peers, error));
     *out = &t->comm;
-    return PSOUP_OK;
 fail:
-    if (t)
+    if (!meets && o.rank == 0 && o.listener >= 0) /* else it is closed by the one who listens */
+        close(o.listener);
+    if (status != PSOUP_OK && t)
         tcp_free(t);
     return status;
 }
