@@ -55,6 +55,15 @@ typedef struct psoup__mix {
                              * adapters of one rank and one scale s, those of rank 0 left out; NULL: nowhere */
 } psoup__mix;
 
+/* One of several linears that read the same rows. */
+typedef struct psoup__linear {
+    float *y; /* [rows, out] */
+    float *u; /* as linear_mix's */
+    const psoup__weight *w;
+    const float *bias;       /* [out] or NULL */
+    const psoup__lora *lora; /* host [mix->n]; NULL: no adapter changes it */
+} psoup__linear;
+
 /* Keys and values: those of the batch itself, or a layer of a cache. Row r, head h begins at element
  * r · stride + h · head_dim of k and v. */
 typedef struct psoup__keys {
@@ -202,6 +211,10 @@ typedef struct psoup__ops {
                        const psoup__weight *w, const float *bias /* [out] or NULL */,
                        const psoup__lora *lora /* host [mix->n] */, const psoup__mix *mix,
                        int32_t rows);
+    /* The same for n linears that read one x, without dropout: to the same bits as one after another, which is
+     * what NULL means. */
+    void (*linear_mix_each)(psoup__backend *be, const psoup__linear *each /* [n] */, int32_t n, const float *x,
+                            const psoup__mix *mix, int32_t rows);
     /* du is scratch of u's size. Each output may be NULL where it is not asked for. With dx_lora ==
      * dx both parts are added there. Adds to lora[i].da, .db and mix->dweight where not NULL; the
      * sums over rows run in ascending row order within each adapter. Where both mix->factors and

@@ -281,6 +281,56 @@ START_TEST(backward_matches) {
 }
 END_TEST
 
+/* Several linears that read one x give the bits of one after another: of any number of rows, with and without
+ * adapters, biases, packed weights and rows of factors. */
+START_TEST(several_at_once_are_each) {
+    enum { N = 3, IN = 70 };
+    static const int32_t outs[N] = {130, 33, 64}, batches[] = {1, 2, 16, 64, 65, 200};
+    machine m;
+    if (!machine_open(&m, _i, 2))
+        return;
+    for (size_t c = 0; c < sizeof batches / sizeof *batches; c++)
+        for (int way = 0; way < 8; way++) {
+            mixed s[N];
+            psoup__linear each[N];
+            float *y[N], *u[N];
+            const bool bias = way & 1, packed = way & 2, factors = way & 4;
+            int32_t *apart = calloc((size_t)batches[c], sizeof *apart);
+            for (int32_t r = 0; r < batches[c]; r += 2)
+                apart[r] = 1;
+            for (int k = 0; k < N; k++) {
+                mixed_open(&s[k], batches[c], IN, outs[k]);
+                for (int32_t i = 0; factors && i < ADAPTERS; i++) /* those are of one rank and scale */
+                    s[k].lora[i].rank = i == 1 ? 0 : 3, s[k].lora[i].scale = 2;
+                s[k].mix.factors = factors ? apart : NULL;
+                if (packed)
+                    ck_assert(m.ops->weight_pack(m.be, &s[k].base, false, NULL) == PSOUP_OK);
+                y[k] = poisoned((size_t)(batches[c] * outs[k]));
+                u[k] = poisoned((size_t)batches[c] * ADAPTERS * RANKS_MAX);
+                each[k] = (psoup__linear){poisoned((size_t)(batches[c] * outs[k])),
+                                          poisoned((size_t)batches[c] * ADAPTERS * RANKS_MAX), &s[k].base,
+                                          bias ? s[k].bias : NULL, k == 1 ? NULL : s[k].lora};
+                static const int32_t nobody[1] = {0};
+                m.ops->linear_mix(m.be, y[k], u[k], s[0].x, s[0].x, &s[k].base, each[k].bias, each[k].lora,
+                                  k == 1 ? &(psoup__mix){.first = nobody} : &s[0].mix, batches[c]);
+            }
+            m.ops->linear_mix_each(m.be, each, N, s[0].x, &s[0].mix, batches[c]);
+            for (int k = 0; k < N; k++) {
+                same_bits("y", each[k].y, y[k], (size_t)(batches[c] * outs[k]));
+                ck_assert(isnan(each[k].y[batches[c] * outs[k]]));
+                if (k != 1)
+                    same_bits("u", each[k].u, u[k], s[0].u_size / (factors ? RANKS_MAX : 1));
+                m.ops->weight_unpack(m.be, &s[k].base);
+                free(each[k].y), free(each[k].u), free(y[k]), free(u[k]);
+            }
+            for (int k = 0; k < N; k++)
+                mixed_close(&s[k]);
+            free(apart);
+        }
+    machine_close(&m);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("cpu: linear_mix");
     TCase *tests = tcase_create("linear_mix");
@@ -289,6 +339,7 @@ int main(void) {
     tcase_add_loop_test(tests, half_weights_match, 0, CASE_ISAS);
     tcase_add_loop_test(tests, row_is_independent, 0, CASE_ISAS);
     tcase_add_loop_test(tests, nan_is_contained, 0, CASE_ISAS);
+    tcase_add_loop_test(tests, several_at_once_are_each, 0, CASE_ISAS);
     tcase_add_loop_test(tests, backward_matches, 0, CASE_ISAS);
     suite_add_tcase(suite, tests);
     return run_suite(suite);

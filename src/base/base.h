@@ -339,6 +339,9 @@ typedef struct psoup__gemm_args {
     const psoup__gemm_b *packed; /* instead of b when not NULL */
 } psoup__gemm_args;
 void psoup__gemm(psoup_context *context, const psoup__gemm_args *args);
+/* n products that have nothing to do with each other, to the same bits: of few rows all at once, so that threads wait
+ * for one another once. */
+void psoup__gemm_each(psoup_context *context, const psoup__gemm_args *args, size_t n);
 
 /* Packs B (element (p, j) at b[p · b_row + j · b_col]) for later calls. */
 psoup_status psoup__gemm_pack(psoup_context *context, const void *b, psoup_dtype dtype, int64_t k,

@@ -41,16 +41,6 @@ static int64_t round_up(int64_t a, int64_t unit) {
     return divide_up(a, unit) * unit;
 }
 
-static const psoup__gemm_kernels *kernels_of(const psoup_context *context) {
-#if defined(__x86_64__)
-    if (context->isa == PSOUP__ISA_AVX512)
-        return &psoup__gemm_kernels_avx512;
-    if (context->isa == PSOUP__ISA_AVX2)
-        return &psoup__gemm_kernels_avx2;
-#endif
-    return &psoup__gemm_kernels_generic;
-}
-
 /* ---- buffers --------------------------------------------------------------------------------- */
 
 /* One call's buffers. Calls run at once where handles do, and from inside parallel tasks. */
@@ -73,7 +63,7 @@ struct psoup__gemm_space {
 
 struct psoup__gemm_space *psoup__gemm_space_create(psoup_context *context, psoup_error *error) {
     const size_t block = (size_t)TILE_ROWS * DEPTH;
-    const size_t panel = (size_t)kernels_of(context)->columns * DEPTH;
+    const size_t panel = (size_t)psoup__gemm_kernels_of(context)->columns * DEPTH;
     const size_t threads = (size_t)most(context->threads, 1);
     const size_t narrow = threads + 1; /* a call in every worker, and one besides */
     struct psoup__gemm_space *space = psoup__alloc(context, 1, sizeof *space, error);
@@ -379,6 +369,18 @@ static void plan_tiles(struct job *job) {
     job->tile_columns = divide_up(columns, across) * job->kernel->columns;
 }
 
+static struct job plan_job(const psoup_context *context, const psoup__gemm_args *args, struct slot *slot) {
+    struct job job = {.args = args, .kernel = psoup__gemm_kernels_of(context), .slot = slot,
+                      .blocks = psoup__block_kernels_of(context)};
+    job.place = place_b(args, job.kernel);
+    job.copies_a = args->a_scale != NULL || args->alpha != 1.0f || args->a_depth != NULL ||
+                   copy_a_pays(args, job.kernel);
+    job.step = job.place == B_BLOCKS ? BLOCK_DEPTH : DEPTH;
+    plan_chunks(&job);
+    plan_tiles(&job);
+    return job;
+}
+
 void psoup__gemm(psoup_context *context, const psoup__gemm_args *args) {
     assert(args->m >= 0 && args->n >= 0 && args->k >= 0);
     assert(args->packed == NULL || (args->packed->k == args->k && args->packed->n == args->n));
@@ -390,15 +392,8 @@ void psoup__gemm(psoup_context *context, const psoup__gemm_args *args) {
                    (size_t)args->n * sizeof(float));
         return;
     }
-    struct job job = {.args = args, .kernel = kernels_of(context), .blocks = psoup__block_kernels_of(context)};
     const double products = (double)args->m * (double)args->n * (double)args->k;
-    job.slot = take_slot(context->gemm, products >= ALONE);
-    job.place = place_b(args, job.kernel);
-    job.copies_a = args->a_scale != NULL || args->alpha != 1.0f || args->a_depth != NULL ||
-                   copy_a_pays(args, job.kernel);
-    job.step = job.place == B_BLOCKS ? BLOCK_DEPTH : DEPTH;
-    plan_chunks(&job);
-    plan_tiles(&job);
+    struct job job = plan_job(context, args, take_slot(context->gemm, products >= ALONE));
     atomic_init(&job.claimed, 0);
     atomic_init(&job.done, 0);
     if (job.slot->workers == 1)
@@ -408,77 +403,57 @@ void psoup__gemm(psoup_context *context, const psoup__gemm_args *args) {
     give_slot(context->gemm, job.slot);
 }
 
-/* ---- packing ahead --------------------------------------------------------------------------- */
+/* ---- several at once ------------------------------------------------------------------------- */
 
-struct packing {
-    const psoup__gemm_kernels *kernel;
-    const psoup__gemm_source *source;
-    psoup__gemm_b *out;
+enum { AT_ONCE = 16, FEW_ROWS = 64 };
+
+struct batch {
+    psoup_context *context;
+    struct job jobs[AT_ONCE];
+    size_t first[AT_ONCE + 1]; /* of each one's tiles; a product that copies its B is one */
 };
 
-/* One panel, in the dtype of B: panel t lies at t · columns · k. */
-static void pack_panel(void *arg, size_t task, int worker) {
-    const struct packing *packing = arg;
-    const psoup__gemm_source *source = packing->source;
-    const int64_t k = packing->out->k, j0 = (int64_t)task * packing->kernel->columns;
-    const int64_t columns = least(packing->kernel->columns, packing->out->n - j0);
-    const int64_t width = round_up(columns, packing->kernel->vector);
-    if (source->dtype == PSOUP_F32) {
-        packing->kernel->pack_b((float *)packing->out->panels + j0 * k, source, 0, k, j0, columns);
+static void batch_task(void *arg, size_t task, int worker) {
+    const struct batch *batch = arg;
+    size_t i = 0;
+    while (task >= batch->first[i + 1])
+        i++;
+    const struct job *job = &batch->jobs[i];
+    const struct chunk all = {0, job->args->n, 0, job->args->k};
+    if (job->place == B_COPIED)
+        psoup__gemm(batch->context, job->args);
+    else
+        multiply_tile(job, &all, task - batch->first[i], worker);
+}
+
+/* Few rows, and no empty sum. */
+static bool can_batch(const psoup__gemm_args *args, size_t n) {
+    bool can = n > 1;
+    for (size_t i = 0; i < n; i++)
+        can &= args[i].m > 0 && args[i].m <= FEW_ROWS && args[i].n > 0 && args[i].k > 0;
+    return can;
+}
+
+void psoup__gemm_each(psoup_context *context, const psoup__gemm_args *args, size_t n) {
+    for (; n > AT_ONCE; args += AT_ONCE, n -= AT_ONCE)
+        psoup__gemm_each(context, args, AT_ONCE);
+    if (!can_batch(args, n)) {
+        for (size_t i = 0; i < n; i++)
+            psoup__gemm(context, &args[i]);
         return;
     }
-    uint16_t *out = (uint16_t *)packing->out->panels + j0 * k; /* zeroed at allocation */
-    const char *in = source->b;
-    enum { RUN = 32 }; /* depths: a cache line of each column where depths are neighbours */
-    for (int64_t p0 = 0; p0 < k; p0 += RUN)
-        for (int64_t j = 0; j < columns; j++)
-            for (int64_t p = p0; p < least(p0 + RUN, k); p++)
-                memcpy(&out[p * width + j],
-                       in + (p * source->b_row + (j0 + j) * source->b_col) * 2, 2);
-}
-
-psoup_status psoup__gemm_pack(psoup_context *context, const void *b, psoup_dtype dtype, int64_t k,
-                              int64_t n, int64_t b_row, int64_t b_col, psoup__gemm_b **out,
-                              psoup_error *error) {
-    const psoup__gemm_kernels *kernel = kernels_of(context);
-    const psoup__gemm_source source = {b, dtype, b_row, b_col, NULL};
-    psoup__gemm_b *packed;
-    size_t elements;
-    *out = NULL;
-    if (dtype != PSOUP_F32 && dtype != PSOUP_F16 && dtype != PSOUP_BF16)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "gemm: dtype of B is %s, expected f32, f16 or bf16",
-                           psoup_dtype_name(dtype));
-    if (k < 0 || n < 0 || n > INT64_MAX - kernel->columns)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "gemm: B is %lld × %lld, expected sizes of at least 0", (long long)k,
-                           (long long)n);
-    if (!psoup__multiply((size_t)round_up(n, kernel->vector), (size_t)k, &elements))
-        return psoup__out_of_memory(error, SIZE_MAX);
-    packed = psoup__alloc(context, 1, sizeof *packed, error);
-    if (packed == NULL)
-        return PSOUP_ERROR_MEMORY;
-    *packed = (psoup__gemm_b){.dtype = dtype, .k = k, .n = n};
-    packed->panels = psoup__alloc(context, elements, psoup_dtype_size(dtype), error);
-    if (packed->panels == NULL) {
-        psoup__free(context, packed);
-        return PSOUP_ERROR_MEMORY;
+    struct batch batch = {.context = context};
+    struct slot *slot = take_slot(context->gemm, true);
+    for (size_t i = 0; i < n; i++) {
+        struct job *job = &batch.jobs[i];
+        *job = plan_job(context, &args[i], slot);
+        const int64_t tiles = divide_up(args[i].m, job->tile_rows) * divide_up(args[i].n, job->tile_columns);
+        batch.first[i + 1] = batch.first[i] + (job->place == B_COPIED ? 1 : (size_t)tiles);
     }
-    if (elements > 0)
-        psoup__parallel(context, (size_t)divide_up(n, kernel->columns), pack_panel,
-                        &(struct packing){kernel, &source, packed});
-    *out = packed;
-    return PSOUP_OK;
-}
-
-size_t psoup__gemm_pack_bytes(const psoup_context *context, psoup_dtype dtype, int64_t k, int64_t n) {
-    return sizeof(psoup__gemm_b) +
-           (size_t)round_up(n, kernels_of(context)->vector) * (size_t)k * psoup_dtype_size(dtype);
-}
-
-void psoup__gemm_b_free(psoup_context *context, psoup__gemm_b *packed) {
-    if (packed == NULL)
-        return;
-    psoup__free(context, packed->panels);
-    psoup__free(context, packed);
+    if (slot->workers > 1)
+        psoup__parallel(context, batch.first[n], batch_task, &batch);
+    else
+        for (size_t task = 0; task < batch.first[n]; task++)
+            batch_task(&batch, task, 0);
+    give_slot(context->gemm, slot);
 }

@@ -1,4 +1,4 @@
-/* src/base/gemm.h: between gemm.c, which plans and schedules, and gemm_kernel.c, which is compiled
+/* src/base/gemm.h: between gemm.c, which plans and schedules, gemm_pack.c, and gemm_kernel.c, which is compiled
  * once per instruction set and touches the numbers. Nobody else includes it.
  */
 #ifndef PSOUP__GEMM_H
@@ -51,5 +51,7 @@ extern const psoup__gemm_kernels psoup__gemm_kernels_generic;
 extern const psoup__gemm_kernels psoup__gemm_kernels_avx2;
 extern const psoup__gemm_kernels psoup__gemm_kernels_avx512;
 #endif
+/* gemm_pack.c */
+const psoup__gemm_kernels *psoup__gemm_kernels_of(const psoup_context *context);
 
 #endif

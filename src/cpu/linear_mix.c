@@ -13,13 +13,7 @@
 #include "cpu/variant.h"
 #include "cpu/vector.h"
 
-enum {
-    PICK = 1024,
-    BIAS_TILE = 64,
-    ROW_TILE = 64,
-    DB_COLUMNS = 64, /* of dBᵀ at a time */
-    DB_ROWS = 128
-};
+enum { PICK = 1024, BIAS_TILE = 64, ROW_TILE = 64, DB_COLUMNS = 64, DB_ROWS = 128 }; /* DB: of dBᵀ at a time */
 
 /* Up to PICK of the rows that adapter i lists, without those of weight zero: a row that is not to
  * feel an adapter must not be multiplied by 0 · NaN either. `start` is where they begin in u_i. */
@@ -228,6 +222,16 @@ static void lora_forward(psoup_context *context, float *y, float *u, const float
     psoup__parallel(context, tiles((size_t)rows, (size_t)job.block), lora_task, &job);
 }
 
+/* y = x Wᵀ, added to the bias where there is one. */
+static psoup__gemm_args own_product(float *y, const float *x, const psoup__weight *w, const float *bias,
+                                    int32_t rows) {
+    return (psoup__gemm_args){.m = rows, .n = w->out, .k = w->in,
+                              .c = y, .c_stride = w->out, .accumulate = bias != NULL,
+                              .a = x, .a_row = w->in, .a_col = 1, .alpha = 1,
+                              .b = w->data, .b_dtype = w->dtype, .b_scales = w->scales,
+                              .b_row = 1, .b_col = w->in, .packed = w->forward};
+}
+
 static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, const float *x_lora,
                        const psoup__weight *w, const float *bias, const psoup__lora *lora,
                        const psoup__mix *mix, int32_t rows) {
@@ -235,13 +239,8 @@ static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, c
         bias_job job = {.y = y, .bias = bias, .rows = (size_t)rows, .out = (size_t)w->out};
         psoup__parallel(be->context, tiles(job.rows, ROW_TILE), bias_task, &job);
     }
-    psoup__gemm(be->context, &(psoup__gemm_args){
-                                 .m = rows, .n = w->out, .k = w->in,
-                                 .c = y, .c_stride = w->out, .accumulate = bias != NULL,
-                                 .a = x, .a_row = w->in, .a_col = 1, .alpha = 1,
-                                 .b = w->data, .b_dtype = w->dtype, .b_scales = w->scales,
-                                 .b_row = 1, .b_col = w->in,
-                                 .packed = w->forward});
+    const psoup__gemm_args product = own_product(y, x, w, bias, rows);
+    psoup__gemm(be->context, &product);
     if (mix->n == 0)
         return;
     if (!mix->factors) {
@@ -251,6 +250,46 @@ static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, c
     lora_forward(be->context, NULL, u, x_lora, w, lora, mix, rows);
     pool(be->context, u, lora, mix, rows);
     lora_forward(be->context, y, u, NULL, w, lora, mix, rows);
+}
+
+/* ---- several that read one x ---------------------------------------------------------------------- */
+
+typedef struct each_job {
+    psoup_context *context;
+    const psoup__linear *each;
+    const float *x;
+    const psoup__mix *mix;
+    int32_t rows;
+} each_job;
+
+static void each_task(void *arg, size_t task, int worker) {
+    const each_job *job = arg;
+    const psoup__linear *l = &job->each[task];
+    if (l->lora)
+        lora_forward(job->context, l->y, l->u, job->x, l->w, l->lora, job->mix, job->rows);
+}
+
+/* Of few rows a product takes hardly longer than threads need to meet: their own products all at once, then all that
+ * the adapters add. */
+static void linear_mix_each(psoup__backend *be, const psoup__linear *each, int32_t n, const float *x,
+                            const psoup__mix *mix, int32_t rows) {
+    const psoup__mix none = {0};
+    enum { MOST = 8 };
+    psoup__gemm_args products[MOST];
+    const each_job job = {be->context, each, x, mix, rows};
+    bool together = rows <= ROW_TILE && n <= MOST && !mix->factors, adapted = false;
+    for (int32_t i = 0; i < n; i++)
+        together &= !each[i].bias, adapted |= each[i].lora && mix->n > 0;
+    for (int32_t i = 0; i < n; i++)
+        if (together)
+            products[i] = own_product(each[i].y, x, each[i].w, NULL, rows);
+        else
+            linear_mix(be, each[i].y, each[i].u, x, x, each[i].w, each[i].bias, each[i].lora,
+                       each[i].lora ? mix : &none, rows);
+    if (together)
+        psoup__gemm_each(be->context, products, (size_t)n);
+    if (together && adapted)
+        psoup__parallel(be->context, (size_t)n, each_task, (void *)&job);
 }
 
 /* ---- backward ----------------------------------------------------------------------------------------- */
@@ -346,15 +385,14 @@ static void db_task(void *arg, size_t task, int worker) {
 static void lora_db(psoup_context *context, const float *dy, const float *u, const psoup__lora *lora,
                     const psoup__mix *mix, int32_t adapter, int32_t out) {
     const int32_t uses = mix->first[adapter + 1] - mix->first[adapter], rank = lora->rank;
+    const size_t width = out <= DB_COLUMNS ? DB_COLUMNS / 2 : DB_COLUMNS; /* two tasks at least */
+    const size_t across = tiles((size_t)out, width);
     for (int32_t start = 0; start < uses; start += PICK) {
         row_pick p;
         pick_rows(&p, mix, adapter, start);
-        db_job job = {context, lora->db, dy, u + (size_t)start * (size_t)rank, lora, &p, (size_t)out, DB_COLUMNS, 0};
-        if (job.out <= DB_COLUMNS) /* then for two */
-            job.width = DB_COLUMNS / 2;
-        job.across = tiles(job.out, job.width);
+        db_job job = {context, lora->db, dy, u + (size_t)start * (size_t)rank, lora, &p, (size_t)out, width, across};
         if (p.n)
-            psoup__parallel(context, job.across * tiles((size_t)rank, DB_ROWS), db_task, &job);
+            psoup__parallel(context, across * tiles((size_t)rank, DB_ROWS), db_task, &job);
     }
 }
 
@@ -453,5 +491,6 @@ static void linear_mix_backward(psoup__backend *be, float *dx, float *dx_lora, f
 
 void PSOUP__NAME(psoup__cpu_fill_linear_mix)(psoup__ops *ops) {
     ops->linear_mix = linear_mix;
+    ops->linear_mix_each = linear_mix_each;
     ops->linear_mix_backward = linear_mix_backward;
 }

@@ -13,6 +13,22 @@ static void linear(psoup__tape *t, float *y, float *u, const float *x, int32_t l
                         lora ? &t->mix : &psoup__no_mix, t->rows);
 }
 
+/* Neighbours first … first + n − 1, which read one x. */
+static void linears(psoup__tape *t, float *const *y, const float *x, int32_t layer, int first, int n) {
+    psoup__backend *be = t->model->be;
+    const psoup__layer *l = &t->model->layers[layer];
+    psoup__linear each[PSOUP__LINEARS];
+    if (!be->ops->linear_mix_each || t->dropout > 0) {
+        for (int i = 0; i < n; i++)
+            linear(t, y[i], t->layers[layer].u[first + i], x, layer, first + i);
+        return;
+    }
+    for (int i = 0; i < n; i++)
+        each[i] = (psoup__linear){y[i], t->layers[layer].u[first + i], &l->linear[first + i], l->bias[first + i],
+                                  psoup__tape_lora(t, layer, first + i)};
+    be->ops->linear_mix_each(be, each, n, x, &t->mix, t->rows);
+}
+
 psoup__attention_shape psoup__model_attention(const psoup_model *model) {
     const psoup_model_config *c = &model->config;
     return (psoup__attention_shape){.heads = c->num_attention_heads,
@@ -57,9 +73,7 @@ void psoup__forward_layer(psoup__tape *t, const psoup__cached *cached, int32_t l
     psoup__attention_shape shape = psoup__model_attention(model);
 
     ops->rmsnorm(be, a->norm1, a->rstd1, a->x, w->input_norm, c->rms_norm_eps, rows, dim);
-    linear(t, a->q, a->u[PSOUP__Q], a->norm1, l, PSOUP__Q);
-    linear(t, a->k, a->u[PSOUP__K], a->norm1, l, PSOUP__K);
-    linear(t, a->v, a->u[PSOUP__V], a->norm1, l, PSOUP__V);
+    linears(t, (float *const[]){a->q, a->k, a->v}, a->norm1, l, PSOUP__Q, 3);
     ops->rope(be, a->q, model->cos_sin, t->position, rows, shape.heads, c->head_dim, model->q_width,
               false);
     ops->rope(be, a->k, model->cos_sin, t->position, rows, shape.kv_heads, c->head_dim,
@@ -71,8 +85,7 @@ void psoup__forward_layer(psoup__tape *t, const psoup__cached *cached, int32_t l
 
     float *next = t->layers[l + 1].x;
     ops->rmsnorm(be, a->norm2, a->rstd2, a->middle, w->post_norm, c->rms_norm_eps, rows, dim);
-    linear(t, a->gate, a->u[PSOUP__GATE], a->norm2, l, PSOUP__GATE);
-    linear(t, a->up, a->u[PSOUP__UP], a->norm2, l, PSOUP__UP);
+    linears(t, (float *const[]){a->gate, a->up}, a->norm2, l, PSOUP__GATE, 2);
     ops->swiglu(be, t->act, a->gate, a->up, (size_t)rows * (size_t)ffn);
     linear(t, next, a->u[PSOUP__DOWN], t->act, l, PSOUP__DOWN);
     ops->add(be, next, a->middle, stream);
