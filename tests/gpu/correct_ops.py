@@ -22,7 +22,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 DTYPES = {"f32": (0, torch.float32, 2e-5), "f16": (1, torch.float16, 3e-3), "bf16": (2, torch.bfloat16, 2e-2)}
 SIZES = ((1, 64), (37, 129), (128, 640))  # rows, width
 torch.manual_seed(1)
-NOT_HERE = {"free", "copy", "zero", "record", "replay", "advance"}  # they compute nothing; see test_gpu.c
+NOT_HERE = {"free", "copy", "zero", "record", "replay", "advance",  # they compute nothing; see test_gpu.c
+            "linear_mix_each"}  # the bits of linear_mix; see test_cpu_mix.c
 failures = checks = 0
 
 
