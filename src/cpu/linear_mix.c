@@ -262,15 +262,14 @@ typedef struct each_job {
     int32_t rows;
 } each_job;
 
-static void each_task(void *arg, size_t task, int worker) {
-    const each_job *job = arg;
+static void each_task(const each_job *job, size_t task) {
     const psoup__linear *l = &job->each[task];
     if (l->lora)
         lora_forward(job->context, l->y, l->u, job->x, l->w, l->lora, job->mix, job->rows);
 }
 
-/* Of few rows a product takes hardly longer than threads need to meet: their own products all at once, then all that
- * the adapters add. */
+/* Of few rows a product takes hardly longer than threads need to meet: their own products all at once, then what the
+ * adapters add. */
 static void linear_mix_each(psoup__backend *be, const psoup__linear *each, int32_t n, const float *x,
                             const psoup__mix *mix, int32_t rows) {
     const psoup__mix none = {0};
@@ -288,8 +287,8 @@ static void linear_mix_each(psoup__backend *be, const psoup__linear *each, int32
                        each[i].lora ? mix : &none, rows);
     if (together)
         psoup__gemm_each(be->context, products, (size_t)n);
-    if (together && adapted)
-        psoup__parallel(be->context, (size_t)n, each_task, (void *)&job);
+    for (int32_t i = 0; i < n && together && adapted; i++) /* u may be one for all: one after another */
+        each_task(&job, (size_t)i);
 }
 
 /* ---- backward ----------------------------------------------------------------------------------------- */
