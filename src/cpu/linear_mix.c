@@ -274,7 +274,7 @@ static void linear_mix_each(psoup__backend *be, const psoup__linear *each, int32
                             const psoup__mix *mix, int32_t rows) {
     const psoup__mix none = {0};
     enum { MOST = 8 };
-    psoup__gemm_args products[MOST];
+    psoup__gemm_args products[MOST] = {0};
     const each_job job = {be->context, each, x, mix, rows};
     bool together = rows <= ROW_TILE && n <= MOST && !mix->factors, adapted = false;
     for (int32_t i = 0; i < n; i++)
