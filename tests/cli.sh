@@ -545,6 +545,17 @@ ppo rlphf '{"name": "P1B", "reward": "rewards/P1B", "preference": "P1B"}' ', "dr
 trains ppo --preset rlphf --config ppo.json
 check "preset rlphf" test -f rlphf/P1B/adapter_config.json
 
+# ---- where results cannot go is known before the training ---------------------------------------------
+one='"policies": [{"name": "a", "reward": "rewards/P1A"}], "prompts": "instructions.jsonl"'
+for c in sft reward dpo ppo; do
+    case $c in sft) rows='"data": "sft.jsonl"' ;; ppo) rows=$one ;; *) rows='"data": "comparisons.jsonl"' ;; esac
+    for output in '|output is empty: expected a directory' 'sft.jsonl|"sft.jsonl" cannot be made in sft.jsonl: Not a dir' \
+        'sft.jsonl/new/a|"sft.jsonl/new/a" cannot be made in '; do
+        put bad.json "{\"model\": \"base\", $rows, \"output\": \"${output%%|*}\", \"metrics\": \"left/m.jsonl\"}"
+        no 1 "bad.json: .*${output##*|}" $c --config bad.json
+    done
+done
+
 # ---- ppo: a soup ----------------------------------------------------------------------------------
 parts='{"name": "easy", "reward": "rewards/P1A", "preference": "P1A"}, {"name": "deep", "reward": "rewards/P1B",
     "preference": "P1B"}, {"name": "short", "reward": "rewards/P2A", "preference": "P2A", "init": "policies/P2A"}, {"name":

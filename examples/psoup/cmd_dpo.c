@@ -113,6 +113,8 @@ static psoup_status dpo(dpo_run *run, const char *config_path, psoup_error *erro
     if (status == PSOUP_OK)
         status = run_open_ranks(run->model, run->tokenizer, run->device, run->dtype, run->threads, &m, error);
     if (status == PSOUP_OK)
+        status = run_check_output(run->output, config_path, error);
+    if (status == PSOUP_OK)
         status = read_rows(m.context, run->data, &rows, error);
     if (status == PSOUP_OK)
         status = read_rows(m.context, run->validation, &held, error);

@@ -72,6 +72,8 @@ static psoup_status ppo(ppo_state *s, psoup_error *error) {
     if (status == PSOUP_OK)
         status = run_open_ranks(run->model, run->tokenizer, run->device, run->dtype, run->threads, &s->m, error);
     if (status == PSOUP_OK)
+        status = run_check_output(run->output, s->config_path, error);
+    if (status == PSOUP_OK)
         status = run->preferences ? psoup_preferences_load(s->m.context, run->preferences,
                                                            &s->preferences, error)
                                   : psoup_preferences_default(s->m.context, run->new_preferences,

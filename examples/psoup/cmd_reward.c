@@ -126,6 +126,8 @@ static psoup_status reward(reward_run *run, const char *config_path, reward_resu
     if (status == PSOUP_OK)
         status = run_open_ranks(run->model, run->tokenizer, run->device, run->dtype, run->threads, &m, error);
     if (status == PSOUP_OK)
+        status = run_check_output(run->output, config_path, error);
+    if (status == PSOUP_OK)
         status = read_rows(m.context, run->data, &rows, error);
     if (status == PSOUP_OK)
         status = read_rows(m.context, run->validation, &held, error);

@@ -79,6 +79,8 @@ static psoup_status sft(sft_run *run, const char *config_path, psoup_error *erro
         status = adapter_config_finish(&run->lora, config_path, error);
     if (status == PSOUP_OK)
         status = run_open_ranks(run->model, run->tokenizer, run->device, run->dtype, run->threads, &m, error);
+    if (status == PSOUP_OK)
+        status = run_check_output(run->output, config_path, error);
     if (status == PSOUP_OK && run->init && !run->adapter)
         status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: \"init\" needs an \"adapter\"",
                            config_path);

@@ -83,6 +83,9 @@ psoup_status run_open(const char *model, const char *tokenizer, const char *devi
 psoup_status run_open_ranks(const char *model, const char *tokenizer, const char *device, const char *dtype,
                             int32_t threads, cli_model *out, psoup_error *error);
 int32_t run_end_token(const cli_model *m); /* the model's eos token; −1 when it has none */
+/* Whether "output" may become a directory: known before the training whose result it is for, and nothing is made. Of
+ * several ranks the first writes it, and looks. */
+psoup_status run_check_output(const char *output, const char *config_path, psoup_error *error);
 /* What a finished run prints, of several ranks the first: where its results are. Returns the exit status. */
 int run_print_output(const char *output, bool json);
 

@@ -1,5 +1,6 @@
 /* A training's own directory, "run_dir": what it tells, what it says, how it goes on, and how it was configured. */
 #include "config.h"
+#include "launch.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -28,6 +29,37 @@ static psoup_status make_path(const char *path, psoup_error *error) {
     if (mkdir(path, 0777) == 0 || (stat(path, &info) == 0 && S_ISDIR(info.st_mode)))
         return PSOUP_OK;
     return cli_error(error, PSOUP_ERROR_IO, "%s: cannot make it: %s", path, strerror(errno));
+}
+
+psoup_status run_check_output(const char *output, const char *config_path, psoup_error *error) {
+    struct stat info;
+    if (!*output)
+        return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: output is empty: expected a directory", config_path);
+    if (launch_rank() > 0)
+        return PSOUP_OK;
+    char *part = strdup(output);
+    if (!part)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    /* The nearest that is there: the directory itself, or one above it. */
+    const char *there = part;
+    while (there == part && stat(there, &info) != 0 && errno == ENOENT) {
+        char *slash = strrchr(part, '/');
+        if (slash && slash != part)
+            *slash = 0;
+        else
+            there = slash ? "/" : ".";
+    }
+    const char *why = NULL;
+    if (stat(there, &info) == 0 && !S_ISDIR(info.st_mode))
+        why = strerror(ENOTDIR);
+    else if (access(there, W_OK | X_OK) != 0)
+        why = strerror(errno);
+    psoup_status status = PSOUP_OK;
+    if (why)
+        status = cli_error(error, PSOUP_ERROR_IO, "%s: output: \"%s\" cannot be made in %s: %s", config_path, output,
+                           there, why);
+    free(part);
+    return status;
 }
 
 /* The member of the sections' structs; NULL: none has it. */
