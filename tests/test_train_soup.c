@@ -54,6 +54,28 @@ static void stir(psoup_model *model, int n) {
     }
 }
 
+/* Rollouts that grow within what was made for fewer have room for every column. */
+START_TEST(rollouts_grow_in_all_columns) {
+    psoup__rollouts r = {.n = 0};
+    psoup_context *own;
+    OK(psoup_context_create(NULL, &own, &error));
+    for (size_t n = 1; n < 70; n += 3) {
+        OK(psoup__rollouts_reserve(&r, own, n, 5, 7, &error));
+        for (size_t i = 0; i < n; i++) {
+            for (size_t k = 0; k < 5; k++)
+                r.weight[i * 5 + k] = (float)(i + k);
+            for (size_t k = 0; k < 7; k++)
+                r.share[i * 7 + k] = r.part_score[i * 7 + k] = (float)(i * k);
+        }
+        for (size_t i = 0; i < n; i++)
+            ck_assert(r.weight[i * 5 + 4] == (float)(i + 4) && r.share[i * 7 + 6] == (float)(i * 6) &&
+                      r.part_score[i * 7 + 6] == (float)(i * 6));
+    }
+    psoup__rollouts_free(&r, own);
+    psoup_context_free(own);
+}
+END_TEST
+
 /* ---- mixes --------------------------------------------------------------------------------------- */
 
 /* Mean, variance and covariance of the Dirichlet distribution, and no share where the parameter is 0. */
@@ -497,6 +519,7 @@ int main(void) {
     tcase_add_checked_fixture(tests, set_up, tear_down);
     tcase_set_timeout(tests, 240);
     tcase_add_loop_test(tests, draws_are_dirichlets, 0, 3);
+    tcase_add_test(tests, rollouts_grow_in_all_columns);
     tcase_add_test(tests, tiny_parameters_draw_a_vertex);
     tcase_add_loop_test(tests, mixes_are_what_was_asked_for, 0, 12);
     tcase_add_loop_test(tests, one_hot_is_the_policy_alone, 0, 3);

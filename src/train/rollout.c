@@ -16,12 +16,11 @@ psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *c
                               error));
     PSOUP__TRY(psoup__reserve(context, &rollouts->score, &d, n + 1, sizeof(*rollouts->score),
                               error));
-    PSOUP__TRY(psoup__reserve(context, &rollouts->weight, &e, (n + 1) * adapters,
-                              sizeof(*rollouts->weight), error));
-    PSOUP__TRY(psoup__reserve(context, &rollouts->part_score, &f, (n + 1) * sources,
-                              sizeof(*rollouts->part_score), error));
-    PSOUP__TRY(psoup__reserve(context, &rollouts->share, &h, (n + 1) * sources, sizeof(*rollouts->share),
+    /* As many columns as `capacity` says, which more than n + 1 may have been made for. */
+    PSOUP__TRY(psoup__reserve(context, &rollouts->weight, &e, d * adapters, sizeof(*rollouts->weight), error));
+    PSOUP__TRY(psoup__reserve(context, &rollouts->part_score, &f, d * sources, sizeof(*rollouts->part_score),
                               error));
+    PSOUP__TRY(psoup__reserve(context, &rollouts->share, &h, d * sources, sizeof(*rollouts->share), error));
     PSOUP__TRY(psoup__reserve(context, &rollouts->mine, &g, n + 1, sizeof(*rollouts->mine), error));
     rollouts->capacity = d;
     rollouts->adapters = adapters;
