@@ -61,7 +61,7 @@ static int32_t tokens[ROWS][LENGTH];
 static psoup_model *small_model(int n_adapters) {
     psoup_model_config c = PSOUP_MODEL_CONFIG_INIT;
     psoup_model *model = NULL;
-    char name[8];
+    char name[16];
     c.vocab_size = WORDS;
     c.hidden_size = 64;
     c.intermediate_size = 160;
