@@ -168,6 +168,16 @@ put odd.json '[{"user_input": "a", "completion_a": "b", "completion_b": "c", "pr
 bad 'odd.json: row 1: "preference": rlhf compares by general' rlhf "$only, \"prompts\": \"alpaca.json\", \"reward_data\": \"odd.json\""
 bad 'alpaca.json: all 4 prompts have max_prompt_tokens, 3, or more' rlhf "$only, \"prompts\": \"alpaca.json\", $rows, \"max_prompt_tokens\": 3"
 
+put bad.json "{$only, \"output\": \"koala.json/r\"}"
+no 1 'bad.json: output: "koala.json/r" cannot be made in' run vb --config bad.json
+put bad.json "{$only, \"output\": \"\"}"
+no 1 'bad.json: output is empty' run vb --config bad.json
+# what the last stage would refuse is refused before the first
+for last in '"temperature": -1|temperature is -1' '"max_new_tokens": 0|max_new_tokens 0' '"max_sequences": -1|max_sequences -1'; do
+    put bad.json "{\"output\": \"left/r\", $files, $rows, \"generate\": {${last%|*}}}"
+    no 1 "${last#*|}" run psoups --config bad.json --json
+done
+
 # ---- memory -------------------------------------------------------------------------------------
 config plan
 "$psoup" run psoups --config run.json --plan >out 2>err

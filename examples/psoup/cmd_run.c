@@ -193,7 +193,9 @@ static psoup_status check_config(run *r, psoup_error *error) {
     if (c->max_prompt_tokens < 0)
         return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: max_prompt_tokens is %d, expected 0 or more", r->config_path,
                          c->max_prompt_tokens);
-    psoup_status status = adapter_config_finish(&c->lora, r->config_path, error);
+    psoup_status status = run_check_output(c->output, r->config_path, error);
+    if (status == PSOUP_OK)
+        status = adapter_config_finish(&c->lora, r->config_path, error);
     return status == PSOUP_OK ? adapter_config_finish(&c->reward_lora, r->config_path, error) : status;
 }
 

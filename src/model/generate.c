@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "model/measure.h"
+#include "model/session.h"
 
 typedef struct completion {
     psoup_completion seen; /* what callers see, pointing at: */
@@ -153,11 +154,14 @@ void psoup_generation_free(psoup_generation *generation) {
 
 /* What the prompts want together; adapters [n_adapters] receives which ones they use. */
 static psoup_status look(const psoup_model *model, const psoup_prompt *prompts, size_t n,
-                         const psoup_sampling *sampling, int32_t *adapters, psoup__decoding_extent *d, bool *mixes_logits, psoup_error *error) {
+                         const psoup_sampling *sampling, int32_t *adapters, psoup__decoding_extent *d,
+                         bool *mixes_logits, psoup_error *error) {
     for (size_t i = 0; i < n; i++) {
         psoup_sampling own = PSOUP_SAMPLING_INIT;
         psoup_status status = psoup__options(&own, sizeof own, sampling_of(&prompts[i], sampling), "psoup_sampling",
                                              error);
+        if (status == PSOUP_OK)
+            status = psoup__sampling_check(model, &own, error);
         if (status != PSOUP_OK)
             return status;
         bool logits = prompts[i].mix_method == PSOUP_MIX_LOGITS;
@@ -196,6 +200,7 @@ psoup_status psoup_generate_memory(psoup_model *model, const psoup_prompt *promp
         return PSOUP_ERROR_MEMORY;
     d.adapters = adapters;
     PSOUP__TRY(psoup__options(&full, sizeof full, options, "psoup_session_options", error));
+    PSOUP__TRY(psoup__session_check(&full, error));
     PSOUP__TRY(look(model, prompts, n, sampling, adapters, &d, &mixes_logits, error));
     PSOUP__TRY(fit_session(model, prompts, n, sampling, &full, error));
     psoup__memory_begin(model, false, &memory);

@@ -64,6 +64,18 @@ static psoup_status allocate(psoup_session *s, psoup_error *error) {
     return whole ? PSOUP_OK : PSOUP_ERROR_MEMORY;
 }
 
+psoup_status psoup__session_check(const psoup_session_options *o, psoup_error *error) {
+    if (o->max_sequences < 0 || o->max_tokens < 0 || o->prefill_rows < 0 || o->reserved ||
+        o->cache_tokens < 0 || o->steps < 0 || o->steps > 1024 || o->reserved2)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                           "psoup_session_options: max_sequences %d, max_tokens %d, prefill_rows %d, "
+                           "reserved %d, cache_tokens %lld, steps %d, reserved2 %d: expected no negative number, "
+                           "at most 1024 steps, and reserved ones 0",
+                           (int)o->max_sequences, (int)o->max_tokens, (int)o->prefill_rows,
+                           (int)o->reserved, (long long)o->cache_tokens, (int)o->steps, (int)o->reserved2);
+    return PSOUP_OK;
+}
+
 psoup_status psoup_session_create(psoup_model *model, const psoup_session_options *options,
                                   psoup_session **out, psoup_error *error) {
     psoup_session_options full = PSOUP_SESSION_OPTIONS_INIT;
@@ -73,14 +85,7 @@ psoup_status psoup_session_create(psoup_model *model, const psoup_session_option
     *out = NULL;
     psoup_status status;
     PSOUP__TRY(psoup__options(&full, sizeof full, options, "psoup_session_options", error));
-    if (full.max_sequences < 0 || full.max_tokens < 0 || full.prefill_rows < 0 || full.reserved ||
-        full.cache_tokens < 0 || full.steps < 0 || full.steps > 1024 || full.reserved2)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_session_options: max_sequences %d, max_tokens %d, prefill_rows %d, "
-                           "reserved %d, cache_tokens %lld, steps %d, reserved2 %d: expected no negative number, "
-                           "at most 1024 steps, and reserved ones 0",
-                           (int)full.max_sequences, (int)full.max_tokens, (int)full.prefill_rows,
-                           (int)full.reserved, (long long)full.cache_tokens, (int)full.steps, (int)full.reserved2);
+    PSOUP__TRY(psoup__session_check(&full, error));
     session = psoup__alloc(model->context, 1, sizeof *session, error);
     if (!session)
         return PSOUP_ERROR_MEMORY;

@@ -74,6 +74,9 @@ struct psoup_session {
     psoup__window window;
 };
 
+psoup_status psoup__session_check(const psoup_session_options *options, psoup_error *error);
+psoup_status psoup__sampling_check(const psoup_model *model, const psoup_sampling *sampling, psoup_error *error);
+
 /* submit.c; takes NULL. */
 void psoup__sequence_free(psoup_context *context, sequence *s);
 

@@ -17,8 +17,7 @@ void psoup__sequence_free(psoup_context *context, sequence *s) {
     psoup__free(context, s);
 }
 
-static psoup_status check_sampling(const psoup_model *model, const psoup_sampling *s,
-                                   psoup_error *error) {
+psoup_status psoup__sampling_check(const psoup_model *model, const psoup_sampling *s, psoup_error *error) {
     if (s->max_new_tokens < 1 || s->min_new_tokens < 0)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_sampling: max_new_tokens %d, min_new_tokens %d: expected at "
@@ -150,7 +149,7 @@ psoup_status psoup_session_submit(psoup_session *session, int64_t id, const psou
     psoup_status status;
     PSOUP__TRY(psoup__options(&sampling, sizeof sampling, prompt->sampling, "psoup_sampling",
                               error));
-    PSOUP__TRY(check_sampling(session->model, &sampling, error));
+    PSOUP__TRY(psoup__sampling_check(session->model, &sampling, error));
     PSOUP__TRY(check_prompt(session, id, prompt, error));
     s = psoup__alloc(context, 1, sizeof *s, error);
     if (!s)
