@@ -160,6 +160,7 @@ for bad in '{"prompt": "a", "mix": {"P9Z": 1}}|:2: mix: no adapter is named "P9Z
 done
 no 1 'none.jsonl' generate --model base --prompts none.jsonl --out left/g.jsonl
 no 1 'left/no/g.jsonl' generate --model base --prompt x --out left/no/g.jsonl
+no 1 'name of the file to write is empty' generate --model base --prompt x --out ""
 no 1 'temperature' generate --model base --prompt x --temperature -1 --out left/g.jsonl
 no 2 'max-new-tokens' generate --model base --prompt x --max-new-tokens 0; no 2 'with a --template' generate --model base --prompt x --preference y
 
@@ -550,7 +551,7 @@ one='"policies": [{"name": "a", "reward": "rewards/P1A"}], "prompts": "instructi
 for c in sft reward dpo ppo; do
     case $c in sft) rows='"data": "sft.jsonl"' ;; ppo) rows=$one ;; *) rows='"data": "comparisons.jsonl"' ;; esac
     for output in '|output is empty: expected a directory' 'sft.jsonl|"sft.jsonl" cannot be made in sft.jsonl: Not a dir' \
-        'sft.jsonl/new/a|"sft.jsonl/new/a" cannot be made in '; do
+        'sft.jsonl/new/a|"sft.jsonl/new/a" cannot be made in sft.jsonl: Not a dir'; do
         put bad.json "{\"model\": \"base\", $rows, \"output\": \"${output%%|*}\", \"metrics\": \"left/m.jsonl\"}"
         no 1 "bad.json: .*${output##*|}" $c --config bad.json
     done

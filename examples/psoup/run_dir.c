@@ -42,7 +42,7 @@ psoup_status run_check_output(const char *output, const char *config_path, psoup
         return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     /* The nearest that is there: the directory itself, or one above it. */
     const char *there = part;
-    while (there == part && stat(there, &info) != 0 && errno == ENOENT) {
+    while (there == part && stat(there, &info) != 0 && (errno == ENOENT || errno == ENOTDIR)) {
         char *slash = strrchr(part, '/');
         if (slash && slash != part)
             *slash = 0;

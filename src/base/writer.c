@@ -61,6 +61,8 @@ psoup_status psoup__writer_create(psoup_context *context, const char *path, psou
     psoup_status status = PSOUP_ERROR_MEMORY;
     struct stat info;
     *out = NULL;
+    if (!*path) /* found now, not when the file is renamed */
+        return psoup__fail(error, PSOUP_ERROR_IO, "the name of the file to write is empty");
     /* renaming over a device or a pipe would replace it */
     if (stat(path, &info) == 0 && !S_ISREG(info.st_mode))
         return psoup__fail(error, PSOUP_ERROR_IO, "%s: is there and is not a regular file", path);
