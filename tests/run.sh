@@ -107,6 +107,8 @@ no 1 'none.jsonl' judge --judge x --out left/d none.jsonl pp
 no 1 'psoups has 16 responses, .*AAA.jsonl 2' judge --judge x --out left/d psoups pp/responses/AAA.jsonl
 no 1 'row 1 answers other prompts or users' judge --judge x --out left/d psoups/responses/AAA.jsonl pp/responses/BBB.jsonl
 no 1 'judge' judge --judge none-such-judge --out left/d psoups pp
+# where duels cannot go is known before the judge is asked
+no 1 'left/no/d: cannot create' judge --judge "$helpers/judge" --judge dies --out left/no/d psoups pp
 put odd.jsonl '{"prompt": 1, "user": "A", "preferences": ["P9"], "instruction": "a", "completion": "b"}\n'
 no 1 'odd.jsonl: row 1: "preferences": "P9" is not' judge --judge x --out left/d odd.jsonl odd.jsonl
 put odd.jsonl '{"prompt": 1, "user": "A", "instruction": "a", "completion": "b"}\n'

@@ -152,10 +152,9 @@ static void free_duels(duel_set *d) {
 
 /* ---- judging --------------------------------------------------------------------------------------- */
 
-static psoup_status write_duels(psoup_context *context, const psoup_preferences *preferences, const duel_set *d,
-                                const int32_t *verdicts, const int32_t *helpful, const char *path, psoup_error *error) {
-    psoup_jsonl_writer *writer = NULL;
-    psoup_status status = psoup_jsonl_create(context, path, 0, &writer, error);
+static psoup_status write_duels(const psoup_preferences *preferences, const duel_set *d, const int32_t *verdicts,
+                                const int32_t *helpful, psoup_jsonl_writer *writer, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
     for (size_t i = 0; status == PSOUP_OK && i < d->n; i++) {
         const psoup_json *from = psoup_json_at(d->rows[0], i);
         psoup_json *row = psoup_json_new_object(), *criteria = psoup_json_new_object();
@@ -170,16 +169,14 @@ static psoup_status write_duels(psoup_context *context, const psoup_preferences 
         status = psoup_jsonl_write(writer, row, error);
         psoup_json_free(row);
     }
-    if (status == PSOUP_OK)
-        status = psoup_jsonl_close(writer, error);
-    psoup_jsonl_writer_free(writer);
-    return status;
+    return status == PSOUP_OK ? psoup_jsonl_close(writer, error) : status;
 }
 
 static psoup_status ask(const judge_args *a, psoup_context *context, const psoup_preferences *preferences,
                         const duel_set *d, psoup_error *error) {
     const char *words[MOST_WORDS + 1] = {NULL};
     psoup_judge *judge = NULL;
+    psoup_jsonl_writer *writer = NULL;
     size_t total = 1;
     for (size_t i = 0; i < d->n; i++)
         total += d->duels[i].n;
@@ -187,6 +184,8 @@ static psoup_status ask(const judge_args *a, psoup_context *context, const psoup
     int32_t *helpful = a->helpfulness ? calloc(d->n, sizeof *helpful) : NULL;
     psoup_status status = verdicts && (helpful || !a->helpfulness) ? PSOUP_OK : no_memory(error);
     memcpy(words, a->judge.items, a->judge.n * sizeof *words);
+    if (status == PSOUP_OK) /* before the judge has worked: what cannot be written is known at once */
+        status = psoup_jsonl_create(context, a->out, 0, &writer, error);
     if (status == PSOUP_OK)
         status = psoup_judge_command(context, words, &judge, error);
     if (status == PSOUP_OK)
@@ -195,7 +194,8 @@ static psoup_status ask(const judge_args *a, psoup_context *context, const psoup
         status = psoup_judge_duels(judge, preferences, (const char *const *)d->prompts, d->responses[0],
                                    d->responses[1], d->duels, d->n, a->swap, verdicts, helpful, error);
     if (status == PSOUP_OK)
-        status = write_duels(context, preferences, d, verdicts, helpful, a->out, error);
+        status = write_duels(preferences, d, verdicts, helpful, writer, error);
+    psoup_jsonl_writer_free(writer);
     psoup_judge_free(judge);
     free(verdicts);
     free(helpful);
