@@ -700,6 +700,7 @@ for bad in '{"prompt": 1, "criteria": {"P1A": "maybe"}}|:1: criterion "P1A"' '{"
     no 1 "${bad##*|}" winrate bad.jsonl
 done
 no 1 'none.jsonl' winrate none.jsonl
+no 1 'empty.jsonl: no duels in it' winrate empty.jsonl
 
 # ---- another device -------------------------------------------------------------------------------
 # The same command lines on a GPU, or on the host driver where the tests' build has one.

@@ -114,6 +114,8 @@ static psoup_status read_duels(psoup_context *context, const char *path, duels *
         psoup_json_free(row);
     }
     psoup_jsonl_reader_free(reader);
+    if (status == PSOUP_OK && d->n == 0)
+        status = cli_error(error, PSOUP_ERROR_FORMAT, "%s: no duels in it", path);
     for (size_t i = 0; i < d->n; i++) {
         d->items[i].preferences = d->preferences[i];
         d->items[i].verdicts = d->verdicts[i];
