@@ -186,6 +186,7 @@ class Signals(Case):
     def test_ctrl_c_stops_a_training_and_is_raised(self):
         program = """
 import os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
 sys.path[:0] = %r
 import psoup
 model = psoup.Model.create(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
