@@ -276,9 +276,6 @@ static bool label_run(plot *p, size_t i) {
 
 static bool label_line(const plot *p, plot_line *line) {
     const char *run = p->runs[line->run].label;
-    size_t in_run = 0;
-    for (size_t i = 0; i < p->n; i++)
-        in_run += p->lines[i]->run == line->run;
     line->label = malloc(strlen(run) + strlen(line->subject) + 8);
     if (!line->label)
         return false;
