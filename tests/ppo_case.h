@@ -3,7 +3,7 @@
 #define PPO_CASE_H
 
 #include "train_case.h"
-#include "train/ppo.h"
+#include "ppo/ppo.h"
 
 enum { PROMPTS = 16, VALIDATION = 8, POLICIES = 6 };
 

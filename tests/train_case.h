@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "train/train.h"
+#include "ppo/ppo.h"
 
 static psoup_context *context;
 static psoup_error error;

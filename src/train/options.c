@@ -1,45 +1,5 @@
 /* The trainers' options as data: tables for configuration files, presets, and what is refused. */
-#include <math.h>
-#include <string.h>
-
-#include "train/ppo.h"
-
-#define FIELD(kind, name, help) {#name, kind, offsetof(OPTIONS, name), NULL, help}
-#define INT(name, help) FIELD(PSOUP_FIELD_INT, name, help)
-#define FLOAT(name, help) FIELD(PSOUP_FIELD_FLOAT, name, help)
-#define BOOL(name, help) FIELD(PSOUP_FIELD_BOOL, name, help)
-#define SCHEDULE                                                                                   \
-    {"schedule", PSOUP_FIELD_ENUM, offsetof(OPTIONS, schedule), "constant|linear|cosine",          \
-     "How the learning rate falls after warm-up: not at all, in a line to 0, or as a half cosine "  \
-     "to 0."}
-#define ADAM                                                                                       \
-    FLOAT(learning_rate, "AdamW's learning rate at its peak."),                                    \
-        FLOAT(beta1, "AdamW's decay of the gradient's running mean."),                             \
-        FLOAT(beta2, "AdamW's decay of the squared gradient's running mean."),                     \
-        FLOAT(epsilon, "Added to AdamW's denominator."),                                           \
-        FLOAT(weight_decay, "AdamW's decoupled weight decay, per step times the learning rate."),  \
-        FLOAT(max_grad_norm, "Gradients of a larger norm are scaled down to this one; 0 turns "    \
-                             "clipping off."),                                                     \
-        FLOAT(max_grad_value, "Elements of a gradient beyond plus or minus this are set to it, "   \
-                              "before its norm is taken; 0 leaves them.")
-#define RUN                                                                                        \
-    {"seed", PSOUP_FIELD_UINT64, offsetof(OPTIONS, seed), NULL,                                    \
-     "Seed of the order of the examples and of dropout."}
-#define METRICS                                                                                    \
-    {"metrics", PSOUP_FIELD_STRING, offsetof(OPTIONS, metrics), NULL,                              \
-     "JSON Lines file that every report is appended to."}
-
-#define RECOMPUTE                                                                                  \
-    BOOL(gradient_checkpointing, "Whether updates keep each layer's input alone and run the layer again " \
-                                 "in the backward: less memory, more time, the same bits.")
-
-#define CHECKPOINTS(steps)                                                                         \
-    {"checkpoint_dir", PSOUP_FIELD_STRING, offsetof(OPTIONS, checkpoint_dir), NULL,                \
-     "Directory that keeps the whole run, so that it can go on after it was stopped or killed."},  \
-        INT(checkpoint_every, steps " steps between checkpoints; 0 keeps one when the run is "     \
-                              "stopped only."),                                                    \
-        INT(checkpoint_keep, "How many checkpoints stay."),                                        \
-        BOOL(resume, "Whether to continue from the newest checkpoint, where there is one.")
+#include "train/options.h"
 
 #define OPTIONS psoup_sft_options
 static const psoup_field sft_fields[] = {
@@ -111,155 +71,19 @@ static const psoup_field dpo_fields[] = {
 };
 #undef OPTIONS
 
-#define OPTIONS psoup_ppo_options
-static const psoup_field ppo_fields[] = {
-    INT(steps, "PPO steps; 0 makes one epoch over the prompts."),
-    INT(batch_size, "Responses sampled in one step, per policy."),
-    INT(mini_batch_size, "Responses of one optimiser step; 0 takes the whole batch."),
-    INT(loss_group, "Above 0, the loss is the mean over the tokens of so many responses, averaged over "
-                    "such groups; 0 takes the mean over all tokens of the mini-batch."),
-    INT(ppo_epochs, "Passes over a batch at most."),
-    INT(micro_batch_tokens, "Tokens of one packed pass; bounds memory."),
-    ADAM,
-    FLOAT(gamma, "Discount of later rewards."),
-    FLOAT(lambda, "Decay of generalised advantage estimation."),
-    FLOAT(clip_range, "How far from 1 the probability ratio may be driven."),
-    FLOAT(clip_range_value, "How far from its old prediction a value may be driven."),
-    FLOAT(value_coefficient, "Weight of the value loss."),
-    {"early_stop", PSOUP_FIELD_ENUM, offsetof(OPTIONS, early_stop), "off|all|last",
-     "What decides whether KL ends the updates on a batch: all of an epoch, or its last loss group."},
-    FLOAT(target_kl, "The updates on a batch end after an epoch of more than 1.5 times this KL per "
-                     "token."),
-    FLOAT(kl_coefficient, "Weight of the KL penalty at the start."),
-    BOOL(adaptive_kl, "Whether the weight of the KL penalty follows kl_target."),
-    FLOAT(kl_target, "KL per response that the adaptive weight aims at, in nats."),
-    FLOAT(kl_horizon, "Responses over which the adaptive weight adjusts."),
-    FLOAT(ratio_threshold, "A mini-batch whose mean probability ratio exceeds this is skipped."),
-    BOOL(skipped_step, "Whether the optimiser still steps, with zero gradient, when a mini-batch is "
-                       "skipped."),
-    BOOL(normalize_reward, "Whether scores are normalised by their running mean and deviation."),
-    BOOL(whiten_advantages, "Whether advantages are shifted and scaled to mean 0 and deviation 1."),
-    INT(whiten_groups, "Equal parts of the batch that are whitened apart."),
-    FLOAT(lora_dropout, "Probability of dropping an element of an adapter's input, in updates."),
-    FLOAT(head_dropout, "Probability of dropping an element of the value head's input, in updates."),
-    INT(max_new_tokens, "Tokens of a response at most."),
-    INT(min_new_tokens, "Tokens of a response before an end token may come."),
-    INT(draw_new_tokens_from, "Above 0, each group's limit is drawn uniformly from this to "
-                              "max_new_tokens."),
-    INT(draw_group, "Responses that share a drawn limit."),
-    BOOL(ignore_stop, "Whether to sample past end tokens and cut after the first."),
-    FLOAT(temperature, "Sampling temperature."),
-    FLOAT(top_p, "Sampling keeps the smallest set of tokens of this probability; 1 keeps all."),
-    INT(top_k, "Sampling keeps this many tokens; 0 keeps all."),
-    FLOAT(truncation_penalty, "Subtracted from the score of a response without an end token."),
-    BOOL(reward_text, "Whether rewards read decoded text, tokenised again."),
-    INT(reward_max_tokens, "Longer reward inputs keep their first tokens; 0 allows what the model "
-                           "can hold."),
-    INT(max_sequences, "Responses decoded together; 0 decodes all of a step, on the CPU 256 of them."),
-    INT(validate_every, "PPO steps between validations; 0 validates at the end only."),
-    BOOL(keep_best, "Whether to end with the weights of the best mean reward on the validation "
-                    "prompts."),
-    METRICS,
-    CHECKPOINTS("PPO"),
-    RECOMPUTE,
-    {"objective", PSOUP_FIELD_ENUM, offsetof(OPTIONS, objective), "ppo|rloo|grpo",
-     "What a reward is measured against: a critic's value, the mean of the other responses to the "
-     "prompt, or their mean and deviation. Without a critic gamma, lambda, value and whitening options "
-     "and head_dropout have no part."},
-    INT(group_size, "Responses sampled to each prompt, with rloo and grpo; divides batch_size."),
-    BOOL(join, "Whether to resume, and to begin policies at the list's end that the checkpoint has not yet."),
-    INT(samples_every, "PPO steps between samples of what each policy says; 0 takes none."),
-    INT(samples_count, "How many prompts are sampled, of a policy's validation prompts where it has any."),
-    {"samples", PSOUP_FIELD_STRING, offsetof(OPTIONS, samples), NULL,
-     "JSON Lines file that samples are appended to."},
-    {"kl_estimator", PSOUP_FIELD_ENUM, offsetof(OPTIONS, kl_estimator), "default|k1|k2|k3",
-     "How KL to the reference is estimated from a token, with d its log-ratio: d, half of d squared, or "
-     "exp(-d) - 1 + d; default is k1, and k3 in grpo's loss."},
-    {"scale_rewards", PSOUP_FIELD_ENUM, offsetof(OPTIONS, scale_rewards), "group|none|batch",
-     "What grpo divides its advantages by: the deviation of the group's rewards, nothing, or the deviation of "
-     "all rewards of the step."},
-    FLOAT(reward_clip, "A normalised score is kept within plus or minus this; 0 leaves it."),
-    FLOAT(warn_repetition, "Warns when more than this share of the 4-grams of a step's responses repeat one of the "
-                           "same response; 0 does not."),
-    FLOAT(warn_empty, "Warns when more than this share of a step's responses are empty; 0 does not."),
-    FLOAT(warn_reward_rise, "Warns when the reward rises by more than so many deviations within warn_window steps at "
-                            "a KL that cannot buy it; 0 does not."),
-    FLOAT(warn_kl_growth, "Warns when KL grows by more than this factor within warn_window steps while the reward "
-                          "falls; 0 does not."),
-    INT(warn_window, "PPO steps that the two look back on."),
-    BOOL(normalize_apart, "Whether each of several rewards is normalised by its own mean and deviation before it is "
-                          "weighted, instead of their sum."),
-    FLOAT(length_penalty, "Subtracted from the normalised score for each token of a response beyond length_target."),
-    INT(length_target, "Tokens of a response that cost nothing."),
-    {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
-};
-#undef OPTIONS
-
 const psoup_field *psoup_sft_fields(void) { return sft_fields; }
 const psoup_field *psoup_reward_fields(void) { return reward_fields; }
 const psoup_field *psoup_dpo_fields(void) { return dpo_fields; }
-const psoup_field *psoup_ppo_fields(void) { return ppo_fields; }
-
-/* The paper's released code: README flags of joeljang/RLPHF and the trainer it ran on. Whitening was
- * per rank, of four. */
-psoup_status psoup_ppo_preset(const char *name, psoup_ppo_options *options, psoup_error *error) {
-    psoup_ppo_options full = PSOUP_PPO_OPTIONS_INIT;
-    psoup_ppo_options from = PSOUP_PPO_OPTIONS_INIT; /* where the fields' values come from */
-    psoup_status status = PSOUP_OK;
-    if (!name || !options)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo_preset: name or options is NULL");
-    PSOUP__TRY(psoup__options(&full, sizeof(full), options, "psoup_ppo_options", error));
-    if (strcmp(name, "rlphf") == 0) {
-        from.max_grad_norm = 0.0f;
-        from.early_stop = PSOUP_EARLY_STOP_LAST;
-        from.skipped_step = 1;
-        from.whiten_groups = 4;
-        from.loss_group = 2;
-        from.lora_dropout = 0.05f;
-        from.head_dropout = 0.1f;
-        from.draw_new_tokens_from = 32;
-        from.ignore_stop = 1;
-        from.reward_text = 1;
-    } else if (strcmp(name, "default") != 0) {
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "PPO preset '%s' is unknown: expected 'default' or 'rlphf'", name);
-    }
-    full.max_grad_norm = from.max_grad_norm;
-    full.early_stop = from.early_stop;
-    full.skipped_step = from.skipped_step;
-    full.whiten_groups = from.whiten_groups;
-    full.loss_group = from.loss_group;
-    full.lora_dropout = from.lora_dropout;
-    full.head_dropout = from.head_dropout;
-    full.draw_new_tokens_from = from.draw_new_tokens_from;
-    full.draw_group = from.draw_group;
-    full.max_new_tokens = from.max_new_tokens;
-    full.ignore_stop = from.ignore_stop;
-    full.reward_text = from.reward_text;
-    full.reward_max_tokens = from.reward_max_tokens;
-    full.truncation_penalty = from.truncation_penalty;
-    /* A caller of an older header has a shorter struct. */
-    size_t size = options->size;
-    memcpy(options, &full, size < sizeof(full) ? size : sizeof(full));
-    options->size = size;
-fail:
-    return status;
-}
 
 /* ---- what is refused ---------------------------------------------------------------------------- */
 
-typedef struct range {
-    const char *name;
-    double value, low, high; /* low ≤ value ≤ high; NaN is refused */
-} range;
-
-static psoup_status check(const char *where, const range *ranges, size_t n, const char *checkpoint_dir,
-                          int32_t resume, psoup_error *error) {
+psoup_status psoup__ranges_check(const char *where, const psoup__range *ranges, size_t n, const char *checkpoint_dir,
+                                 int32_t resume, psoup_error *error) {
     if (resume && !checkpoint_dir)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "%s: checkpoint_dir is NULL, which resume needs", where);
     for (size_t i = 0; i < n; i++) {
-        const range *r = &ranges[i];
+        const psoup__range *r = &ranges[i];
         if (!(r->value >= r->low && r->value <= r->high))
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "%s: %s is %g: expected %g to %g", where, r->name, r->value, r->low,
@@ -268,21 +92,8 @@ static psoup_status check(const char *where, const range *ranges, size_t n, cons
     return PSOUP_OK;
 }
 
-#define RANGE(name, low, high) {#name, (double)o->name, low, high}
-#define COUNTS 2147483647.0
-#define CHECKPOINT_RANGES                                                                          \
-    RANGE(checkpoint_every, 0, COUNTS), RANGE(checkpoint_keep, 1, COUNTS), RANGE(resume, 0, 1),    \
-        RANGE(gradient_checkpointing, 0, 1)
-#define REALS 3.4e38
-#define BELOW_ONE 0.99999997
-#define ADAM_RANGES                                                                                \
-    RANGE(learning_rate, 0, REALS), RANGE(beta1, 0, BELOW_ONE), RANGE(beta2, 0, BELOW_ONE),        \
-        RANGE(epsilon, 0, REALS), RANGE(weight_decay, 0, REALS), RANGE(max_grad_norm, 0, REALS), \
-        RANGE(max_grad_value, 0, REALS)
-#define LENGTH(ranges) (sizeof(ranges) / sizeof((ranges)[0]))
-
 psoup_status psoup__sft_check(const psoup_sft_options *o, psoup_error *error) {
-    const range ranges[] = {
+    const psoup__range ranges[] = {
         RANGE(epochs, 1, COUNTS),       RANGE(max_steps, 0, COUNTS),
         RANGE(batch_tokens, 2, COUNTS), RANGE(accumulation, 1, COUNTS),
         ADAM_RANGES,                    RANGE(schedule, 0, 2),
@@ -291,12 +102,12 @@ psoup_status psoup__sft_check(const psoup_sft_options *o, psoup_error *error) {
         RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
         RANGE(reserved, 0, 0),
     };
-    return check("psoup_sft_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
+    return psoup__ranges_check("psoup_sft_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
                  error);
 }
 
 psoup_status psoup__reward_check(const psoup_reward_options *o, psoup_error *error) {
-    const range ranges[] = {
+    const psoup__range ranges[] = {
         RANGE(epochs, 1, COUNTS),       RANGE(max_steps, 0, COUNTS),
         RANGE(batch_size, 1, COUNTS),   RANGE(accumulation, 1, COUNTS),
         ADAM_RANGES,                    RANGE(schedule, 0, 2),
@@ -306,12 +117,12 @@ psoup_status psoup__reward_check(const psoup_reward_options *o, psoup_error *err
         RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
         RANGE(margins, 0, 1),
     };
-    return check("psoup_reward_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
+    return psoup__ranges_check("psoup_reward_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
                  error);
 }
 
 psoup_status psoup__dpo_check(const psoup_dpo_options *o, psoup_error *error) {
-    const range ranges[] = {
+    const psoup__range ranges[] = {
         RANGE(epochs, 1, COUNTS),       RANGE(max_steps, 0, COUNTS),
         RANGE(batch_size, 1, COUNTS),   RANGE(accumulation, 1, COUNTS),
         ADAM_RANGES,                    RANGE(schedule, 0, 2),
@@ -321,92 +132,6 @@ psoup_status psoup__dpo_check(const psoup_dpo_options *o, psoup_error *error) {
         RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
         RANGE(reserved, 0, 0),
     };
-    return check("psoup_dpo_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
+    return psoup__ranges_check("psoup_dpo_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
                  error);
-}
-
-psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
-    bool critic = psoup__has_critic(o);
-    const range ranges[] = {
-        RANGE(steps, 0, COUNTS),
-        RANGE(batch_size, 1, COUNTS),
-        RANGE(mini_batch_size, 0, o->batch_size),
-        RANGE(loss_group, 0, o->batch_size),
-        RANGE(ppo_epochs, 1, COUNTS),
-        RANGE(micro_batch_tokens, 1, COUNTS),
-        ADAM_RANGES,
-        RANGE(gamma, 0, 1),
-        RANGE(lambda, 0, 1),
-        RANGE(clip_range, 0, REALS),
-        RANGE(clip_range_value, 0, REALS),
-        RANGE(value_coefficient, 0, REALS),
-        RANGE(early_stop, 0, 2),
-        RANGE(target_kl, 0, REALS),
-        RANGE(kl_coefficient, 0, REALS),
-        RANGE(adaptive_kl, 0, 1),
-        RANGE(kl_target, 1e-30, REALS),
-        RANGE(kl_horizon, 1e-30, REALS),
-        RANGE(ratio_threshold, 0, INFINITY),
-        RANGE(skipped_step, 0, 1),
-        RANGE(normalize_reward, 0, 1),
-        RANGE(whiten_advantages, 0, 1),
-        RANGE(whiten_groups, 1, o->batch_size),
-        RANGE(lora_dropout, 0, BELOW_ONE),
-        RANGE(head_dropout, 0, BELOW_ONE),
-        RANGE(max_new_tokens, 1, COUNTS),
-        RANGE(min_new_tokens, 0, o->max_new_tokens),
-        RANGE(draw_new_tokens_from, 0, o->max_new_tokens),
-        RANGE(draw_group, 1, COUNTS),
-        RANGE(ignore_stop, 0, 1),
-        RANGE(temperature, 1e-30, REALS), /* PPO explores: greedy sampling has no ratio to learn from */
-        RANGE(top_p, 1e-30, 1),
-        RANGE(top_k, 0, COUNTS),
-        RANGE(truncation_penalty, -REALS, REALS),
-        RANGE(reward_text, 0, 1),
-        RANGE(reward_max_tokens, 0, COUNTS),
-        RANGE(max_sequences, 0, COUNTS),
-        RANGE(validate_every, 0, COUNTS),
-        RANGE(keep_best, 0, 1),
-        CHECKPOINT_RANGES,
-        RANGE(join, 0, 1),
-        RANGE(objective, 0, 2),
-        RANGE(group_size, critic ? 1 : 2, COUNTS),
-        RANGE(samples_every, 0, COUNTS),
-        RANGE(samples_count, 1, COUNTS),
-        RANGE(kl_estimator, 0, 3),
-        RANGE(scale_rewards, 0, 2),
-        RANGE(reward_clip, 0, REALS),
-        RANGE(warn_repetition, 0, REALS),
-        RANGE(warn_empty, 0, REALS),
-        RANGE(warn_reward_rise, 0, REALS),
-        RANGE(warn_kl_growth, 0, REALS),
-        RANGE(warn_window, 4, PSOUP__MAX_WINDOW),
-        RANGE(normalize_apart, 0, o->normalize_reward ? 1 : 0),
-        RANGE(length_penalty, -REALS, REALS),
-        RANGE(length_target, 0, COUNTS),
-        RANGE(reserved, 0, 0),
-    };
-    psoup_status status =
-        check("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir,
-              o->resume || o->join, error);
-    if (status == PSOUP_OK && o->reward_text && !o->tokenizer)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_ppo_options: tokenizer is NULL, which reward_text needs");
-    if (status == PSOUP_OK && (o->samples || o->on_samples) != (o->samples_every > 0))
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_ppo_options: samples_every is %d: expected %s", o->samples_every,
-                           o->samples_every ? "samples, a file, or on_samples with it"
-                                            : "more than 0, with samples or on_samples");
-    if (status == PSOUP_OK && !critic && o->batch_size % o->group_size)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_ppo_options: batch_size is %d: expected a multiple of group_size, %d",
-                           o->batch_size, o->group_size);
-    if (status == PSOUP_OK && o->objective == PSOUP_OBJECTIVE_GRPO && o->kl_estimator == PSOUP_KL_K1)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_ppo_options: kl_estimator is k1: expected k2 or k3 with grpo, whose loss it "
-                           "is a term of: there the mean gradient of k1 is 0");
-    if (status == PSOUP_OK && o->objective != PSOUP_OBJECTIVE_GRPO && o->scale_rewards != PSOUP_SCALE_GROUP)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_ppo_options: scale_rewards is of grpo alone: expected group");
-    return status;
 }

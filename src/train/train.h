@@ -1,5 +1,5 @@
-/* src/train: optimiser, supervised fine-tuning, reward models, DPO, PPO. Stands on src/model and calls ops
- * only for the optimiser.
+/* src/train: optimiser, passes, checkpoints; supervised fine-tuning, reward models, DPO. Stands on src/model and
+ * calls ops only for the optimiser.
  *
  * Side by side. Reward models and policies train in shared passes, and yet each must carry the bits it
  * would have alone. Three rules give that: every model's rows keep their own order and are cut into
@@ -170,66 +170,8 @@ static inline bool psoup__goes_on(psoup_status *status, psoup_status one) {
 psoup_status psoup__sft_check(const psoup_sft_options *options, psoup_error *error);
 psoup_status psoup__reward_check(const psoup_reward_options *options, psoup_error *error);
 psoup_status psoup__dpo_check(const psoup_dpo_options *options, psoup_error *error);
-psoup_status psoup__ppo_check(const psoup_ppo_options *options, psoup_error *error);
-static inline bool psoup__has_critic(const psoup_ppo_options *options) {
-    return options->objective == PSOUP_OBJECTIVE_PPO;
-}
-/* Responses to one prompt in a step. */
-static inline size_t psoup__group_size(const psoup_ppo_options *options) {
-    return psoup__has_critic(options) ? 1 : (size_t)options->group_size;
-}
 
-/* ---- objectives.c: pure functions on host arrays --------------------------------------------- */
-
-/* The estimate of KL(π ‖ π_ref) by one token; the default is k1. */
-double psoup__kl_estimate(psoup_kl_estimator estimator, double logprob, double ref);
-/* reward[t] = −beta · that estimate of token t, plus score on the last token. */
-void psoup__kl_rewards(float *reward, const float *logprob, const float *ref, size_t n,
-                       psoup_kl_estimator estimator, double beta, double score);
-/* Generalised advantages and returns of one response; the value after its end is 0. */
-void psoup__gae(float *advantage, float *returns, const float *reward, const float *value, size_t n,
-                double gamma, double lambda);
-/* x ← (x − mean) / sqrt(variance + 1e-8), variance unbiased. */
-void psoup__whiten(float *x, size_t n);
-
-/* Advantages of k responses to one prompt, by their rewards: over the mean of the others, or over the mean;
- * psoup__scale_advantages divides them by what psoup__reward_deviation says of a group or a batch. */
-void psoup__leave_one_out(double *advantage, const double *reward, size_t k);
-void psoup__group_centre(double *advantage, const double *reward, size_t k);
-double psoup__reward_deviation(const double *reward, size_t n); /* unbiased */
-void psoup__scale_advantages(double *advantage, size_t n, double deviation);
-
-/* Sums over a mini-batch. Divide policy_loss, ratio and clipped by `ratios`, the rest by `tokens`. */
-typedef struct psoup__ppo_terms {
-    double policy_loss, value_loss; /* the latter without its coefficient */
-    double ratio, ratio_max, kl;    /* kl: log π_old − log π */
-    double clipped, value_clipped;
-    size_t tokens, ratios; /* as many, but where a response has one ratio */
-    bool finite; /* start it as true */
-} psoup__ppo_terms;
-/* dlogprob[t] = scale · ∂/∂logprob of the clipped surrogate; adds to terms, which counts the tokens. */
-void psoup__policy_loss(float *dlogprob, const float *logprob, const float *old_logprob,
-                        const float *advantage, size_t n, double clip, double scale,
-                        psoup__ppo_terms *terms);
-/* The same of a whole response, which has one ratio and one advantage. */
-void psoup__response_loss(float *dlogprob, const float *logprob, const float *old_logprob,
-                          double advantage, size_t n, double clip, double scale,
-                          psoup__ppo_terms *terms);
-/* Adds to dlogprob scale · ∂/∂logprob of beta · the estimate, k2 or by default k3, and the loss to terms. */
-void psoup__kl_loss(float *dlogprob, const float *logprob, const float *ref, size_t n,
-                    psoup_kl_estimator estimator, double beta, double scale, psoup__ppo_terms *terms);
-/* dvalue[t] = scale · ∂/∂value of the clipped squared error; adds to terms. */
-void psoup__value_loss(float *dvalue, const float *value, const float *old_value,
-                       const float *returns, size_t n, double clip, double scale,
-                       psoup__ppo_terms *terms);
-
-double psoup__kl_coefficient(double beta, double kl, double target, double horizon, double n);
-
-typedef struct psoup__moments { /* of a stream of numbers, batch by batch */
-    double mean, variance, count;
-} psoup__moments;
-void psoup__moments_update(psoup__moments *moments, const float *x, size_t n);
-double psoup__moments_deviation(const psoup__moments *moments); /* unbiased; 1 before two numbers */
+/* ---- pair_loss.c -------------------------------------------------------------------------------- */
 
 /* −log σ(w − l − margin) + centering (w + l)², and its derivatives by w and l. */
 double psoup__bradley_terry(double w, double l, double margin, double centering, double *dw,
@@ -325,56 +267,5 @@ psoup_status psoup__reward_pack(psoup_reward *reward, psoup__pack **pack, psoup_
 /* out[i] = the head of sequences[i].adapter on its last token. */
 psoup_status psoup__score_sequences(psoup__pack *pack, const psoup__sequence *sequences, size_t n,
                                     float *out, psoup_error *error);
-
-/* ---- rollout.c --------------------------------------------------------------------------------- */
-
-/* Responses of one policy, one after another. */
-typedef struct psoup__rollouts {
-    size_t n, tokens, adapters, sources, capacity, token_capacity;
-    const psoup_ppo_prompt **prompt; /* [n] */
-    float *weight; /* [n, adapters] each response's mix over its policy's adapters */
-    float *share;  /* [n, sources] how much of its score each reward's is; 0: it was not asked */
-    float *part_score; /* [n, sources] what each reward gave */
-    int32_t *start;                  /* [n + 1] */
-    int32_t *response;               /* [tokens] */
-    psoup_finish *finish;            /* [n] */
-    float *score;                    /* [n] Σ share · part_score */
-    bool *mine;                      /* [n] dealt to this rank, of several, for what is done now */
-    bool diverged;                   /* logits were not numbers: there is nothing here */
-} psoup__rollouts;
-psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *context, size_t n,
-                                     size_t adapters, size_t sources, psoup_error *error);
-void psoup__rollouts_free(psoup__rollouts *rollouts, psoup_context *context);
-
-/* One reward of a policy. */
-typedef struct psoup__source {
-    psoup_reward *model; /* or NULL, and then: */
-    psoup_reward_fn function;
-    void *user;
-    float weight;
-    char *metric; /* "reward/NAME"; NULL: it is the only one, and "reward" says all */
-} psoup__source;
-
-/* What one policy wants: out->n prompts, set by the caller. */
-typedef struct psoup__request {
-    const psoup_ppo_policy *policy;
-    const psoup__source *sources; /* [out->sources] */
-    const int32_t *adapters; /* [out->adapters] their numbers in the model */
-    uint64_t seed, sequence; /* of its sampling; rollout i takes sequence + i */
-    uint64_t step;         /* of the drawn limits */
-    bool draw;             /* draw limits, where the options say so */
-    psoup__rollouts *out;
-} psoup__request;
-/* Shares rollouts out by their prompts, those of one prompt together; or by prompts and responses. */
-void psoup__rollouts_deal(psoup__rollouts *rollouts, psoup__team *team, bool responses);
-/* How n rollouts are dealt to threads: *share receives how many one session has; returns how many of them decode
- * together there. */
-int32_t psoup__rollout_places(const psoup_model *model, size_t n, int32_t max_sequences, size_t *share);
-/* Samples for all policies in one continuous batch; each rank its share, and all have all afterwards. */
-psoup_status psoup__sample_rollouts(psoup_model *model, psoup__team *team, const psoup_ppo_options *options,
-                                    const psoup__request *requests, size_t n, psoup_error *error);
-/* Fills out->score of every request, by callbacks or by reward models, all in shared passes; likewise. */
-psoup_status psoup__score_rollouts(psoup_model *model, psoup__team *team, const psoup_ppo_options *options,
-                                   const psoup__request *requests, size_t n, psoup_error *error);
 
 #endif

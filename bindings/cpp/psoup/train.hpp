@@ -3,7 +3,7 @@
 #define PSOUP_TRAIN_HPP
 
 #include "psoup/model.hpp"
-#include "psoup/train.h"
+#include "psoup/ppo.h"
 
 namespace psoup {
 

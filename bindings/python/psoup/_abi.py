@@ -1470,6 +1470,8 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_dpo_fields": (POINTER(psoup_field), []),
     "psoup_dpo": (c_int, [POINTER(psoup_model), POINTER(c_char_p), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_options), POINTER(psoup_error)]),
     "psoup_dpo_create": (c_int, [POINTER(psoup_model), POINTER(c_char_p), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_options), POINTER(POINTER(psoup_training)), POINTER(psoup_error)]),
+    "psoup_sft_memory": (c_int, [POINTER(psoup_model), c_char_p, POINTER(psoup_example), c_size_t, POINTER(psoup_example), c_size_t, POINTER(psoup_sft_options), POINTER(psoup_memory), POINTER(psoup_error)]),
+    "psoup_reward_memory": (c_int, [POINTER(POINTER(psoup_reward)), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_reward_options), POINTER(psoup_memory), POINTER(psoup_error)]),
     "psoup_ppo_fields": (POINTER(psoup_field), []),
     "psoup_ppo_preset": (c_int, [c_char_p, POINTER(psoup_ppo_options), POINTER(psoup_error)]),
     "psoup_ppo_create": (c_int, [POINTER(psoup_model), POINTER(psoup_ppo_policy), c_size_t, POINTER(psoup_ppo_options), POINTER(POINTER(psoup_ppo)), POINTER(psoup_error)]),
@@ -1478,8 +1480,6 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_ppo_run": (c_int, [POINTER(psoup_ppo), POINTER(psoup_error)]),
     "psoup_ppo_free": (None, [POINTER(psoup_ppo)]),
     "psoup_ppo_get_trace": (c_int, [POINTER(psoup_ppo), c_size_t, POINTER(psoup_ppo_trace), POINTER(psoup_error)]),
-    "psoup_sft_memory": (c_int, [POINTER(psoup_model), c_char_p, POINTER(psoup_example), c_size_t, POINTER(psoup_example), c_size_t, POINTER(psoup_sft_options), POINTER(psoup_memory), POINTER(psoup_error)]),
-    "psoup_reward_memory": (c_int, [POINTER(POINTER(psoup_reward)), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_reward_options), POINTER(psoup_memory), POINTER(psoup_error)]),
     "psoup_ppo_memory": (c_int, [POINTER(psoup_model), POINTER(psoup_ppo_policy), c_size_t, POINTER(psoup_ppo_options), POINTER(psoup_memory), POINTER(psoup_error)]),
     "psoup_best_of_n": (c_int, [POINTER(psoup_model), POINTER(psoup_prompt), c_size_t, POINTER(psoup_sampling), POINTER(psoup_session_options), POINTER(psoup_best_options), POINTER(POINTER(psoup_generation)), POINTER(c_int32), POINTER(c_float), POINTER(psoup_error)]),
 }

@@ -3,7 +3,7 @@
  * coefficient is each policy's own. */
 #include <math.h>
 
-#include "train/ppo.h"
+#include "ppo/ppo.h"
 
 /* ---- 1. sample, 2. score ------------------------------------------------------------------------- */
 

@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "train/ppo.h"
+#include "ppo/ppo.h"
 
 /* ---- a step that a rank did not live to see the end of -------------------------------------------------- */
 

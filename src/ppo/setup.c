@@ -2,7 +2,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "train/ppo.h"
+#include "ppo/ppo.h"
 
 static psoup_status check_prompts(const psoup_model *model, const psoup_ppo_policy *policy,
                                   const psoup_ppo_prompt *prompts, size_t n, const char *what,

@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "train/train.h"
+#include "ppo/rollout.h"
 
 /* One reading of one response by one reward model. */
 typedef struct reading {

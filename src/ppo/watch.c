@@ -2,7 +2,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "train/ppo.h"
+#include "ppo/ppo.h"
 
 enum { GRAM = 4 };
 

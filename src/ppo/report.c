@@ -1,7 +1,7 @@
 /* What PPO tells of its responses and of the time that a step took. */
 #include <math.h>
 
-#include "train/ppo.h"
+#include "ppo/ppo.h"
 
 /* The repeats among the 4-grams of all responses, as a share: seq-rep-4 of Welleck et al. 2019 (arXiv 1908.04319),
  * of each response by itself. And how many responses have nothing before their end token. */

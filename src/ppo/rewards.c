@@ -4,7 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "train/ppo.h"
+#include "ppo/ppo.h"
 
 /* ---- the forms in which a caller gives them --------------------------------------------------------- */
 

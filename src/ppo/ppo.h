@@ -1,8 +1,24 @@
-/* src/train/ppo.h: what the files of PPO share. */
+/* src/ppo: PPO, RLOO and GRPO, of one policy, of several side by side, and of soups; best of n. Stands on
+ * src/train. */
 #ifndef PSOUP__PPO_H
 #define PSOUP__PPO_H
 
+#include "ppo/objectives.h"
+#include "ppo/rollout.h"
 #include "train/checkpoint.h"
+
+/* ---- options.c --------------------------------------------------------------------------------- */
+
+psoup_status psoup__ppo_check(const psoup_ppo_options *options, psoup_error *error);
+static inline bool psoup__has_critic(const psoup_ppo_options *options) {
+    return options->objective == PSOUP_OBJECTIVE_PPO;
+}
+/* Responses to one prompt in a step. */
+static inline size_t psoup__group_size(const psoup_ppo_options *options) {
+    return psoup__has_critic(options) ? 1 : (size_t)options->group_size;
+}
+
+/* ---- what a run is ----------------------------------------------------------------------------- */
 
 /* Rollouts and what was made of them, token by token. */
 typedef struct psoup__experience {
@@ -84,7 +100,7 @@ struct psoup_ppo {
     double began[PSOUP__PHASES + 1]; /* when the step's phases did, and its end */
 };
 
-/* ppo_setup.c: the names of the adapters that a policy trains; whether these policies can be trained. */
+/* setup.c: the names of the adapters that a policy trains; whether these policies can be trained. */
 size_t psoup__ppo_adapters(const psoup_ppo_policy *policy, const char *const **names);
 psoup_status psoup__ppo_check_policies(const psoup_model *model, const psoup_ppo_policy *policies, size_t n,
                                        psoup_error *error);
@@ -93,7 +109,7 @@ psoup_status psoup__ppo_refresh(psoup_ppo *ppo, psoup_error *error);
 /* The prompts of a policy's next batch, into its experience. */
 psoup_status psoup__ppo_next_prompts(psoup_ppo *ppo, psoup__policy *policy, psoup_error *error);
 
-/* ppo_report.c: of responses, means over them. */
+/* report.c: of responses, means over them. */
 typedef struct psoup__ppo_summary {
     double reward, deviation; /* of the scores; the deviation unbiased */
     double kl;                /* the summed estimates of their tokens */
@@ -104,14 +120,14 @@ psoup_status psoup__ppo_report(const psoup_ppo *ppo, const psoup__policy *policy
 /* What the clock says of the step of the first n active policies. */
 void psoup__ppo_report_times(psoup_ppo *ppo, size_t n);
 
-/* ppo_watch.c: how many of the n − 3 n-grams of length 4 stand in the response before. `table` is scratch, of a power
+/* watch.c: how many of the n − 3 n-grams of length 4 stand in the response before. `table` is scratch, of a power
  * of two above 2 n. */
 size_t psoup__repeated_grams(const int32_t *tokens, size_t n, int32_t *table, size_t size);
 /* Notes what a step saw in the policy's `next`, adds to its metrics, and warns by the context's log of what has not
  * held the step before. */
 void psoup__ppo_watch(const psoup_ppo *ppo, psoup__policy *policy, const psoup__ppo_summary *seen);
 
-/* ppo_soup.c: refuses a soup, or inputs of its prompts, that make no sense. */
+/* soup.c: refuses a soup, or inputs of its prompts, that make no sense. */
 psoup_status psoup__soup_check(const psoup_ppo_policy *policy, psoup_error *error);
 psoup_status psoup__soup_check_prompt(const psoup_ppo_policy *policy, const psoup_ppo_prompt *prompt,
                                       const char *what, size_t i, psoup_error *error);
@@ -122,7 +138,7 @@ void psoup__draw_mixes(const psoup__policy *policy, psoup__rollouts *rollouts, u
 /* Shares of the Dirichlet distribution with these parameters, which may be 0; in their place. */
 void psoup__dirichlet(double *shares /* [n] */, size_t n, psoup__random *random);
 
-/* ppo_rewards.c: refuses rewards that make no sense, or are trained themselves. */
+/* rewards.c: refuses rewards that make no sense, or are trained themselves. */
 psoup_status psoup__rewards_check(const psoup_ppo_policy *policy, psoup_error *error);
 psoup_status psoup__rewards_check_prompt(const psoup_ppo_policy *policy, const psoup_ppo_prompt *prompt,
                                          const char *what, size_t i, psoup_error *error);
@@ -141,7 +157,7 @@ double psoup__earned(const psoup_ppo_options *options, const psoup__policy *poli
 void psoup__report_rewards(const psoup_ppo_options *options, const psoup__policy *policy,
                            const psoup__rollouts *rollouts, psoup__metrics *metrics);
 
-/* ppo_update.c: log π, log π_ref and, with values, V of every response token, without dropout. Reads
+/* update.c: log π, log π_ref and, with values, V of every response token, without dropout. Reads
  * each policy's validation instead of its experience where `validation`. */
 psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies, size_t n,
                                  bool validation, psoup_error *error);
@@ -149,12 +165,12 @@ psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies,
 psoup_status psoup__ppo_update(psoup_ppo *ppo, psoup__policy *const *policies, size_t n,
                                psoup_error *error);
 
-/* ppo_samples.c: makes those whose samples are due now the active ones, and counts them. */
+/* samples.c: makes those whose samples are due now the active ones, and counts them. */
 size_t psoup__ppo_samples_due(psoup_ppo *ppo);
 /* Samples the first n of the active policies, and tells of it. */
 psoup_status psoup__ppo_sample(psoup_ppo *ppo, size_t n, psoup_error *error);
 
-/* ppo_ranks.c, of several ranks: what a step begins with is kept, where rank 0 keeps the run; and restored. */
+/* ranks.c, of several ranks: what a step begins with is kept, where rank 0 keeps the run; and restored. */
 psoup_status psoup__ppo_begin(psoup_ppo *ppo, size_t n, psoup_error *error);
 void psoup__ppo_go_back(psoup_ppo *ppo);
 /* Of an experience, what each rank evaluated of its share, to all. */
@@ -165,7 +181,7 @@ psoup_status psoup__ppo_share_ratios(psoup_ppo *ppo, psoup__experience *x, psoup
 psoup_status psoup__ppo_add_terms(psoup_ppo *ppo, psoup__ppo_terms *terms, double *last_kl,
                                   size_t *last_tokens, psoup_error *error);
 
-/* ppo_checkpoint.c: takes checkpoint_dir, and goes on from what is there. */
+/* checkpoint.c: takes checkpoint_dir, and goes on from what is there. */
 psoup_status psoup__ppo_start_checkpoint(psoup_ppo *ppo, psoup_error *error);
 
 #endif

@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "train/ppo.h"
+#include "ppo/ppo.h"
 
 static psoup_status identify_prompts(psoup_ppo *ppo, const char *key, const psoup_ppo_prompt *prompts,
                                      size_t n, psoup_error *error) {

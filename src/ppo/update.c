@@ -3,7 +3,7 @@
 #include <math.h>
 #include <stdio.h>
 
-#include "train/ppo.h"
+#include "ppo/ppo.h"
 
 /* One response in a pass, under its policy or under the reference (the base, a zero mix). */
 typedef struct item {

@@ -2,7 +2,7 @@
  * its running rollout number alone. */
 #include <string.h>
 
-#include "train/train.h"
+#include "ppo/rollout.h"
 
 psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *context, size_t n,
                                      size_t adapters, size_t sources, psoup_error *error) {

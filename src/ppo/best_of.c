@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "train/train.h"
+#include "ppo/rollout.h"
 
 typedef struct best {
     psoup_model *model;

@@ -2,7 +2,7 @@
  * words every time, which are no part of training: no bit of it changes. */
 #include <string.h>
 
-#include "train/ppo.h"
+#include "ppo/ppo.h"
 
 /* The prompts: the first ones of the validation, or of training where there is none. */
 static const psoup_ppo_prompt *prompts_of(const psoup_ppo *ppo, const psoup_ppo_policy *given, size_t *n) {

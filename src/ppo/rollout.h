@@ -1,0 +1,59 @@
+/* src/ppo/rollout.h: responses and their scores, for PPO and for best of n. */
+#ifndef PSOUP__ROLLOUT_H
+#define PSOUP__ROLLOUT_H
+
+#include "psoup/ppo.h"
+#include "train/train.h"
+
+/* ---- rollout.c, score.c -------------------------------------------------------------------------- */
+
+/* Responses of one policy, one after another. */
+typedef struct psoup__rollouts {
+    size_t n, tokens, adapters, sources, capacity, token_capacity;
+    const psoup_ppo_prompt **prompt; /* [n] */
+    float *weight; /* [n, adapters] each response's mix over its policy's adapters */
+    float *share;  /* [n, sources] how much of its score each reward's is; 0: it was not asked */
+    float *part_score; /* [n, sources] what each reward gave */
+    int32_t *start;                  /* [n + 1] */
+    int32_t *response;               /* [tokens] */
+    psoup_finish *finish;            /* [n] */
+    float *score;                    /* [n] Σ share · part_score */
+    bool *mine;                      /* [n] dealt to this rank, of several, for what is done now */
+    bool diverged;                   /* logits were not numbers: there is nothing here */
+} psoup__rollouts;
+psoup_status psoup__rollouts_reserve(psoup__rollouts *rollouts, psoup_context *context, size_t n,
+                                     size_t adapters, size_t sources, psoup_error *error);
+void psoup__rollouts_free(psoup__rollouts *rollouts, psoup_context *context);
+
+/* One reward of a policy. */
+typedef struct psoup__source {
+    psoup_reward *model; /* or NULL, and then: */
+    psoup_reward_fn function;
+    void *user;
+    float weight;
+    char *metric; /* "reward/NAME"; NULL: it is the only one, and "reward" says all */
+} psoup__source;
+
+/* What one policy wants: out->n prompts, set by the caller. */
+typedef struct psoup__request {
+    const psoup_ppo_policy *policy;
+    const psoup__source *sources; /* [out->sources] */
+    const int32_t *adapters; /* [out->adapters] their numbers in the model */
+    uint64_t seed, sequence; /* of its sampling; rollout i takes sequence + i */
+    uint64_t step;         /* of the drawn limits */
+    bool draw;             /* draw limits, where the options say so */
+    psoup__rollouts *out;
+} psoup__request;
+/* Shares rollouts out by their prompts, those of one prompt together; or by prompts and responses. */
+void psoup__rollouts_deal(psoup__rollouts *rollouts, psoup__team *team, bool responses);
+/* How n rollouts are dealt to threads: *share receives how many one session has; returns how many of them decode
+ * together there. */
+int32_t psoup__rollout_places(const psoup_model *model, size_t n, int32_t max_sequences, size_t *share);
+/* Samples for all policies in one continuous batch; each rank its share, and all have all afterwards. */
+psoup_status psoup__sample_rollouts(psoup_model *model, psoup__team *team, const psoup_ppo_options *options,
+                                    const psoup__request *requests, size_t n, psoup_error *error);
+/* Fills out->score of every request, by callbacks or by reward models, all in shared passes; likewise. */
+psoup_status psoup__score_rollouts(psoup_model *model, psoup__team *team, const psoup_ppo_options *options,
+                                   const psoup__request *requests, size_t n, psoup_error *error);
+
+#endif
