@@ -85,7 +85,7 @@ BENCHES  = $(patsubst tests/%.c,%,$(wildcard tests/bench_*.c))
 FUZZERS  = $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 
 SONAME   = libpsoup.so.0
-VERSION  = 0.4.0
+VERSION  = 0.5.0
 
 .PHONY: all lib mpi demo check check-all bench bench-gpu gpu install clean deps deps-test deps-bench host_driver gpu-images \
         run-tests check-names check-abi check-install check-python check-gpu wheel fuzz run-fuzzers coverage abi-baseline

@@ -51,7 +51,7 @@ START_TEST(messages) {
         ck_assert_uint_eq((length - (size_t)lead) % 3, 0);
         ck_assert_ptr_null(strchr(error.message, '?'));
     }
-    ck_assert_str_eq(psoup_version(), "0.4.0");
+    ck_assert_str_eq(psoup_version(), "0.5.0");
     for (int s = PSOUP_OK; s <= PSOUP_ERROR_CANCELLED; s++)
         for (int t = PSOUP_OK; t < s; t++)
             ck_assert_str_ne(psoup_status_name((psoup_status)s),

@@ -27,10 +27,10 @@ extern "C" {
 #endif
 
 #define PSOUP_VERSION_MAJOR 0
-#define PSOUP_VERSION_MINOR 4
+#define PSOUP_VERSION_MINOR 5
 #define PSOUP_VERSION_PATCH 0
 
-/* "0.4.0"; borrowed, static. */
+/* "0.5.0"; borrowed, static. */
 const char *psoup_version(void);
 
 typedef enum psoup_status {

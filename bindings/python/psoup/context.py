@@ -20,7 +20,7 @@ Log = Callable[[LogLevel, str], Any]
 
 
 def version() -> str:
-    """The library's version: "0.4.0"."""
+    """The library's version: "0.5.0"."""
     return text(lib.psoup_version())
 
 

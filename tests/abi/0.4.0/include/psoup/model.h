@@ -368,7 +368,7 @@ typedef struct psoup_memory {
     int64_t device_free; /* what the GPU has free at this moment; −1 on the CPU */
 } psoup_memory;
 
-/* Of psoup_generate with these arguments; sampling and options are checked as there. out->size must be set. */
+/* Of psoup_generate with these arguments. out->size must be set. */
 psoup_status psoup_generate_memory(psoup_model *model, const psoup_prompt *prompts, size_t n,
                                    const psoup_sampling *sampling, const psoup_session_options *options,
                                    psoup_memory *out, psoup_error *error);

@@ -9,7 +9,6 @@
 #include "psoup/merge.h"
 #include "psoup/merge_gpu.h"
 #include "psoup/model.h"
-#include "psoup/ppo.h"
 #include "psoup/train.h"
 
 #endif
