@@ -23,6 +23,7 @@
 #include "psoup/merge.hpp"
 #include "psoup/merge_gpu.hpp"
 #include "psoup/model.hpp"
+#include "psoup/ppo.hpp"
 #include "psoup/train.hpp"
 
 #endif
