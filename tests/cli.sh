@@ -574,6 +574,13 @@ ppo plain "{\"name\": \"soup\", \"soup\": [{\"name\": \"a\", \"reward\": \"rewar
     \"rewards/P2A\"}], \"concentration\": 0.3}" ', "objective": "rloo", "group_size": 2'
 trains ppo --config ppo.json
 check "a soup without preferences" test -f plain/soup/b/adapter_config.json
+two='"rewards": {"taste": "rewards/P1A", "brevity": {"reward": "rewards/P2A", "weight": 0.5}}'
+ppo twofold "{\"name\": \"soup\", \"soup\": [{\"name\": \"easy\", \"preference\": \"P1A\", $two}, ${parts#*\}, }]}" \
+    ', "metrics": "twofold.jsonl"'
+trains ppo --config ppo.json
+check "each reward of an adapter" grep -q '"reward/easy/taste".*"reward/easy/brevity".*"reward/deep".*"reward/kind"' twofold.jsonl
+ppo twofold "{\"name\": \"soup\", \"soup\": [{\"name\": \"a\", $two}, {\"name\": \"b\", \"reward\": \"rewards/P2A\"}]}"
+trains ppo --config ppo.json
 bad_soup() { ppo left/p "{\"name\": \"s\", $1}"; no 1 "$2" ppo --config ppo.json; }
 bad_soup '"soup": []' 'policies\[0\]: soup: expected a list of 1 to 64'
 bad_soup '"soup": [{"name": "a"}]' 'soup\[0\]: expected a "name" .* "reward"'
@@ -584,6 +591,9 @@ bad_soup '"soup": [{"name": "a", "reward": "rewards/P1A", "preference": "P1A"}, 
 bad_soup '"soup": [{"name": "a", "reward": "rewards/P1A", "preference": "P1A"}, {"name": "b", "reward": "rewards/P1A",
     "preference": "P1A"}]' 'two adapters of the soup have preference "P1A"'
 bad_soup '"soup": [{"name": "a", "reward": "rewards/P1A", "preference": "P1A"}]' 'its soup has no user'
+bad_soup "\"soup\": [{\"name\": \"a\", \"reward\": \"rewards/P1A\", $two}]" 'soup\[0\]: rewards: .* without "reward"'
+bad_soup "$two, \"soup\": [{\"name\": \"a\", \"reward\": \"rewards/P1A\"}]" '"rewards", .* are of a soup'
+bad_soup '"soup": [{"name": "a", "rewards": {"x": 3}}]' 'soup\[0\]: rewards: x: expected a directory'
 bad_soup '"soup": [{"name": "a", "reward": "rewards/P1A", "inits": "x"}]' 'nearest known one is "init"'
 bad_soup '"soup": [{"name": "a", "reward": "rewards/P1A"}], "concentration": -1' 'concentration is -1: expected 0'
 

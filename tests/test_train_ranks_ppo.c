@@ -12,6 +12,7 @@ typedef struct way {
     float dropout;
     bool stops; /* early */
     bool soup; /* the adapters are trained as one policy, under mixes drawn for each row */
+    bool several; /* the soup's first adapter has two rewards, a function and a model */
 } way;
 
 static psoup_ppo_options options_of(const way *w) {
@@ -85,6 +86,15 @@ static void train(const psoup_comm *comm, void *arg) {
         policies[0].adapter = "soup";
         policies[0].soup = &soup;
     }
+    const psoup_reward_source sources[] = {
+        {.name = "share", .function = pay, .user = &wanted[0], .weight = 0.5f},
+        {.model = reward, .weight = 0.25f},
+        {.name = "other", .function = pay, .user = &wanted[1], .weight = 1.0f, .adapter = 1}};
+    if (w->several) {
+        policies[0].reward_fn = NULL;
+        policies[0].sources = sources;
+        policies[0].n_sources = sizeof(sources) / sizeof(sources[0]);
+    }
     o.on_step = keep_numbers;
     o.user = l;
     o.comm = comm;
@@ -141,6 +151,8 @@ START_TEST(grpo) { the_same((way){.objective = PSOUP_OBJECTIVE_GRPO, .loss_group
 END_TEST
 START_TEST(a_soup) { the_same((way){.soup = true, .mini_batch_size = 4}); }
 END_TEST
+START_TEST(a_soup_of_several_rewards) { the_same((way){.soup = true, .several = true, .mini_batch_size = 4}); }
+END_TEST
 
 int main(void) {
     Suite *suite = suite_create("train_ranks_ppo");
@@ -153,6 +165,7 @@ int main(void) {
     tcase_add_test(same, rloo);
     tcase_add_test(same, grpo);
     tcase_add_test(same, a_soup);
+    tcase_add_test(same, a_soup_of_several_rewards);
     suite_add_tcase(suite, same);
     return run_suite(suite);
 }

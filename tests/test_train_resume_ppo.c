@@ -227,12 +227,16 @@ static psoup_status run_ppo(psoup_model *model, const psoup_ppo_policy *policies
 }
 
 START_TEST(policies_go_on_with_the_same_bytes) {
-    /* Two policies; or one, and the others' adapters as a soup. */
+    /* Two policies; or one, and the others' adapters as a soup, with one reward each or several. */
     psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT;
     psoup_ppo_policy policies[2] = {policy(0), policy(1)};
     const psoup_reward_source sources[2] = {
         {.name = "a", .function = pay, .user = &wanted[0], .weight = 1.0f},
         {.name = "b", .function = pay, .user = &wanted[3], .weight = -0.5f}};
+    const psoup_reward_source apart[3] = {
+        {.name = "a", .function = pay, .user = &wanted[0], .weight = 1.0f},
+        {.name = "b", .function = pay, .user = &wanted[3], .weight = 0.5f, .adapter = 1},
+        {.name = "c", .function = pay, .user = &wanted[2], .weight = -0.25f, .adapter = 1}};
     policies[0].reward_fn = NULL;
     policies[0].sources = sources;
     policies[0].n_sources = 2;
@@ -240,6 +244,11 @@ START_TEST(policies_go_on_with_the_same_bytes) {
     soup.n = 2;
     if (_i / 2)
         policies[1].soup = &soup;
+    if (_i / 2 == 2) {
+        policies[1].reward_fn = NULL;
+        policies[1].sources = apart;
+        policies[1].n_sources = 3;
+    }
     run whole, r;
     float *expected[3];
     size_t n, count;
@@ -362,6 +371,37 @@ START_TEST(other_ppo_runs_are_refused) {
     *psoup__model_adapter(model, "R")->data -= 1.0f;
     OK(run_ppo(model, policies, 2, &o));
     psoup_reward_free(reward);
+    psoup_model_free(model);
+    run_end(&r);
+}
+END_TEST
+
+/* A source of a soup that changes its owner is another. */
+START_TEST(other_sources_of_soups_are_refused) {
+    psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT;
+    psoup_ppo_policy p = policy(0);
+    psoup_reward_source sources[3] = {
+        {.name = "a", .function = pay, .user = &wanted[0], .weight = 1.0f},
+        {.name = "b", .function = pay, .user = &wanted[3], .weight = 0.5f, .adapter = 1},
+        {.name = "c", .function = pay, .user = &wanted[2], .weight = -0.25f, .adapter = 1}};
+    run r;
+    run_begin(&r);
+    soup.adapters = names;
+    soup.n = 2;
+    p.soup = &soup;
+    p.reward_fn = NULL;
+    p.sources = sources;
+    p.n_sources = 3;
+    psoup_model *model = fresh(2);
+    psoup_ppo_options o = ppo_options(&r);
+    r.stop_after = 1;
+    REFUSED(run_ppo(model, &p, 1, &o), PSOUP_ERROR_CANCELLED, "was stopped at step 1 of 5");
+    r.stop_after = 0;
+    sources[2].adapter = 0;
+    REFUSED(run_ppo(model, &p, 1, &o), PSOUP_ERROR_STATE,
+            "its source 2 of policy 0 was \"reward/c of weight -0.25, a callback of P1\", is \"");
+    sources[2].adapter = 1;
+    OK(run_ppo(model, &p, 1, &o));
     psoup_model_free(model);
     run_end(&r);
 }
@@ -528,10 +568,11 @@ int main(void) {
     tcase_add_loop_test(tcase, rewards_go_on_with_the_same_bytes, 0, 2);
     tcase_add_test(tcase, other_reward_runs_are_refused);
     tcase_add_loop_test(tcase, dpo_goes_on_with_the_same_bytes, 0, 2);
-    tcase_add_loop_test(tcase, policies_go_on_with_the_same_bytes, 0, 4);
+    tcase_add_loop_test(tcase, policies_go_on_with_the_same_bytes, 0, 6);
     tcase_add_test(tcase, single_steps_go_on);
     tcase_add_test(tcase, other_ppo_runs_are_refused);
     tcase_add_test(tcase, other_soups_are_refused);
+    tcase_add_test(tcase, other_sources_of_soups_are_refused);
     tcase_add_loop_test(tcase, a_policy_joins, 0, 4);
     tcase_add_test(tcase, joining_is_refused_where_more_differs);
     suite_add_tcase(suite, tcase);

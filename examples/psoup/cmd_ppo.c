@@ -17,8 +17,8 @@ static const psoup_field ppo_run_fields[] = {
         "[{\"name\", \"reward\": DIR, \"preference\": SYMBOL | \"all\" | null, \"init\": DIR, \"seed\"}, …]; "
         "required. init: the PEFT directory it starts from, with its rank, alpha and targets. Or a soup, "
         "{\"name\", \"soup\": [{\"name\", \"reward\", \"preference\", \"init\"}, …], \"concentration\": 1, "
-        "\"seed\"}. Several rewards of one policy, instead of \"reward\": \"rewards\": {\"NAME\": DIR, \"OTHER\": "
-        "{\"reward\": DIR, \"weight\": W}, …}."),
+        "\"seed\"}. Several rewards of one policy, or of one adapter of a soup, instead of \"reward\": \"rewards\": "
+        "{\"NAME\": DIR, \"OTHER\": {\"reward\": DIR, \"weight\": W}, …}."),
     FIELD(PSOUP_FIELD_STRING, preferences, "Catalogue file; null: the paper's."),
     FIELD(PSOUP_FIELD_BOOL, new_preferences, "With the paper's catalogue: P3C and P3D too."),
     FIELD(PSOUP_FIELD_STRING, template, "tulu, alpaca, or a text with {instruction}."),

@@ -8,11 +8,11 @@
     {"name", type, base + offsetof(member, name), NULL, NULL},                                     \
         {"reward", type, base + offsetof(member, reward_directory), NULL, NULL},                   \
         {"preference", type, base + offsetof(member, preference), NULL, NULL},                     \
-        {"init", type, base + offsetof(member, init), NULL, NULL}
+        {"init", type, base + offsetof(member, init), NULL, NULL},                                 \
+        {"rewards", PSOUP_FIELD_JSON, base + offsetof(member, several), NULL, NULL}
 static const psoup_field part_members[] = {PART(PSOUP_FIELD_STRING, policy_part, 0), {0}};
 static const psoup_field policy_members[] = {
     PART(PSOUP_FIELD_STRING, policy_part, offsetof(policy_run, self)),
-    {"rewards", PSOUP_FIELD_JSON, offsetof(policy_run, several), NULL, NULL},
     {"soup", PSOUP_FIELD_JSON, offsetof(policy_run, soup), NULL, NULL},
     {"concentration", PSOUP_FIELD_FLOAT, offsetof(policy_run, concentration), NULL, NULL},
     {"seed", PSOUP_FIELD_UINT64, offsetof(policy_run, seed), NULL, NULL},
@@ -32,18 +32,22 @@ static psoup_status read_object(const psoup_field *members, const psoup_json *ob
     return status == PSOUP_OK ? psoup_fields_read(members, object, where, to, error) : status;
 }
 
+static bool has_several(const policy_part *part) {
+    return part->several && psoup_json_kind(part->several) != PSOUP_JSON_NULL;
+}
+
 /* Names a directory, and knows its reward and preference; a soup itself has neither, and who has several rewards lists
  * them. */
-static psoup_status check_part(const ppo_state *s, const policy_part *part, bool is_soup, bool several,
-                               const char *where, psoup_error *error) {
+static psoup_status check_part(const ppo_state *s, const policy_part *part, bool is_soup, const char *where,
+                               psoup_error *error) {
     if (!part->name || !*part->name || strchr(part->name, '/') || part->name[0] == '.' ||
-        (!is_soup && !several && !part->reward_directory))
+        (!is_soup && !has_several(part) && !part->reward_directory))
         return cli_error(error, PSOUP_ERROR_ARGUMENT,
                          "%s: expected a \"name\" that can name a directory, and \"reward\", a directory",
                          where);
-    if (is_soup && (part->reward_directory || part->preference || part->init))
+    if (is_soup && (part->reward_directory || has_several(part) || part->preference || part->init))
         return cli_error(error, PSOUP_ERROR_ARGUMENT,
-                         "%s: \"reward\", \"preference\" and \"init\" are of a soup's adapters", where);
+                         "%s: \"reward\", \"rewards\", \"preference\" and \"init\" are of a soup's adapters", where);
     if (part->preference && strcmp(part->preference, "all") != 0 &&
         psoup_preferences_find(s->preferences, part->preference) < 0)
         return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: preference \"%s\" is not in the catalogue",
@@ -67,6 +71,39 @@ static psoup_status check_soup(const policy_run *p, const char *where, psoup_err
     return PSOUP_OK;
 }
 
+/* "reward": DIR; or "rewards": {"NAME": DIR, "OTHER": {"reward": DIR, "weight": W}, …}. */
+static psoup_status read_rewards(policy_run *p, policy_part *part, const char *where, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    bool several = has_several(part);
+    size_t n = several ? psoup_json_size(part->several) : 1;
+    const psoup_json *value;
+    const char *name = NULL;
+    if (several && (part->reward_directory || psoup_json_kind(part->several) != PSOUP_JSON_OBJECT || n == 0 ||
+                    n > MAX_REWARDS))
+        return cli_error(error, PSOUP_ERROR_ARGUMENT,
+                         "%s: rewards: expected {\"NAME\": DIR, …} of 1 to %d, without \"reward\"", where, MAX_REWARDS);
+    part->rewards = calloc(n, sizeof *part->rewards);
+    if (!part->rewards)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    part->first = p->n_rewards;
+    p->n_rewards += n;
+    p->several = p->several || several;
+    part->rewards[0] = (reward_part){.directory = part->reward_directory, .weight = 1};
+    part->n_rewards = several ? 0 : 1;
+    while (several && status == PSOUP_OK && (value = psoup_json_next(part->several, &name))) {
+        reward_part *reward = &part->rewards[part->n_rewards++];
+        char place[700];
+        *reward = (reward_part){.name = name, .directory = psoup_json_string(value, NULL), .weight = 1};
+        snprintf(place, sizeof place, "%s: rewards: %s", where, name);
+        if (!reward->directory && psoup_json_kind(value) == PSOUP_JSON_OBJECT)
+            status = read_object(reward_members, value, place, reward, error);
+        if (status == PSOUP_OK && !reward->directory)
+            status = cli_error(error, PSOUP_ERROR_ARGUMENT,
+                               "%s: expected a directory, or {\"reward\": DIR, \"weight\": W}", place);
+    }
+    return status;
+}
+
 static psoup_status read_soup(const ppo_state *s, policy_run *p, const char *where, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     size_t n = psoup_json_size(p->soup);
@@ -82,52 +119,20 @@ static psoup_status read_soup(const ppo_state *s, policy_run *p, const char *whe
         snprintf(place, sizeof place, "%s: soup[%zu]", where, k);
         status = read_object(part_members, psoup_json_at(p->soup, k), place, &p->parts[k], error);
         if (status == PSOUP_OK)
-            status = check_part(s, &p->parts[k], false, false, place, error);
+            status = check_part(s, &p->parts[k], false, place, error);
+        if (status == PSOUP_OK)
+            status = read_rewards(p, &p->parts[k], place, error);
     }
     return status == PSOUP_OK ? check_soup(p, where, error) : status;
-}
-
-/* "rewards": {"NAME": DIR, "OTHER": {"reward": DIR, "weight": W}, …}. */
-static psoup_status read_rewards(policy_run *p, const char *where, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    size_t n = psoup_json_size(p->several);
-    const psoup_json *value;
-    const char *name = NULL;
-    if (p->soup || p->self.reward_directory || psoup_json_kind(p->several) != PSOUP_JSON_OBJECT || n == 0 ||
-        n > MAX_REWARDS)
-        return cli_error(error, PSOUP_ERROR_ARGUMENT,
-                         "%s: rewards: expected {\"NAME\": DIR, …} of 1 to %d, without \"reward\" or \"soup\"", where,
-                         MAX_REWARDS);
-    p->several_parts = calloc(n, sizeof *p->several_parts);
-    p->sources = calloc(n, sizeof *p->sources);
-    if (!p->several_parts || !p->sources)
-        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    while (status == PSOUP_OK && (value = psoup_json_next(p->several, &name))) {
-        reward_part *part = &p->several_parts[p->n_sources];
-        char place[600];
-        part->weight = 1;
-        part->directory = psoup_json_string(value, NULL);
-        p->sources[p->n_sources++].name = name;
-        snprintf(place, sizeof place, "%s: rewards: %s", where, name);
-        if (!part->directory && psoup_json_kind(value) == PSOUP_JSON_OBJECT)
-            status = read_object(reward_members, value, place, part, error);
-        if (status == PSOUP_OK && !part->directory)
-            status = cli_error(error, PSOUP_ERROR_ARGUMENT,
-                               "%s: expected a directory, or {\"reward\": DIR, \"weight\": W}", place);
-    }
-    return status;
 }
 
 static psoup_status read_policy(const ppo_state *s, const psoup_json *object, policy_run *p,
                                 const char *where, psoup_error *error) {
     psoup_status status = read_object(policy_members, object, where, p, error);
     bool is_soup = p->soup && psoup_json_kind(p->soup) != PSOUP_JSON_NULL;
-    bool several = p->several && psoup_json_kind(p->several) != PSOUP_JSON_NULL;
     p->soup = is_soup ? p->soup : NULL;
     if (status == PSOUP_OK)
-        status = check_part(s, &p->self, is_soup, several, where, error);
-    if (status == PSOUP_OK && several)
-        status = read_rewards(p, where, error);
+        status = check_part(s, &p->self, is_soup, where, error);
     if (status == PSOUP_OK && is_soup) {
         status = read_soup(s, p, where, error);
     } else if (status == PSOUP_OK) {
@@ -138,6 +143,7 @@ static psoup_status read_policy(const ppo_state *s, const psoup_json *object, po
             return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
         p->parts[0] = p->self;
         p->n_parts = 1;
+        status = read_rewards(p, &p->parts[0], where, error);
     }
     return status;
 }
@@ -162,33 +168,33 @@ psoup_status ppo_read_policies(ppo_state *s, psoup_error *error) {
 
 /* ---- adapters ------------------------------------------------------------------------------------- */
 
-static psoup_status load_reward(ppo_state *s, const char *policy, const char *reward, const char *directory,
-                                char **name, psoup_reward **out, psoup_error *error) {
-    size_t length = strlen(policy) + strlen(reward) + sizeof "reward of : ";
-    *name = malloc(length);
-    if (!*name)
+static psoup_status load_reward(ppo_state *s, const char *part, reward_part *reward, psoup_error *error) {
+    const char *own = reward->name ? reward->name : "";
+    size_t length = strlen(part) + strlen(own) + sizeof "reward of : ";
+    reward->model_name = malloc(length);
+    reward->full_name = malloc(length);
+    if (!reward->model_name || !reward->full_name)
         return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    snprintf(*name, length, "reward of %s%s%s", policy, *reward ? ": " : "", reward);
-    return psoup_reward_load(s->m.model, *name, directory, out, error);
+    snprintf(reward->model_name, length, "reward of %s%s%s", part, *own ? ": " : "", own);
+    snprintf(reward->full_name, length, "%s%s%s", part, *own ? "/" : "", own);
+    return psoup_reward_load(s->m.model, reward->model_name, reward->directory, &reward->reward, error);
 }
 
-static psoup_status load_part(ppo_state *s, policy_part *part, psoup_error *error) {
+/* The adapter of part `k`, and its rewards. */
+static psoup_status load_part(ppo_state *s, policy_run *p, size_t k, psoup_error *error) {
+    policy_part *part = &p->parts[k];
     psoup_status status = part->init
                               ? psoup_model_load_adapter(s->m.model, part->name, part->init, error)
                               : psoup_model_add_adapter(s->m.model, part->name, &s->run->lora.options, error);
-    if (status == PSOUP_OK && part->reward_directory)
-        status = load_reward(s, part->name, "", part->reward_directory, &part->reward_name, &part->reward, error);
-    return status;
-}
-
-static psoup_status load_sources(ppo_state *s, policy_run *p, psoup_error *error) {
-    psoup_status status = PSOUP_OK;
-    for (size_t k = 0; status == PSOUP_OK && k < p->n_sources; k++) {
-        reward_part *part = &p->several_parts[k];
-        status = load_reward(s, p->self.name, p->sources[k].name, part->directory, &part->model_name, &part->reward,
-                             error);
-        p->sources[k].model = part->reward;
-        p->sources[k].weight = part->weight;
+    p->names[k] = part->name;
+    for (size_t i = 0; status == PSOUP_OK && i < part->n_rewards; i++) {
+        reward_part *reward = &part->rewards[i];
+        status = load_reward(s, part->name, reward, error);
+        p->rewards[part->first + i] = reward->reward;
+        p->sources[part->first + i] = (psoup_reward_source){.name = p->soup ? reward->full_name : reward->name,
+                                                            .model = reward->reward,
+                                                            .weight = reward->weight,
+                                                            .adapter = (int32_t)k};
     }
     return status;
 }
@@ -198,16 +204,12 @@ psoup_status ppo_load_adapters(ppo_state *s, psoup_error *error) {
     for (size_t i = 0; status == PSOUP_OK && i < s->n; i++) {
         policy_run *p = &s->policies[i];
         p->names = calloc(p->n_parts, sizeof *p->names);
-        p->rewards = calloc(p->n_parts, sizeof(psoup_reward *));
-        if (!p->names || !p->rewards)
+        p->rewards = calloc(p->n_rewards, sizeof(psoup_reward *));
+        p->sources = calloc(p->n_rewards, sizeof *p->sources);
+        if (!p->names || !p->rewards || !p->sources)
             return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-        for (size_t k = 0; status == PSOUP_OK && k < p->n_parts; k++) {
-            status = load_part(s, &p->parts[k], error);
-            p->names[k] = p->parts[k].name;
-            p->rewards[k] = p->parts[k].reward;
-        }
-        if (status == PSOUP_OK)
-            status = load_sources(s, p, error);
+        for (size_t k = 0; status == PSOUP_OK && k < p->n_parts; k++)
+            status = load_part(s, p, k, error);
     }
     return status;
 }
@@ -226,7 +228,7 @@ static psoup_status encode_filled(ppo_state *s, const char *instruction, const c
     return status;
 }
 
-/* Which of a soup's adapters is trained for preference k; −1: none. Of another policy it is reward 0. */
+/* Which of a soup's adapters is trained for preference k; −1: none. Of another policy it is the one. */
 static int32_t part_for(const ppo_state *s, const policy_run *p, int32_t k) {
     for (size_t i = 0; p->soup && i < p->n_parts; i++)
         if (psoup_preferences_find(s->preferences, p->parts[i].preference) == k)
@@ -256,13 +258,21 @@ static psoup_status users_of(ppo_state *s, const policy_run *p, size_t *users, s
     return status;
 }
 
-/* The prompt of a user with several preferences: {t + P1 + P2 + P3}, and one reward input
- * {t + P_i} for each (Jang et al. 2023, section 2.2, P-MORL). */
+/* Inputs that a prompt of a user has at most. */
+static size_t inputs_of(const ppo_state *s, const policy_run *p) {
+    size_t most = 0;
+    for (size_t k = 0; k < p->n_parts; k++)
+        most = p->parts[k].n_rewards > most ? p->parts[k].n_rewards : most;
+    return psoup_user_size(s->preferences) * most;
+}
+
+/* The prompt of a user with several preferences: {t + P1 + P2 + P3}, and one reward input {t + P_i} for each (Jang et
+ * al. 2023, section 2.2, P-MORL), for every one of its rewards. */
 static psoup_status user_prompt(ppo_state *s, const policy_run *p, const char *instruction,
                                 const char *input, size_t user, psoup_reward_input *inputs,
                                 psoup_ppo_prompt *out, psoup_error *error) {
     int32_t members[MAX_DIMENSIONS];
-    size_t size = psoup_user_size(s->preferences), length = 1, rewards = p->n_sources ? p->n_sources : 1;
+    size_t size = psoup_user_size(s->preferences), length = 1, n = 0;
     psoup_status status = psoup_user_get(s->preferences, user, members, NULL, 0, error);
     for (size_t k = 0; status == PSOUP_OK && k < size; k++)
         length += strlen(psoup_preferences_get(s->preferences, (size_t)members[k])->prompt) + 1;
@@ -272,23 +282,22 @@ static psoup_status user_prompt(ppo_state *s, const policy_run *p, const char *i
     *all = 0;
     for (size_t k = 0; status == PSOUP_OK && k < size; k++) {
         const char *prompt = psoup_preferences_get(s->preferences, (size_t)members[k])->prompt;
+        const policy_part *part = &p->parts[part_for(s, p, members[k])];
+        psoup_reward_input one = {.weight = 1.0f / (float)size};
         if (k)
             strcat(all, " ");
         strcat(all, prompt);
-        inputs[k] = (psoup_reward_input){.reward = part_for(s, p, members[k]),
-                                         .weight = 1.0f / (float)size};
-        status =
-            encode_filled(s, instruction, input, prompt, &inputs[k].tokens, &inputs[k].n, error);
-    }
-    for (size_t k = size; status == PSOUP_OK && k < size * rewards; k++) { /* the same for each of several rewards */
-        inputs[k] = inputs[k % size];
-        inputs[k].reward = (int32_t)(k / size);
+        status = encode_filled(s, instruction, input, prompt, &one.tokens, &one.n, error);
+        for (size_t i = 0; i < part->n_rewards; i++) {
+            inputs[n] = one;
+            inputs[n++].reward = (int32_t)(part->first + i);
+        }
     }
     if (status == PSOUP_OK)
         status = encode_filled(s, instruction, input, all, &out->tokens, &out->n, error);
     free(all);
     out->inputs = inputs;
-    out->n_inputs = size * rewards;
+    out->n_inputs = n;
     return status;
 }
 
@@ -321,7 +330,7 @@ psoup_status ppo_make_prompts(ppo_state *s, policy_run *p, int part, psoup_error
     bool all = p->soup ? p->parts[0].preference != NULL
                        : p->self.preference && !strcmp(p->self.preference, "all");
     size_t n = psoup_json_size(rows), size = psoup_user_size(s->preferences), users = 1;
-    size_t stride = size * (p->n_sources ? p->n_sources : 1); /* inputs of a prompt */
+    size_t stride = inputs_of(s, p);
     psoup_status status = PSOUP_OK;
     if (size > MAX_DIMENSIONS)
         return cli_error(error, PSOUP_ERROR_ARGUMENT, "more than %d dimensions of preference",
@@ -353,10 +362,10 @@ psoup_ppo_policy ppo_policy(policy_run *p) {
     p->mixed.concentration = p->concentration;
     return (psoup_ppo_policy){.adapter = p->self.name,
                               .soup = p->soup ? &p->mixed : NULL,
-                              .rewards = p->n_sources ? NULL : p->rewards,
-                              .n_rewards = p->n_sources ? 0 : p->n_parts,
-                              .sources = p->sources,
-                              .n_sources = p->n_sources,
+                              .rewards = p->several ? NULL : p->rewards,
+                              .n_rewards = p->several ? 0 : p->n_rewards,
+                              .sources = p->several ? p->sources : NULL,
+                              .n_sources = p->several ? p->n_rewards : 0,
                               .prompts = p->prompts[0],
                               .n_prompts = p->n[0],
                               .validation = p->prompts[1],
@@ -382,15 +391,14 @@ psoup_status ppo_save(ppo_state *s, const policy_run *p, psoup_error *error) {
 void ppo_free_policies(ppo_state *s) {
     for (size_t i = 0; i < s->n; i++) {
         policy_run *p = &s->policies[i];
-        for (size_t k = 0; p->parts && k < p->n_parts; k++) {
-            psoup_reward_free(p->parts[k].reward);
-            free(p->parts[k].reward_name);
+        for (size_t k = 0; k < p->n_parts; k++) {
+            for (size_t r = 0; r < p->parts[k].n_rewards; r++) {
+                psoup_reward_free(p->parts[k].rewards[r].reward);
+                free(p->parts[k].rewards[r].model_name);
+                free(p->parts[k].rewards[r].full_name);
+            }
+            free(p->parts[k].rewards);
         }
-        for (size_t k = 0; k < p->n_sources; k++) {
-            psoup_reward_free(p->several_parts[k].reward);
-            free(p->several_parts[k].model_name);
-        }
-        free(p->several_parts);
         free(p->sources);
         free(p->parts);
         free(p->names);

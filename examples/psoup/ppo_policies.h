@@ -15,34 +15,35 @@ typedef struct ppo_run {
     psoup_ppo_options options;
 } ppo_run;
 
+/* One reward of an adapter. */
+typedef struct reward_part {
+    const char *name; /* NULL: the only one */
+    const char *directory;
+    float weight;
+    char *model_name, *full_name; /* the second of a soup's: ADAPTER/NAME */
+    psoup_reward *reward;
+} reward_part;
+
 /* One adapter that is trained: a policy, or a part of a soup. */
 typedef struct policy_part {
     const char *name, *reward_directory, *preference, *init;
-    char *reward_name;
-    psoup_reward *reward;
+    const psoup_json *several; /* its rewards, where there are several */
+    reward_part *rewards;      /* [n_rewards] */
+    size_t n_rewards, first;   /* the number of its first reward in the policy */
 } policy_part;
-
-/* One of several rewards of a policy. */
-typedef struct reward_part {
-    const char *directory;
-    float weight;
-    char *model_name;
-    psoup_reward *reward;
-} reward_part;
 
 /* One policy's share of the configuration, and what was made of it. */
 typedef struct policy_run {
     policy_part self; /* a soup's has its name alone */
-    const psoup_json *soup, *several;
+    const psoup_json *soup;
     float concentration;
-    reward_part *several_parts;   /* [n_sources] */
-    psoup_reward_source *sources; /* [n_sources] */
-    size_t n_sources;             /* 0: one reward */
     uint64_t seed;
     policy_part *parts; /* [n_parts] itself, or a soup's */
-    size_t n_parts;
-    const char **names;     /* [n_parts] */
-    psoup_reward **rewards; /* [n_parts] */
+    size_t n_parts, n_rewards;
+    bool several;                 /* an adapter has several rewards: they are `sources` */
+    const char **names;           /* [n_parts] */
+    psoup_reward **rewards;       /* [n_rewards] */
+    psoup_reward_source *sources; /* [n_rewards] */
     psoup_ppo_soup mixed;
     psoup_ppo_prompt *prompts[2]; /* training, validation */
     size_t n[2];

@@ -15,10 +15,10 @@ extern "C" {
 /* ---- PPO ------------------------------------------------------------------------------------------ */
 
 /* One way in which a response is scored: reward model `reward` reads `tokens` and then the response.
- * The response's score is Σ weight · score over the prompt's list. */
+ * The response's score is Σ weight · score over the prompt's list; a soup's lists say what is mixed (psoup_ppo_soup). */
 typedef struct psoup_reward_input {
     int32_t reward; /* index into psoup_ppo_policy.rewards, or sources */
-    float weight;
+    float weight;   /* of a soup's policy: how much that reward's adapter weighs in the mix */
     const int32_t *tokens;
     size_t n;
 } psoup_reward_input;
@@ -26,7 +26,8 @@ typedef struct psoup_reward_input {
 typedef struct psoup_ppo_prompt {
     const int32_t *tokens; /* what the policy reads */
     size_t n;
-    /* NULL: rewards[0] of the policy reads the same tokens, weight 1. P-MORL lists three. */
+    /* NULL: rewards[0] of the policy, of sources and of a soup's rewards every model, reads the same tokens, weight 1.
+     * P-MORL lists three. */
     const psoup_reward_input *inputs;
     size_t n_inputs;
     int64_t id; /* the caller's, given back to callbacks */
@@ -45,14 +46,14 @@ typedef struct psoup_rollout {
 typedef int (*psoup_reward_fn)(void *user, const psoup_rollout *rollouts, size_t n, float *scores);
 
 /* One of several rewards of a policy: a reward model, or a function of the caller's. Reports have "reward/NAME", the
- * mean of what it gave. */
+ * mean of what it gave to the responses that it was asked for. */
 typedef struct psoup_reward_source {
     const char *name;    /* of no other source of the policy; NULL: the reward model's */
     psoup_reward *model; /* or NULL, and then: */
     psoup_reward_fn function;
     void *user;
-    float weight; /* of its score in the response's reward */
-    int32_t reserved; /* 0 */
+    float weight;    /* of its score in the response's reward, or in that of its adapter */
+    int32_t adapter; /* which of a soup's adapters it is a reward of; 0 where there is one adapter. Since 0.5 */
     uint64_t reserved2[2]; /* 0 */
 } psoup_reward_source;
 
@@ -64,16 +65,17 @@ typedef int (*psoup_samples_fn)(void *user, int64_t step, const psoup_rollout *r
 /* A soup that is trained for what it will be used for: its adapters learn as one policy while each prompt
  * of a step is answered under a mix of its own. A prompt's mix is over the adapters whose rewards its inputs
  * name (one of each dimension, where it was made for one user), or over all where it lists none: drawn from
- * the Dirichlet distribution with parameters concentration · weight_k · m / Σ weight over those m inputs.
- * A response's reward is Σ mix_i · reward_i, each reward normalised by its own moments, and its value is
+ * the Dirichlet distribution with parameters concentration · weight_i · m / Σ weight over those m adapters.
+ * A response's reward is Σ mix_i · reward_i, where reward_i is the one that adapter i is trained for, normalised by
+ * its own moments, or of several sources Σ weight · score, each score normalised by its own. Its value is
  * Σ mix_i · head_i, a head of each adapter: what one user's mix promises is then linear in the mix, as what
  * it is paid is. Responses of one group (RLOO, GRPO) share a mix. One optimiser steps all its adapters, and
  * clips by their common norm. A soup whose every mix is one and the same adapter trains it to the bits of
- * its policy alone. Reports have also "reward/ADAPTER", the mean of what an adapter's reward gave to the
- * responses that had it in their mix. */
+ * its policy alone (of several sources with normalize_apart). Reports have also "reward/ADAPTER", or "reward/NAME" of
+ * each source: the mean of what it gave to the responses that had its adapter in their mix. */
 typedef struct psoup_ppo_soup {
     size_t size;
-    const char *const *adapters; /* [n] trained in place; reward i is what adapter i is trained for */
+    const char *const *adapters; /* [n] trained in place */
     size_t n;                    /* 1 to 64 */
     float concentration; /* 1 and equal weights: uniform over the simplex; large: ever closer to the weights'
                           * own shares, which INFINITY gives; 0: always one adapter, drawn by the weights */
@@ -92,13 +94,16 @@ typedef struct psoup_ppo_policy {
     const psoup_ppo_prompt *validation; /* best checkpoint by mean reward on these; may be none */
     size_t n_validation;
     uint64_t seed; /* of its sampling, shuffling, mixes and dropout */
-    /* NULL: one adapter. Else n_rewards is the soup's n; reward_fn is called once for each adapter, as
-     * rollouts' policy, with the responses that have it in their mix; and inputs name no reward twice. */
+    /* NULL: one adapter. Else reward i is what adapter i is trained for: n_rewards is the soup's n, or reward_fn is
+     * called once for each adapter, as rollouts' policy, with the responses that have it in their mix; or sources say
+     * which adapter's they are, at least one of each. A prompt's inputs name no reward twice, and give an adapter one
+     * weight, whichever of its rewards they name; they may name a function's, which reads no tokens. */
     const psoup_ppo_soup *soup;
     /* Several rewards at once, instead of rewards and reward_fn when not NULL: a response's score is Σ weight · score
      * over them. A function scores every response. A model reads what the prompt's inputs that name it say (`reward`
      * is an index into sources then, and its score Σ weight · score over those inputs); where a prompt lists none,
-     * every model reads the prompt. Not with a soup. */
+     * every model reads the prompt. With a soup a response's score is Σ mix_i Σ weight · score, the inner sum over the
+     * sources of adapter i; none is asked for a response that has not its adapter in its mix. */
     const psoup_reward_source *sources;
     size_t n_sources;     /* 1 to 64 */
     uint64_t reserved[1]; /* 0 */

@@ -55,8 +55,10 @@ static psoup_status identify_rewards(psoup_ppo *ppo, size_t p, psoup_error *erro
         psoup__adapter *adapter = NULL;
         if (given->sources) {
             snprintf(key, sizeof(key), "source %zu of policy %zu", i, p);
-            PSOUP__TRY(psoup__run_text(c, key, error, "%.200s of weight %.9g, %s", source->metric,
-                                       (double)source->weight, reward ? "a model" : "a callback"));
+            PSOUP__TRY(psoup__run_text(c, key, error, "%.200s of weight %.9g, %s%s%.100s", source->metric,
+                                       (double)source->weight, reward ? "a model" : "a callback",
+                                       given->soup ? " of " : "",
+                                       given->soup ? ppo->policies[p].names[source->adapter] : ""));
         }
         if (!reward)
             continue;

@@ -66,7 +66,7 @@ typedef struct psoup__policy {
     const char **names; /* [n_parts] the parts' */
     int32_t *adapters;  /* [n_parts] their numbers in the model, now */
     size_t n_parts;
-    psoup__source *sources; /* [n_sources] its rewards; of a soup one for each part */
+    psoup__source *sources; /* [n_sources] its rewards; of a soup one or more for each part */
     size_t n_sources;
     int64_t total; /* steps */
     psoup__ppo_state state;
@@ -145,6 +145,8 @@ psoup_status psoup__rewards_check_prompt(const psoup_ppo_policy *policy, const p
 /* The k-th reward model of a policy, or NULL where that reward is a function; how many rewards it has. */
 psoup_reward *psoup__rewards_model(const psoup_ppo_policy *policy, size_t k);
 size_t psoup__rewards_count(const psoup_ppo_policy *policy);
+/* Which of the policy's adapters the k-th is a reward of. */
+size_t psoup__rewards_adapter(const psoup_ppo_policy *policy, size_t k);
 /* Makes the policy's sources. */
 psoup_status psoup__rewards_start(psoup_ppo *ppo, psoup__policy *policy, psoup_error *error);
 void psoup__rewards_end(psoup_context *context, psoup__policy *policy);

@@ -22,6 +22,12 @@ psoup_reward *psoup__rewards_model(const psoup_ppo_policy *policy, size_t k) {
     return policy->reward_fn ? NULL : policy->rewards[k];
 }
 
+size_t psoup__rewards_adapter(const psoup_ppo_policy *policy, size_t k) {
+    if (policy->sources)
+        return (size_t)policy->sources[k].adapter;
+    return policy->soup ? k : 0;
+}
+
 static const char *source_name(const psoup_reward_source *source) {
     return source->name || !source->model ? source->name : source->model->name;
 }
@@ -30,7 +36,8 @@ static const char *source_name(const psoup_reward_source *source) {
 
 static psoup_status check_source(const psoup_ppo_policy *policy, size_t k, psoup_error *error) {
     const psoup_reward_source *source = &policy->sources[k];
-    const char *name = source_name(source);
+    const char *name = source_name(source), *const *adapters;
+    size_t n = psoup__ppo_adapters(policy, &adapters);
     if (!source->model == !source->function)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "policy '%s': sources[%zu] has %s: expected a model or a function", policy->adapter, k,
@@ -41,10 +48,26 @@ static psoup_status check_source(const psoup_ppo_policy *policy, size_t k, psoup
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "policy '%s': the weight of source '%s' is %g: expected a finite number other than 0",
                            policy->adapter, name, (double)source->weight);
+    if (source->adapter < 0 || (size_t)source->adapter >= n)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': source '%s' is of adapter %d of %zu",
+                           policy->adapter, name, source->adapter, n);
     for (size_t i = 0; i < k; i++)
         if (strcmp(source_name(&policy->sources[i]), name) == 0)
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': source '%s' is there twice",
                                policy->adapter, name);
+    return PSOUP_OK;
+}
+
+/* Every adapter of a soup is paid for something. */
+static psoup_status check_adapters(const psoup_ppo_policy *policy, psoup_error *error) {
+    const char *const *adapters;
+    bool paid[PSOUP__MAX_SOUP] = {false};
+    for (size_t k = 0; k < policy->n_sources; k++)
+        paid[policy->sources[k].adapter] = true;
+    for (size_t a = 0; a < psoup__ppo_adapters(policy, &adapters); a++)
+        if (!paid[a])
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': no source is of its adapter '%s'",
+                               policy->adapter, adapters[a]);
     return PSOUP_OK;
 }
 
@@ -71,6 +94,8 @@ psoup_status psoup__rewards_check(const psoup_ppo_policy *policy, psoup_error *e
         if (model)
             PSOUP__TRY(psoup__reward_adapter(model, &adapter, NULL, error));
     }
+    if (policy->sources)
+        PSOUP__TRY(check_adapters(policy, error));
 fail:
     return status;
 }
@@ -88,7 +113,7 @@ psoup_status psoup__rewards_check_prompt(const psoup_ppo_policy *policy, const p
         if (input->reward < 0 || (size_t)input->reward >= n)
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': %s[%zu] names reward %d of %zu",
                                policy->adapter, what, i, input->reward, n);
-        if (!psoup__rewards_model(policy, (size_t)input->reward))
+        if (!policy->soup && !psoup__rewards_model(policy, (size_t)input->reward))
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "policy '%s': %s[%zu] has an input of reward %d, which is a function",
                                policy->adapter, what, i, input->reward);
@@ -126,7 +151,8 @@ psoup_status psoup__rewards_start(psoup_ppo *ppo, psoup__policy *policy, psoup_e
         *source = (psoup__source){.model = psoup__rewards_model(given, k),
                                   .function = given->sources ? given->sources[k].function : given->reward_fn,
                                   .user = given->sources ? given->sources[k].user : given->reward_user,
-                                  .weight = given->sources ? given->sources[k].weight : 1.0f};
+                                  .weight = given->sources ? given->sources[k].weight : 1.0f,
+                                  .adapter = psoup__rewards_adapter(given, k)};
         if (name)
             source->metric = psoup__format(context, error, "reward/%s", name);
         for (size_t i = 0; source->metric && i < k; i++)

@@ -12,7 +12,8 @@ typedef struct psoup__rollouts {
     size_t n, tokens, adapters, sources, capacity, token_capacity;
     const psoup_ppo_prompt **prompt; /* [n] */
     float *weight; /* [n, adapters] each response's mix over its policy's adapters */
-    float *share;  /* [n, sources] how much of its score each reward's is; 0: it was not asked */
+    float *share;  /* [n, sources] how much of its score each reward's is, of a soup's with its adapter's part of the
+                    * mix; 0: it was not asked */
     float *part_score; /* [n, sources] what each reward gave */
     int32_t *start;                  /* [n + 1] */
     int32_t *response;               /* [tokens] */
@@ -31,6 +32,7 @@ typedef struct psoup__source {
     psoup_reward_fn function;
     void *user;
     float weight;
+    size_t adapter; /* which of the policy's it is a reward of */
     char *metric; /* "reward/NAME"; NULL: it is the only one, and "reward" says all */
 } psoup__source;
 

@@ -110,26 +110,23 @@ static bool has_models(const psoup__request *q) {
     return any;
 }
 
+/* Functions score every response, models what the prompt's inputs name, or the prompt. */
+static bool is_asked(const psoup__request *q, const psoup_ppo_prompt *prompt, size_t source) {
+    bool named = false;
+    for (size_t k = 0; prompt->inputs && k < prompt->n_inputs; k++)
+        named = named || prompt->inputs[k].reward == (int32_t)source;
+    return q->sources[source].function || (prompt->inputs ? named : reads_prompts(q, source));
+}
+
 /* How much of a response's score each of its policy's rewards is. */
 static void set_shares(const psoup__request *q) {
     psoup__rollouts *out = q->out;
-    for (size_t i = 0; i < out->n; i++) {
-        const psoup_ppo_prompt *prompt = out->prompt[i];
-        float *share = out->share + i * out->sources;
+    for (size_t i = 0; i < out->n; i++)
         for (size_t k = 0; k < out->sources; k++) {
             const psoup__source *source = &q->sources[k];
-            if (q->policy->soup)
-                share[k] = out->weight[i * out->adapters + k];
-            else if (source->model && prompt->inputs)
-                share[k] = 0.0f;
-            else
-                share[k] = source->function || reads_prompts(q, k) ? source->weight : 0.0f;
+            float mix = q->policy->soup ? out->weight[i * out->adapters + source->adapter] : 1.0f;
+            out->share[i * out->sources + k] = is_asked(q, out->prompt[i], k) ? mix * source->weight : 0.0f;
         }
-        bool reads = !q->policy->soup && has_models(q); /* a callback alone has none that inputs could name */
-        for (size_t k = 0; reads && prompt->inputs && k < prompt->n_inputs; k++)
-            if (q->sources[prompt->inputs[k].reward].model)
-                share[prompt->inputs[k].reward] = q->sources[prompt->inputs[k].reward].weight;
-    }
 }
 
 /* Lists the readings of one request. */
@@ -151,10 +148,11 @@ static psoup_status list_readings(scoring *s, size_t request, psoup_error *error
             n = (size_t)(s->plain - inputs);
         }
         for (size_t k = 0; k < n; k++) {
-            if (out->share[i * out->sources + (size_t)inputs[k].reward] == 0.0f)
+            psoup_reward *model = q->sources[inputs[k].reward].model;
+            if (!model || out->share[i * out->sources + (size_t)inputs[k].reward] == 0.0f)
                 continue;
             reading *r = &s->readings[s->n++];
-            *r = (reading){.reward = q->sources[inputs[k].reward].model,
+            *r = (reading){.reward = model,
                            .input = &inputs[k],
                            .request = request,
                            .rollout = i};
@@ -257,7 +255,7 @@ static psoup_status score_by_callback(psoup_context *context, const psoup__reque
     for (size_t i = 0; status == PSOUP_OK && i < out->n; i++) {
         if (!out->mine[i] || out->share[i * out->sources + number] == 0.0f)
             continue;
-        rollouts[n] = (psoup_rollout){.policy = policy->soup ? policy->soup->adapters[number]
+        rollouts[n] = (psoup_rollout){.policy = policy->soup ? policy->soup->adapters[source->adapter]
                                                              : policy->adapter,
                                       .prompt = out->prompt[i],
                                       .response = out->response + out->start[i],

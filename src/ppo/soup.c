@@ -20,10 +20,7 @@ psoup_status psoup__soup_check(const psoup_ppo_policy *policy, psoup_error *erro
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "policy '%s': its soup's concentration is %g: expected 0 to infinity",
                            policy->adapter, (double)soup->concentration);
-    if (policy->sources)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "policy '%s' has sources: expected rewards or reward_fn with a soup", policy->adapter);
-    if (!policy->reward_fn && policy->n_rewards != soup->n)
+    if (!policy->sources && !policy->reward_fn && policy->n_rewards != soup->n)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "policy '%s' has %zu rewards: expected one for each of its soup's %zu adapters",
                            policy->adapter, policy->n_rewards, soup->n);
@@ -32,21 +29,29 @@ psoup_status psoup__soup_check(const psoup_ppo_policy *policy, psoup_error *erro
 
 psoup_status psoup__soup_check_prompt(const psoup_ppo_policy *policy, const psoup_ppo_prompt *prompt,
                                       const char *what, size_t i, psoup_error *error) {
-    bool named[PSOUP__MAX_SOUP] = {false};
+    bool named[PSOUP__MAX_SOURCES] = {false};
+    const float *said[PSOUP__MAX_SOUP] = {NULL}; /* an adapter's weight */
     double sum = 0.0;
     for (size_t k = 0; prompt->inputs && k < prompt->n_inputs; k++) {
         int32_t reward = prompt->inputs[k].reward;
         float weight = prompt->inputs[k].weight;
-        if (reward < 0 || (size_t)reward >= policy->soup->n || named[reward])
+        if (reward < 0 || (size_t)reward >= psoup__rewards_count(policy) || named[reward])
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "policy '%s': %s[%zu] names reward %d %s", policy->adapter, what, i,
-                               reward, reward >= 0 && (size_t)reward < policy->soup->n
+                               reward, reward >= 0 && (size_t)reward < psoup__rewards_count(policy)
                                            ? "twice" : "which its soup does not have");
         if (!(weight >= 0.0f && weight <= FLT_MAX))
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "policy '%s': reward input %zu of %s[%zu] has weight %g: expected 0 or more",
                                policy->adapter, k, what, i, (double)weight);
         named[reward] = true;
+        size_t adapter = psoup__rewards_adapter(policy, (size_t)reward);
+        if (said[adapter] && *said[adapter] != weight)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "policy '%s': %s[%zu] has weights %g and %g for adapter '%s': expected one",
+                               policy->adapter, what, i, (double)*said[adapter], (double)weight,
+                               policy->soup->adapters[adapter]);
+        said[adapter] = &prompt->inputs[k].weight;
         sum += weight;
     }
     if (prompt->inputs && !(sum > 0.0))
@@ -113,8 +118,11 @@ static void shares_of(const psoup__policy *policy, const psoup_ppo_prompt *promp
     double sum = 0.0;
     for (size_t k = 0; k < n; k++)
         shares[k] = prompt->inputs ? 0.0 : 1.0 / (double)n;
-    for (size_t k = 0; prompt->inputs && k < prompt->n_inputs; k++)
-        sum += shares[prompt->inputs[k].reward] = prompt->inputs[k].weight;
+    for (size_t k = 0; prompt->inputs && k < prompt->n_inputs; k++) {
+        size_t adapter = policy->sources[prompt->inputs[k].reward].adapter;
+        if (shares[adapter] == 0.0) /* another reward of it says the same */
+            sum += shares[adapter] = prompt->inputs[k].weight;
+    }
     for (size_t k = 0; prompt->inputs && k < n; k++)
         shares[k] /= sum;
 }

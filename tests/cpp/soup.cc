@@ -455,6 +455,18 @@ static void test_rewards_and_ppo(psoup::model &model) {
         NEED(ppo.step());
         auto trace = NEED(ppo.trace(0));
         CHECK(trace.adapters == 2 && trace.mix[0] > 0 && trace.mix[0] < 1 && by_adapter[0] && by_adapter[1]);
+        ppo = psoup::ppo();
+        const psoup::reward_function length = [](psoup::span<const psoup_rollout> r, psoup::span<float> out) {
+            for (std::size_t i = 0; i < r.size(); i++) out[i] = static_cast<float>(r[i].n);
+            return true;
+        };
+        soup.function = nullptr;
+        soup.sources = {{"judge", rewards[0], {}, 2.0f}, {"long", nullptr, length}, {"short", nullptr, length, -1, 1}};
+        ppo = NEED(psoup::ppo::create(model, {soup}, ppo_options));
+        NEED(ppo.step());
+        soup.sources[2].adapter = 0;
+        ppo = psoup::ppo();
+        CHECK(!psoup::ppo::create(model, {soup}, ppo_options)); /* "B" is paid for nothing */
     }
     {
         psoup_memory taken = NEED(psoup::ppo::memory(model, {by_function, by_model}, ppo_options));

@@ -23,12 +23,13 @@ using reward_function = std::function<bool(span<const psoup_rollout>, span<float
 using on_samples =
     std::function<bool(std::int64_t step, span<const psoup_rollout>, span<const float> scores)>;
 
-/* One of several rewards of a policy: a model, or a function. */
+/* One of several rewards of a policy: a model, or a function; of a soup's adapter number `adapter`. */
 struct source {
     std::string name;
     reward *model = nullptr;
     reward_function function = {};
     float weight = 1.0f;
+    std::size_t adapter = 0;
 };
 
 struct policy {
@@ -124,6 +125,7 @@ private:
                     to.name = s.name.c_str();
                     to.model = s.model ? s.model->get() : nullptr;
                     to.weight = s.weight;
+                    to.adapter = static_cast<std::int32_t>(s.adapter);
                     if (s.function) {
                         functions.push_back(std::make_unique<reward_callback>(s.function));
                         to.function = run_reward;

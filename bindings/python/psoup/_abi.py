@@ -931,7 +931,7 @@ psoup_reward_source._fields_ = [
     ("function", psoup_reward_fn),
     ("user", c_void_p),
     ("weight", c_float),
-    ("reserved", c_int32),
+    ("adapter", c_int32),
     ("reserved2", c_uint64 * 2),
 ]
 psoup_samples_fn = CFUNCTYPE(c_int, c_void_p, c_int64, POINTER(psoup_rollout), POINTER(c_float), c_size_t)

@@ -258,11 +258,12 @@ def dpo_options(**options: Unpack[DpoOptions]) -> Dict[str, Any]:
 
 
 class RewardInput(NamedTuple):
-    """One way in which a response is scored: reward model number `reward` reads `tokens` and then the
-    response. The response's score is the sum of weight * score over the prompt's list."""
+    """One way in which a response is scored: reward model `reward`, by its number or the name it has in the policy's
+    `reward`, reads `tokens` and then the response. The response's score is the sum of weight * score over the prompt's
+    list. Of a soup's policy the weight is that of the reward's adapter in the mix."""
 
     tokens: Tokens
-    reward: int = 0
+    reward: Union[int, str] = 0
     weight: float = 1.0
 
 
@@ -272,7 +273,7 @@ class PpoPrompt(NamedTuple):
     id: int = 0
     """The caller's, given back to reward functions."""
     inputs: Sequence[RewardInput] = ()
-    """None: the first reward model reads the same tokens, weight 1."""
+    """None: the first reward model, or every one of several with names, reads the same tokens, weight 1."""
 
 
 class Rollout(NamedTuple):
@@ -289,6 +290,7 @@ class Rollout(NamedTuple):
 
 RewardFunction = Callable[[List[Rollout]], Sequence[float]]
 Source = Union[RewardFunction, Reward, Tuple[Union[RewardFunction, Reward], float]]
+Rewards = Union[RewardFunction, Reward, Sequence[Reward], Mapping[str, Union[Source, Mapping[str, Source]]]]
 
 
 class Policy(NamedTuple):
@@ -297,15 +299,17 @@ class Policy(NamedTuple):
 
     adapter: str
     prompts: Sequence[Union[PpoPrompt, Tokens]]
-    reward: Union[RewardFunction, Reward, Sequence[Reward], Mapping[str, Source]]
+    reward: Rewards
     """By name there may be models and functions together, each alone or with its weight: {"helpful": model, "short":
-    (function, 0.1)}. Steps report each as "reward/NAME"."""
+    (function, 0.1)}. Steps report each as "reward/NAME". Of a soup the names are its adapters', each with one or with
+    several: {"A": {"helpful": model, "short": (function, 0.1)}, "B": model}; those are "reward/A/short" and so on."""
     validation: Sequence[Union[PpoPrompt, Tokens]] = ()
     """The best weights are those of the highest mean reward on these."""
     seed: int = 0
     soup: Sequence[str] = ()
     """Adapters that learn as one policy, each prompt's responses under a mix of its own; `adapter` is then
-    its name, reward i is what adapter i is trained for, and a function is called for each of them."""
+    its name, reward i is what adapter i is trained for (or `reward` says it by name), and a function is called for
+    each of them."""
     concentration: float = 1.0
     """Of the Dirichlet distribution that a soup's mixes are drawn from."""
 
@@ -364,11 +368,27 @@ def _reward_callback(function: RewardFunction) -> Any:
     return callback(_abi.psoup_reward_fn, run)
 
 
-def _sources(given: Mapping[str, Source], keep: List[Any], parents: List[Handle]) -> Any:
-    structs = (_abi.psoup_reward_source * len(given))()
-    for struct, (name, source) in zip(structs, given.items()):
+def _named(policy: Policy) -> Dict[str, Tuple[Source, int]]:
+    """The rewards that a policy names, each with the number of its adapter."""
+    named: Dict[str, Tuple[Source, int]] = {}
+    for name, source in policy.reward.items() if isinstance(policy.reward, Mapping) else ():
+        if policy.soup and name not in policy.soup:
+            raise ArgumentError("policy %r has a reward of %r, which is no adapter of it" % (policy.adapter, name))
+        adapter = list(policy.soup).index(name) if policy.soup else 0
+        if not isinstance(source, Mapping):
+            named[name] = source, adapter
+        elif policy.soup:
+            named.update({"%s/%s" % (name, part): (given, adapter) for part, given in source.items()})
+        else:
+            raise ArgumentError("policy %r has several rewards under one name, %r" % (policy.adapter, name))
+    return named
+
+
+def _sources(named: Mapping[str, Tuple[Source, int]], keep: List[Any], parents: List[Handle]) -> Any:
+    structs = (_abi.psoup_reward_source * len(named))()
+    for struct, (name, (source, adapter)) in zip(structs, named.items()):
         reward, weight = source if isinstance(source, tuple) else (source, 1.0)
-        struct.name, struct.weight = encoded(name), weight
+        struct.name, struct.weight, struct.adapter = encoded(name), weight, adapter
         if isinstance(reward, Reward):
             struct.model = reward.handle
             parents.append(reward)
@@ -378,7 +398,13 @@ def _sources(given: Mapping[str, Source], keep: List[Any], parents: List[Handle]
     return structs
 
 
-def _ppo_prompts(prompts: Sequence[Union[PpoPrompt, Tokens]], keep: List[Any]) -> Any:
+def _number(reward: Union[int, str], names: Sequence[str]) -> int:
+    if isinstance(reward, str) and reward not in names:
+        raise ArgumentError("an input is of reward %r, which no policy of its prompt has" % reward)
+    return names.index(reward) if isinstance(reward, str) else reward
+
+
+def _ppo_prompts(prompts: Sequence[Union[PpoPrompt, Tokens]], keep: List[Any], names: Sequence[str]) -> Any:
     structs = (_abi.psoup_ppo_prompt * len(prompts))()
     for number, (struct, prompt) in enumerate(zip(structs, prompts)):
         if not isinstance(prompt, PpoPrompt):
@@ -390,7 +416,8 @@ def _ppo_prompts(prompts: Sequence[Union[PpoPrompt, Tokens]], keep: List[Any]) -
             inputs = (_abi.psoup_reward_input * len(prompt.inputs))()
             for item, given in zip(inputs, prompt.inputs):
                 read = ids(given.tokens)
-                item.tokens, item.n, item.reward, item.weight = read.pointer, read.n, given.reward, given.weight
+                item.tokens, item.n, item.weight = read.pointer, read.n, given.weight
+                item.reward = _number(given.reward, names)
                 keep.append(read)
             struct.inputs, struct.n_inputs = ctypes.cast(inputs, POINTER(_abi.psoup_reward_input)), len(inputs)
             keep.append(inputs)
@@ -425,7 +452,7 @@ class PPO(Run):
                  on_step: Optional[OnStep] = None, tokenizer: Optional[Tokenizer] = None,
                  on_samples: Optional[OnSamples] = None, comm: Optional[Comm] = None, *,
                  prompts: Sequence[Union[PpoPrompt, Tokens]] = (),
-                 reward: Union[RewardFunction, Reward, Sequence[Reward]] = (),
+                 reward: Rewards = (),
                  validation: Sequence[Union[PpoPrompt, Tokens]] = (), seed: int = 0,
                  **options: Unpack[PpoOptions]) -> None:
         given = [Policy(p, prompts, reward, validation, seed + k) if isinstance(p, str) else p
@@ -435,13 +462,15 @@ class PPO(Run):
         structs = (_abi.psoup_ppo_policy * len(given))()
         for struct, policy in zip(structs, given):
             struct.adapter, struct.seed = encoded(policy.adapter), policy.seed
-            struct.prompts, struct.n_prompts = _ppo_prompts(policy.prompts, keep), len(policy.prompts)
-            struct.validation = _ppo_prompts(policy.validation, keep)
+            named = _named(policy)
+            names = list(named or policy.soup)
+            struct.prompts, struct.n_prompts = _ppo_prompts(policy.prompts, keep, names), len(policy.prompts)
+            struct.validation = _ppo_prompts(policy.validation, keep, names)
             struct.n_validation = len(policy.validation)
             if policy.soup:
                 struct.soup = _soup(policy, keep)
             if isinstance(policy.reward, Mapping):
-                struct.sources, struct.n_sources = _sources(policy.reward, keep, parents), len(policy.reward)
+                struct.sources, struct.n_sources = _sources(named, keep, parents), len(named)
             elif callable(policy.reward):
                 struct.reward_fn = _reward_callback(policy.reward)
             else:

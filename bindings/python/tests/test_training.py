@@ -266,6 +266,41 @@ class Soup(unittest.TestCase):
         with self.assertRaisesRegex(psoup.Error, "concentration is -1"):
             psoup.Ppo(tiny(("A", "B")), [soup._replace(concentration=-1.0)], steps=1)
 
+    def test_its_adapters_have_several_rewards(self):
+        model, steps, asked = tiny(("A", "B")), [], set()
+
+        def length(rollouts):
+            asked.update(r.policy for r in rollouts)
+            return [float(len(r.response)) for r in rollouts]
+
+        rewards = {"A": {"length": (length, 0.5), "judge": psoup.Reward(model, "R", rank=2)},
+                   "B": (lambda rs: [float(r.response[0]) for r in rs], -1.0)}
+        prompts = [psoup.PpoPrompt([2, 3], 0, [psoup.RewardInput([5], "A/judge", 0.5), psoup.RewardInput([], "B", 0.5)]),
+                   psoup.PpoPrompt([4, 5], 1)]
+        soup = psoup.Policy("soup", prompts, rewards, soup=("A", "B"))
+        options = dict(steps=1, batch_size=4, max_new_tokens=4)
+        with psoup.PPO(model, [soup], on_step=steps.append, **options) as ppo:
+            ppo.run()
+            trace = ppo.trace()
+        self.assertEqual(asked, {"A"})
+        expected = 0.0
+        for i in range(4):
+            a, b = trace.mix[2 * i:2 * i + 2]
+            start, end = trace.start[i:i + 2]
+            self.assertAlmostEqual(trace.score[i], a * 0.5 * (end - start) - b * trace.response[start], places=5)
+            expected += (end - start) / 4
+        metrics = steps[0].metrics
+        self.assertAlmostEqual(metrics["reward/A/length"], expected, places=5)
+        self.assertEqual((metrics["reward/A/judge"], "reward/B" in metrics), (0.0, True))
+        for reward, said in (({"A": length}, "no source is of its adapter 'B'"),
+                             ({"A": length, "B": length, "C": length}, "'C', which is no adapter")):
+            with self.assertRaisesRegex(psoup.ArgumentError, said):
+                psoup.PPO(model, [soup._replace(reward=reward, prompts=[[2]])], **options)
+        with self.assertRaisesRegex(psoup.ArgumentError, "an input is of reward 'A'"):
+            psoup.PPO(model, [soup._replace(prompts=[psoup.PpoPrompt([2], 0, [psoup.RewardInput([3], "A")])])], **options)
+        with self.assertRaisesRegex(psoup.ArgumentError, "several rewards under one name, 'x'"):
+            psoup.PPO(model, [psoup.Policy("A", [[2]], {"x": {"y": length}})], **options)
+
 
 RANK = """
 import sys
