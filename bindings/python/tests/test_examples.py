@@ -130,6 +130,9 @@ class TrainPolicy(Case):
             self.assertEqual((done.returncode, done.stderr.decode()), (0, ""))
             lines = done.stdout.decode("utf-8", "replace").splitlines()
             return [float(line.split()[3]) for line in lines if line.startswith("step")]
+        with open(script, encoding="utf-8") as f:
+            code = f.read().split('"""', 2)[2].splitlines()  # what it says of itself aside
+        self.assertLessEqual(sum(bool(line.strip()) for line in code), 30)
         rewards = run()
         self.assertEqual(len(rewards), 6)
         self.assertGreater(rewards[-1], rewards[0] + 0.2)
