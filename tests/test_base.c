@@ -111,7 +111,7 @@ START_TEST(option_structs_end_without_padding) {
         ENDS(psoup_adapter_options, seed),       ENDS(psoup_sampling, n_stop_tokens),
         ENDS(psoup_session_options, reserved2),  ENDS(psoup_step, times),
         ENDS(psoup_sft_options, reserved),       ENDS(psoup_reward_options, comm),
-        ENDS(psoup_dpo_options, reserved),
+        ENDS(psoup_dpo_options, length_penalty),
         ENDS(psoup_ppo_options, comm),       ENDS(psoup_ppo_trace, mix),
         ENDS(psoup_memory, device_free),
         ENDS(psoup_best_options, reserved),

@@ -318,10 +318,10 @@ START_TEST(field_tables_cover_the_options) {
           offsetof(psoup_sft_options, seed) - offsetof(psoup_sft_options, keep_best) - 4);
     cover(psoup_reward_fields(), sizeof(psoup_reward_options), always,
           offsetof(psoup_reward_options, seed) - offsetof(psoup_reward_options, keep_best) - 4);
-    cover(psoup_dpo_fields(), sizeof(psoup_dpo_options), always + reserved,
+    cover(psoup_dpo_fields(), sizeof(psoup_dpo_options), always,
           offsetof(psoup_dpo_options, seed) - offsetof(psoup_dpo_options, keep_best) - 4);
     cover(psoup_ppo_fields(), sizeof(psoup_ppo_options),
-          always + reserved + sizeof(psoup_tokenizer *) + sizeof(psoup_samples_fn),
+          always + sizeof(psoup_tokenizer *) + sizeof(psoup_samples_fn),
           offsetof(psoup_ppo_options, metrics) - offsetof(psoup_ppo_options, keep_best) - 4);
 }
 END_TEST

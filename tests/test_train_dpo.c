@@ -155,6 +155,8 @@ static double loss_at(psoup_model *model, const float *start, const float *direc
             for (size_t t = n_prompt - 1; t < n_prompt + length - 1; t++)
                 gain[side] += (double)policy[t] - base[t];
         }
+        gain[0] += o->length_penalty / o->beta * (double)set[i].n_chosen;
+        gain[1] += o->length_penalty / o->beta * (double)set[i].n_rejected;
         sum += psoup__dpo_loss(gain[0], gain[1], o->beta, o->label_smoothing, &dw) / n;
     }
     return sum;
@@ -172,6 +174,7 @@ START_TEST(gradient_is_what_differences_say) {
     only(0, train, PAIRS);
     o.beta = 0.5f;
     o.label_smoothing = 0.1f;
+    o.length_penalty = _i ? 0.3f : 0.0f;
     OK(psoup_dpo(model, names, 1, train, 24, NULL, 0, &o, &error)); /* away from the reference */
     float *start = weights(model, "P0", &count);
     o.max_steps = 1;
@@ -338,8 +341,10 @@ END_TEST
 
 /* ---- the optimum ---------------------------------------------------------------------------------- */
 
-/* A policy of one token with reward x per token: from pairs whose winners Bradley and Terry would draw,
- * DPO's optimum is π ∝ π_ref exp(r / β) (Rafailov et al. 2023, equations 4 and 6). */
+/* A policy of one token with a reward for each: from pairs whose winners Bradley and Terry would draw, DPO's optimum
+ * is π ∝ π_ref exp(r / β) (Rafailov et al. 2023, equations 4 and 6). Or every other response has two tokens, and the
+ * policy pays α for each: among these responses π ∝ π_ref exp((r − α length) / β) (Park et al. 2024, arXiv
+ * 2403.19159). */
 START_TEST(bandit_reaches_its_optimum) {
     enum { COPIES = 16 };
     psoup_model_config config = PSOUP_MODEL_CONFIG_INIT;
@@ -355,13 +360,16 @@ START_TEST(bandit_reaches_its_optimum) {
     OK(psoup_model_create(context, &config, 7, &model, &error));
     add_adapter(model, "P0", 1);
     static const int32_t prompt[1] = {2};
-    static int32_t token[VOCABULARY];
+    static int32_t response[VOCABULARY][2];
+    size_t length[VOCABULARY];
     static psoup_dpo_pair set[VOCABULARY * (VOCABULARY - 1) / 2 * COPIES];
     float ref[VOCABULARY], got[VOCABULARY], mix[1] = {1.0f};
-    double reward[VOCABULARY], beta = 0.5, total = 0.0, distance = 0.0;
+    double reward[VOCABULARY], beta = 0.5, alpha = _i ? 0.6 : 0.0, total = 0.0, all = 0.0, distance = 0.0;
     size_t n = 0;
     for (int a = 0; a < VOCABULARY; a++) {
-        token[a] = a;
+        response[a][0] = a;
+        response[a][1] = 3;
+        length[a] = _i && a % 2 ? 2 : 1;
         reward[a] = 0.15 * ((a * 7) % VOCABULARY);
     }
     for (int a = 0; a < VOCABULARY; a++)
@@ -369,25 +377,33 @@ START_TEST(bandit_reaches_its_optimum) {
             long wins = lround(COPIES / (1.0 + exp(reward[b] - reward[a])));
             for (long k = 0; k < COPIES; k++)
                 set[n++] = (psoup_dpo_pair){.prompt = prompt, .n_prompt = 1,
-                                            .chosen = &token[k < wins ? a : b], .n_chosen = 1,
-                                            .rejected = &token[k < wins ? b : a], .n_rejected = 1};
+                                            .chosen = response[k < wins ? a : b],
+                                            .n_chosen = length[k < wins ? a : b],
+                                            .rejected = response[k < wins ? b : a],
+                                            .n_rejected = length[k < wins ? b : a]};
         }
     psoup_dpo_options o = PSOUP_DPO_OPTIONS_INIT;
     o.beta = (float)beta;
+    o.length_penalty = (float)alpha;
     o.batch_size = 480;
     o.epochs = 60;
     o.learning_rate = 2e-2f;
     o.schedule = PSOUP_SCHEDULE_COSINE;
     OK(psoup_dpo(model, names, 1, set, n, NULL, 0, &o, &error));
     for (int a = 0; a < VOCABULARY; a++) {
-        int32_t row[2] = {2, a};
-        psoup_row policy = {row, 2, mix}, base = {row, 2, NULL};
-        OK(psoup_model_logprobs(model, &policy, 1, got + a, &error));
-        OK(psoup_model_logprobs(model, &base, 1, ref + a, &error));
+        int32_t row[3] = {2, a, 3};
+        float logprob[2][2] = {{0}};
+        psoup_row policy = {row, 1 + length[a], mix}, base = {row, 1 + length[a], NULL};
+        OK(psoup_model_logprobs(model, &policy, 1, logprob[0], &error));
+        OK(psoup_model_logprobs(model, &base, 1, logprob[1], &error));
+        got[a] = logprob[0][0] + logprob[0][1];
+        ref[a] = logprob[1][0] + logprob[1][1];
+        reward[a] -= alpha * (double)length[a];
         total += exp(ref[a] + reward[a] / beta);
+        all += exp(got[a]);
     }
     for (int a = 0; a < VOCABULARY; a++)
-        distance += 0.5 * fabs(exp(got[a]) - exp(ref[a] + reward[a] / beta) / total);
+        distance += 0.5 * fabs(exp(got[a]) / all - exp(ref[a] + reward[a] / beta) / total);
     ck_assert_msg(distance < 0.05, "total variation %g", distance);
     psoup_model_free(model);
 }
@@ -400,12 +416,12 @@ int main(void) {
     tcase_add_checked_fixture(tests, set_up, tear_down);
     tcase_add_loop_test(tests, losses_are_trls, 0, 3);
     tcase_add_test(tests, accuracy_and_margin_rise_on_pairs_never_seen);
-    tcase_add_test(tests, gradient_is_what_differences_say);
+    tcase_add_loop_test(tests, gradient_is_what_differences_say, 0, 2);
     tcase_add_test(tests, side_by_side_is_alone);
     tcase_add_test(tests, long_rows_keep_their_first_tokens);
     tcase_add_test(tests, best_is_kept_and_stopping_is_clean);
     tcase_add_test(tests, what_cannot_be_is_refused);
-    tcase_add_test(tests, bandit_reaches_its_optimum);
+    tcase_add_loop_test(tests, bandit_reaches_its_optimum, 0, 2);
     suite_add_tcase(suite, tests);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);

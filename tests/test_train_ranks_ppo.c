@@ -30,6 +30,8 @@ static psoup_ppo_options options_of(const way *w) {
     o.validate_every = 2;
     if (w->stops)
         o.target_kl = 1e-4f;
+    if (w->several)
+        o.length_correction = 0.5f;
     return o;
 }
 

@@ -21,6 +21,7 @@ static const struct {
     {"value_loss", "Value loss", "of the critic"},
     {"length", "Length", "tokens of a response"},
     {"length_penalty", "Length penalty", "mean, of a response"},
+    {"length_correlation", "Scores and length", "their correlation within a step"},
     {"ended", "Ended", "share of responses that end by themselves"},
     {"empty", "Empty", "share of responses"},
     {"repetition", "Repetition", "share of 4-grams that were there before"},

@@ -271,7 +271,7 @@ typedef struct psoup_dpo_options {
     const psoup_comm *comm; /* the other processes that train the same run; NULL: there are none */
     int32_t gradient_checkpointing; /* since 0.4; 1: keep each layer's input alone, and run the layer again in the
                                      * backward. Less memory, more time, the same bits: docs/training.md */
-    int32_t reserved; /* 0 */
+    float length_penalty; /* what each token of a response costs the policy: below. Since 0.5 */
 } psoup_dpo_options;
 #define PSOUP_DPO_OPTIONS_INIT                                                                     \
     {.size = sizeof(psoup_dpo_options), .epochs = 1, .batch_size = 8, .accumulation = 1,           \
@@ -285,7 +285,10 @@ const psoup_field *psoup_dpo_fields(void);
  * reference being the base, the loss is −(1 − s) log σ(r_chosen − r_rejected)
  * − s log σ(r_rejected − r_chosen), s = label_smoothing (conservative DPO), averaged over a step's
  * pairs. Reports "loss", "accuracy" (how often r_chosen > r_rejected), "margin" (their mean difference),
- * "reward_chosen" and "reward_rejected". Steps of a policy with fewer pairs end earlier. */
+ * "reward_chosen" and "reward_rejected". Steps of a policy with fewer pairs end earlier.
+ * With length_penalty α a response's r has α for each of its tokens too, in the loss and in reports (Park et al. 2024,
+ * arXiv 2403.19159): of what was preferred, so much is put down to its length, and the policy that the loss leads to is
+ * the optimum of that reward less α for each token. */
 psoup_status psoup_dpo(psoup_model *model, const char *const *policies, size_t n_policies,
                        const psoup_dpo_pair *train, size_t n_train,
                        const psoup_dpo_pair *validation, size_t n_validation,

@@ -122,10 +122,15 @@ static psoup_status add_policy(psoup__checkpoint *c, size_t p, psoup__policy *po
         psoup__checkpoint_add(c, p, pieces, sizeof(pieces) / sizeof(pieces[0]), error);
     for (size_t k = 0; status == PSOUP_OK && k < policy->n_sources; k++) {
         psoup__moments *m = &s->moments[k];
+        psoup__trend *trend = &s->trends[k];
         const psoup__piece scores[] = {
             {.name = "score_mean", .dtype = PSOUP_F64, .data = &m->mean, .n = 1, .part = k},
             {.name = "score_variance", .dtype = PSOUP_F64, .data = &m->variance, .n = 1, .part = k},
             {.name = "score_count", .dtype = PSOUP_F64, .data = &m->count, .n = 1, .part = k},
+            {.name = "length_squares", .dtype = PSOUP_F64, .data = &trend->squares, .n = 1, .part = k},
+            {.name = "length_products", .dtype = PSOUP_F64, .data = &trend->products, .n = 1, .part = k},
+            {.name = "length_mean", .dtype = PSOUP_F64, .data = &trend->length, .n = 1, .part = k},
+            {.name = "length_count", .dtype = PSOUP_F64, .data = &trend->count, .n = 1, .part = k},
         };
         status = psoup__checkpoint_add(c, p, scores, sizeof(scores) / sizeof(scores[0]), error);
     }

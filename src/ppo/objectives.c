@@ -208,3 +208,21 @@ double psoup__moments_deviation(const psoup__moments *moments) {
         return 1.0;
     return sqrt(moments->variance * moments->count / (moments->count - 1.0));
 }
+
+void psoup__trend_update(psoup__trend *trend, const float *lengths, const float *scores, size_t n) {
+    double length = 0.0, score = 0.0;
+    for (size_t i = 0; i < n; i++) {
+        length += lengths[i] / (double)n;
+        score += scores[i] / (double)n;
+    }
+    for (size_t i = 0; i < n; i++) {
+        trend->squares += (lengths[i] - length) * (lengths[i] - length);
+        trend->products += (lengths[i] - length) * (scores[i] - score);
+    }
+    if (n > 0)
+        trend->length += (length - trend->length) * (double)n / (trend->count += (double)n);
+}
+
+double psoup__trend_at(const psoup__trend *trend, double length) {
+    return trend->squares > 0.0 ? trend->products / trend->squares * (length - trend->length) : 0.0;
+}

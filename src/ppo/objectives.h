@@ -55,4 +55,15 @@ typedef struct psoup__moments { /* of a stream of numbers, batch by batch */
 void psoup__moments_update(psoup__moments *moments, const float *x, size_t n);
 double psoup__moments_deviation(const psoup__moments *moments); /* unbiased; 1 before two numbers */
 
+/* The line that scores follow with length, by least squares over all steps, each about its own means: a policy that
+ * becomes better and longer is not taken for a reward that pays for length. */
+typedef struct psoup__trend {
+    double squares, products; /* Σ (length − its step's mean)², and times (score − its step's mean) */
+    double length, count;     /* the mean length of all responses; how many they are */
+} psoup__trend;
+/* lengths [n], scores [n]: those of a step. */
+void psoup__trend_update(psoup__trend *trend, const float *lengths, const float *scores, size_t n);
+/* By how much more a response of this length scores than one of the mean length. */
+double psoup__trend_at(const psoup__trend *trend, double length);
+
 #endif

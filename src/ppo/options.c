@@ -84,6 +84,8 @@ static const psoup_field ppo_fields[] = {
                           "weighted, instead of their sum."),
     FLOAT(length_penalty, "Subtracted from the normalised score for each token of a response beyond length_target."),
     INT(length_target, "Tokens of a response that cost nothing."),
+    FLOAT(length_correction, "Share of a reward's linear trend with the length of responses that is taken out of its "
+                             "scores, 0 to 1."),
     {NULL, PSOUP_FIELD_INT, 0, NULL, NULL},
 };
 #undef OPTIONS
@@ -195,7 +197,7 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         RANGE(normalize_apart, 0, o->normalize_reward ? 1 : 0),
         RANGE(length_penalty, -REALS, REALS),
         RANGE(length_target, 0, COUNTS),
-        RANGE(reserved, 0, 0),
+        RANGE(length_correction, 0, o->batch_size > 1 ? 1 : 0), /* one response has no trend */
     };
     psoup_status status =
         psoup__ranges_check("psoup_ppo_options", ranges, LENGTH(ranges), o->checkpoint_dir,

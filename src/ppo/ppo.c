@@ -53,8 +53,8 @@ static void reward_tokens(const psoup_ppo_options *o, psoup__policy *policy) {
     psoup__experience *x = &policy->experience;
     const psoup__rollouts *r = &x->rollouts;
     double beta = o->objective == PSOUP_OBJECTIVE_GRPO ? 0.0 : policy->state.kl_coefficient;
-    /* x->returns is free until the advantages, and every response has a token: tokens ≥ n. */
-    psoup__update_moments(o, policy, x->returns);
+    /* They are free until the advantages, and every response has a token: tokens ≥ n. */
+    psoup__update_moments(o, policy, x->returns, x->advantage);
     for (size_t i = 0; i < r->n; i++) {
         size_t begin = (size_t)r->start[i], n = (size_t)r->start[i + 1] - begin;
         psoup__kl_rewards(x->reward + begin, x->logprob + begin, x->ref_logprob + begin, n,

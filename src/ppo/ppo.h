@@ -43,6 +43,7 @@ typedef struct psoup__ppo_state { /* what a step moves on, beside weights and mo
     uint64_t updates;             /* sequences that went through update passes, for dropout */
     double kl_coefficient;
     psoup__moments moments[PSOUP__MAX_SOURCES]; /* of the scores of each reward, or of their sum the first */
+    psoup__trend trends[PSOUP__MAX_SOURCES]; /* theirs with length, with length_correction */
     int64_t validated;      /* the last step whose validation is done */
     int64_t sampled;        /* samples are taken of every step before this one */
     int64_t failed;         /* 1: it diverged, and left the run */
@@ -150,10 +151,10 @@ size_t psoup__rewards_adapter(const psoup_ppo_policy *policy, size_t k);
 /* Makes the policy's sources. */
 psoup_status psoup__rewards_start(psoup_ppo *ppo, psoup__policy *policy, psoup_error *error);
 void psoup__rewards_end(psoup_context *context, psoup__policy *policy);
-/* Moves the step's moments on by its scores. */
-void psoup__update_moments(const psoup_ppo_options *options, psoup__policy *policy,
-                           float *scratch /* [rollouts] */);
-/* What response i earned: its score, normalised, less its length's penalty. */
+/* Moves the step's trends and moments on by its scores. */
+void psoup__update_moments(const psoup_ppo_options *options, psoup__policy *policy, float *scratch /* [rollouts] */,
+                           float *more /* [rollouts] */);
+/* What response i earned: its score, corrected for length, normalised, less its length's penalty. */
 double psoup__earned(const psoup_ppo_options *options, const psoup__policy *policy, size_t i);
 /* "reward/NAME" of each of several rewards. */
 void psoup__report_rewards(const psoup_ppo_options *options, const psoup__policy *policy,

@@ -189,23 +189,47 @@ static double normalised(const psoup_ppo_options *o, const psoup__moments *momen
     return score;
 }
 
-static float penalised(const psoup_ppo_options *o, const psoup__rollouts *r, size_t i, float score) {
+static double length_of(const psoup__rollouts *r, size_t i) { return (double)(r->start[i + 1] - r->start[i]); }
+
+/* What is normalised of response i: reward k's score, or the sum of all; less its length's part. */
+static float to_normalise(const psoup_ppo_options *o, const psoup__policy *policy, size_t i, size_t k) {
+    const psoup__rollouts *r = &policy->experience.rollouts;
+    float score = apart(o, policy) ? r->part_score[i * r->sources + k] : r->score[i];
+    if (o->length_correction > 0.0f)
+        score -= (float)(o->length_correction * psoup__trend_at(&policy->next.trends[k], length_of(r, i)));
     return score - (r->finish[i] == PSOUP_FINISH_STOP ? 0.0f : o->truncation_penalty);
 }
 
-void psoup__update_moments(const psoup_ppo_options *o, psoup__policy *policy, float *scratch) {
+/* How much of what a response earned reward k's, or the sum's, normalised score is; 0: it was not asked. */
+static double share_of(const psoup_ppo_options *o, const psoup__policy *policy, size_t i, size_t k) {
     const psoup__rollouts *r = &policy->experience.rollouts;
-    if (!apart(o, policy)) {
-        for (size_t i = 0; i < r->n; i++)
-            scratch[i] = penalised(o, r, i, r->score[i]);
-        psoup__moments_update(&policy->next.moments[0], scratch, r->n);
-        return;
-    }
-    for (size_t k = 0; k < r->sources; k++) {
+    return apart(o, policy) ? r->share[i * r->sources + k] : 1.0;
+}
+
+static size_t normalised_rewards(const psoup_ppo_options *o, const psoup__policy *policy) {
+    return apart(o, policy) ? policy->n_sources : 1;
+}
+
+static void update_trend(const psoup_ppo_options *o, psoup__policy *policy, size_t k, float *lengths, float *scores) {
+    const psoup__rollouts *r = &policy->experience.rollouts;
+    size_t n = 0;
+    for (size_t i = 0; i < r->n; i++)
+        if (share_of(o, policy, i, k) != 0.0) {
+            scores[n] = apart(o, policy) ? r->part_score[i * r->sources + k] : r->score[i];
+            lengths[n++] = (float)length_of(r, i);
+        }
+    psoup__trend_update(&policy->next.trends[k], lengths, scores, n);
+}
+
+void psoup__update_moments(const psoup_ppo_options *o, psoup__policy *policy, float *scratch, float *more) {
+    const psoup__rollouts *r = &policy->experience.rollouts;
+    for (size_t k = 0; k < normalised_rewards(o, policy); k++) {
         size_t n = 0;
+        if (o->length_correction > 0.0f)
+            update_trend(o, policy, k, scratch, more);
         for (size_t i = 0; i < r->n; i++)
-            if (r->share[i * r->sources + k] != 0.0f)
-                scratch[n++] = penalised(o, r, i, r->part_score[i * r->sources + k]);
+            if (share_of(o, policy, i, k) != 0.0)
+                scratch[n++] = to_normalise(o, policy, i, k);
         psoup__moments_update(&policy->next.moments[k], scratch, n);
     }
 }
@@ -219,17 +243,29 @@ static double length_penalty(const psoup_ppo_options *o, const psoup__rollouts *
 }
 
 double psoup__earned(const psoup_ppo_options *o, const psoup__policy *policy, size_t i) {
-    const psoup__rollouts *r = &policy->experience.rollouts;
-    const psoup__moments *moments = policy->next.moments;
     double sum = 0.0;
-    if (!apart(o, policy))
-        sum = normalised(o, &moments[0], penalised(o, r, i, r->score[i]));
-    for (size_t k = 0; apart(o, policy) && k < r->sources; k++) {
-        double share = r->share[i * r->sources + k];
+    for (size_t k = 0; k < normalised_rewards(o, policy); k++) {
+        double share = share_of(o, policy, i, k);
         if (share != 0.0)
-            sum += share * normalised(o, &moments[k], penalised(o, r, i, r->part_score[i * r->sources + k]));
+            sum += share * normalised(o, &policy->next.moments[k], to_normalise(o, policy, i, k));
     }
-    return sum - length_penalty(o, r, i);
+    return sum - length_penalty(o, &policy->experience.rollouts, i);
+}
+
+/* Of the step's scores with the lengths; 0 where either are all the same. */
+static double length_correlation(const psoup__rollouts *r) {
+    double length = 0.0, score = 0.0, squares[2] = {0.0, 0.0}, products = 0.0, n = (double)r->n;
+    for (size_t i = 0; i < r->n; i++) {
+        length += length_of(r, i) / n;
+        score += r->score[i] / n;
+    }
+    for (size_t i = 0; i < r->n; i++) {
+        double l = length_of(r, i) - length, s = r->score[i] - score;
+        squares[0] += l * l;
+        squares[1] += s * s;
+        products += l * s;
+    }
+    return squares[0] > 0.0 && squares[1] > 0.0 ? products / sqrt(squares[0] * squares[1]) : 0.0;
 }
 
 void psoup__report_rewards(const psoup_ppo_options *o, const psoup__policy *policy, const psoup__rollouts *r,
@@ -249,4 +285,6 @@ void psoup__report_rewards(const psoup_ppo_options *o, const psoup__policy *poli
         penalty += length_penalty(o, r, i);
     if (o->length_penalty != 0.0f)
         psoup__metric(metrics, "length_penalty", penalty / (double)r->n);
+    if (o->length_correction > 0.0f)
+        psoup__metric(metrics, "length_correlation", length_correlation(r));
 }

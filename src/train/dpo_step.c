@@ -66,7 +66,8 @@ static void lose(psoup__dpo_trainer *t, const psoup__dpo_set *set, size_t i, siz
                  const double logprob[2], purpose what) {
     psoup__dpo_learner *l = &t->learners[t->owner[i]];
     const double *reference = set->reference + 2 * (size_t)t->item[i];
-    double w = logprob[0] - reference[0], r = logprob[1] - reference[1], dw;
+    double token = t->options.length_penalty / (double)t->options.beta, dw;
+    double w = logprob[0] - reference[0] + token * (double)n[0], r = logprob[1] - reference[1] + token * (double)n[1];
     l->loss += psoup__dpo_loss(w, r, t->options.beta, t->options.label_smoothing, &dw);
     l->right += w > r;
     l->chosen += t->options.beta * w;

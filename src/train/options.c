@@ -60,6 +60,8 @@ static const psoup_field dpo_fields[] = {
     FLOAT(beta, "Weight of the KL penalty that the implied reward stands against: smaller leaves the "
                 "base further behind."),
     FLOAT(label_smoothing, "Share of the pairs taken to be the wrong way round, 0 to 0.5."),
+    FLOAT(length_penalty, "What each token of a response costs the policy: so much for each, of what was preferred, is "
+                          "put down to length."),
     INT(max_tokens, "Longer rows keep their first tokens; 0 allows what the model can hold."),
     INT(validate_every, "Optimiser steps between validations; 0 validates at the end only."),
     BOOL(keep_best, "Whether to end with the weights of the best validation accuracy."),
@@ -130,7 +132,7 @@ psoup_status psoup__dpo_check(const psoup_dpo_options *o, psoup_error *error) {
         RANGE(beta, 1e-30, REALS),      RANGE(label_smoothing, 0, 0.5),
         RANGE(max_tokens, 0, COUNTS),   RANGE(validate_every, 0, COUNTS),
         RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
-        RANGE(reserved, 0, 0),
+        RANGE(length_penalty, -REALS, REALS),
     };
     return psoup__ranges_check("psoup_dpo_options", ranges, LENGTH(ranges), o->checkpoint_dir, o->resume,
                  error);

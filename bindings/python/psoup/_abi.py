@@ -900,7 +900,7 @@ psoup_dpo_options._fields_ = [
     ("max_grad_value", c_float),
     ("comm", POINTER(psoup_comm)),
     ("gradient_checkpointing", c_int32),
-    ("reserved", c_int32),
+    ("length_penalty", c_float),
 ]
 psoup_reward_input._fields_ = [
     ("reward", c_int32),
@@ -1032,7 +1032,7 @@ psoup_ppo_options._fields_ = [
     ("normalize_apart", c_int32),
     ("length_penalty", c_float),
     ("length_target", c_int32),
-    ("reserved", c_int32),
+    ("length_correction", c_float),
     ("comm", POINTER(psoup_comm)),
 ]
 psoup_ppo_trace._fields_ = [

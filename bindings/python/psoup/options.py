@@ -382,6 +382,8 @@ class DpoOptions(TypedDict, total=False):
     # since 0.4; 1: keep each layer's input alone, and run the layer again in the backward. Less
     # memory, more time, the same bits: docs/training.md; default 0
     gradient_checkpointing: int
+    # what each token of a response costs the policy: below. Since 0.5; default 0
+    length_penalty: float
 
 
 class PpoSoup(TypedDict, total=False):
@@ -538,6 +540,9 @@ class PpoOptions(TypedDict, total=False):
     length_penalty: float
     # units of the normalised score; default 0
     length_target: int
+    # 0 to 1: so much of the linear trend of a reward's scores with the response's length is taken
+    # out of them: docs/method.md. Since 0.5; default 0
+    length_correction: float
 
 
 class BestOptions(TypedDict, total=False):

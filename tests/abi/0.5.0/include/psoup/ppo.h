@@ -223,7 +223,8 @@ typedef struct psoup_ppo_options {
                               * weighted sum is. A soup's are apart in any case */
     float length_penalty;  /* subtracted from the reward for each token of a response beyond length_target, in */
     int32_t length_target; /* units of the normalised score */
-    int32_t reserved;      /* 0 */
+    float length_correction; /* 0 to 1: so much of the linear trend of a reward's scores with the response's length is
+                              * taken out of them: docs/method.md. Since 0.5 */
     const psoup_comm *comm; /* the other processes that train the same run; NULL: there are none */
 } psoup_ppo_options;
 #define PSOUP_PPO_OPTIONS_INIT                                                                     \
