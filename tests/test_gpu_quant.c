@@ -3,7 +3,7 @@
 #include "generate_case.h"
 
 #include "gpu/internal.h"
-#include "psoup/train.h"
+#include "psoup/ppo.h"
 
 static const struct {
     psoup_dtype blocks;

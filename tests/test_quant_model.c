@@ -2,7 +2,7 @@
  * generation and training; directories that transformers saved with bitsandbytes; and what is refused. */
 #include "model_case.h"
 
-#include "psoup/train.h"
+#include "psoup/ppo.h"
 
 #define QUANT "tests/golden/quant/"
 static const psoup_dtype dtypes[] = {PSOUP_INT8, PSOUP_NF4};
