@@ -97,6 +97,49 @@ START_TEST(test_columns) {
 }
 END_TEST
 
+/* Of few rows, several products at once, some of one A: the bits of one row alone. */
+START_TEST(test_few_rows) {
+    enum { PRODUCTS = 5, MOST_ROWS = 18, DEEPEST = 2500, MOST_COLUMNS = 150 };
+    static const int depths[] = {1, 16, 100, 689, DEEPEST};
+    psoup_context *context = context_of(isas[_i], 2 + _i);
+    if (context == NULL)
+        return;
+    state = 11;
+    float *a[2] = {numbers(MOST_ROWS * DEEPEST), numbers(MOST_ROWS * DEEPEST)};
+    float *c = malloc(PRODUCTS * MOST_ROWS * MOST_COLUMNS * sizeof *c), *alone = malloc(MOST_COLUMNS * sizeof *alone);
+    for (int trial = 0; trial < 5 * MOST_ROWS; trial++) {
+        psoup__gemm_args g[PRODUCTS];
+        psoup__gemm_b *packed[PRODUCTS];
+        problem b[PRODUCTS];
+        const int m = 1 + trial / 5, k = depths[trial % 5];
+        for (int i = 0; i < PRODUCTS; i++) { /* A: 0, 0, 1, 1, 0 */
+            const int n = i == 1 ? 128 : 1 + below(MOST_COLUMNS);
+            b[i] = random_problem(1, n, k, false);
+            packed[i] = NULL;
+            ck_assert_int_eq(psoup__gemm_pack(context, b[i].args.b, b[i].args.b_dtype, k, n, b[i].args.b_row,
+                                              b[i].args.b_col, &packed[i], NULL), PSOUP_OK);
+            g[i] = (psoup__gemm_args){.m = m, .n = n, .k = k, .c = c + i * MOST_ROWS * MOST_COLUMNS, .c_stride = n,
+                                      .a = a[i / 2 % 2], .a_row = k, .a_col = 1, .alpha = 1, .packed = packed[i]};
+        }
+        psoup__gemm_each(context, g, PRODUCTS);
+        for (int i = 0; i < PRODUCTS; i++) {
+            for (int row = 0; row < m; row++) {
+                psoup__gemm_args one = g[i];
+                one.m = 1;
+                one.a = g[i].a + row * k;
+                one.c = alone;
+                psoup__gemm(context, &one);
+                check_same(g[i].c + row * g[i].n, alone, (size_t)g[i].n, "a row alone");
+            }
+            psoup__gemm_b_free(context, packed[i]);
+            problem_free(&b[i]);
+        }
+    }
+    free(a[0]), free(a[1]), free(c), free(alone);
+    psoup_context_free(context);
+}
+END_TEST
+
 START_TEST(test_nan) {
     psoup_context *context = context_of(isas[_i], 2);
     if (context == NULL)
@@ -184,6 +227,7 @@ int main(void) {
     tcase_add_loop_test(tcase, test_values, 0, variants);
     tcase_add_loop_test(tcase, test_company, 0, variants);
     tcase_add_loop_test(tcase, test_columns, 0, variants);
+    tcase_add_loop_test(tcase, test_few_rows, 0, variants);
     tcase_add_loop_test(tcase, test_nan, 0, variants);
     tcase_add_loop_test(tcase, test_f16, 0, variants);
     suite_add_tcase(suite, tcase);

@@ -9,17 +9,15 @@
 #include "base/gemm.h"
 
 #include <assert.h>
-#include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <string.h>
 
 enum {
-    DEPTH = 384,        /* of one step: a panel of B [384, 64] is 96 KiB, a fraction of an L2 cache */
-    TILE_ROWS = 96,     /* most rows of A in one block: 144 KiB */
-    WIDE_B = 1 << 20,   /* floats of B copied at once for all workers: 4 MiB, a fraction of an L3 */
-    NARROW_B = 1 << 17, /* and for a caller that works alone */
+    DEPTH = PSOUP__GEMM_DEPTH,
+    TILE_ROWS = PSOUP__GEMM_ROWS,
     BLOCK_DEPTH = 128,  /* of one step where a panel is made from blocks for one tile: it stays in an L1 cache */
+    FEW_ROWS = 64,      /* whose product takes hardly longer than threads need to meet */
     FEW = 4,            /* register tiles that share a panel */
     TILES = 4,          /* per worker: the fewest that even out a worker that falls behind */
     ALONE = 1 << 18     /* multiply-adds that are done before another thread has woken up */
@@ -41,98 +39,6 @@ static int64_t round_up(int64_t a, int64_t unit) {
     return divide_up(a, unit) * unit;
 }
 
-/* ---- buffers --------------------------------------------------------------------------------- */
-
-/* One call's buffers. Calls run at once where handles do, and from inside parallel tasks. */
-struct slot {
-    bool busy;
-    int workers;
-    float *b;     /* [b_size] panels */
-    size_t b_size;
-    float *a;     /* [workers, TILE_ROWS · DEPTH] blocks */
-    float *panel; /* [workers, DEPTH · columns] one panel of a packed 16-bit B, or of one in blocks, as f32 */
-};
-
-struct psoup__gemm_space {
-    pthread_mutex_t mutex;
-    pthread_cond_t freed;
-    int slots;
-    struct slot *slot; /* [slots]; the first is wide: it serves a call that uses all workers */
-    float *memory;
-};
-
-struct psoup__gemm_space *psoup__gemm_space_create(psoup_context *context, psoup_error *error) {
-    const size_t block = (size_t)TILE_ROWS * DEPTH;
-    const size_t panel = (size_t)psoup__gemm_kernels_of(context)->columns * DEPTH;
-    const size_t threads = (size_t)most(context->threads, 1);
-    const size_t narrow = threads + 1; /* a call in every worker, and one besides */
-    struct psoup__gemm_space *space = psoup__alloc(context, 1, sizeof *space, error);
-    if (space == NULL)
-        return NULL;
-    space->slots = (int)(narrow + 1);
-    space->slot = psoup__alloc(context, narrow + 1, sizeof *space->slot, error);
-    if (space->slot == NULL)
-        goto fail;
-    space->memory = psoup__alloc(context,
-                                 WIDE_B + threads * (block + panel) +
-                                     narrow * (NARROW_B + block + panel),
-                                 sizeof(float), error);
-    if (space->memory == NULL)
-        goto fail;
-    float *at = space->memory;
-    for (int i = 0; i < space->slots; i++) {
-        struct slot *slot = &space->slot[i];
-        slot->workers = i == 0 ? (int)threads : 1;
-        slot->b_size = i == 0 ? WIDE_B : NARROW_B;
-        slot->b = at;
-        slot->a = slot->b + slot->b_size;
-        slot->panel = slot->a + (size_t)slot->workers * block;
-        at = slot->panel + (size_t)slot->workers * panel;
-    }
-    pthread_mutex_init(&space->mutex, NULL);
-    pthread_cond_init(&space->freed, NULL);
-    return space;
-
-fail:
-    psoup__free(context, space->slot);
-    psoup__free(context, space);
-    return NULL;
-}
-
-void psoup__gemm_space_free(psoup_context *context, struct psoup__gemm_space *space) {
-    if (space == NULL)
-        return;
-    pthread_cond_destroy(&space->freed);
-    pthread_mutex_destroy(&space->mutex);
-    psoup__free(context, space->memory);
-    psoup__free(context, space->slot);
-    psoup__free(context, space);
-}
-
-/* A free slot, the wide one only where it is asked for and free. Waits when all are taken; who has
- * one waits for no other, so one comes free. */
-static struct slot *take_slot(struct psoup__gemm_space *space, bool wide) {
-    struct slot *slot = NULL;
-    pthread_mutex_lock(&space->mutex);
-    while (slot == NULL) {
-        for (int i = wide ? 0 : 1; i < space->slots && slot == NULL; i++)
-            if (!space->slot[i].busy)
-                slot = &space->slot[i];
-        if (slot == NULL)
-            pthread_cond_wait(&space->freed, &space->mutex);
-    }
-    slot->busy = true;
-    pthread_mutex_unlock(&space->mutex);
-    return slot;
-}
-
-static void give_slot(struct psoup__gemm_space *space, struct slot *slot) {
-    pthread_mutex_lock(&space->mutex);
-    slot->busy = false;
-    pthread_cond_signal(&space->freed);
-    pthread_mutex_unlock(&space->mutex);
-}
-
 /* ---- the product ----------------------------------------------------------------------------- */
 
 /* Where the kernel reads B. */
@@ -147,10 +53,12 @@ struct job {
     const psoup__gemm_args *args;
     const psoup__gemm_kernels *kernel;
     const psoup__block_kernels *blocks;
-    struct slot *slot;
+    psoup__gemm_slot *slot;
     enum b_place place;
     bool copies_a;
-    int64_t step; /* depths multiplied at a time, at most DEPTH */
+    bool one_panel; /* of a packed B, and all rows, which are few, make a tile: B is read once, in memory's order */
+    bool high;      /* by the kernel's high tile */
+    int64_t step;   /* depths multiplied at a time */
     int64_t n_chunk, k_chunk;        /* n_chunk: whole panels, but for the last chunk */
     int64_t tile_rows, tile_columns; /* whole register tiles, whole panels */
     atomic_size_t claimed, done;     /* units of work */
@@ -192,6 +100,7 @@ static void find_panel(const struct job *job, const struct chunk *chunk, int64_t
     const int64_t width = round_up(strip->columns, job->kernel->vector);
     strip->b_dtype = args->b_dtype;
     strip->b_step = width;
+    strip->b_vector = job->kernel->vector;
     if (job->place == B_COPIED) {
         strip->b = copied_panel(job, chunk, j) + (k - chunk->k0) * width;
         strip->b_dtype = PSOUP_F32;
@@ -211,23 +120,30 @@ static void find_panel(const struct job *job, const struct chunk *chunk, int64_t
         return;
     }
     const psoup__gemm_b *packed = args->packed;
+    const size_t size = psoup_dtype_size(packed->dtype);
+    const int64_t vector = job->kernel->vector;
     strip->b_dtype = packed->dtype;
-    strip->b = (const char *)packed->panels +
-               (size_t)(j * packed->k + k * width) * psoup_dtype_size(packed->dtype);
+    strip->b = (const char *)packed->panels + (size_t)(j * packed->k + k * vector) * size;
+    strip->b_step = vector;
+    strip->b_vector = packed->k * vector;
     /* Converting in the kernel is repeated for every register tile; from the third on, converting
      * first costs less. */
-    if (packed->dtype != PSOUP_F32 && strip->rows > 2 * job->kernel->rows) {
+    if (packed->dtype != PSOUP_F32 && strip->rows > 2 * job->kernel->rows && strip->turned == NULL) {
         float *panel = job->slot->panel + worker * DEPTH * job->kernel->columns;
-        const psoup__gemm_source source = {strip->b, packed->dtype, width, 1, NULL};
-        job->kernel->pack_b(panel, &source, 0, strip->depth, 0, width);
+        for (int64_t v = 0; v < width / vector; v++) {
+            const psoup__gemm_source source = {(const char *)strip->b + (size_t)(v * strip->b_vector) * size,
+                                               packed->dtype, 0, 1, NULL};
+            job->kernel->pack_b(panel + v * strip->depth * vector, &source, 0, 1, 0, strip->depth * vector);
+        }
         strip->b = panel;
+        strip->b_vector = strip->depth * vector;
         strip->b_dtype = PSOUP_F32;
     }
 }
 
-/* The panel after the strip's, where it is a whole one and one register tile reads it as it was packed: between
- * two panels the hardware's own prefetcher starts anew (one row of A, bf16: 36 → 45 GB/s; Sapphire Rapids,
- * two threads). Of more tiles, those after the first read the panel nearby and leave it the time. */
+/* The panel after the strip's, of a tile or of the next, where one register tile reads it as it was packed: between
+ * two panels the hardware's own prefetcher starts anew (one row of A, bf16: 36 → 45 GB/s; Sapphire Rapids, two
+ * threads). Of more tiles, those after the first read the panel nearby and leave it the time. */
 static const char *next_panel(const struct job *job, const psoup__gemm_strip *strip, bool more) {
     const psoup__gemm_b *packed = job->args->packed;
     if (job->place != B_PACKED || strip->rows > job->kernel->rows || !more)
@@ -236,9 +152,22 @@ static const char *next_panel(const struct job *job, const psoup__gemm_strip *st
            (size_t)(strip->columns * packed->k) * psoup_dtype_size(packed->dtype);
 }
 
+/* The strip's rows at all depths, turned over in the worker's block, which is filled once for neighbours that read
+ * one A. */
+static const float *turn_a(const struct job *job, const float *const *a, int64_t rows, int worker) {
+    const psoup__gemm_args *args = job->args, *there = job->slot->worker[worker].turned;
+    const bool same = there != NULL && there->m == args->m && there->k == args->k && there->a == args->a &&
+                      there->a_row == args->a_row && there->a_col == args->a_col && there->a_rows == args->a_rows;
+    float *block = job->slot->a + worker * TILE_ROWS * DEPTH;
+    if (!same)
+        job->kernel->turn_a(block, a, args->a_col, rows, args->k);
+    job->slot->worker[worker].turned = args;
+    return block;
+}
+
 /* One unit: a tile of C over the depths of the chunk. */
-static void multiply_tile(const struct job *job, const struct chunk *chunk, size_t unit,
-                          int worker) {
+static void multiply_tile(const struct job *job, const struct chunk *chunk, size_t unit, int worker,
+                          bool goes_on) {
     const psoup__gemm_args *args = job->args;
     const int64_t across = divide_up(chunk->n1 - chunk->n0, job->tile_columns);
     const int64_t i0 = (int64_t)unit / across * job->tile_rows;
@@ -257,6 +186,8 @@ static void multiply_tile(const struct job *job, const struct chunk *chunk, size
         job->blocks->multiply(args, c, a, strip.rows, j0);
         return;
     }
+    if (job->high)
+        strip.turned = turn_a(job, a, strip.rows, worker);
     for (int64_t k = chunk->k0; k < chunk->k1; k += strip.depth) {
         strip.depth = least(job->step, chunk->k1 - k);
         strip.a_first = k;
@@ -270,7 +201,7 @@ static void multiply_tile(const struct job *job, const struct chunk *chunk, size
             strip.columns = least(job->kernel->columns, j1 - j);
             strip.c_first = j;
             find_panel(job, chunk, j, k, worker, &strip);
-            strip.next = next_panel(job, &strip, j1 - j - strip.columns >= job->kernel->columns);
+            strip.next = next_panel(job, &strip, j1 - j > strip.columns || goes_on);
             job->kernel->multiply(&strip);
         }
     }
@@ -307,7 +238,7 @@ static void work(void *arg, size_t task, int worker) {
                     if (copying)
                         copy_b(job, &chunk, unit - first);
                     else
-                        multiply_tile(job, &chunk, unit - first, worker);
+                        multiply_tile(job, &chunk, unit - first, worker, false);
                     atomic_fetch_add_explicit(&job->done, 1, memory_order_release);
                 }
             }
@@ -369,15 +300,22 @@ static void plan_tiles(struct job *job) {
     job->tile_columns = divide_up(columns, across) * job->kernel->columns;
 }
 
-static struct job plan_job(const psoup_context *context, const psoup__gemm_args *args, struct slot *slot) {
+static struct job plan_job(const psoup_context *context, const psoup__gemm_args *args, psoup__gemm_slot *slot) {
     struct job job = {.args = args, .kernel = psoup__gemm_kernels_of(context), .slot = slot,
                       .blocks = psoup__block_kernels_of(context)};
     job.place = place_b(args, job.kernel);
-    job.copies_a = args->a_scale != NULL || args->alpha != 1.0f || args->a_depth != NULL ||
-                   copy_a_pays(args, job.kernel);
-    job.step = job.place == B_BLOCKS ? BLOCK_DEPTH : DEPTH;
+    job.copies_a = args->a_scale != NULL || args->alpha != 1.0f || args->a_depth != NULL;
+    job.high = job.place == B_PACKED && !job.copies_a && args->m > job.kernel->rows &&
+               args->m <= job.kernel->high && args->k * job.kernel->high <= TILE_ROWS * DEPTH;
+    job.one_panel = job.high || (job.place == B_PACKED && !job.copies_a && args->m <= job.kernel->rows);
+    job.copies_a |= !job.one_panel && copy_a_pays(args, job.kernel);
+    job.step = job.place == B_BLOCKS ? BLOCK_DEPTH : job.one_panel ? args->k : DEPTH;
     plan_chunks(&job);
     plan_tiles(&job);
+    if (job.one_panel) {
+        job.tile_rows = divide_up(args->m, job.kernel->rows) * job.kernel->rows;
+        job.tile_columns = job.kernel->columns;
+    }
     return job;
 }
 
@@ -392,20 +330,24 @@ void psoup__gemm(psoup_context *context, const psoup__gemm_args *args) {
                    (size_t)args->n * sizeof(float));
         return;
     }
+    if (args->packed != NULL && args->m <= FEW_ROWS) {
+        psoup__gemm_each(context, args, 1);
+        return;
+    }
     const double products = (double)args->m * (double)args->n * (double)args->k;
-    struct job job = plan_job(context, args, take_slot(context->gemm, products >= ALONE));
+    struct job job = plan_job(context, args, psoup__gemm_take(context->gemm, products >= ALONE));
     atomic_init(&job.claimed, 0);
     atomic_init(&job.done, 0);
     if (job.slot->workers == 1)
         work(&job, 0, 0);
     else
         psoup__parallel(context, (size_t)job.slot->workers, work, &job);
-    give_slot(context->gemm, job.slot);
+    psoup__gemm_give(context->gemm, job.slot);
 }
 
 /* ---- several at once ------------------------------------------------------------------------- */
 
-enum { AT_ONCE = 16, FEW_ROWS = 64 };
+enum { AT_ONCE = 16 };
 
 struct batch {
     psoup_context *context;
@@ -413,8 +355,7 @@ struct batch {
     size_t first[AT_ONCE + 1]; /* of each one's tiles; a product that copies its B is one */
 };
 
-static void batch_task(void *arg, size_t task, int worker) {
-    const struct batch *batch = arg;
+static void batch_tile(const struct batch *batch, size_t task, int worker, size_t end) {
     size_t i = 0;
     while (task >= batch->first[i + 1])
         i++;
@@ -423,12 +364,25 @@ static void batch_task(void *arg, size_t task, int worker) {
     if (job->place == B_COPIED)
         psoup__gemm(batch->context, job->args);
     else
-        multiply_tile(job, &all, task - batch->first[i], worker);
+        multiply_tile(job, &all, task - batch->first[i], worker, task + 1 < end && task + 1 < batch->first[i + 1]);
+}
+
+/* Each worker takes its own share, and what is left of the others'. So the same core reads the same panels step after
+ * step, and knows what it reads next. */
+static void batch_task(void *arg, size_t task, int worker) {
+    const struct batch *batch = arg;
+    psoup__gemm_slot *slot = batch->jobs[0].slot;
+    for (int i = 0; i < slot->workers; i++) {
+        psoup__gemm_worker *share = &slot->worker[(worker + i) % slot->workers];
+        size_t tile;
+        while ((tile = atomic_fetch_add(&share->next, 1)) < share->end)
+            batch_tile(batch, tile, worker, share->end);
+    }
 }
 
 /* Few rows, and no empty sum. */
 static bool can_batch(const psoup__gemm_args *args, size_t n) {
-    bool can = n > 1;
+    bool can = n > 1 || (n == 1 && args[0].packed != NULL);
     for (size_t i = 0; i < n; i++)
         can &= args[i].m > 0 && args[i].m <= FEW_ROWS && args[i].n > 0 && args[i].k > 0;
     return can;
@@ -443,17 +397,24 @@ void psoup__gemm_each(psoup_context *context, const psoup__gemm_args *args, size
         return;
     }
     struct batch batch = {.context = context};
-    struct slot *slot = take_slot(context->gemm, true);
+    double products = 0;
+    for (size_t i = 0; i < n; i++)
+        products += (double)args[i].m * (double)args[i].n * (double)args[i].k;
+    psoup__gemm_slot *slot = psoup__gemm_take(context->gemm, products >= ALONE);
     for (size_t i = 0; i < n; i++) {
         struct job *job = &batch.jobs[i];
         *job = plan_job(context, &args[i], slot);
         const int64_t tiles = divide_up(args[i].m, job->tile_rows) * divide_up(args[i].n, job->tile_columns);
         batch.first[i + 1] = batch.first[i] + (job->place == B_COPIED ? 1 : (size_t)tiles);
     }
-    if (slot->workers > 1)
-        psoup__parallel(context, batch.first[n], batch_task, &batch);
+    const size_t workers = (size_t)slot->workers, tiles = batch.first[n];
+    for (size_t w = 0; w < workers; w++) {
+        atomic_init(&slot->worker[w].next, tiles * w / workers);
+        slot->worker[w].end = tiles * (w + 1) / workers;
+    }
+    if (workers > 1)
+        psoup__parallel(context, workers, batch_task, &batch);
     else
-        for (size_t task = 0; task < batch.first[n]; task++)
-            batch_task(&batch, task, 0);
-    give_slot(context->gemm, slot);
+        batch_task(&batch, 0, 0);
+    psoup__gemm_give(context->gemm, slot);
 }

@@ -16,7 +16,14 @@
 #define VECTORS 2
 #endif
 #define COLUMNS (VECTORS * VECTOR)
-#define AHEAD 8 /* depths: B streams from the L2 cache, whose latency is about as many steps */
+#if defined(__AVX512F__)
+#define HIGH 16  /* sums beside one vector of B */
+#define FAR 4096 /* bytes: B streams from memory (of 2 to 8 KiB the best; Zen 4) */
+#else
+#define HIGH 0
+#endif
+#define AHEAD 8 /* depths: B streams from the L2 cache, whose latency is about as many steps; more where each vector's
+                 * depths follow one another */
 
 /* c[i][first + …] of `rows` × `vectors`, both constants where this is inlined; asks ahead for a panel that is
  * `near`, and for the one at `next`, where it is not NULL, line by line. */
@@ -34,25 +41,26 @@ INLINE void tile(const psoup__gemm_strip *s, const float *const *a_rows, float *
             c[i][v] = s->resume ? load(c_rows[i] + first + v * VECTOR) : (vec){0};
     }
     const char *b = s->b;
-    const size_t b_step = (size_t)s->b_step * size;
+    const size_t b_step = (size_t)s->b_step * size, b_vector = (size_t)s->b_vector * size;
+    const size_t ahead = (s->b_vector == VECTOR ? AHEAD : AHEAD * VECTORS) * b_step;
     const int64_t a_step = s->a_step;
     int64_t at = 0;
     for (int64_t p = s->depth; p > 0; p--, at += a_step, b += b_step) {
         vec row[VECTORS];
         if (near) {
 #pragma GCC unroll 4
-            for (size_t line = 0; line < (size_t)(vectors * VECTOR) * size; line += 64)
-                __builtin_prefetch(b + AHEAD * b_step + line);
+            for (int v = 0; v < vectors; v++)
+                __builtin_prefetch(b + ahead + (size_t)v * b_vector);
         }
         if (next != NULL) {
 #pragma GCC unroll 4
             for (size_t line = 0; line < (size_t)(vectors * VECTOR) * size; line += 64)
                 __builtin_prefetch(next + line, 0, 2);
-            next += b_step;
+            next += (size_t)(vectors * VECTOR) * size;
         }
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
-            row[v] = load_as_f32(b + (size_t)v * VECTOR * size, dtype);
+            row[v] = load_as_f32(b + (size_t)v * b_vector, dtype);
 #pragma GCC unroll 6
         for (int i = 0; i < rows; i++) {
             vec element = broadcast(a[i][at]);
@@ -92,6 +100,65 @@ INLINE void walk_rows(const psoup__gemm_strip *s, const float *const *a, float *
     }
 }
 
+#if HIGH > 0
+/* All columns of a strip, one vector after the other, of as many rows as `rows`, which is a constant where this is
+ * inlined, or fewer. Each value of B is read once, at an even pace that memory keeps up with; the first of several
+ * tiles of ROWS would wait for it, and the others leave it idle. */
+INLINE void high_tiles(const psoup__gemm_strip *s, const int rows, const psoup_dtype dtype) {
+    const size_t size = dtype == PSOUP_F32 ? 4 : 2, b_step = (size_t)s->b_step * size;
+    for (int64_t v = 0; v * VECTOR < s->columns; v++) {
+        const char *b = (const char *)s->b + (size_t)(v * s->b_vector) * size;
+        const float *a = s->turned;
+        const int64_t first = s->c_first + v * VECTOR;
+        vec c[HIGH];
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++)
+            c[i] = s->resume && i < s->rows ? load(s->c[i] + first) : (vec){0};
+        for (int64_t p = s->depth; p > 0; p--, a += HIGH, b += b_step) {
+            __builtin_prefetch(b + FAR);
+            const vec row = load_as_f32(b, dtype);
+#pragma GCC unroll 16
+            for (int i = 0; i < rows; i++)
+                c[i] = multiply_add(broadcast(a[i]), row, c[i]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < rows; i++)
+            if (i < s->rows)
+                store(s->c[i] + first, c[i]);
+    }
+}
+
+INLINE void walk_high(const psoup__gemm_strip *s, const psoup_dtype dtype) {
+    if (s->rows <= HIGH / 2)
+        high_tiles(s, HIGH / 2, dtype);
+    else if (s->rows <= HIGH * 3 / 4)
+        high_tiles(s, HIGH * 3 / 4, dtype);
+    else
+        high_tiles(s, HIGH, dtype);
+}
+
+static void multiply_high(const psoup__gemm_strip *s) {
+    switch (s->b_dtype) {
+    case PSOUP_F32: walk_high(s, PSOUP_F32); break;
+    case PSOUP_F16: walk_high(s, PSOUP_F16); break;
+    default: walk_high(s, PSOUP_BF16); break;
+    }
+}
+
+static void turn_a(float *out, const float *const *a, int64_t a_step, int64_t rows, int64_t depth) {
+    int64_t p = 0;
+    const int64_t line = rows > 1 ? a[1] - a[0] : 0;
+    bool even = a_step == 1 && rows == HIGH;
+    for (int64_t i = 1; i < rows; i++)
+        even &= a[i] - a[i - 1] == line;
+    for (; even && p + VECTOR <= depth; p += VECTOR)
+        transpose(out + p * HIGH, HIGH, (const char *)(a[0] + p), (size_t)line * sizeof(float), PSOUP_F32);
+    for (; p < depth; p++)
+        for (int64_t i = 0; i < HIGH; i++)
+            out[p * HIGH + i] = a[i < rows ? i : rows - 1][p * a_step];
+}
+#endif
+
 typedef void walk_fn(const psoup__gemm_strip *s, const float *const *a, float *const *c,
                      int64_t first, int64_t rows);
 
@@ -125,6 +192,12 @@ _Static_assert(PSOUP_F32 == 0 && PSOUP_F16 == 1 && PSOUP_BF16 == 2, "the order o
 
 static void multiply(const psoup__gemm_strip *s) {
     int64_t vectors = (s->columns + VECTOR - 1) / VECTOR;
+#if HIGH > 0
+    if (s->turned != NULL && s->columns == vectors * VECTOR) {
+        multiply_high(s);
+        return;
+    }
+#endif
     walk_fn *walk = walks[vectors - 1][s->b_dtype];
     if (s->columns == vectors * VECTOR) {
         walk(s, s->a, s->c, s->c_first, s->rows);
@@ -270,9 +343,13 @@ static void pack_b(float *out, const psoup__gemm_source *source, int64_t k0, int
 
 const psoup__gemm_kernels PSOUP__NAME(psoup__gemm_kernels) = {
     .rows = ROWS,
+    .high = HIGH,
     .columns = COLUMNS,
     .vector = VECTOR,
     .multiply = multiply,
     .pack_a = pack_a,
+#if HIGH > 0
+    .turn_a = turn_a,
+#endif
     .pack_b = pack_b,
 };

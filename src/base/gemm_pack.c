@@ -23,26 +23,28 @@ struct packing {
     psoup__gemm_b *out;
 };
 
-/* One panel, in the dtype of B: panel t lies at t · columns · k. */
+/* One panel, in the dtype of B: vector after vector, each over all depths, so that who reads one column of vectors
+ * reads memory in its order. Panel t lies at t · columns · k. */
 static void pack_panel(void *arg, size_t task, int worker) {
     const struct packing *packing = arg;
     const psoup__gemm_source *source = packing->source;
-    const int64_t k = packing->out->k, j0 = (int64_t)task * packing->kernel->columns;
-    const int64_t columns = smaller(packing->kernel->columns, packing->out->n - j0);
-    const int64_t width = (columns + packing->kernel->vector - 1) / packing->kernel->vector *
-                          packing->kernel->vector;
-    if (source->dtype == PSOUP_F32) {
-        packing->kernel->pack_b((float *)packing->out->panels + j0 * k, source, 0, k, j0, columns);
-        return;
-    }
-    uint16_t *out = (uint16_t *)packing->out->panels + j0 * k; /* zeroed at allocation */
-    const char *in = source->b;
+    const int64_t k = packing->out->k, vector = packing->kernel->vector;
+    const int64_t first = (int64_t)task * packing->kernel->columns;
+    const int64_t end = smaller(first + packing->kernel->columns, packing->out->n);
     enum { RUN = 32 }; /* depths: a cache line of each column where depths are neighbours */
-    for (int64_t p0 = 0; p0 < k; p0 += RUN)
-        for (int64_t j = 0; j < columns; j++)
-            for (int64_t p = p0; p < smaller(p0 + RUN, k); p++)
-                memcpy(&out[p * width + j],
-                       in + (p * source->b_row + (j0 + j) * source->b_col) * 2, 2);
+    for (int64_t j0 = first; j0 < end; j0 += vector) {
+        const int64_t columns = smaller(vector, end - j0);
+        if (source->dtype == PSOUP_F32) {
+            packing->kernel->pack_b((float *)packing->out->panels + j0 * k, source, 0, k, j0, columns);
+            continue;
+        }
+        uint16_t *out = (uint16_t *)packing->out->panels + j0 * k; /* zeroed at allocation */
+        const char *in = source->b;
+        for (int64_t p0 = 0; p0 < k; p0 += RUN)
+            for (int64_t j = 0; j < columns; j++)
+                for (int64_t p = p0; p < smaller(p0 + RUN, k); p++)
+                    memcpy(&out[p * vector + j], in + (p * source->b_row + (j0 + j) * source->b_col) * 2, 2);
+    }
 }
 
 psoup_status psoup__gemm_pack(psoup_context *context, const void *b, psoup_dtype dtype, int64_t k,
