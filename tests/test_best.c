@@ -201,6 +201,9 @@ START_TEST(what_cannot_be_is_refused) {
     o.n = 0;
     REFUSE(PSOUP_ERROR_ARGUMENT, "n is 0: expected 1 to 65536");
     o = by_pay(2);
+    o.reserved = 3;
+    REFUSE(PSOUP_ERROR_ARGUMENT, "psoup_best_options: reserved is 3: expected 0");
+    o = by_pay(2);
     o.reward_fn = NULL;
     REFUSE(PSOUP_ERROR_ARGUMENT, "neither a reward model nor a callback");
     o.rewards = &none;
@@ -210,6 +213,9 @@ START_TEST(what_cannot_be_is_refused) {
     o.rewards = &reward;
     o.questions = &question;
     REFUSE(PSOUP_ERROR_ARGUMENT, "reward input 0 of questions[0] names reward 3 of 1");
+    question.reserved[1] = 1;
+    REFUSE(PSOUP_ERROR_ARGUMENT, "questions[0].reserved is not 0");
+    question.reserved[1] = 0;
     question.n_inputs = 0;
     REFUSE(PSOUP_ERROR_ARGUMENT, "questions[0] has no tokens or lists no reward input");
     o.questions = NULL;

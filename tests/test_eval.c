@@ -342,6 +342,9 @@ START_TEST(nothing_given) {
     FAILS(psoup_winrate_aggregate(context, NULL, 1, 1, &rate, &error), PSOUP_ERROR_ARGUMENT, "NULL");
     FAILS(psoup_winrate_helpfulness(context, &duel, 1, 1, NULL, &error), PSOUP_ERROR_ARGUMENT, "NULL");
     FAILS(psoup_judge_ask(NULL, NULL, 0, NULL, &error), PSOUP_ERROR_ARGUMENT, "NULL");
+    duel.reserved[1] = 1;
+    FAILS(psoup_winrate_helpfulness(context, &duel, 1, 1, &rate, &error), PSOUP_ERROR_ARGUMENT,
+          "duels[0].reserved is not 0");
     FAILS(psoup_feedback(NULL, NULL, preferences, NULL, 0, NULL, NULL, NULL, NULL, &error),
           PSOUP_ERROR_ARGUMENT, "psoup_feedback");
     psoup_preferences_free(preferences);

@@ -73,6 +73,8 @@ START_TEST(judge_command) {
     int32_t verdict;
     psoup_question broken = {.prompt = "p", .a = "\xff", .b = ""};
     FAILS(psoup_judge_ask(judge, &broken, 1, &verdict, &error), PSOUP_ERROR_ARGUMENT, "UTF-8");
+    psoup_question early = {.prompt = "p", .a = "a", .b = "b", .reserved = {0, 1}};
+    FAILS(psoup_judge_ask(judge, &early, 1, &verdict, &error), PSOUP_ERROR_ARGUMENT, "questions[0].reserved is not 0");
     check_answers(judge, ask_about("a good one", "bad"), (int32_t[]){1, 1});
     psoup_judge_free(judge);
 
@@ -212,6 +214,9 @@ START_TEST(duels_judged) {
     const psoup_duel wrong = {.preferences = &unknown, .n = 1};
     FAILS(psoup_judge_duels(judge, p, prompts, a, b, &wrong, 1, 1, verdicts, NULL, &error),
           PSOUP_ERROR_ARGUMENT, "preference 6, expected 0 to 5");
+    const psoup_duel early = {.preferences = &unknown, .reserved = {0, 1}};
+    FAILS(psoup_judge_duels(judge, p, prompts, a, b, &early, 1, 1, verdicts, NULL, &error), PSOUP_ERROR_ARGUMENT,
+          "duels[0].reserved is not 0");
     psoup_judge_free(judge);
     psoup_preferences_free(p);
 }

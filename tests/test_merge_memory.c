@@ -310,6 +310,13 @@ START_TEST(batches_are_every_module_by_itself) {
         ck_assert_int_eq(psoup_merge_factors_batch(context, method, m, 2, 0, &error), PSOUP_ERROR_ARGUMENT);
         ck_assert_ptr_nonnull(strstr(error.message, "module 1"));
         m[1].a_out = a_of_1;
+        m[1].reserved[3] = 1;
+        ck_assert_int_eq(psoup_merge_factors_batch(context, method, m, 2, 0, &error), PSOUP_ERROR_ARGUMENT);
+        ck_assert_ptr_nonnull(strstr(error.message, "module 1: psoup_merge_factors: reserved is not 0"));
+        m[1].reserved[3] = 0;
+        m[0].reserved32 = 1;
+        ck_assert_int_eq(psoup_merge_factors_batch(context, method, m, 2, 0, &error), PSOUP_ERROR_ARGUMENT);
+        m[0].reserved32 = 0;
     }
     for (int k = 0; k < MODULES; k++) {
         for (int i = 0; i < COUNT * 2; i++)

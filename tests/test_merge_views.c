@@ -154,6 +154,9 @@ START_TEST(nonsense_is_refused) {
     other = in;
     other.data = NULL;
     refused(psoup_merge_views(context, &out, &other, &one, 1, &error), PSOUP_ERROR_ARGUMENT, "NULL");
+    other = in;
+    other.reserved[2] = 1;
+    refused(psoup_merge_views(context, &out, &other, &one, 1, &error), PSOUP_ERROR_ARGUMENT, "reserved is not 0");
     other = slice((char *)y, PSOUP_F32, 32); /* overlaps out's columns */
     refused(psoup_merge_views(context, &out, &other, &one, 1, &error), PSOUP_ERROR_ARGUMENT, "overlaps");
     other = out;

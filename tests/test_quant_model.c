@@ -227,6 +227,10 @@ START_TEST(test_create) {
     psoup_model_free(blocks), psoup_model_free(plain);
     config.linear_dtype = PSOUP_Q8_0;
     REFUSED(psoup_model_create(context, &config, 7, &blocks, &error), PSOUP_ERROR_FORMAT, "linear_dtype: 12");
+    config.linear_dtype = 0;
+    config.reserved = 3;
+    REFUSED(psoup_model_create(context, &config, 7, &blocks, &error), PSOUP_ERROR_FORMAT,
+            "psoup_model_config: reserved is 3: expected 0");
     psoup_context_free(context);
 }
 END_TEST
@@ -584,6 +588,11 @@ START_TEST(test_numbers) {
     psoup_model_free(load_as(context, directory, PSOUP_INT8));
     REFUSED(refused_as(context, directory, PSOUP_Q8_0), PSOUP_ERROR_ARGUMENT, "dtype 12 (q8_0)");
     REFUSED(refused_as(context, directory, -2), PSOUP_ERROR_ARGUMENT, "dtype -2");
+    psoup_load_options options = PSOUP_LOAD_OPTIONS_INIT;
+    psoup_model *model;
+    options.reserved = 3;
+    REFUSED(psoup_model_load_with(context, directory, &options, &model, &error), PSOUP_ERROR_ARGUMENT,
+            "psoup_load_options: reserved is 3: expected 0");
     snprintf(path, sizeof path, "%s/config.json", directory);
     FILE *file = fopen(path, "w");
     fputs("{\"model_type\": \"llama\", \"quantization_config\": {\"quant_method\": \"gptq\"}}", file);

@@ -329,6 +329,9 @@ START_TEST(what_cannot_be_is_refused) {
     psoup_dpo_pair bad = pairs[0];
     bad.n_rejected = 0;
     refused(model, names, 1, &bad, 1, "train[0] has an empty prompt or response");
+    bad = pairs[0];
+    bad.reserved[2] = 1;
+    refused(model, names, 1, &bad, 1, "train[0].reserved is not 0");
     psoup_dpo_options o = plain();
     o.label_smoothing = 0.6f;
     ck_assert_int_eq(psoup_dpo(model, names, 1, pairs, 1, NULL, 0, &o, &error), PSOUP_ERROR_ARGUMENT);

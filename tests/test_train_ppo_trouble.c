@@ -67,7 +67,8 @@ START_TEST(unsound_policies_are_refused) {
         "validation[0] has 0",  "has no prompts",           "neither a reward model nor a callback",
         "rewards[0] is NULL",   "lists no reward input",    "names reward 1 of 1",
         "names reward -1 of 1", "has weight inf",           "and no tokens",
-        "both a policy and a reward model",
+        "both a policy and a reward model", "prompts[0].reserved is not 0", "validation[0].reserved is not 0",
+        "'P0': reserved is not 0",
     };
     psoup_model *model = fresh(1);
     psoup_reward *reward, *none = NULL;
@@ -79,9 +80,11 @@ START_TEST(unsound_policies_are_refused) {
         psoup_ppo_prompt bad = {.tokens = tokens, .n = i == 1 || i == 3 ? 0 : i == 2 ? 48 : 2};
         psoup_ppo_policy p = policy(0);
         psoup_ppo *ppo;
+        bad.reserved[1] = i == 13 || i == 14;
+        p.reserved[0] = i == 15;
         if (i == 0)
             p.prompts = NULL;
-        else if (i == 3)
+        else if (i == 3 || i == 14)
             p.validation = &bad, p.n_validation = 1;
         else
             p.prompts = &bad, p.n_prompts = i != 4;

@@ -40,6 +40,15 @@ void psoup__log(psoup_context *context, psoup_log_level level, const char *forma
 psoup_status psoup__options(void *defaults, size_t full, const void *options, const char *what,
                             psoup_error *error);
 
+/* Whether all of a struct's words that are kept for later are 0, as they have to be. */
+static inline bool psoup__all_zero(const void *words, size_t bytes) {
+    const unsigned char *byte = words;
+    unsigned char any = 0;
+    for (size_t i = 0; i < bytes; i++)
+        any |= byte[i];
+    return any == 0;
+}
+
 /* ---- memory.c ------------------------------------------------------------------------------ */
 
 /* count × size zeroed bytes, 64-byte aligned, from the context's allocator; NULL with *error set when

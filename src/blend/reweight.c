@@ -221,6 +221,8 @@ static psoup_status check_module(const job *j, const psoup_merge_module *m, psou
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_merge_factors: rank %d; expected %d, a_out and b_out", (int)m->rank,
                            (int)expected);
+    if (m->reserved32 || !psoup__all_zero(m->reserved, sizeof m->reserved))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_merge_factors: reserved is not 0");
     return PSOUP_OK;
 fail:
     return status;

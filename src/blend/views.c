@@ -43,6 +43,8 @@ static psoup_status check_view(const char *who, const char *what, size_t index, 
     if (v->place != PSOUP_MERGE_HOST && v->place != PSOUP_MERGE_DEVICE)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: %s %zu: place %d; expected host or device", who,
                            what, index, (int)v->place);
+    if (!psoup__all_zero(v->reserved, sizeof v->reserved))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: %s %zu: reserved is not 0", who, what, index);
     out->bytes = whole;
     return PSOUP_OK;
 }

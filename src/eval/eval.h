@@ -29,4 +29,7 @@ psoup_status psoup__judge_process_ask(struct psoup__judge_process *process,
 void psoup__judge_process_patience(struct psoup__judge_process *process, double seconds);
 void psoup__judge_process_free(struct psoup__judge_process *process);
 
+/* winrate.c: refuses duels whose words that are kept for later say something. */
+psoup_status psoup__duels_check(const psoup_duel *duels, size_t n, psoup_error *error);
+
 #endif

@@ -62,6 +62,9 @@ psoup_status psoup_judge_ask(psoup_judge *judge, const psoup_question *questions
     if (!judge || (n > 0 && (!questions || !verdicts)))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_judge_ask: an argument is NULL");
     for (size_t i = 0; i < n; i++)
+        if (!psoup__all_zero(questions[i].reserved, sizeof questions[i].reserved))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_judge_ask: questions[%zu].reserved is not 0", i);
+    for (size_t i = 0; i < n; i++)
         verdicts[i] = PSOUP_UNPARSED;
     if (n == 0)
         return PSOUP_OK;
@@ -89,6 +92,9 @@ psoup_status psoup_judge_duels(psoup_judge *judge, const psoup_preferences *pref
     if (!judge || !preferences || !verdicts || (n > 0 && (!prompts || !a || !b || !duels)))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_judge_duels: an argument is NULL");
     size_t asked = 0, total = 0;
+    psoup_status checked = psoup__duels_check(duels, n, error);
+    if (checked != PSOUP_OK)
+        return checked;
     for (size_t i = 0; i < n; i++)
         asked += duels[i].n + (helpful ? 1 : 0);
     if (!psoup__multiply(asked, swap ? 2 : 1, &total))

@@ -116,6 +116,13 @@ fail:
     return status;
 }
 
+psoup_status psoup__duels_check(const psoup_duel *duels, size_t n, psoup_error *error) {
+    for (size_t i = 0; i < n; i++)
+        if (!psoup__all_zero(duels[i].reserved, sizeof duels[i].reserved))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "duels[%zu].reserved is not 0", i);
+    return PSOUP_OK;
+}
+
 typedef enum measure { AGGREGATE, CRITERION, HELPFULNESS } measure;
 
 /* What one duel says under a measure; false when it says nothing. Unparsed verdicts are counted. */
@@ -152,6 +159,9 @@ static psoup_status measure_duels(psoup_context *context, const psoup_duel *duel
     if (n > INT32_MAX)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%zu duels: expected at most %d", n,
                            INT32_MAX);
+    psoup_status checked = psoup__duels_check(duels, n, error);
+    if (checked != PSOUP_OK)
+        return checked;
     outcome *outcomes = psoup__alloc(context, n, sizeof *outcomes, error);
     if (!outcomes)
         return PSOUP_ERROR_MEMORY;

@@ -360,6 +360,8 @@ psoup_status psoup__config_check(psoup_model_config *c, const char *where, psoup
     if (c->linear_dtype != 0 && c->linear_dtype != PSOUP_INT8 && c->linear_dtype != PSOUP_NF4)
         return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: linear_dtype: %d; expected 0, PSOUP_INT8 or PSOUP_NF4",
                            where, (int)c->linear_dtype);
+    if (c->reserved)
+        return psoup__fail(error, PSOUP_ERROR_FORMAT, "%s: reserved is %d: expected 0", where, (int)c->reserved);
     if (c->qkv_bias && (c->attention_bias || c->mlp_bias))
         return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
                            "%s: qkv_bias: goes with neither attention_bias nor mlp_bias", where);

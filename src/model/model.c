@@ -58,6 +58,9 @@ psoup_status psoup_model_load_with(psoup_context *context, const char *directory
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_load_options: dtype %d (%s); expected -1, f32, f16, bf16, int8 or nf4",
                            (int)full.dtype, psoup_dtype_name((psoup_dtype)full.dtype));
+    if (full.reserved)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_load_options: reserved is %d: expected 0",
+                           (int)full.reserved);
     PSOUP__TRY(psoup__hf_config_read(context, directory, &config, error));
     PSOUP__TRY(create_empty(context, &config, &model, error));
     PSOUP__TRY(psoup__model_read(model, directory, full.dtype, error));

@@ -47,6 +47,8 @@ static psoup_status check_questions(const best *b, psoup_error *error) {
         if (!q->tokens || q->n == 0 || (q->inputs && q->n_inputs == 0))
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_best_of_n: questions[%zu] has no tokens or lists "
                                "no reward input", i);
+        if (!psoup__all_zero(q->reserved, sizeof(q->reserved)))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_best_of_n: questions[%zu].reserved is not 0", i);
         for (size_t k = 0; q->inputs && k < q->n_inputs; k++)
             if (q->inputs[k].reward < 0 || (size_t)q->inputs[k].reward >= o->n_rewards ||
                 !isfinite(q->inputs[k].weight) || (q->inputs[k].n && !q->inputs[k].tokens))
@@ -79,6 +81,8 @@ static psoup_status check(const best *b, psoup_error *error) {
     if (o->reward_max_tokens < 0)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_best_options: reward_max_tokens is %d: expected 0 "
                            "or more", o->reward_max_tokens);
+    if (o->reserved)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_best_options: reserved is %d: expected 0", o->reserved);
     return PSOUP_OK;
 }
 

@@ -51,6 +51,9 @@ static psoup_status check_source(const psoup_ppo_policy *policy, size_t k, psoup
     if (source->adapter < 0 || (size_t)source->adapter >= n)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': source '%s' is of adapter %d of %zu",
                            policy->adapter, name, source->adapter, n);
+    if (!psoup__all_zero(source->reserved2, sizeof(source->reserved2)))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': source '%s': reserved2 is not 0",
+                           policy->adapter, name);
     for (size_t i = 0; i < k; i++)
         if (strcmp(source_name(&policy->sources[i]), name) == 0)
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': source '%s' is there twice",

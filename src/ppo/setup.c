@@ -18,6 +18,9 @@ static psoup_status check_prompts(const psoup_model *model, const psoup_ppo_poli
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "policy '%s': %s[%zu] has %zu tokens: expected 1 to %d",
                                policy->adapter, what, i, p->tokens ? p->n : 0, most - 1);
+        if (!psoup__all_zero(p->reserved, sizeof(p->reserved)))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': %s[%zu].reserved is not 0",
+                               policy->adapter, what, i);
         if (policy->soup)
             PSOUP__TRY(psoup__soup_check_prompt(policy, p, what, i, error));
         PSOUP__TRY(psoup__rewards_check_prompt(policy, p, what, i, error));
@@ -62,6 +65,9 @@ static psoup_status check_policy(const psoup_model *model, const psoup_ppo_polic
         if (strcmp(policies[i].adapter, policy->adapter) == 0)
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s' is there twice",
                                policy->adapter);
+    if (!psoup__all_zero(policy->reserved, sizeof(policy->reserved)))
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s': reserved is not 0",
+                           policy->adapter ? policy->adapter : "(NULL)");
     if (policy->soup)
         PSOUP__TRY(psoup__soup_check(policy, error));
     for (size_t k = 0; k < psoup__ppo_adapters(policy, &names); k++)

@@ -109,6 +109,8 @@ static psoup_status check_pairs(const psoup__dpo_trainer *t, const psoup__dpo_se
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                                "psoup_dpo: %s[%zu] names policy %d of %zu", what, i, pair->policy,
                                n_policies);
+        if (!psoup__all_zero(pair->reserved, sizeof(pair->reserved)))
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_dpo: %s[%zu].reserved is not 0", what, i);
     }
     return PSOUP_OK;
 }
