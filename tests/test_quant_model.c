@@ -314,6 +314,9 @@ START_TEST(test_identity) {
     psoup_sft_options options = PSOUP_SFT_OPTIONS_INIT;
     twins t = make_twins(context, GOLDEN "plain", PSOUP_NF4);
     REFUSED(psoup_sft(t.blocks, NULL, &example, 1, NULL, 0, &options, &error), PSOUP_ERROR_UNSUPPORTED, "nf4 blocks");
+    psoup_memory plan = {.size = sizeof plan};
+    REFUSED(psoup_sft_memory(t.blocks, NULL, &example, 1, NULL, 0, &options, &plan, &error), PSOUP_ERROR_UNSUPPORTED,
+            "nf4 blocks");
     ck_assert_ptr_null(t.blocks->data);
     REFUSED(psoup_model_save(t.blocks, directory, NULL, &error), PSOUP_ERROR_UNSUPPORTED, "nf4 blocks");
     OK(sft(t.blocks, "all", directory, 0));

@@ -1,4 +1,6 @@
 /* What keeps a run under control: guards that skip a step and say so, and signs of collapse that are told. */
+#include <unistd.h>
+
 #include "ppo_case.h"
 
 /* ---- what the context's log was told ---------------------------------------------------------------- */
@@ -151,22 +153,27 @@ START_TEST(a_step_too_far_is_the_last) {
 }
 END_TEST
 
-static int count_skipped(void *user, const psoup_step *step) {
-    if (strcmp(step->phase, "train") == 0)
-        *(double *)user += value_of(step, "skipped");
-    return 0;
+static void put(psoup_model *model, const float *where, float value) {
+    model->be->ops->write(model->be, (float *)(uintptr_t)where, &value, sizeof(value));
 }
 
-static void poison(psoup_model *model, const char *name) {
-    psoup__adapter *a = psoup__model_adapter(model, name);
-    const float bad = NAN;
-    model->be->ops->write(model->be, a->data + 1, &bad, sizeof(bad));
-    for (size_t i = 0; i < a->count; i += 7) { /* B is 0 at first, and 0 · NaN is skipped by nobody */
-        float one = 0.25f;
-        if (i != 7)
-            model->be->ops->write(model->be, a->data + i, &one, sizeof(one));
+/* Counts skipped steps; and behind the first makes an element of the adapter NaN. */
+typedef struct venom {
+    psoup_model *model;
+    const char *adapter; /* NULL: none */
+    float *after;        /* [count] its weights then */
+    size_t count;
+    double skipped;
+} venom;
+
+static int poison(void *user, const psoup_step *step) {
+    venom *v = user;
+    v->skipped += value_of(step, "skipped");
+    if (v->adapter && step->step == 1) {
+        put(v->model, psoup__model_adapter(v->model, v->adapter)->data + 1, NAN);
+        v->after = weights(v->model, v->adapter, &v->count);
     }
-    model->be->ops->write(model->be, a->data + 1, &bad, sizeof(bad));
+    return 0;
 }
 
 /* Fine-tuning, reward models and DPO skip such steps too, and say so. */
@@ -175,15 +182,13 @@ START_TEST(other_trainers_skip_and_say_so) {
                                        "reward: 'R', step 2 was skipped, its optimiser left as it was: its loss is nan",
                                        "dpo: 'P0', step 2 was skipped, its optimiser left as it was: the norm of its "
                                        "gradient is "};
-    double skipped = 0.0;
     psoup_model *model = fresh(1);
     psoup_reward *reward;
-    size_t count;
     const char *name = _i == 1 ? "R" : "P0";
     OK(psoup_reward_create(model, "R", NULL, &reward, &error));
-    if (_i < 2)
-        poison(model, name);
-    float *before = weights(model, name, &count);
+    venom v = {.model = model, .adapter = _i < 2 ? name : NULL};
+    if (_i == 2)
+        v.after = weights(model, name, &v.count);
     const psoup_example example = {words[0], 2, 1};
     psoup_comparison pair = {.chosen = words[0], .n_chosen = 2, .rejected = words[1], .n_rejected = 3};
     psoup_dpo_pair two = {.prompt = words[0], .n_prompt = 1, .chosen = words[1], .n_chosen = 2, .rejected = words[2],
@@ -193,8 +198,8 @@ START_TEST(other_trainers_skip_and_say_so) {
     psoup_dpo_options dpo = PSOUP_DPO_OPTIONS_INIT;
     sft.max_steps = r.max_steps = dpo.max_steps = 2;
     sft.weight_decay = r.weight_decay = dpo.weight_decay = 0.5f;
-    sft.on_step = r.on_step = dpo.on_step = count_skipped;
-    sft.user = r.user = dpo.user = &skipped;
+    sft.on_step = r.on_step = dpo.on_step = poison;
+    sft.user = r.user = dpo.user = &v;
     dpo.beta = 3e38f;
     if (_i == 0)
         OK(psoup_sft(model, "P0", &example, 1, NULL, 0, &sft, &error));
@@ -202,11 +207,116 @@ START_TEST(other_trainers_skip_and_say_so) {
         OK(psoup_reward_train(&reward, 1, &pair, 1, NULL, 0, &r, &error));
     else
         OK(psoup_dpo(model, &name, 1, &two, 1, NULL, 0, &dpo, &error));
-    ck_assert_double_eq(skipped, 2.0);
-    ck_assert_int_eq(heard.warnings, 2);
+    ck_assert_double_eq(v.skipped, _i < 2 ? 1.0 : 2.0);
+    ck_assert_int_eq(heard.warnings, _i < 2 ? 1 : 2);
     SAID(says[_i]);
-    ck_assert(same_weights(model, name, before, count));
-    free(before);
+    ck_assert(same_weights(model, name, v.after, v.count));
+    free(v.after);
+    psoup_reward_free(reward);
+    psoup_model_free(model);
+}
+END_TEST
+
+/* ---- weights that nothing is learnt from ------------------------------------------------------------- */
+
+typedef struct run {
+    psoup_model *model;
+    psoup_reward *reward;
+    const char *metrics, *checkpoints;
+} run;
+
+static psoup_status run_sft(const run *r) {
+    const psoup_example example = {words[0], 2, 1};
+    psoup_sft_options o = PSOUP_SFT_OPTIONS_INIT;
+    o.metrics = r->metrics;
+    o.checkpoint_dir = r->checkpoints;
+    return psoup_sft(r->model, "R", &example, 1, NULL, 0, &o, &error);
+}
+
+static psoup_status run_reward(const run *r) {
+    psoup_comparison pair = {.chosen = words[0], .n_chosen = 2, .rejected = words[1], .n_rejected = 3};
+    psoup_reward_options o = PSOUP_REWARD_OPTIONS_INIT;
+    o.metrics = r->metrics;
+    o.checkpoint_dir = r->checkpoints;
+    psoup_reward *rewards[] = {r->reward};
+    return psoup_reward_train(rewards, 1, &pair, 1, NULL, 0, &o, &error);
+}
+
+static psoup_status run_dpo(const run *r) {
+    const char *const both[] = {"P0", "R"};
+    psoup_dpo_pair two[2] = {{.prompt = words[0], .n_prompt = 1, .chosen = words[1], .n_chosen = 2,
+                              .rejected = words[2], .n_rejected = 1}};
+    psoup_dpo_options o = PSOUP_DPO_OPTIONS_INIT;
+    two[1] = two[0];
+    two[1].policy = 1;
+    o.metrics = r->metrics;
+    o.checkpoint_dir = r->checkpoints;
+    return psoup_dpo(r->model, both, 2, two, 2, NULL, 0, &o, &error);
+}
+
+static psoup_status improve(const run *r, psoup_objective objective, bool as_soup) {
+    static const char *const both[] = {"P0", "R"};
+    psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT;
+    psoup_ppo_policy p = policy(0);
+    psoup_ppo_options o = plain();
+    psoup_ppo *ppo;
+    soup.adapters = both;
+    soup.n = 2;
+    p.adapter = "R";
+    p.soup = as_soup ? &soup : NULL;
+    o.objective = objective;
+    o.steps = 1;
+    o.metrics = r->metrics;
+    o.checkpoint_dir = r->checkpoints;
+    psoup_status status = psoup_ppo_create(r->model, &p, 1, &o, &ppo, &error);
+    if (status == PSOUP_OK)
+        status = psoup_ppo_run(ppo, &error);
+    psoup_ppo_free(ppo);
+    return status;
+}
+
+static psoup_status run_ppo(const run *r) { return improve(r, PSOUP_OBJECTIVE_PPO, false); }
+static psoup_status run_soup(const run *r) { return improve(r, PSOUP_OBJECTIVE_PPO, true); }
+
+/* An adapter that holds NaN or an infinity anywhere is refused by name before a file is made; without a critic PPO
+ * leaves heads alone, and whatever they hold. */
+START_TEST(weights_that_are_no_numbers_are_refused) {
+    static psoup_status (*const runs[])(const run *) = {run_sft, run_reward, run_dpo, run_ppo, run_soup};
+    char directory[256], metrics[300], checkpoints[300];
+    psoup_model *model = fresh(1);
+    psoup_reward *reward;
+    OK(psoup_reward_create(model, "R", NULL, &reward, &error));
+    const psoup__adapter *a = psoup__model_adapter(model, "R");
+    const struct {
+        const float *where;
+        float value;
+        const char *says;
+    } bad[] = {{a->lora[0].a, NAN, "model.layers.0.self_attn.q_proj.lora_A holds nan"},
+               {a->lora[PSOUP__LINEARS].b - 1, -INFINITY, "model.layers.1.self_attn.q_proj.lora_A holds -inf"},
+               {a->lora[PSOUP__V].b, NAN, "model.layers.0.self_attn.v_proj.lora_B holds nan"},
+               {a->head + 15, INFINITY, "score.weight holds inf"},
+               {a->head_bias, -NAN, "score.bias holds nan"}};
+    temporary(directory, sizeof(directory));
+    ck_assert_ptr_nonnull(mkdtemp(directory));
+    snprintf(metrics, sizeof(metrics), "%s/metrics.jsonl", directory);
+    snprintf(checkpoints, sizeof(checkpoints), "%s/checkpoints", directory);
+    const run r = {model, reward, metrics, checkpoints};
+    for (size_t i = 0; i < sizeof(bad) / sizeof(*bad); i++) {
+        float good;
+        OK(model->be->ops->read(model->be, &good, bad[i].where, sizeof(good), &error));
+        put(model, bad[i].where, bad[i].value);
+        ck_assert_int_eq(runs[_i](&r), PSOUP_ERROR_ARGUMENT);
+        ck_assert_msg(strstr(error.message, "adapter 'R' cannot be trained: its tensor ") != NULL, "%s", error.message);
+        ck_assert_msg(strstr(error.message, bad[i].says) != NULL, "\"%s\" lacks \"%s\"", error.message, bad[i].says);
+        ck_assert_ptr_null(a->grad);
+        if (i > 2) { /* of the head */
+            const run plain = {model, reward, NULL, NULL};
+            OK(improve(&plain, PSOUP_OBJECTIVE_RLOO, false));
+        }
+        put(model, bad[i].where, good);
+    }
+    ck_assert_int_eq(heard.warnings, 0);
+    ck_assert_int_eq(rmdir(directory), 0); /* which is empty */
     psoup_reward_free(reward);
     psoup_model_free(model);
 }
@@ -462,6 +572,7 @@ int main(void) {
     tcase_add_loop_test(tests, a_bad_mini_batch_touches_nothing, 0, GUARDS);
     tcase_add_test(tests, a_step_too_far_is_the_last);
     tcase_add_loop_test(tests, other_trainers_skip_and_say_so, 0, 3);
+    tcase_add_loop_test(tests, weights_that_are_no_numbers_are_refused, 0, 5);
     tcase_add_loop_test(tests, gradients_are_clipped_by_value, 0, 4);
     tcase_add_test(tests, repeated_grams_are_counted);
     tcase_add_test(tests, rewards_and_kl_belong_together);

@@ -424,6 +424,49 @@ psoup_status psoup__adapter_train(psoup_model *model, psoup__adapter *adapter, b
     return PSOUP_OK;
 }
 
+/* The tensor that element `at` of the flat buffer is of. */
+static void name_tensor(const psoup_model *model, const psoup__adapter *adapter, size_t at, char *out, size_t size) {
+    const float *element = adapter->data + at;
+    if (adapter->head && element >= adapter->head) {
+        snprintf(out, size, "score.%s", element == adapter->head_bias ? "bias" : "weight");
+        return;
+    }
+    for (size_t pair = pairs_of(model); pair-- > 0;) {
+        const psoup__lora *lora = &adapter->lora[pair];
+        if (lora->rank == 0 || element < lora->a)
+            continue;
+        snprintf(out, size, "model.layers.%zu.%s.lora_%c", pair / PSOUP__LINEARS,
+                 psoup__linear_names[pair % PSOUP__LINEARS], element < lora->b ? 'A' : 'B');
+        return;
+    }
+}
+
+psoup_status psoup__adapter_may_train(const psoup_model *model, const psoup__adapter *adapter, bool head,
+                                      psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    size_t count = adapter->count - (adapter->head && !head ? (size_t)model->config.hidden_size + 1 : 0);
+    float *piece = psoup__alloc_unset(model->context, PSOUP__PIECE, sizeof(float), error);
+    char tensor[96];
+    if (!piece)
+        return PSOUP_ERROR_MEMORY;
+    for (size_t first = 0; first < count; first += PSOUP__PIECE) {
+        size_t n = count - first < PSOUP__PIECE ? count - first : PSOUP__PIECE;
+        PSOUP__TRY(model->be->ops->read(model->be, piece, adapter->data + first, n * sizeof(float), error));
+        for (size_t i = 0; i < n; i++) {
+            if (isfinite(piece[i]))
+                continue;
+            name_tensor(model, adapter, first + i, tensor, sizeof tensor);
+            status = psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                                 "adapter '%s' cannot be trained: its tensor %s holds %g: expected finite numbers",
+                                 adapter->name, tensor, isnan(piece[i]) ? (double)NAN : (double)piece[i]);
+            goto fail;
+        }
+    }
+fail:
+    psoup__free(model->context, piece);
+    return status;
+}
+
 /* ---- by name ---------------------------------------------------------------------------------- */
 
 int32_t psoup_model_adapters(const psoup_model *model) {

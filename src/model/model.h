@@ -146,6 +146,10 @@ psoup_status psoup__adapter_add_head(psoup_model *model, psoup__adapter *adapter
 /* Gives the adapter a zeroed gradient buffer, or takes it away. */
 psoup_status psoup__adapter_train(psoup_model *model, psoup__adapter *adapter, bool train,
                                   psoup_error *error);
+/* Refuses one that holds NaN or an infinity, from which nothing is learnt, naming the tensor and the value; without
+ * `head` whatever its head holds. */
+psoup_status psoup__adapter_may_train(const psoup_model *model, const psoup__adapter *adapter, bool head,
+                                      psoup_error *error);
 /* PEFT directory; with_head writes modules_to_save "score" and task type SEQ_CLS. */
 psoup_status psoup__adapter_save(const psoup_model *model, const psoup__adapter *adapter,
                                  const char *directory, const char *base_name, bool with_head,
@@ -154,6 +158,8 @@ psoup_status psoup__adapter_save(const psoup_model *model, const psoup__adapter 
 /* Moves the base into model->data (f32) with gradients, unpacked, so that it can train; or back to
  * frozen packed weights of config.torch_dtype. */
 psoup_status psoup__model_train_base(psoup_model *model, bool train, psoup_error *error);
+/* Refuses a base in blocks, which stays as it is. */
+psoup_status psoup__model_may_train(const psoup_model *model, psoup_error *error);
 
 /* ---- mix.c ---- */
 

@@ -366,18 +366,25 @@ fail:
     return status;
 }
 
+psoup_status psoup__model_may_train(const psoup_model *model, psoup_error *error) {
+    if (!model->config.linear_dtype)
+        return PSOUP_OK;
+    return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                       "the base is kept in %s blocks, which cannot train: load it in f32, f16 or bf16, or train an "
+                       "adapter",
+                       psoup_dtype_name((psoup_dtype)model->config.linear_dtype));
+}
+
 psoup_status psoup__model_train_base(psoup_model *model, bool train, psoup_error *error) {
     if (train == (model->data != NULL))
         return PSOUP_OK;
-    if (model->config.linear_dtype)
-        return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
-                           "the base is kept in %s blocks, which cannot train: load it in f32, f16 or bf16, or train "
-                           "an adapter",
-                           psoup_dtype_name((psoup_dtype)model->config.linear_dtype));
+    psoup_status status = psoup__model_may_train(model, error);
+    if (status != PSOUP_OK)
+        return status;
     float *piece = psoup__alloc(model->context, 2 * (size_t)PSOUP__PIECE, sizeof(float), error);
     if (!piece)
         return PSOUP_ERROR_MEMORY;
-    psoup_status status = train ? thaw(model, piece, piece + PSOUP__PIECE, error)
+    status = train ? thaw(model, piece, piece + PSOUP__PIECE, error)
                                 : freeze(model, piece, piece + PSOUP__PIECE, error);
     psoup__free(model->context, piece);
     return status;

@@ -110,6 +110,19 @@ fail:
     return status;
 }
 
+/* Without a critic a head is left alone, whatever it holds. */
+static psoup_status check_weights(const psoup_model *model, const psoup_ppo_policy *policies, size_t n, bool critic,
+                                  psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (size_t p = 0; p < n; p++) {
+        const char *const *names;
+        for (size_t k = 0; k < psoup__ppo_adapters(&policies[p], &names); k++)
+            PSOUP__TRY(psoup__adapter_may_train(model, psoup__model_adapter(model, names[k]), critic, error));
+    }
+fail:
+    return status;
+}
+
 static psoup_status start_part(psoup_ppo *ppo, psoup__policy *policy, size_t k, const char *name,
                                psoup_error *error) {
     psoup_status status = PSOUP_OK;
@@ -195,6 +208,7 @@ psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *polici
     PSOUP__TRY(psoup__team_join(&ppo->team, model->context, ppo->options.comm, error));
     PSOUP__TRY(psoup__ppo_check(&ppo->options, error));
     PSOUP__TRY(psoup__ppo_check_policies(model, policies, n, error));
+    PSOUP__TRY(check_weights(model, policies, n, psoup__has_critic(&ppo->options), error));
     PSOUP__TRY(psoup__reporter_open(&ppo->reporter, &ppo->team, ppo->options.metrics,
                                     ppo->options.on_step, ppo->options.user, error));
     if (ppo->options.samples && ppo->team.rank == 0)

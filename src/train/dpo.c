@@ -128,6 +128,9 @@ static psoup_status check_policies(const psoup_model *model, const char *const *
         if (adapter->grad)
             return psoup__fail(error, PSOUP_ERROR_STATE, "adapter '%s' is being trained already",
                                policies[j]);
+        psoup_status status = psoup__adapter_may_train(model, adapter, true, error);
+        if (status != PSOUP_OK)
+            return status;
         for (size_t i = 0; i < j; i++)
             if (strcmp(policies[i], policies[j]) == 0)
                 return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "policy '%s' is there twice",

@@ -52,10 +52,14 @@ psoup_status psoup_sft_memory(psoup_model *model, const char *adapter, const pso
     psoup_sft_options o = PSOUP_SFT_OPTIONS_INIT;
     psoup_memory memory = {.size = sizeof memory};
     int64_t reserved = 0, kept = 0, tokens = 0;
-    if (!model || !out || (n_train && !train) || (n_validation && !validation))
+    if (!model || !out)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_sft_memory: an argument is NULL");
     PSOUP__TRY(psoup__options(&o, sizeof o, options, "psoup_sft_options", error));
     PSOUP__TRY(psoup__sft_check(&o, error));
+    PSOUP__TRY(psoup__sft_check_examples(train, n_train, "train", error));
+    PSOUP__TRY(psoup__sft_check_examples(validation, n_validation, "validation", error));
+    if (!adapter)
+        PSOUP__TRY(psoup__model_may_train(model, error));
     const psoup__adapter *trained = adapter ? psoup__model_adapter(model, adapter) : NULL;
     int32_t index = adapter ? psoup_model_find_adapter(model, adapter) : -1;
     if (adapter && !trained)
@@ -113,8 +117,8 @@ psoup_status psoup_reward_memory(psoup_reward *const *rewards, size_t n_rewards,
     psoup_memory memory = {.size = sizeof memory};
     int64_t reserved = 0, kept = 0;
     int32_t *adapters = NULL;
-    if (!out || (n_train && !train) || (n_validation && !validation))
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_reward_memory: an argument is NULL");
+    if (!out)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_reward_memory: out is NULL");
     status = psoup__reward_check_models(rewards, n_rewards, error);
     if (status != PSOUP_OK)
         return status;
@@ -124,6 +128,8 @@ psoup_status psoup_reward_memory(psoup_reward *const *rewards, size_t n_rewards,
         return PSOUP_ERROR_MEMORY;
     PSOUP__TRY(psoup__options(&o, sizeof o, options, "psoup_reward_options", error));
     PSOUP__TRY(psoup__reward_check(&o, error));
+    PSOUP__TRY(psoup__reward_check_comparisons(train, n_train, n_rewards, o.margins, "train", error));
+    PSOUP__TRY(psoup__reward_check_comparisons(validation, n_validation, n_rewards, o.margins, "validation", error));
     psoup__memory_begin(model, true, &memory);
     for (size_t j = 0; j < n_rewards; j++) {
         psoup__adapter *adapter = NULL;

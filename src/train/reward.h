@@ -45,6 +45,9 @@ typedef struct psoup__reward_trainer {
 
 /* reward_train.c: refuses reward models that cannot be trained together. */
 psoup_status psoup__reward_check_models(psoup_reward *const *rewards, size_t n, psoup_error *error);
+/* Refuses comparisons that make no sense. */
+psoup_status psoup__reward_check_comparisons(const psoup_comparison *comparisons, size_t n, size_t n_rewards,
+                                             bool margins, const char *what, psoup_error *error);
 /* reward_step.c: the order of l->epoch. */
 void psoup__reward_order(const psoup__reward_trainer *t, psoup__reward_learner *l);
 /* One step of every learner that has steps to go, and its report. */

@@ -96,8 +96,8 @@ fail:
 
 /* ---- setting up ------------------------------------------------------------------------------- */
 
-static psoup_status check_comparisons(const psoup_comparison *comparisons, size_t n, size_t n_rewards,
-                                      bool margins, const char *what, psoup_error *error) {
+psoup_status psoup__reward_check_comparisons(const psoup_comparison *comparisons, size_t n, size_t n_rewards,
+                                             bool margins, const char *what, psoup_error *error) {
     if (n > INT32_MAX || (n && !comparisons))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "reward training: %s is NULL or too long",
                            what);
@@ -298,9 +298,12 @@ psoup_status psoup_reward_train_create(psoup_reward *const *rewards, size_t n_re
                               error));
     PSOUP__TRY(psoup__team_join(&t->team, t->model->context, t->options.comm, error));
     PSOUP__TRY(psoup__reward_check(&t->options, error));
-    PSOUP__TRY(check_comparisons(train, n_train, n_rewards, t->options.margins, "train", error));
-    PSOUP__TRY(check_comparisons(validation, n_validation, n_rewards, t->options.margins, "validation", error));
+    PSOUP__TRY(psoup__reward_check_comparisons(train, n_train, n_rewards, t->options.margins, "train", error));
+    PSOUP__TRY(psoup__reward_check_comparisons(validation, n_validation, n_rewards, t->options.margins, "validation",
+                                               error));
     PSOUP__TRY(set_up(t, rewards, n_rewards, train, n_train, validation, n_validation, error));
+    for (size_t j = 0; j < t->n; j++)
+        PSOUP__TRY(psoup__adapter_may_train(t->model, t->learners[j].adapter, true, error));
     PSOUP__TRY(psoup__reporter_open(&t->reporter, &t->team, t->options.metrics,
                                     t->options.on_step, t->options.user, error));
     if (psoup__checkpoint_wanted(t->options.checkpoint_dir, &t->team)) {
@@ -336,7 +339,7 @@ psoup_status psoup_reward_accuracy(psoup_reward *const *rewards, size_t n_reward
     psoup__reward_trainer t = {.model = rewards[0]->model, .options = PSOUP_REWARD_OPTIONS_INIT};
     double right = 0.0, sum = 0.0;
     t.options.max_tokens = 0;
-    PSOUP__TRY(check_comparisons(comparisons, n, n_rewards, false, "comparisons", error));
+    PSOUP__TRY(psoup__reward_check_comparisons(comparisons, n, n_rewards, false, "comparisons", error));
     PSOUP__TRY(set_up(&t, rewards, n_rewards, NULL, 0, comparisons, n, error));
     for (size_t j = 0; j < t.n; j++)
         t.learners[j].due = true;

@@ -236,8 +236,8 @@ fail:
     return status;
 }
 
-static psoup_status check_examples(const psoup_example *examples, size_t n, const char *what,
-                                   psoup_error *error) {
+psoup_status psoup__sft_check_examples(const psoup_example *examples, size_t n, const char *what,
+                                       psoup_error *error) {
     if (n > INT32_MAX || (n && !examples))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_sft: %s is NULL or too long", what);
     for (size_t i = 0; i < n; i++)
@@ -381,14 +381,14 @@ static psoup_status find_adapter(sft *s, const char *adapter, psoup_error *error
     if (!s->subject)
         return PSOUP_ERROR_MEMORY;
     if (!adapter)
-        return PSOUP_OK;
+        return psoup__model_may_train(s->model, error);
     s->adapter = psoup_model_find_adapter(s->model, adapter);
     s->trained = psoup__model_adapter(s->model, adapter);
     if (!s->trained)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_sft: the model has no adapter '%s'", adapter);
     if (s->trained->grad)
         return psoup__fail(error, PSOUP_ERROR_STATE, "psoup_sft: adapter '%s' is being trained already", adapter);
-    return PSOUP_OK;
+    return psoup__adapter_may_train(s->model, s->trained, true, error);
 }
 
 static psoup_status start(sft *s, size_t n_train, psoup_error *error) {
@@ -438,8 +438,8 @@ psoup_status psoup_sft_create(psoup_model *model, const char *adapter, const pso
     PSOUP__TRY(psoup__options(&s->options, sizeof(s->options), options, "psoup_sft_options", error));
     PSOUP__TRY(psoup__team_join(&s->team, model->context, s->options.comm, error));
     PSOUP__TRY(psoup__sft_check(&s->options, error));
-    PSOUP__TRY(check_examples(train, n_train, "train", error));
-    PSOUP__TRY(check_examples(validation, n_validation, "validation", error));
+    PSOUP__TRY(psoup__sft_check_examples(train, n_train, "train", error));
+    PSOUP__TRY(psoup__sft_check_examples(validation, n_validation, "validation", error));
     int32_t most = model->config.max_position_embeddings;
     s->limit = (size_t)(s->options.batch_tokens < most ? s->options.batch_tokens : most);
     PSOUP__TRY(choose_examples(s, train, n_train, error));

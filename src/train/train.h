@@ -168,6 +168,9 @@ static inline bool psoup__goes_on(psoup_status *status, psoup_status one) {
 /* ---- options.c --------------------------------------------------------------------------------- */
 
 psoup_status psoup__sft_check(const psoup_sft_options *options, psoup_error *error);
+/* sft.c: refuses examples that make no sense. */
+psoup_status psoup__sft_check_examples(const psoup_example *examples, size_t n, const char *what,
+                                       psoup_error *error);
 psoup_status psoup__reward_check(const psoup_reward_options *options, psoup_error *error);
 psoup_status psoup__dpo_check(const psoup_dpo_options *options, psoup_error *error);
 
