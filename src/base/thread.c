@@ -106,7 +106,8 @@ static void *work(void *user) {
 
 void psoup__parallel(psoup_context *context, size_t tasks, psoup__task_fn fn, void *arg) {
     struct psoup__pool *pool = context->pool;
-    if (tasks <= 1 || pool == NULL || atomic_exchange(&pool->busy, true)) {
+    if (tasks <= 1 || pool == NULL || atomic_load_explicit(&pool->busy, memory_order_relaxed) ||
+        atomic_exchange(&pool->busy, true)) {
         for (size_t task = 0; task < tasks; task++)
             fn(arg, task, 0);
         return;

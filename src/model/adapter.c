@@ -386,14 +386,14 @@ psoup_status psoup__adapter_add_head(psoup_model *model, psoup__adapter *adapter
     size_t old = adapter->count, count = old + (size_t)model->config.hidden_size + 1;
     float *grad = NULL, *data = ops->alloc(model->be, count, sizeof(float), error);
     if (data && adapter->grad)
-        grad = ops->alloc(model->be, count, sizeof(float), error);
+        grad = ops->alloc(model->be, (size_t)adapter->gradients * count, sizeof(float), error);
     if (!data || (adapter->grad && !grad)) {
         ops->release(model->be, data);
         return PSOUP_ERROR_MEMORY;
     }
     ops->copy(model->be, data, adapter->data, old * sizeof(float));
-    if (grad)
-        ops->copy(model->be, grad, adapter->grad, old * sizeof(float));
+    for (size_t k = 0; grad && k < (size_t)adapter->gradients; k++)
+        ops->copy(model->be, grad + k * count, adapter->grad + k * old, old * sizeof(float));
     ops->release(model->be, adapter->data);
     ops->release(model->be, adapter->grad);
     psoup__free(model->context, adapter->host); /* too short now */
@@ -405,15 +405,23 @@ psoup_status psoup__adapter_add_head(psoup_model *model, psoup__adapter *adapter
     return PSOUP_OK;
 }
 
+/* Weights up to which a pass of one thread is as fast a row as one of all threads at its best (docs/speed.md). */
+enum { SMALL = 1 << 20 };
+
+int32_t psoup__gradients(const psoup_model *model) {
+    return model->be->ops->on_host && psoup__model_count(model) <= SMALL ? PSOUP__LANES : 1;
+}
+
 psoup_status psoup__adapter_train(psoup_model *model, psoup__adapter *adapter, bool train,
                                   psoup_error *error) {
     const psoup__ops *ops = model->be->ops;
     if (train && adapter->grad) {
-        ops->zero(model->be, adapter->grad, adapter->count * sizeof(float));
+        ops->zero(model->be, adapter->grad, (size_t)adapter->gradients * adapter->count * sizeof(float));
         return PSOUP_OK;
     }
     if (train) {
-        adapter->grad = ops->alloc(model->be, adapter->count, sizeof(float), error);
+        adapter->gradients = psoup__gradients(model);
+        adapter->grad = ops->alloc(model->be, (size_t)adapter->gradients * adapter->count, sizeof(float), error);
         if (!adapter->grad)
             return PSOUP_ERROR_MEMORY;
     } else {

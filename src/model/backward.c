@@ -144,8 +144,9 @@ static psoup_status head(psoup__tape *t, scratch *s, const psoup__head_rows *h,
     psoup_status status = psoup__head_prepare(t, h, &space, error);
     if (status != PSOUP_OK)
         return status;
-    float *dw = adapter->dhead ? adapter->dhead : space.dweight;
-    float *dbias = adapter->dhead_bias ? adapter->dhead_bias : space.dweight + dim;
+    const size_t past = (size_t)t->gradient * adapter->count;
+    float *dw = adapter->dhead ? adapter->dhead + past : space.dweight;
+    float *dbias = adapter->dhead_bias ? adapter->dhead_bias + past : space.dweight + dim;
     const float *hidden = psoup__head_hidden(t, h, &space);
     ops->write(be, space.value, h->dvalue, (size_t)h->n * sizeof(float));
     if (hidden == t->hidden) {
@@ -270,7 +271,7 @@ static psoup_status check_loss(const psoup__tape *t, const psoup__loss_gradient 
 /* The frozen matrices are packed for dy·W too, the first time. A trainer takes thousands of steps
  * over the same weights, many of few rows; packing at each of them would cost up to a tenth of the
  * product. Inference never comes here, so it never pays for the copy. */
-static psoup_status pack(psoup_model *model, psoup_error *error) {
+psoup_status psoup__backward_ready(psoup_model *model, psoup_error *error) {
     if (model->data || model->backward_packed)
         return PSOUP_OK;
     return psoup__model_pack(model, true, error);
@@ -284,7 +285,7 @@ psoup_status psoup__backward(psoup_model *model, psoup__tape *t, const psoup__lo
     scratch s;
     psoup_status status;
     PSOUP__TRY(check_loss(t, loss, error));
-    PSOUP__TRY(pack(model, error));
+    PSOUP__TRY(psoup__backward_ready(model, error));
     PSOUP__TRY(psoup__tape_chunk(t, error));
     psoup__slab_measure(&t->backward);
     lay_out(t, &s, loss->dmix != NULL);

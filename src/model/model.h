@@ -39,7 +39,8 @@ typedef struct psoup__adapter {
     bool rslora;
     uint32_t targets;
     float *data; /* [count]: layer by layer, q k v o gate up down, A then B; then head [dim], bias [1] */
-    float *grad; /* [count], laid out as data; NULL while frozen */
+    float *grad; /* [gradients, count], each laid out as data; NULL while frozen */
+    int32_t gradients;
     size_t count;
     psoup__lora *lora; /* [layers · PSOUP__LINEARS], pointing into data and grad */
     float *head, *head_bias, *dhead, *dhead_bias; /* NULL where it has none, or is frozen */
@@ -143,7 +144,11 @@ psoup__adapter *psoup__model_adapter(const psoup_model *model, const char *name)
  * call it before taking pointers or gradients. */
 psoup_status psoup__adapter_add_head(psoup_model *model, psoup__adapter *adapter,
                                      psoup_error *error);
-/* Gives the adapter a zeroed gradient buffer, or takes it away. */
+/* Gradients of an adapter that trains: of a small model on the host several, that lanes of rows add to side by side
+ * (src/train/passes.c). Says nothing of threads: what depends on it is bits. */
+enum { PSOUP__LANES = 8 };
+int32_t psoup__gradients(const psoup_model *model);
+/* Gives the adapter zeroed gradients, or takes them away. */
 psoup_status psoup__adapter_train(psoup_model *model, psoup__adapter *adapter, bool train,
                                   psoup_error *error);
 /* Refuses one that holds NaN or an infinity, from which nothing is learnt, naming the tensor and the value; without
@@ -207,6 +212,9 @@ const float *psoup__tape_hidden(const psoup__tape *tape); /* device [rows, dim],
  * back through it (Chen et al. 2016, arXiv 1604.06174). Gradients have the same bits. */
 void psoup__tape_recompute(psoup__tape *tape, bool recompute);
 
+/* Which of its adapters' gradients a backward adds to: 0, unless this says another. */
+void psoup__tape_gradient(psoup__tape *tape, int32_t gradient);
+
 /* Runs the batch; with `save` keeps what psoup__backward needs. Refuses token ids out of range and
  * sequences longer than max_position_embeddings. */
 psoup_status psoup__forward(psoup_model *model, psoup__tape *tape, const psoup__batch *batch,
@@ -242,6 +250,8 @@ typedef struct psoup__loss_gradient {
     int32_t n_heads;
     float *dmix; /* host [batch n, n_adapters], overwritten; NULL: not asked for */
 } psoup__loss_gradient;
+/* What a backward makes when it is the first of its model. Before backwards of several tapes at once. */
+psoup_status psoup__backward_ready(psoup_model *model, psoup_error *error);
 /* Adds to the gradients of every adapter that has them (and to model->grad). Each adapter's sums run
  * over its own rows in their order, so rows of others change no bit of them. A tape is good for one
  * backward. */

@@ -86,6 +86,10 @@ void psoup__tape_recompute(psoup__tape *tape, bool recompute) {
     tape->recompute = recompute;
 }
 
+void psoup__tape_gradient(psoup__tape *tape, int32_t gradient) {
+    tape->gradient = gradient;
+}
+
 const float *psoup__tape_hidden(const psoup__tape *tape) {
     return tape->hidden;
 }
@@ -318,8 +322,14 @@ void psoup__tape_collect(psoup__tape *t) {
     psoup__lora *to = t->lora;
     int32_t pairs = t->model->config.num_hidden_layers * PSOUP__LINEARS;
     for (int32_t pair = 0; pair < pairs; pair++)
-        for (int32_t i = 0; i < t->active; i++)
-            *to++ = t->model->adapters[t->adapter[i]]->lora[pair];
+        for (int32_t i = 0; i < t->active; i++) {
+            const psoup__adapter *adapter = t->model->adapters[t->adapter[i]];
+            const size_t past = (size_t)t->gradient * adapter->count;
+            *to = adapter->lora[pair];
+            to->da = to->da ? to->da + past : NULL;
+            to->db = to->db ? to->db + past : NULL;
+            to++;
+        }
 }
 
 static int32_t cached_row(const psoup__cached *cached, int32_t s, int32_t token) {

@@ -69,6 +69,7 @@ struct psoup__tape {
     int32_t n, rows;
     bool saved;       /* holds what a backward needs */
     bool recompute;   /* asked for: see psoup__tape_recompute */
+    int32_t gradient; /* which of its adapters' */
     bool inputs_only; /* of this batch: of all layers but the one last run only x is kept */
     int32_t ahead;    /* see psoup__batch */
     float dropout;

@@ -70,7 +70,7 @@ static psoup_status add_policies(ppo_sizes *s, psoup_error *error) {
             s->adapters[s->n_adapters++] = psoup_model_find_adapter(model, names[k]);
             s->memory.adapters += 4 * head;
             s->memory.learning = psoup__sum(
-                s->memory.learning, psoup__learning_bytes(count, o->keep_best && policy->n_validation, &s->kept));
+                s->memory.learning, psoup__learning_bytes(model, count, o->keep_best && policy->n_validation, &s->kept));
         }
         look(policy, policy->prompts, policy->n_prompts, o->batch_size, &s->train);
         look(policy, policy->validation, policy->n_validation, (int64_t)policy->n_validation, &s->held);
@@ -87,40 +87,34 @@ static int64_t length(const ppo_sizes *s, const asked *a) {
     return (all < longest ? all : longest) - 1;
 }
 
-/* The passes that learn, and those that look before: one tape, which is as large as either needs. */
+/* The passes that learn, and those that look before: the same tapes, which are as large as either needs. */
 static psoup_status add_updates(ppo_sizes *s, psoup_error *error) {
     const psoup_ppo_options *o = &s->options;
     int64_t mini = psoup__product((int64_t)s->n, o->mini_batch_size ? o->mini_batch_size : o->batch_size);
-    psoup__extent update = {.rows = psoup__pass_rows(mini, length(s, &s->train), o->micro_batch_tokens),
-                            .adapters = s->adapters,
-                            .n_adapters = s->n_adapters,
-                            .each = s->each,
-                            .saved = true,
-                            .recompute = o->gradient_checkpointing,
-                            .lora_dropout = o->lora_dropout,
-                            .head_dropout = o->head_dropout};
-    update.sequences = mini < update.rows ? mini : update.rows;
-    update.reads = update.rows;
-    update.heads = psoup__has_critic(o) ? update.rows : 0;
-    psoup_status status = psoup__add_pass(s->model, &update, &s->memory, &s->reserved, error);
-    const asked *both[] = {&s->train, &s->held};
-    for (int k = 0; status == PSOUP_OK && k < 2; k++) {
-        psoup__extent before = update;
-        psoup__footprint print;
-        if (both[k]->prompts == 0)
-            continue;
-        before.saved = false;
-        before.lora_dropout = before.head_dropout = 0;
-        before.rows = psoup__pass_rows(2 * both[k]->prompts, length(s, both[k]), o->micro_batch_tokens);
-        before.sequences = 2 * both[k]->prompts < before.rows ? 2 * both[k]->prompts : before.rows;
-        before.reads = before.rows;
-        before.heads = k == 0 && psoup__has_critic(o) ? before.rows : 0;
-        status = psoup__measure_batch(s->model, &before, &print, error);
-        if (print.activations > s->memory.activations)
-            s->memory.activations = print.activations;
-        s->reserved = print.reserved > s->reserved ? print.reserved : s->reserved;
+    psoup__use uses[3] = {{.extent = {.adapters = s->adapters,
+                                      .n_adapters = s->n_adapters,
+                                      .each = s->each,
+                                      .saved = true,
+                                      .recompute = o->gradient_checkpointing,
+                                      .lora_dropout = o->lora_dropout,
+                                      .head_dropout = o->head_dropout}}};
+    const asked *of[] = {&s->train, &s->train, &s->held};
+    const int64_t items[] = {mini, 2 * s->train.prompts, 2 * s->held.prompts};
+    int n = s->held.prompts ? 3 : 2;
+    for (int k = 0; k < n; k++) {
+        psoup__extent *e = &uses[k].extent;
+        if (k > 0) {
+            *e = uses[0].extent;
+            e->saved = false;
+            e->lora_dropout = e->head_dropout = 0;
+        }
+        uses[k].at_once = psoup__passes_at_once(s->model, (int64_t)s->n, items[k], length(s, of[k]),
+                                                o->micro_batch_tokens, e->saved, &e->rows);
+        e->sequences = items[k] < e->rows ? items[k] : e->rows;
+        e->reads = e->rows;
+        e->heads = k < 2 && psoup__has_critic(o) ? e->rows : 0;
     }
-    return status;
+    return psoup__add_passes(s->model, uses, n, &s->memory, &s->reserved, error);
 }
 
 /* Where responses decode together, and what stays of them. */
@@ -202,15 +196,14 @@ static psoup_status add_scoring(ppo_sizes *s, psoup_error *error) {
             int64_t tokens = read + s->most < most || o->reward_text ? read + s->most : most;
             tokens = tokens < most ? tokens : most;
             int32_t adapter = psoup_model_find_adapter(reward->model, reward->name);
-            psoup__extent pass = {.rows = psoup__pass_rows(readings, tokens, PSOUP__PASS_TOKENS),
-                                  .adapters = &adapter,
-                                  .n_adapters = 1,
-                                  .each = 1};
-            pass.sequences = pass.heads = readings < pass.rows ? readings : pass.rows;
-            status = psoup__add_pass(reward->model, &pass, &s->memory, &s->reserved, error);
+            psoup__use use = {.extent = {.adapters = &adapter, .n_adapters = 1, .each = 1}};
+            use.at_once = psoup__passes_at_once(reward->model, 1, readings, tokens, PSOUP__PASS_TOKENS, false,
+                                                &use.extent.rows);
+            use.extent.sequences = use.extent.heads = readings < use.extent.rows ? readings : use.extent.rows;
+            status = psoup__add_passes(reward->model, &use, 1, &s->memory, &s->reserved, error);
         }
     /* score.c: of each reading its place, its sequence and score; with text also its tokens. */
-    int64_t each = 72 + (int64_t)sizeof(psoup__sequence) + 8 + (o->reward_text ? 8 * (read + s->most) : 0);
+    int64_t each = 72 + (int64_t)sizeof(psoup__sequence) + 8 + 12 + PSOUP__ITEM_BYTES + (o->reward_text ? 8 * (read + s->most) : 0);
     s->memory.rows = psoup__sum(s->memory.rows, psoup__product(readings, each));
     return status;
 }
@@ -232,7 +225,7 @@ psoup_status psoup_ppo_memory(psoup_model *model, const psoup_ppo_policy *polici
     PSOUP__TRY(add_rollouts(&s, error));
     PSOUP__TRY(add_scoring(&s, error));
     int64_t items = 2 * (s.train.prompts > s.held.prompts ? s.train.prompts : s.held.prompts);
-    s.memory.rows = psoup__sum(s.memory.rows, psoup__product(items, 96 + 8)); /* src/ppo/update.c's lists */
+    s.memory.rows = psoup__sum(s.memory.rows, psoup__product(items, 192 + PSOUP__ITEM_BYTES)); /* update.c's */
     s.memory.rows += psoup__checkpoint_bytes(s.options.checkpoint_dir);
     s.memory.activations = psoup__sum(s.memory.activations, s.reserved);
     int64_t a = length(&s, &s.train), b = length(&s, &s.held);

@@ -90,6 +90,20 @@ void psoup__scale_advantages(double *advantage, size_t n, double deviation) {
         advantage[i] /= deviation + 1e-4;
 }
 
+void psoup__ppo_terms_add(psoup__ppo_terms *terms, const psoup__ppo_terms *more) {
+    terms->policy_loss += more->policy_loss;
+    terms->value_loss += more->value_loss;
+    terms->ratio += more->ratio;
+    if (!(more->ratio_max <= terms->ratio_max))
+        terms->ratio_max = more->ratio_max;
+    terms->kl += more->kl;
+    terms->clipped += more->clipped;
+    terms->value_clipped += more->value_clipped;
+    terms->tokens += more->tokens;
+    terms->ratios += more->ratios;
+    terms->finite = terms->finite && more->finite;
+}
+
 /* L = max(−A ρ, −A clip(ρ, 1−ε, 1+ε)), ρ = exp(log π − log π_old): Schulman et al. 2017 (arXiv
  * 1707.06347) equation 7. Where the clipped branch is the larger one, ρ lies outside the range and the
  * gradient is 0; elsewhere ∂L/∂log π = −A ρ. */

@@ -31,6 +31,7 @@ typedef struct psoup__ppo_terms {
     size_t tokens, ratios; /* as many, but where a response has one ratio */
     bool finite; /* start it as true */
 } psoup__ppo_terms;
+void psoup__ppo_terms_add(psoup__ppo_terms *terms, const psoup__ppo_terms *more);
 /* dlogprob[t] = scale · ∂/∂logprob of the clipped surrogate; adds to terms, which counts the tokens. */
 void psoup__policy_loss(float *dlogprob, const float *logprob, const float *old_logprob,
                         const float *advantage, size_t n, double clip, double scale,

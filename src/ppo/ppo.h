@@ -93,7 +93,7 @@ struct psoup_ppo {
     psoup__team team;
     psoup__reporter reporter;
     psoup__checkpoint checkpoint;
-    psoup__pack *pack;
+    psoup__passes *passes;
     psoup__policy *policies;
     psoup__policy **active; /* [n] scratch of a step */
     psoup__request *requests; /* [n] scratch */

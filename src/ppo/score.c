@@ -173,7 +173,7 @@ static psoup_status score_model(scoring *s, size_t from, psoup__sequence *sequen
                                 float *scores /* [n] */, bool *done /* [n] */, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_model *model = s->readings[from].reward->model;
-    psoup__pack *pack = NULL;
+    psoup__passes *passes = NULL;
     size_t n = 0;
     for (size_t i = from; i < s->n; i++) {
         psoup__adapter *adapter = NULL;
@@ -183,8 +183,8 @@ static psoup_status score_model(scoring *s, size_t from, psoup__sequence *sequen
         PSOUP__TRY(psoup__reward_adapter(s->readings[i].reward, &adapter, &index, error));
         sequences[n++] = sequence_of(s, &s->readings[i], index);
     }
-    PSOUP__TRY(psoup__reward_pack(s->readings[from].reward, &pack, error));
-    PSOUP__TRY(psoup__score_sequences(pack, sequences, n, scores, error));
+    PSOUP__TRY(psoup__reward_passes(s->readings[from].reward, &passes, error));
+    PSOUP__TRY(psoup__score_sequences(passes, sequences, n, scores, error));
     n = 0;
     for (size_t i = from; i < s->n; i++)
         if (s->readings[i].reward->model == model) {

@@ -142,6 +142,8 @@ static psoup_status start_part(psoup_ppo *ppo, psoup__policy *policy, size_t k, 
         trained -= (size_t)model->config.hidden_size + 1;
     part->optimizer = (psoup__optimizer){.p = part->adapter->data,
                                          .g = part->adapter->grad,
+                                         .gradients = part->adapter->gradients,
+                                         .stride = part->adapter->count,
                                          .n = trained,
                                          .beta1 = o->beta1,
                                          .beta2 = o->beta2,
@@ -214,7 +216,7 @@ psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *polici
     if (ppo->options.samples && ppo->team.rank == 0)
         PSOUP__TRY(psoup_jsonl_create(model->context, ppo->options.samples, 1, &ppo->reporter.samples,
                                       error));
-    PSOUP__TRY(psoup__pack_create(model, ppo->options.gradient_checkpointing, &ppo->pack, error));
+    PSOUP__TRY(psoup__passes_create(model, ppo->options.gradient_checkpointing, &ppo->passes, error));
     ppo->policies = psoup__alloc(model->context, n, sizeof(*ppo->policies), error);
     ppo->active = psoup__alloc(model->context, n, sizeof(psoup__policy *), error);
     ppo->requests = psoup__alloc(model->context, n, sizeof(*ppo->requests), error);
@@ -279,7 +281,7 @@ void psoup_ppo_free(psoup_ppo *ppo) {
     psoup__checkpoint_close(&ppo->checkpoint);
     psoup__reporter_close(&ppo->reporter);
     psoup__team_leave(&ppo->team);
-    psoup__pack_free(ppo->pack);
+    psoup__passes_free(ppo->passes);
     psoup__free(context, ppo);
 }
 

@@ -2,6 +2,7 @@
  * a policy that stops early leaves them. */
 #include <math.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "ppo/ppo.h"
 
@@ -15,6 +16,8 @@ typedef struct item {
     double scale; /* of a token's loss in an update: its share of the mini-batch's mean */
     bool reference;
     bool last; /* in the mini-batch's last loss group */
+    bool first; /* no update or epoch came before: its ratios are noted */
+    psoup__ppo_terms terms; /* of an update: what its loss came to */
 } item;
 
 typedef struct work {
@@ -24,7 +27,7 @@ typedef struct work {
     item *items;     /* [n] in order of owner */
     int32_t *rows, *owner, *pass;
     size_t n;
-    int32_t passes;
+    bool values; /* are read */
 } work;
 
 static psoup__experience *experience_of(const work *w, const item *it) {
@@ -63,15 +66,15 @@ static void add_item(work *w, item it) {
     w->n++;
 }
 
-static psoup_status plan(work *w, psoup_error *error) {
-    return psoup__plan(w->ppo->model->context, w->rows, w->owner, w->n,
-                       w->ppo->options.micro_batch_tokens, w->pass, &w->passes, error);
+static psoup_status run(work *w, psoup__pass_fn fn, bool learn, psoup_error *error) {
+    psoup_status status = psoup__passes_plan(w->ppo->passes, w->rows, w->owner, w->n,
+                                             w->ppo->options.micro_batch_tokens, learn, w->pass, error);
+    return status == PSOUP_OK ? psoup__passes_run(w->ppo->passes, fn, w, error) : status;
 }
 
 /* The distribution of response token t, and the value before it, are read at position |q| + t − 1. */
-static psoup_status pack_item(work *w, item *it, bool values, psoup_error *error) {
+static psoup_status pack_item(const work *w, psoup__pack *pack, item *it, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    psoup__pack *pack = w->ppo->pack;
     const psoup__policy *policy = w->policies[it->policy];
     const psoup__rollouts *r = &experience_of(w, it)->rollouts;
     const int32_t *response = r->response + r->start[it->rollout];
@@ -93,14 +96,14 @@ static psoup_status pack_item(work *w, item *it, bool values, psoup_error *error
     it->row = row + (int32_t)prompt->n - 1;
     for (size_t t = 0; t < n; t++)
         PSOUP__TRY(psoup__pack_read(pack, it->row + (int32_t)t, response[t], error));
-    if (values && !it->reference)
+    if (w->values && !it->reference)
         PSOUP__TRY(psoup__pack_values(pack, n, &it->value, error));
 fail:
     return status;
 }
 
 /* One adapter's part of the values of items [begin, end), which are of one policy. */
-static psoup_status pack_heads(work *w, int32_t pass, size_t begin, size_t end, size_t part,
+static psoup_status pack_heads(const work *w, psoup__pack *pack, int32_t pass, size_t begin, size_t end, size_t part,
                                psoup_error *error) {
     const psoup__policy *policy = w->policies[w->items[begin].policy];
     uint64_t seed = psoup__seed_for(policy->given.seed, PSOUP__FOR_HEAD_DROPOUT);
@@ -112,7 +115,7 @@ static psoup_status pack_heads(work *w, int32_t pass, size_t begin, size_t end, 
         if (w->pass[i] != pass || it->reference || weight == 0.0f)
             continue;
         for (size_t t = 0; t < response_tokens(r, it->rollout); t++)
-            PSOUP__TRY(psoup__pack_head(w->ppo->pack, policy->parts[part].adapter,
+            PSOUP__TRY(psoup__pack_head(pack, policy->parts[part].adapter,
                                         it->row + (int32_t)t, it->value + t, weight, seed,
                                         it->stream, t, error));
     }
@@ -120,17 +123,17 @@ fail:
     return status;
 }
 
-static psoup_status pack_pass(work *w, int32_t pass, bool values, psoup_error *error) {
+static psoup_status pack_pass(const work *w, psoup__pack *pack, int32_t pass, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    psoup__pack_clear(w->ppo->pack);
-    for (size_t i = 0; i < w->n; i++)
+    const size_t begin = w->ppo->passes->begin[pass], last = w->ppo->passes->end[pass];
+    for (size_t i = begin; i < last; i++)
         if (w->pass[i] == pass)
-            PSOUP__TRY(pack_item(w, &w->items[i], values, error));
-    for (size_t i = 0, end; values && i < w->n; i = end) {
-        for (end = i; end < w->n && w->items[end].policy == w->items[i].policy;)
+            PSOUP__TRY(pack_item(w, pack, &w->items[i], error));
+    for (size_t i = begin, end; w->values && i < last; i = end) {
+        for (end = i; end < last && w->items[end].policy == w->items[i].policy;)
             end++;
         for (size_t k = 0; k < w->policies[w->items[i].policy]->n_parts; k++)
-            PSOUP__TRY(pack_heads(w, pass, i, end, k, error));
+            PSOUP__TRY(pack_heads(w, pack, pass, i, end, k, error));
     }
 fail:
     return status;
@@ -150,6 +153,26 @@ static psoup_status reserve_tokens(psoup_context *context, psoup__experience *x,
                                   error));
     }
     x->capacity = reached;
+fail:
+    return status;
+}
+
+static psoup_status evaluate_pass(void *user, psoup__pack *pack, int32_t pass, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    const work *w = user;
+    PSOUP__TRY(pack_pass(w, pack, pass, error));
+    PSOUP__TRY(psoup__pack_forward(pack, false, 0.0f, 0.0f, error));
+    for (size_t i = w->ppo->passes->begin[pass], read = 0; i < w->ppo->passes->end[pass]; i++) {
+        const item *it = &w->items[i];
+        if (w->pass[i] != pass)
+            continue;
+        psoup__experience *x = experience_of(w, it);
+        size_t begin = (size_t)x->rollouts.start[it->rollout], n = response_tokens(&x->rollouts, it->rollout);
+        memcpy((it->reference ? x->ref_logprob : x->logprob) + begin, pack->logprob + read, n * sizeof(*x->logprob));
+        if (w->values && !it->reference)
+            memcpy(x->value + begin, pack->value + it->value, n * sizeof(*x->value));
+        read += n;
+    }
 fail:
     return status;
 }
@@ -179,28 +202,8 @@ psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies,
                 if (experience_of(&w, &it)->rollouts.mine[it.rollout])
                     add_item(&w, it);
         }
-    PSOUP__TRY(plan(&w, error));
-    for (int32_t pass = 0; pass < w.passes; pass++) {
-        PSOUP__TRY(pack_pass(&w, pass, values, error));
-        PSOUP__TRY(psoup__pack_forward(ppo->pack, false, 0.0f, 0.0f, error));
-        size_t read = 0;
-        for (size_t i = 0; i < w.n; i++) {
-            if (w.pass[i] != pass)
-                continue;
-            psoup__experience *x = experience_of(&w, &w.items[i]);
-            int32_t begin = x->rollouts.start[w.items[i].rollout];
-            int32_t end = x->rollouts.start[w.items[i].rollout + 1];
-            for (int32_t t = begin; t < end; t++) {
-                if (w.items[i].reference) {
-                    x->ref_logprob[t] = ppo->pack->logprob[read++];
-                    continue;
-                }
-                x->logprob[t] = ppo->pack->logprob[read++];
-                if (values)
-                    x->value[t] = ppo->pack->value[w.items[i].value + (size_t)(t - begin)];
-            }
-        }
-    }
+    w.values = values;
+    PSOUP__TRY(run(&w, evaluate_pass, false, error));
     for (size_t p = 0; p < n; p++) {
         item any = {.policy = p};
         PSOUP__TRY(psoup__ppo_share_evaluation(ppo, experience_of(&w, &any), values, error));
@@ -227,33 +230,46 @@ typedef struct progress {
 } progress;
 
 /* The loss of one response of a pass, and its gradient; `read` is its first token in the pack. */
-static void lose(work *w, const item *it, progress *g, size_t read) {
+static void lose(const work *w, psoup__pack *pack, item *it, size_t read) {
     const psoup_ppo_options *o = &w->ppo->options;
-    psoup__pack *pack = w->ppo->pack;
     psoup__experience *x = experience_of(w, it);
     size_t begin = (size_t)x->rollouts.start[it->rollout];
     size_t n = (size_t)x->rollouts.start[it->rollout + 1] - begin;
-    if (!g->updated && g->epochs == 0)
+    it->terms = (psoup__ppo_terms){.finite = true};
+    if (it->first)
         for (size_t t = 0; t < n; t++)
             x->first_ratio[begin + t] = expf(pack->logprob[read + t] - x->logprob[begin + t]);
-    double kl_before = g->terms.kl;
     if (o->objective == PSOUP_OBJECTIVE_RLOO)
         psoup__response_loss(pack->dlogprob + read, pack->logprob + read, x->logprob + begin,
-                             x->advantage[begin], n, o->clip_range, it->scale, &g->terms);
+                             x->advantage[begin], n, o->clip_range, it->scale, &it->terms);
     else
         psoup__policy_loss(pack->dlogprob + read, pack->logprob + read, x->logprob + begin,
-                           x->advantage + begin, n, o->clip_range, it->scale, &g->terms);
+                           x->advantage + begin, n, o->clip_range, it->scale, &it->terms);
     if (o->objective == PSOUP_OBJECTIVE_GRPO)
         psoup__kl_loss(pack->dlogprob + read, pack->logprob + read, x->ref_logprob + begin, n, o->kl_estimator,
-                       w->policies[it->policy]->state.kl_coefficient, it->scale, &g->terms);
+                       w->policies[it->policy]->state.kl_coefficient, it->scale, &it->terms);
     if (psoup__has_critic(o))
         psoup__value_loss(pack->dvalue + it->value, pack->value + it->value, x->value + begin,
                           x->returns + begin, n, o->clip_range_value,
-                          o->value_coefficient * it->scale, &g->terms);
-    if (it->last) {
-        g->last_kl += g->terms.kl - kl_before;
-        g->last_tokens += n;
+                          o->value_coefficient * it->scale, &it->terms);
+}
+
+static psoup_status update_pass(void *user, psoup__pack *pack, int32_t pass, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    const work *w = user;
+    const psoup_ppo_options *o = &w->ppo->options;
+    PSOUP__TRY(pack_pass(w, pack, pass, error));
+    PSOUP__TRY(psoup__pack_forward(pack, true, o->lora_dropout, o->head_dropout, error));
+    for (size_t i = w->ppo->passes->begin[pass], read = 0; i < w->ppo->passes->end[pass]; i++) {
+        item *it = &w->items[i];
+        if (w->pass[i] != pass)
+            continue;
+        lose(w, pack, it, read);
+        read += response_tokens(&experience_of(w, it)->rollouts, it->rollout);
     }
+    PSOUP__TRY(psoup__pack_backward(pack, error));
+fail:
+    return status;
 }
 
 static void zero_gradients(psoup__policy *policy) {
@@ -357,7 +373,8 @@ static void add_mini_batch(work *w, size_t p, progress *g, size_t begin, size_t 
                              .rollout = (size_t)g->order[i],
                              .stream = w->policies[p]->next.updates++,
                              .scale = 1.0 / (groups * (double)count),
-                             .last = last == end};
+                             .last = last == end,
+                             .first = !g->updated && g->epochs == 0};
             size_t rows = r->prompt[it.rollout]->n + response_tokens(r, it.rollout);
             if (psoup__team_mine(&w->ppo->team, (int64_t)rows))
                 add_item(w, it);
@@ -369,7 +386,6 @@ static void add_mini_batch(work *w, size_t p, progress *g, size_t begin, size_t 
 static psoup_status run_mini_batch(work *w, progress *all, size_t n, size_t begin, size_t end,
                                    psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    const psoup_ppo_options *o = &w->ppo->options;
     w->n = 0;
     for (size_t p = 0; p < n; p++) {
         progress *g = &all[p];
@@ -379,20 +395,13 @@ static psoup_status run_mini_batch(work *w, progress *all, size_t n, size_t begi
         add_mini_batch(w, p, g, begin, end);
         zero_gradients(w->policies[p]);
     }
-    PSOUP__TRY(plan(w, error));
-    for (int32_t pass = 0; pass < w->passes; pass++) {
-        PSOUP__TRY(pack_pass(w, pass, psoup__has_critic(o), error));
-        PSOUP__TRY(psoup__pack_forward(w->ppo->pack, true, o->lora_dropout, o->head_dropout,
-                                       error));
-        size_t read = 0;
-        for (size_t i = 0; i < w->n; i++) {
-            if (w->pass[i] != pass)
-                continue;
-            const item *it = &w->items[i];
-            lose(w, it, &all[it->policy], read);
-            read += response_tokens(&experience_of(w, it)->rollouts, it->rollout);
-        }
-        PSOUP__TRY(psoup__pack_backward(w->ppo->pack, error));
+    PSOUP__TRY(run(w, update_pass, true, error));
+    for (size_t i = 0; i < w->n; i++) {
+        const item *it = &w->items[i];
+        progress *g = &all[it->policy];
+        psoup__ppo_terms_add(&g->terms, &it->terms);
+        g->last_kl += it->last ? it->terms.kl : 0.0;
+        g->last_tokens += it->last ? it->terms.tokens : 0;
     }
     for (size_t p = 0; p < n; p++)
         if (!all[p].stopped)
@@ -433,7 +442,7 @@ psoup_status psoup__ppo_update(psoup_ppo *ppo, psoup__policy *const *policies, s
     psoup_context *context = ppo->model->context;
     size_t batch = (size_t)o->batch_size;
     size_t mini = o->mini_batch_size ? (size_t)o->mini_batch_size : batch;
-    work w = {.ppo = ppo, .policies = policies};
+    work w = {.ppo = ppo, .policies = policies, .values = psoup__has_critic(o)};
     progress *all = psoup__alloc(context, n, sizeof(*all), error);
     if (!all)
         return PSOUP_ERROR_MEMORY;

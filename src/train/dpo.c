@@ -177,6 +177,8 @@ static psoup_status start_policy(psoup__dpo_trainer *t, psoup__dpo_learner *l, s
     l->training = true;
     l->optimizer = (psoup__optimizer){.p = l->adapter->data,
                                       .g = l->adapter->grad,
+                                      .gradients = l->adapter->gradients,
+                                      .stride = l->adapter->count,
                                       .n = l->adapter->count,
                                       .beta1 = o->beta1,
                                       .beta2 = o->beta2,
@@ -200,10 +202,11 @@ static psoup_status set_up(psoup__dpo_trainer *t, const char *const *policies, s
     t->pass = psoup__alloc(context, items, sizeof(*t->pass), error);
     t->stream = psoup__alloc(context, items, sizeof(*t->stream), error);
     t->learners = psoup__alloc(context, n, sizeof(*t->learners), error);
-    if (!t->item || !t->owner || !t->rows || !t->pass || !t->stream || !t->learners)
+    t->logprob = psoup__alloc(context, 2 * items, sizeof(*t->logprob), error);
+    if (!t->item || !t->owner || !t->rows || !t->pass || !t->stream || !t->logprob || !t->learners)
         return PSOUP_ERROR_MEMORY;
     t->n = n;
-    PSOUP__TRY(psoup__pack_create(t->model, t->options.gradient_checkpointing, &t->pack, error));
+    PSOUP__TRY(psoup__passes_create(t->model, t->options.gradient_checkpointing, &t->passes, error));
     for (size_t j = 0; j < n; j++)
         PSOUP__TRY(start_policy(t, &t->learners[j], j, policies[j], error));
 fail:
@@ -212,7 +215,7 @@ fail:
 
 static void tear_down(psoup__dpo_trainer *t) {
     psoup_context *context = t->model->context;
-    void *arrays[] = {t->item,   t->owner, t->rows, t->pass, t->stream, t->train.reference,
+    void *arrays[] = {t->item,   t->owner, t->rows, t->pass, t->stream, t->logprob, t->train.reference,
                       t->validation.reference};
     for (size_t j = 0; j < t->n; j++) {
         psoup__dpo_learner *l = &t->learners[j];
@@ -231,7 +234,7 @@ static void tear_down(psoup__dpo_trainer *t) {
     psoup__checkpoint_close(&t->checkpoint);
     psoup__reporter_close(&t->reporter);
     psoup__team_leave(&t->team);
-    psoup__pack_free(t->pack);
+    psoup__passes_free(t->passes);
 }
 
 /* ---- the training ----------------------------------------------------------------------------------- */

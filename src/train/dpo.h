@@ -37,13 +37,14 @@ typedef struct psoup__dpo_trainer {
     psoup__dpo_set train, validation;
     psoup__dpo_learner *learners;
     size_t n;
-    psoup__pack *pack;
+    psoup__passes *passes;
     psoup__team team;
     psoup__reporter reporter;
     psoup__checkpoint checkpoint;
     /* The items of a micro-batch: pairs of all learners, at most those of a whole set. */
     int32_t *item, *owner, *rows, *pass; /* [items] */
     uint64_t *stream;                    /* [items] of the chosen row; the rejected has the next */
+    double *logprob;                     /* [items, 2] of both responses */
     double since;   /* when the step began */
     size_t through; /* tokens that went through it */
 } psoup__dpo_trainer;

@@ -27,17 +27,23 @@ static int64_t rows_of(const psoup__dpo_trainer *t, const psoup_dpo_pair *pair) 
     return (int64_t)(2 * (pair->n_prompt - 1) + length[0] + length[1]);
 }
 
+/* What is run of the listed items, all of one set. */
+typedef struct errand {
+    psoup__dpo_trainer *t;
+    const psoup__dpo_set *set;
+    purpose what;
+} errand;
+
 /* Both rows of the items of one pass; what is read are their responses' tokens, chosen before rejected.
  * Token k is read at position |prompt| + k − 1, so that a row needs no last token. */
-static psoup_status pack_items(psoup__dpo_trainer *t, const psoup__dpo_set *set, size_t n,
-                               int32_t pass, purpose what, psoup_error *error) {
+static psoup_status pack_items(const errand *e, psoup__pack *pack, int32_t pass, psoup_error *error) {
     psoup_status status = PSOUP_OK;
+    const psoup__dpo_trainer *t = e->t;
     uint64_t seed = psoup__seed_for(t->options.seed, PSOUP__FOR_LORA_DROPOUT);
-    psoup__pack_clear(t->pack);
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = t->passes->begin[pass]; i < t->passes->end[pass]; i++) {
         if (t->pass[i] != pass)
             continue;
-        const psoup_dpo_pair *pair = &set->pairs[t->item[i]];
+        const psoup_dpo_pair *pair = &e->set->pairs[t->item[i]];
         for (int side = 0; side < 2; side++) {
             size_t length;
             const int32_t *tokens = response(t, pair, side, &length);
@@ -46,71 +52,86 @@ static psoup_status pack_items(psoup__dpo_trainer *t, const psoup__dpo_set *set,
                 .n_first = pair->n_prompt,
                 .then = tokens,
                 .n_then = length - 1,
-                .adapter = what == REFERENCE ? -1 : t->learners[t->owner[i]].index,
+                .adapter = e->what == REFERENCE ? -1 : t->learners[t->owner[i]].index,
                 .seed = seed,
                 .stream = t->stream[i] + (uint64_t)side};
             int32_t row;
-            PSOUP__TRY(psoup__pack_sequence(t->pack, &sequence, &row, error));
+            PSOUP__TRY(psoup__pack_sequence(pack, &sequence, &row, error));
             row += (int32_t)pair->n_prompt - 1;
             for (size_t k = 0; k < length; k++)
-                PSOUP__TRY(psoup__pack_read(t->pack, row + (int32_t)k, tokens[k], error));
+                PSOUP__TRY(psoup__pack_read(pack, row + (int32_t)k, tokens[k], error));
         }
     }
 fail:
     return status;
 }
 
-/* One item's loss, its gradient where it learns, and what its learner reports. Its responses' tokens
- * are n[0] and then n[1] of those read, from `read` on. */
-static void lose(psoup__dpo_trainer *t, const psoup__dpo_set *set, size_t i, size_t read, const size_t n[2],
-                 const double logprob[2], purpose what) {
-    psoup__dpo_learner *l = &t->learners[t->owner[i]];
-    const double *reference = set->reference + 2 * (size_t)t->item[i];
-    double token = t->options.length_penalty / (double)t->options.beta, dw;
-    double w = logprob[0] - reference[0] + token * (double)n[0], r = logprob[1] - reference[1] + token * (double)n[1];
-    l->loss += psoup__dpo_loss(w, r, t->options.beta, t->options.label_smoothing, &dw);
-    l->right += w > r;
-    l->chosen += t->options.beta * w;
-    l->rejected += t->options.beta * r;
-    if (what != LEARN)
-        return;
-    float slope = (float)(dw / (double)(l->step_end - l->at)); /* mean over the step */
-    for (size_t k = 0; k < n[0] + n[1]; k++)
-        t->pack->dlogprob[read + k] = k < n[0] ? slope : -slope;
+/* The loss of an item, by its responses' log-probs: by what they gained on the reference's, and their lengths. */
+static double loss_of(const errand *e, size_t i, double *w, double *r, double *dw) {
+    const psoup__dpo_trainer *t = e->t;
+    const double *reference = e->set->reference + 2 * (size_t)t->item[i];
+    double token = t->options.length_penalty / (double)t->options.beta;
+    size_t n[2];
+    for (int side = 0; side < 2; side++)
+        response(t, &e->set->pairs[t->item[i]], side, &n[side]);
+    *w = t->logprob[2 * i] - reference[0] + token * (double)n[0];
+    *r = t->logprob[2 * i + 1] - reference[1] + token * (double)n[1];
+    return psoup__dpo_loss(*w, *r, t->options.beta, t->options.label_smoothing, dw);
+}
+
+static psoup_status run_pass(void *user, psoup__pack *pack, int32_t pass, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    const errand *e = user;
+    psoup__dpo_trainer *t = e->t;
+    const bool learn = e->what == LEARN;
+    PSOUP__TRY(pack_items(e, pack, pass, error));
+    PSOUP__TRY(psoup__pack_forward(pack, learn, learn ? t->options.lora_dropout : 0.0f, 0.0f, error));
+    for (size_t i = t->passes->begin[pass], read = 0; i < t->passes->end[pass]; i++) {
+        if (t->pass[i] != pass)
+            continue;
+        size_t length[2], at = read;
+        double *logprob = t->logprob + 2 * i, w, r, dw;
+        logprob[0] = logprob[1] = 0.0;
+        for (int side = 0; side < 2; side++) {
+            response(t, &e->set->pairs[t->item[i]], side, &length[side]);
+            for (size_t k = 0; k < length[side]; k++)
+                logprob[side] += pack->logprob[read++];
+        }
+        if (!learn)
+            continue;
+        const psoup__dpo_learner *l = &t->learners[t->owner[i]];
+        loss_of(e, i, &w, &r, &dw);
+        float slope = (float)(dw / (double)(l->step_end - l->at)); /* mean over the step */
+        for (size_t k = at; k < read; k++)
+            pack->dlogprob[k] = k < at + length[0] ? slope : -slope;
+    }
+    if (learn)
+        PSOUP__TRY(psoup__pack_backward(pack, error));
+fail:
+    return status;
 }
 
 /* Runs the items that were listed, in as many passes as it takes: forwards for the reference's
- * log-probs, or for the losses, or backwards too. */
+ * log-probs, or for the losses, or backwards too. What the losses come to goes to the learners. */
 static psoup_status run_items(psoup__dpo_trainer *t, const psoup__dpo_set *set, size_t n, purpose what,
                               psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    int32_t passes = 0;
+    errand e = {t, set, what};
     for (size_t i = 0; i < n; i++)
-        t->rows[i] = (int32_t)rows_of(t, &set->pairs[t->item[i]]);
-    PSOUP__TRY(psoup__plan(t->model->context, t->rows, t->owner, n, PSOUP__PASS_TOKENS, t->pass,
-                           &passes, error));
-    for (int32_t pass = 0; pass < passes; pass++) {
-        PSOUP__TRY(pack_items(t, set, n, pass, what, error));
-        PSOUP__TRY(psoup__pack_forward(t->pack, what == LEARN,
-                                       what == LEARN ? t->options.lora_dropout : 0.0f, 0.0f, error));
-        for (size_t i = 0, read = 0; i < n; i++) {
-            if (t->pass[i] != pass)
-                continue;
-            size_t length[2], at = read;
-            double logprob[2] = {0.0, 0.0};
-            for (int side = 0; side < 2; side++) {
-                response(t, &set->pairs[t->item[i]], side, &length[side]);
-                for (size_t k = 0; k < length[side]; k++)
-                    logprob[side] += t->pack->logprob[read++];
-            }
-            if (what == REFERENCE)
-                memcpy(set->reference + 2 * (size_t)t->item[i], logprob, sizeof(logprob));
-            else
-                lose(t, set, i, at, length, logprob, what);
+        t->through += (size_t)(t->rows[i] = (int32_t)rows_of(t, &set->pairs[t->item[i]]));
+    PSOUP__TRY(psoup__passes_plan(t->passes, t->rows, t->owner, n, PSOUP__PASS_TOKENS, what == LEARN, t->pass, error));
+    PSOUP__TRY(psoup__passes_run(t->passes, run_pass, &e, error));
+    for (size_t i = 0; i < n; i++) {
+        psoup__dpo_learner *l = &t->learners[t->owner[i]];
+        double w, r, dw;
+        if (what == REFERENCE) {
+            memcpy(set->reference + 2 * (size_t)t->item[i], t->logprob + 2 * i, 2 * sizeof(*t->logprob));
+            continue;
         }
-        t->through += t->pack->rows;
-        if (what == LEARN)
-            PSOUP__TRY(psoup__pack_backward(t->pack, error));
+        l->loss += loss_of(&e, i, &w, &r, &dw);
+        l->right += w > r;
+        l->chosen += t->options.beta * w;
+        l->rejected += t->options.beta * r;
     }
 fail:
     return status;

@@ -14,24 +14,37 @@ static int64_t pack_bytes(const psoup_model *model, const psoup__extent *e) {
     return 2 * psoup__sum(sum, psoup__product(e->sequences, sequence + (int64_t)sizeof(psoup__head_rows)));
 }
 
-psoup_status psoup__add_pass(psoup_model *model, const psoup__extent *e, psoup_memory *memory, int64_t *reserved,
-                             psoup_error *error) {
-    psoup__footprint print;
-    psoup_status status = psoup__measure_batch(model, e, &print, error);
-    psoup__memory_add(memory, &print);
-    memory->rows = psoup__sum(memory->rows, pack_bytes(model, e));
-    *reserved = print.reserved > *reserved ? print.reserved : *reserved;
+psoup_status psoup__add_passes(psoup_model *model, const psoup__use *uses, int n, psoup_memory *memory,
+                               int64_t *reserved, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__footprint print[PSOUP__USES];
+    int64_t runners = 1, host[PSOUP__USES];
+    for (int i = 0; i < n; i++) {
+        PSOUP__TRY(psoup__measure_batch(model, &uses[i].extent, &print[i], error));
+        host[i] = psoup__sum(print[i].host, pack_bytes(model, &uses[i].extent));
+        runners = uses[i].at_once > runners ? uses[i].at_once : runners;
+        *reserved = print[i].reserved > *reserved ? print[i].reserved : *reserved;
+    }
+    for (int64_t r = 0; r < runners; r++) {
+        psoup__footprint most = {0};
+        for (int i = 0; i < n; i++) {
+            if (uses[i].at_once <= r)
+                continue;
+            most.activations = print[i].activations > most.activations ? print[i].activations : most.activations;
+            most.logits = print[i].logits > most.logits ? print[i].logits : most.logits;
+            most.host = host[i] > most.host ? host[i] : most.host;
+        }
+        psoup__memory_add(memory, &most);
+    }
+    memory->rows = psoup__sum(memory->rows, (int64_t)sizeof(psoup__runner) * model->context->threads);
+fail:
     return status;
 }
 
-int64_t psoup__pass_rows(int64_t items, int64_t length, int64_t bound) {
-    int64_t all = psoup__product(items, length), most = length > bound ? length : bound / length * length;
-    return all < most ? all : most;
-}
-
-int64_t psoup__learning_bytes(int64_t count, bool best, int64_t *kept) {
+int64_t psoup__learning_bytes(const psoup_model *model, int64_t count, bool best, int64_t *kept) {
     *kept += best ? 4 * count : 0;
-    return 3 * 4 * count + (best ? 4 * count : 0); /* gradient and two moments */
+    /* gradients and two moments */
+    return ((model ? psoup__gradients(model) : 1) + 2) * 4 * count + (best ? 4 * count : 0);
 }
 
 int64_t psoup__checkpoint_bytes(const char *directory) { return directory ? 4 * (int64_t)PSOUP__PIECE + 65536 : 0; }
@@ -43,6 +56,20 @@ static int64_t longest_example(const psoup_example *examples, size_t n, int64_t 
     for (size_t i = 0; i < n; i++)
         longest = examples[i].n > longest ? examples[i].n : longest;
     return (int64_t)longest < limit ? (int64_t)longest : limit;
+}
+
+/* The passes of n examples of so many tokens together, none longer than `longest`, or all of that length. */
+static void measure_examples(psoup__use *use, const psoup_model *model, bool lanes, size_t n, int64_t tokens,
+                             int64_t longest, bool equal, int64_t bound) {
+    int64_t unit = equal ? longest : 1, rows = 0;
+    use->at_once = 1;
+    if (lanes)
+        use->at_once = psoup__passes_at_once(model, 1, (tokens + unit - 1) / unit, unit, bound, use->extent.saved, &rows);
+    else
+        rows = tokens < bound ? tokens : bound;
+    rows = rows > longest ? rows : longest;
+    use->extent.rows = use->extent.reads = rows;
+    use->extent.sequences = rows < (int64_t)n ? rows : (int64_t)n;
 }
 
 psoup_status psoup_sft_memory(psoup_model *model, const char *adapter, const psoup_example *train, size_t n_train,
@@ -67,7 +94,7 @@ psoup_status psoup_sft_memory(psoup_model *model, const char *adapter, const pso
     psoup__memory_begin(model, trained != NULL, &memory);
     bool best = o.keep_best && n_validation > 0;
     int64_t count = trained ? (int64_t)trained->count : (int64_t)psoup__model_count(model);
-    memory.learning = psoup__learning_bytes(count, best, &kept);
+    memory.learning = psoup__learning_bytes(trained ? model : NULL, count, best, &kept);
     if (!trained) { /* in f32 for the while; what it was frozen as is there before and after */
         memory.learning = psoup__sum(memory.learning, 4 * count);
         memory.base = memory.base > memory.held - memory.adapters ? memory.base : memory.held - memory.adapters;
@@ -77,18 +104,25 @@ psoup_status psoup_sft_memory(psoup_model *model, const char *adapter, const pso
     for (size_t i = 0; i < n_train; i++)
         tokens += (int64_t)train[i].n < limit ? (int64_t)train[i].n : limit;
     int64_t longest = longest_example(train, n_train, limit), held = longest_example(validation, n_validation, limit);
-    int64_t rows = tokens < o.batch_tokens ? tokens : o.batch_tokens;
-    psoup__extent pass = {.rows = rows > longest ? rows : longest,
-                          .sequences = rows < (int64_t)n_train ? rows : (int64_t)n_train,
-                          .adapters = &index,
-                          .n_adapters = trained ? 1 : 0,
-                          .each = 1,
-                          .saved = true,
-                          .recompute = o.gradient_checkpointing,
-                          .lora_dropout = trained ? o.lora_dropout : 0.0f,
-                          .reads = rows > longest ? rows : longest};
-    PSOUP__TRY(psoup__add_pass(model, &pass, &memory, &reserved, error));
+    int64_t step = psoup__product(o.batch_tokens, o.accumulation);
+    step = tokens < step ? tokens : step;
+    psoup__use uses[2] = {{.extent = {.adapters = &index,
+                                      .n_adapters = trained ? 1 : 0,
+                                      .each = 1,
+                                      .saved = true,
+                                      .recompute = o.gradient_checkpointing,
+                                      .lora_dropout = trained ? o.lora_dropout : 0.0f}}};
+    uses[1] = uses[0];
+    uses[1].extent.saved = false;
+    measure_examples(&uses[0], model, trained != NULL, n_train, step, longest, tokens == (int64_t)n_train * longest,
+                     o.batch_tokens);
+    measure_examples(&uses[1], model, trained != NULL, n_validation, psoup__product((int64_t)n_validation, held), held, true,
+                     o.batch_tokens);
+    PSOUP__TRY(psoup__add_passes(model, uses, n_validation ? 2 : 1, &memory, &reserved, error));
+    int64_t items = step / 2 < (int64_t)n_train ? step / 2 : (int64_t)n_train;
+    items = items > (int64_t)n_validation ? items : (int64_t)n_validation;
     memory.rows += (int64_t)n_train * 8 + psoup__checkpoint_bytes(o.checkpoint_dir) + 4096;
+    memory.rows += items * (PSOUP__ITEM_BYTES + 2 * (8 + 8 + 12 + 8));
     memory.activations = psoup__sum(memory.activations, reserved);
     memory.base += psoup__measure_positions(model, longest > held ? longest : held);
     psoup__memory_end(model, kept, &memory);
@@ -135,7 +169,7 @@ psoup_status psoup_reward_memory(psoup_reward *const *rewards, size_t n_rewards,
         psoup__adapter *adapter = NULL;
         PSOUP__TRY(psoup__reward_adapter(rewards[j], &adapter, &adapters[j], error));
         memory.learning = psoup__sum(memory.learning,
-                                     psoup__learning_bytes((int64_t)adapter->count, o.keep_best && n_validation,
+                                     psoup__learning_bytes(model, (int64_t)adapter->count, o.keep_best && n_validation,
                                                            &kept));
     }
     int64_t limit = model->config.max_position_embeddings;
@@ -144,27 +178,24 @@ psoup_status psoup_reward_memory(psoup_reward *const *rewards, size_t n_rewards,
     int64_t pair = longest_pair(train, n_train, limit), held = longest_pair(validation, n_validation, limit);
     int64_t items = psoup__product((int64_t)n_rewards, o.batch_size);
     items = items < (int64_t)n_train ? items : (int64_t)n_train;
-    psoup__extent pass = {.rows = psoup__pass_rows(items, pair, PSOUP__PASS_TOKENS),
-                          .adapters = adapters,
-                          .n_adapters = (int32_t)n_rewards,
-                          .each = 1,
-                          .saved = true,
-                          .recompute = o.gradient_checkpointing,
-                          .lora_dropout = o.lora_dropout};
-    pass.sequences = pass.heads = 2 * items < pass.rows ? 2 * items : pass.rows;
-    PSOUP__TRY(psoup__add_pass(model, &pass, &memory, &reserved, error));
-    if (n_validation) { /* the same tape, not saved, may be longer */
-        psoup__extent look = pass;
-        psoup__footprint print;
-        look.saved = false;
-        look.rows = psoup__pass_rows((int64_t)n_validation, held, PSOUP__PASS_TOKENS);
-        look.sequences = look.heads = 2 * (int64_t)n_validation < look.rows ? 2 * (int64_t)n_validation : look.rows;
-        PSOUP__TRY(psoup__measure_batch(model, &look, &print, error));
-        memory.activations = print.activations > memory.activations ? print.activations : memory.activations;
-        reserved = print.reserved > reserved ? print.reserved : reserved;
+    psoup__use uses[2] = {{.extent = {.adapters = adapters,
+                                      .n_adapters = (int32_t)n_rewards,
+                                      .each = 1,
+                                      .saved = true,
+                                      .recompute = o.gradient_checkpointing,
+                                      .lora_dropout = o.lora_dropout}}};
+    uses[1] = uses[0]; /* not saved, but it may be longer */
+    uses[1].extent.saved = false;
+    const int64_t listed[] = {items, (int64_t)n_validation}, lengths[] = {pair, held};
+    for (int k = 0; k < 2; k++) {
+        psoup__extent *e = &uses[k].extent;
+        uses[k].at_once = psoup__passes_at_once(model, (int64_t)n_rewards, listed[k], lengths[k], PSOUP__PASS_TOKENS,
+                                                e->saved, &e->rows);
+        e->sequences = e->heads = 2 * listed[k] < e->rows ? 2 * listed[k] : e->rows;
     }
+    PSOUP__TRY(psoup__add_passes(model, uses, n_validation ? 2 : 1, &memory, &reserved, error));
     int64_t places = psoup__product((int64_t)n_rewards, 4 * (2 * (int64_t)n_train + (int64_t)n_validation));
-    memory.rows = psoup__sum(memory.rows, places + 2 * 32 * (items + (int64_t)n_validation) + 4096);
+    memory.rows = psoup__sum(memory.rows, places + (2 * 40 + PSOUP__ITEM_BYTES) * (items + (int64_t)n_validation) + 4096);
     memory.rows += psoup__checkpoint_bytes(o.checkpoint_dir);
     memory.activations = psoup__sum(memory.activations, reserved);
     memory.base += psoup__measure_positions(model, pair > held ? pair : held);

@@ -37,7 +37,15 @@ void psoup__optimizer_end(psoup__optimizer *optimizer) {
 }
 
 void psoup__optimizer_zero(psoup__optimizer *optimizer) {
-    optimizer->be->ops->zero(optimizer->be, optimizer->g, optimizer->n * sizeof(float));
+    size_t k = 0;
+    do
+        optimizer->be->ops->zero(optimizer->be, optimizer->g + k * optimizer->stride, optimizer->n * sizeof(float));
+    while (++k < (size_t)optimizer->gradients);
+}
+
+void psoup__optimizer_gather(psoup__optimizer *optimizer) {
+    for (size_t k = 1; k < (size_t)optimizer->gradients; k++)
+        optimizer->be->ops->add(optimizer->be, optimizer->g, optimizer->g + k * optimizer->stride, optimizer->n);
 }
 
 static void step(psoup__optimizer *optimizer, float lr, double scale) {

@@ -1,5 +1,6 @@
 /* Reward models: the handle, and scores. */
 #include <assert.h>
+#include <string.h>
 
 #include "train/train.h"
 
@@ -78,7 +79,7 @@ void psoup_reward_free(psoup_reward *reward) {
     if (!reward)
         return;
     psoup_context *context = reward->model->context;
-    psoup__pack_free(reward->pack);
+    psoup__passes_free(reward->passes);
     psoup__free(context, reward->name);
     psoup__free(context, reward);
 }
@@ -95,39 +96,61 @@ psoup_status psoup__reward_adapter(const psoup_reward *reward, psoup__adapter **
     return PSOUP_OK;
 }
 
-psoup_status psoup__reward_pack(psoup_reward *reward, psoup__pack **pack, psoup_error *error) {
+psoup_status psoup__reward_passes(psoup_reward *reward, psoup__passes **passes, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    if (!reward->pack)
-        status = psoup__pack_create(reward->model, false, &reward->pack, error);
-    *pack = reward->pack;
+    if (!reward->passes)
+        status = psoup__passes_create(reward->model, false, &reward->passes, error);
+    *passes = reward->passes;
     return status;
 }
 
-/* Nothing here is differentiated and a row's bits do not depend on its batch, so the passes are simply
- * filled in order. */
-psoup_status psoup__score_sequences(psoup__pack *pack, const psoup__sequence *sequences, size_t n,
+typedef struct scoring {
+    psoup__passes *passes;
+    const psoup__sequence *sequences; /* [n] */
+    float *out;                       /* [n] */
+    int32_t *rows, *pass;             /* [n], [n] */
+} scoring;
+
+static psoup_status score_pass(void *user, psoup__pack *pack, int32_t pass, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    const scoring *s = user;
+    const size_t begin = s->passes->begin[pass], end = s->passes->end[pass];
+    for (size_t i = begin; i < end; i++) {
+        const psoup__sequence *sequence = &s->sequences[i];
+        int32_t row;
+        PSOUP__TRY(psoup__pack_sequence(pack, sequence, &row, error));
+        PSOUP__TRY(psoup__pack_score(pack, pack->model->adapters[sequence->adapter], row + s->rows[i] - 1, error));
+    }
+    PSOUP__TRY(psoup__pack_forward(pack, false, 0.0f, 0.0f, error));
+    memcpy(s->out + begin, pack->value, (end - begin) * sizeof(*s->out));
+fail:
+    return status;
+}
+
+/* Nothing here is differentiated and a row's bits do not depend on its batch: all sequences are one owner's, whose
+ * passes are filled in order. */
+psoup_status psoup__score_sequences(psoup__passes *passes, const psoup__sequence *sequences, size_t n,
                                     float *out, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    psoup_model *model = pack->model;
-    for (size_t at = 0; at < n;) {
-        size_t from = at;
-        psoup__pack_clear(pack);
-        for (; at < n; at++) {
-            const psoup__sequence *sequence = &sequences[at];
-            size_t length = sequence->n_first + sequence->n_then;
-            int32_t row;
-            assert(sequence->adapter >= 0 && length > 0);
-            if (pack->n && pack->rows + length > PSOUP__PASS_TOKENS)
-                break;
-            PSOUP__TRY(psoup__pack_sequence(pack, sequence, &row, error));
-            PSOUP__TRY(psoup__pack_score(pack, model->adapters[sequence->adapter],
-                                         row + (int32_t)length - 1, error));
-        }
-        PSOUP__TRY(psoup__pack_forward(pack, false, 0.0f, 0.0f, error));
-        for (size_t i = from; i < at; i++)
-            out[i] = pack->value[i - from];
+    psoup_context *context = passes->model->context;
+    scoring s = {passes, sequences, out, psoup__alloc(context, n, sizeof(*s.rows), error),
+                 psoup__alloc(context, n, sizeof(*s.pass), error)};
+    int32_t *owner = psoup__alloc(context, n, sizeof(*owner), error);
+    if (!s.rows || !s.pass || !owner) {
+        status = PSOUP_ERROR_MEMORY;
+        goto fail;
     }
+    for (size_t i = 0; i < n; i++) {
+        size_t length = sequences[i].n_first + sequences[i].n_then;
+        assert(sequences[i].adapter >= 0 && length > 0);
+        s.rows[i] = length < INT32_MAX ? (int32_t)length : INT32_MAX; /* which the pack refuses */
+    }
+    PSOUP__TRY(psoup__passes_plan(passes, s.rows, owner, n, PSOUP__PASS_TOKENS, false, s.pass, error));
+    PSOUP__TRY(psoup__passes_run(passes, score_pass, &s, error));
 fail:
+    psoup__free(context, owner);
+    psoup__free(context, s.rows);
+    psoup__free(context, s.pass);
     return status;
 }
 
@@ -135,13 +158,13 @@ psoup_status psoup_reward_score(psoup_reward *reward, const psoup_row *rows, siz
                                 psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup__adapter *adapter = NULL;
-    psoup__pack *pack = NULL;
+    psoup__passes *passes = NULL;
     psoup__sequence *sequences = NULL;
     int32_t index = -1;
     if (!reward || (n && (!rows || !out)))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_reward_score: an argument is NULL");
     PSOUP__TRY(psoup__reward_adapter(reward, &adapter, &index, error));
-    PSOUP__TRY(psoup__reward_pack(reward, &pack, error));
+    PSOUP__TRY(psoup__reward_passes(reward, &passes, error));
     sequences = psoup__alloc(reward->model->context, n, sizeof(*sequences), error);
     if (!sequences)
         return PSOUP_ERROR_MEMORY;
@@ -154,7 +177,7 @@ psoup_status psoup_reward_score(psoup_reward *reward, const psoup_row *rows, siz
         sequences[i] = (psoup__sequence){
             .first = rows[i].tokens, .n_first = rows[i].n, .adapter = index};
     }
-    PSOUP__TRY(psoup__score_sequences(pack, sequences, n, out, error));
+    PSOUP__TRY(psoup__score_sequences(passes, sequences, n, out, error));
 fail:
     psoup__free(reward->model->context, sequences);
     return status;

@@ -31,7 +31,7 @@ typedef struct psoup__reward_trainer {
     const psoup_comparison *comparisons; /* those of the pass */
     psoup__reward_learner *learners;
     size_t n;
-    psoup__pack *pack;
+    psoup__passes *passes;
     psoup__team team;
     psoup__reporter reporter;
     psoup__checkpoint checkpoint;
@@ -39,6 +39,8 @@ typedef struct psoup__reward_trainer {
     size_t capacity;
     int32_t *item, *owner, *rows, *pass; /* [items] */
     uint64_t *stream;                    /* [items] of the chosen row; the rejected has the next */
+    float *score;                        /* [items, 2] of both rows */
+    bool learn;                          /* they have a backward */
     double since;   /* when the step began */
     size_t through; /* tokens that went through it */
 } psoup__reward_trainer;

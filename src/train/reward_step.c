@@ -24,23 +24,23 @@ static int64_t rows_of(const psoup__reward_trainer *t, int32_t item) {
 static psoup_status reserve_items(psoup__reward_trainer *t, size_t n, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_context *context = t->model->context;
-    size_t a = t->capacity, b = a, c = a, d = a, e = a;
+    size_t a = t->capacity, b = a, c = a, d = a, e = a, f = 2 * a;
     PSOUP__TRY(psoup__reserve(context, &t->item, &a, n, sizeof(*t->item), error));
     PSOUP__TRY(psoup__reserve(context, &t->owner, &b, n, sizeof(*t->owner), error));
     PSOUP__TRY(psoup__reserve(context, &t->rows, &c, n, sizeof(*t->rows), error));
     PSOUP__TRY(psoup__reserve(context, &t->pass, &d, n, sizeof(*t->pass), error));
     PSOUP__TRY(psoup__reserve(context, &t->stream, &e, n, sizeof(*t->stream), error));
+    PSOUP__TRY(psoup__reserve(context, &t->score, &f, 2 * e, sizeof(*t->score), error));
     t->capacity = e;
 fail:
     return status;
 }
 
 /* Both rows of the items of one pass, and their heads: value[2k] chosen, value[2k + 1] rejected. */
-static psoup_status pack_items(psoup__reward_trainer *t, size_t n, int32_t pass, psoup_error *error) {
+static psoup_status pack_items(const psoup__reward_trainer *t, psoup__pack *pack, int32_t pass, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     uint64_t seed = psoup__seed_for(t->options.seed, PSOUP__FOR_LORA_DROPOUT);
-    psoup__pack_clear(t->pack);
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = t->passes->begin[pass]; i < t->passes->end[pass]; i++) {
         if (t->pass[i] != pass)
             continue;
         const psoup_comparison *pair = &t->comparisons[t->item[i]];
@@ -52,11 +52,43 @@ static psoup_status pack_items(psoup__reward_trainer *t, size_t n, int32_t pass,
             int32_t row;
             sequence.seed = seed;
             sequence.stream = t->stream[i] + (uint64_t)side;
-            PSOUP__TRY(psoup__pack_sequence(t->pack, &sequence, &row, error));
-            PSOUP__TRY(psoup__pack_score(t->pack, l->adapter, row + (int32_t)sequence.n_first - 1,
-                                         error));
+            PSOUP__TRY(psoup__pack_sequence(pack, &sequence, &row, error));
+            PSOUP__TRY(psoup__pack_score(pack, l->adapter, row + (int32_t)sequence.n_first - 1, error));
         }
     }
+fail:
+    return status;
+}
+
+/* The loss of an item, by its scores, and its derivatives by them. */
+static double loss_of(const psoup__reward_trainer *t, size_t i, double *dw, double *dr) {
+    double margin = t->options.margin;
+    if (t->options.margins)
+        margin += t->comparisons[t->item[i]].margin;
+    return psoup__bradley_terry(t->score[2 * i], t->score[2 * i + 1], margin, t->options.centering, dw, dr);
+}
+
+static psoup_status run_pass(void *user, psoup__pack *pack, int32_t pass, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__reward_trainer *t = user;
+    PSOUP__TRY(pack_items(t, pack, pass, error));
+    PSOUP__TRY(psoup__pack_forward(pack, t->learn, t->learn ? t->options.lora_dropout : 0.0f, 0.0f, error));
+    for (size_t i = t->passes->begin[pass], k = 0; i < t->passes->end[pass]; i++) {
+        if (t->pass[i] != pass)
+            continue;
+        const psoup__reward_learner *l = &t->learners[t->owner[i]];
+        double dw, dr, scale = 1.0 / (double)(l->step_end - l->at); /* mean over the step */
+        t->score[2 * i] = pack->value[k];
+        t->score[2 * i + 1] = pack->value[k + 1];
+        if (t->learn) {
+            loss_of(t, i, &dw, &dr);
+            pack->dvalue[k] = (float)(dw * scale);
+            pack->dvalue[k + 1] = (float)(dr * scale);
+        }
+        k += 2;
+    }
+    if (t->learn)
+        PSOUP__TRY(psoup__pack_backward(pack, error));
 fail:
     return status;
 }
@@ -65,36 +97,18 @@ fail:
  * loss, right answers and margins go to the learners. */
 static psoup_status run_items(psoup__reward_trainer *t, size_t n, bool learn, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    int32_t passes = 0;
     for (size_t i = 0; i < n; i++)
-        t->rows[i] = (int32_t)rows_of(t, t->item[i]);
-    PSOUP__TRY(psoup__plan(t->model->context, t->rows, t->owner, n, PSOUP__PASS_TOKENS, t->pass,
-                           &passes, error));
-    for (int32_t pass = 0; pass < passes; pass++) {
-        PSOUP__TRY(pack_items(t, n, pass, error));
-        PSOUP__TRY(psoup__pack_forward(t->pack, learn, learn ? t->options.lora_dropout : 0.0f, 0.0f,
-                                       error));
-        for (size_t i = 0, k = 0; i < n; i++) {
-            if (t->pass[i] != pass)
-                continue;
-            psoup__reward_learner *l = &t->learners[t->owner[i]];
-            double w = t->pack->value[k], r = t->pack->value[k + 1], dw, dr;
-            double margin = t->options.margin;
-            if (t->options.margins)
-                margin += t->comparisons[t->item[i]].margin;
-            l->loss += psoup__bradley_terry(w, r, margin, t->options.centering, &dw, &dr);
-            l->right += w > r;
-            l->margin += w - r;
-            if (learn) {
-                double scale = 1.0 / (double)(l->step_end - l->at); /* mean over the step */
-                t->pack->dvalue[k] = (float)(dw * scale);
-                t->pack->dvalue[k + 1] = (float)(dr * scale);
-            }
-            k += 2;
-        }
-        t->through += t->pack->rows;
-        if (learn)
-            PSOUP__TRY(psoup__pack_backward(t->pack, error));
+        t->through += (size_t)(t->rows[i] = (int32_t)rows_of(t, t->item[i]));
+    t->learn = learn;
+    PSOUP__TRY(psoup__passes_plan(t->passes, t->rows, t->owner, n, PSOUP__PASS_TOKENS, learn, t->pass, error));
+    PSOUP__TRY(psoup__passes_run(t->passes, run_pass, t, error));
+    for (size_t i = 0; i < n; i++) {
+        psoup__reward_learner *l = &t->learners[t->owner[i]];
+        const double w = t->score[2 * i], r = t->score[2 * i + 1];
+        double dw, dr;
+        l->loss += loss_of(t, i, &dw, &dr);
+        l->right += w > r;
+        l->margin += w - r;
     }
 fail:
     return status;

@@ -140,7 +140,7 @@ static psoup_status set_up(psoup__reward_trainer *t, psoup_reward *const *reward
     if (!t->learners)
         return PSOUP_ERROR_MEMORY;
     t->n = n_rewards;
-    PSOUP__TRY(psoup__pack_create(t->model, t->options.gradient_checkpointing, &t->pack, error));
+    PSOUP__TRY(psoup__passes_create(t->model, t->options.gradient_checkpointing, &t->passes, error));
     for (size_t j = 0; j < n_rewards; j++) {
         psoup__reward_learner *l = &t->learners[j];
         l->name = psoup__strdup(context, rewards[j]->name, error);
@@ -177,6 +177,8 @@ static psoup_status start_training(psoup__reward_trainer *t, psoup_error *error)
         l->training = true;
         l->optimizer = (psoup__optimizer){.p = l->adapter->data,
                                           .g = l->adapter->grad,
+                                          .gradients = l->adapter->gradients,
+                                          .stride = l->adapter->count,
                                           .n = l->adapter->count,
                                           .beta1 = o->beta1,
                                           .beta2 = o->beta2,
@@ -192,7 +194,7 @@ fail:
 
 static void tear_down(psoup__reward_trainer *t) {
     psoup_context *context = t->model->context;
-    void *arrays[] = {t->item, t->owner, t->rows, t->pass, t->stream};
+    void *arrays[] = {t->item, t->owner, t->rows, t->pass, t->stream, t->score};
     for (size_t j = 0; j < t->n; j++) {
         psoup__reward_learner *l = &t->learners[j];
         psoup__optimizer_end(&l->optimizer);
@@ -210,7 +212,7 @@ static void tear_down(psoup__reward_trainer *t) {
     psoup__checkpoint_close(&t->checkpoint);
     psoup__reporter_close(&t->reporter);
     psoup__team_leave(&t->team);
-    psoup__pack_free(t->pack);
+    psoup__passes_free(t->passes);
 }
 
 psoup_status psoup__reward_check_models(psoup_reward *const *rewards, size_t n, psoup_error *error) {

@@ -15,13 +15,19 @@ typedef struct sft {
     size_t n_validation;
     int32_t *usable; /* [n] those with a token that carries loss */
     int32_t *order;  /* [n] permutation of an epoch, of places in `usable` */
-    bool *mine;      /* [n] in that order: this rank's, of a step */
     size_t n;
     /* How far it is. */
     int64_t epoch, step, total, validated; /* validated: the last step whose validation is done */
     size_t at;          /* place in the order of the epoch */
     uint64_t sequences; /* trained on so far: the dropout's stream */
-    psoup__pack *pack;
+    psoup__passes *passes;
+    /* Examples that run together: this rank's of a step, or of a validation. */
+    size_t items, capacity;
+    const psoup_example **item; /* [items] */
+    uint64_t *stream;           /* [items] of dropout */
+    int32_t *rows, *owner, *pass; /* [items] rows: with the last token, which takes none */
+    double *loss;               /* [items] */
+    float slope;                /* of a token's loss by its log-prob; 0: nothing learns */
     psoup__optimizer optimizer;
     psoup__team team;
     psoup__reporter reporter;
@@ -75,39 +81,81 @@ static int64_t count_steps(sft *s) {
     return steps;
 }
 
-/* Packs an example: its last token is only ever a target, so it takes no row. */
-static psoup_status pack_example(sft *s, const psoup_example *example, uint64_t stream,
-                                 psoup_error *error) {
+/* ---- passes ------------------------------------------------------------------------------------------ */
+
+static psoup_status reserve_items(sft *s, size_t n, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    int32_t row;
-    size_t n = length_of(s, example);
-    psoup__sequence sequence = {.first = example->tokens,
-                                .n_first = n - 1,
-                                .adapter = s->adapter,
-                                .seed = psoup__seed_for(s->options.seed, PSOUP__FOR_LORA_DROPOUT),
-                                .stream = stream};
-    PSOUP__TRY(psoup__pack_sequence(s->pack, &sequence, &row, error));
-    for (size_t t = loss_from(s, example); t < n; t++)
-        PSOUP__TRY(psoup__pack_read(s->pack, row + (int32_t)t - 1, example->tokens[t], error));
+    psoup_context *context = s->model->context;
+    size_t a = s->capacity, b = a, c = a, d = a, e = a, f = a;
+    PSOUP__TRY(psoup__reserve(context, &s->item, &a, n, sizeof(*s->item), error));
+    PSOUP__TRY(psoup__reserve(context, &s->stream, &b, n, sizeof(*s->stream), error));
+    PSOUP__TRY(psoup__reserve(context, &s->rows, &c, n, sizeof(*s->rows), error));
+    PSOUP__TRY(psoup__reserve(context, &s->owner, &d, n, sizeof(*s->owner), error));
+    PSOUP__TRY(psoup__reserve(context, &s->pass, &e, n, sizeof(*s->pass), error));
+    PSOUP__TRY(psoup__reserve(context, &s->loss, &f, n, sizeof(*s->loss), error));
+    s->capacity = f;
 fail:
     return status;
 }
 
-/* Fills a pack with this rank's examples from *at to `end`, as many as its tokens allow. */
-static psoup_status pack_share(sft *s, size_t *at, size_t end, size_t *packed, psoup_error *error) {
+static void add_item(sft *s, const psoup_example *example, uint64_t stream) {
+    s->item[s->items] = example;
+    s->stream[s->items] = stream;
+    s->owner[s->items] = 0;
+    s->rows[s->items++] = (int32_t)length_of(s, example);
+}
+
+/* Packs an example: its last token is only ever a target, so it takes no row. */
+static psoup_status pack_item(const sft *s, psoup__pack *pack, size_t item, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    *packed = 0;
-    psoup__pack_clear(s->pack);
-    for (; *at < end; ++*at) {
-        const psoup_example *example = nth(s, *at);
-        size_t length = length_of(s, example);
-        if (!s->mine[*at])
-            continue;
-        if (*packed && *packed + length > (size_t)s->options.batch_tokens)
-            break;
-        *packed += length;
-        PSOUP__TRY(pack_example(s, example, s->sequences + (*at - s->at), error));
+    int32_t row;
+    const psoup_example *example = s->item[item];
+    size_t n = (size_t)s->rows[item];
+    psoup__sequence sequence = {.first = example->tokens,
+                                .n_first = n - 1,
+                                .adapter = s->adapter,
+                                .seed = psoup__seed_for(s->options.seed, PSOUP__FOR_LORA_DROPOUT),
+                                .stream = s->stream[item]};
+    PSOUP__TRY(psoup__pack_sequence(pack, &sequence, &row, error));
+    for (size_t t = loss_from(s, example); t < n; t++)
+        PSOUP__TRY(psoup__pack_read(pack, row + (int32_t)t - 1, example->tokens[t], error));
+fail:
+    return status;
+}
+
+static psoup_status run_pass(void *user, psoup__pack *pack, int32_t pass, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    const sft *s = user;
+    const size_t begin = s->passes->begin[pass], end = s->passes->end[pass];
+    const bool learn = s->slope != 0.0f;
+    for (size_t i = begin; i < end; i++)
+        PSOUP__TRY(pack_item(s, pack, i, error));
+    PSOUP__TRY(psoup__pack_forward(pack, learn, learn && s->adapter >= 0 ? s->options.lora_dropout : 0.0f, 0.0f,
+                                   error));
+    for (size_t i = begin, read = 0; i < end; i++) {
+        s->loss[i] = 0.0;
+        for (size_t k = loss_tokens(s, s->item[i]); k > 0; k--)
+            s->loss[i] -= pack->logprob[read++];
     }
+    for (size_t k = 0; learn && k < pack->reads; k++)
+        pack->dlogprob[k] = s->slope;
+    if (learn)
+        PSOUP__TRY(psoup__pack_backward(pack, error));
+fail:
+    return status;
+}
+
+/* Runs the items that were listed; *loss receives the sum of theirs. `slope`: a token's loss by its log-prob, 0 where
+ * nothing learns. */
+static psoup_status run_items(sft *s, float slope, double *loss, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    *loss = 0.0;
+    s->slope = slope;
+    PSOUP__TRY(psoup__passes_plan(s->passes, s->rows, s->owner, s->items, s->options.batch_tokens, slope != 0.0f,
+                                  s->pass, error));
+    PSOUP__TRY(psoup__passes_run(s->passes, run_pass, s, error));
+    for (size_t i = 0; i < s->items; i++)
+        *loss += s->loss[i];
 fail:
     return status;
 }
@@ -118,22 +166,15 @@ static psoup_status add_gradient(sft *s, size_t end, size_t tokens, double *loss
     psoup_status status = PSOUP_OK;
     double sums[2] = {0.0, 0.0}; /* loss, tokens that went through */
     psoup__team_deal(&s->team);
+    PSOUP__TRY(reserve_items(s, end - s->at, error));
+    s->items = 0;
     for (size_t i = s->at; i < end; i++)
-        s->mine[i] = psoup__team_mine(&s->team, (int64_t)length_of(s, nth(s, i)));
-    psoup__optimizer_zero(&s->optimizer);
-    for (size_t at = s->at, packed; at < end;) {
-        PSOUP__TRY(pack_share(s, &at, end, &packed, error));
-        if (packed == 0)
-            break;
-        PSOUP__TRY(psoup__pack_forward(s->pack, true, s->adapter < 0 ? 0 : s->options.lora_dropout,
-                                       0.0f, error));
-        for (size_t i = 0; i < s->pack->reads; i++) {
-            sums[0] -= s->pack->logprob[i];
-            s->pack->dlogprob[i] = -1.0f / (float)tokens;
+        if (psoup__team_mine(&s->team, (int64_t)length_of(s, nth(s, i)))) {
+            add_item(s, nth(s, i), s->sequences + (i - s->at));
+            sums[1] += (double)length_of(s, nth(s, i)) - 1.0;
         }
-        PSOUP__TRY(psoup__pack_backward(s->pack, error));
-        sums[1] += (double)s->pack->rows;
-    }
+    psoup__optimizer_zero(&s->optimizer);
+    PSOUP__TRY(run_items(s, -1.0f / (float)tokens, &sums[0], error));
     PSOUP__TRY(psoup__team_sum(&s->team, sums, 2, error));
     PSOUP__TRY(psoup__team_sum_gradient(&s->team, &s->optimizer, error));
     *loss = sums[0];
@@ -188,29 +229,17 @@ static bool validation_due(const sft *s) {
 /* Sums over this rank's share of the validation examples. */
 static psoup_status evaluate(sft *s, double *loss, double *tokens, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    const psoup_example *examples = s->validation;
-    size_t n = s->n_validation;
     psoup__team_deal(&s->team);
-    for (size_t at = 0; at < n;) {
-        psoup__pack_clear(s->pack);
-        for (size_t packed = 0; at < n; at++) {
-            size_t length = length_of(s, &examples[at]);
-            if (loss_tokens(s, &examples[at]) == 0)
-                continue;
-            if (packed && packed + length > (size_t)s->options.batch_tokens)
-                break;
-            if (!psoup__team_mine(&s->team, (int64_t)length))
-                continue;
-            packed += length;
-            PSOUP__TRY(pack_example(s, &examples[at], 0, error));
-        }
-        if (s->pack->n == 0)
-            break;
-        PSOUP__TRY(psoup__pack_forward(s->pack, false, 0.0f, 0.0f, error));
-        for (size_t i = 0; i < s->pack->reads; i++)
-            *loss -= s->pack->logprob[i];
-        *tokens += (double)s->pack->reads;
+    PSOUP__TRY(reserve_items(s, s->n_validation, error));
+    s->items = 0;
+    for (size_t i = 0; i < s->n_validation; i++) {
+        const psoup_example *example = &s->validation[i];
+        if (loss_tokens(s, example) == 0 || !psoup__team_mine(&s->team, (int64_t)length_of(s, example)))
+            continue;
+        add_item(s, example, 0);
+        *tokens += (double)loss_tokens(s, example);
     }
+    PSOUP__TRY(run_items(s, 0.0f, loss, error));
 fail:
     return status;
 }
@@ -255,8 +284,7 @@ static psoup_status choose_examples(sft *s, const psoup_example *train, size_t n
     s->examples = train;
     s->usable = psoup__alloc(context, n_train, sizeof(*s->usable), error);
     s->order = psoup__alloc(context, n_train, sizeof(*s->order), error);
-    s->mine = psoup__alloc(context, n_train, sizeof(*s->mine), error);
-    if (!s->usable || !s->order || !s->mine)
+    if (!s->usable || !s->order)
         return PSOUP_ERROR_MEMORY;
     for (size_t i = 0; i < n_train; i++)
         if (loss_tokens(s, &train[i]))
@@ -361,14 +389,14 @@ static psoup_status end(void *state, psoup_error *error) {
     psoup__team_leave(&s->team);
     psoup__optimizer_end(&s->optimizer);
     psoup__best_free(&s->best, context);
-    psoup__pack_free(s->pack);
+    psoup__passes_free(s->passes);
     if (s->begun && !s->trained)
         status = psoup__model_train_base(s->model, false, error);
     else if (s->begun && psoup__model_adapter(s->model, s->subject) == s->trained)
         status = psoup__adapter_train(s->model, s->trained, false, error);
-    psoup__free(context, s->order);
-    psoup__free(context, s->usable);
-    psoup__free(context, s->mine);
+    void *arrays[] = {s->order, s->usable, s->item, s->stream, s->rows, s->owner, s->pass, s->loss};
+    for (size_t i = 0; i < sizeof(arrays) / sizeof(arrays[0]); i++)
+        psoup__free(context, arrays[i]);
     psoup__free(context, s->subject);
     psoup__free(context, s);
     return status;
@@ -395,7 +423,7 @@ static psoup_status start(sft *s, size_t n_train, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_model *model = s->model;
     psoup__adapter *trained = s->trained;
-    PSOUP__TRY(psoup__pack_create(model, s->options.gradient_checkpointing, &s->pack, error));
+    PSOUP__TRY(psoup__passes_create(model, s->options.gradient_checkpointing, &s->passes, error));
     PSOUP__TRY(psoup__reporter_open(&s->reporter, &s->team, s->options.metrics, s->options.on_step,
                                     s->options.user, error));
     if (psoup__checkpoint_wanted(s->options.checkpoint_dir, &s->team))
@@ -406,6 +434,8 @@ static psoup_status start(sft *s, size_t n_train, psoup_error *error) {
     s->optimizer = (psoup__optimizer){.p = trained ? trained->data : model->data,
                                       .g = trained ? trained->grad : model->grad,
                                       .n = trained ? trained->count : model->count,
+                                      .gradients = trained ? trained->gradients : 1,
+                                      .stride = trained ? trained->count : 0,
                                       .beta1 = s->options.beta1,
                                       .beta2 = s->options.beta2,
                                       .epsilon = s->options.epsilon,

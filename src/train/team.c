@@ -142,6 +142,7 @@ fail:
 
 psoup_status psoup__team_sum_gradient(psoup__team *team, psoup__optimizer *o, psoup_error *error) {
     psoup_status status = PSOUP_OK;
+    psoup__optimizer_gather(o);
     if (!team->comm)
         return PSOUP_OK;
     if (o->be->ops->on_host)

@@ -1,10 +1,10 @@
 /* src/train: optimiser, passes, checkpoints; supervised fine-tuning, reward models, DPO. Stands on src/model and
  * calls ops only for the optimiser.
  *
- * Side by side. Reward models and policies train in shared passes, and yet each must carry the bits it
- * would have alone. Three rules give that: every model's rows keep their own order and are cut into
- * chunks by their own lengths alone (psoup__plan); its sums, normalisers and optimiser are its own;
- * and its random words come from its own seed and its own counters, never from a shared stream.
+ * Side by side. Reward models and policies train in shared passes, or a small base's in lanes of their own
+ * (passes.c), and yet each must carry the bits it would have alone. Three rules give that: every model's rows keep their
+ * own order and are cut into chunks and lanes by their own lengths alone; its sums, normalisers and optimiser are its
+ * own; and its random words come from its own seed and its own counters, never from a shared stream.
  */
 #ifndef PSOUP__TRAIN_H
 #define PSOUP__TRAIN_H
@@ -37,6 +37,8 @@ void psoup__permutation(int32_t *order /* [n] */, size_t n, uint64_t seed, uint6
 typedef struct psoup__optimizer {
     psoup__backend *be;
     float *p, *g;  /* device [n], borrowed */
+    int32_t gradients; /* how many g's lie one after another, `stride` floats apart; 0 is 1 */
+    size_t stride;
     float *m, *v;  /* device [n] */
     size_t n;
     int64_t steps; /* made so far */
@@ -46,7 +48,8 @@ typedef struct psoup__optimizer {
 psoup_status psoup__optimizer_start(psoup__optimizer *optimizer, psoup__backend *be,
                                     psoup_error *error);
 void psoup__optimizer_end(psoup__optimizer *optimizer); /* takes a zeroed struct */
-void psoup__optimizer_zero(psoup__optimizer *optimizer); /* g = 0 */
+void psoup__optimizer_zero(psoup__optimizer *optimizer); /* all g = 0 */
+void psoup__optimizer_gather(psoup__optimizer *optimizer); /* g = the sum of all, in their order */
 /* One step at rate `lr`, with g clipped to max_grad_value and then max_grad_norm; *norm is g's before both. A
  * gradient that is not finite steps nothing: *stepped is false and p, m, v and the counter are as they were. */
 psoup_status psoup__optimizer_step(psoup__optimizer *optimizer, float lr, double *norm,
@@ -89,7 +92,7 @@ void psoup__team_tell(psoup__team *team, psoup_status status, const psoup_error 
  * the fewest rows so far; true where that is this one. */
 void psoup__team_deal(psoup__team *team);
 bool psoup__team_mine(psoup__team *team, int64_t rows);
-/* x[i] ← Σ over ranks; of host memory, or of an optimiser's gradient. */
+/* x[i] ← Σ over ranks; of host memory, or of an optimiser's gradients, gathered first. */
 psoup_status psoup__team_sum(psoup__team *team, double *x, size_t n, psoup_error *error);
 psoup_status psoup__team_sum_floats(psoup__team *team, float *x, size_t n, psoup_error *error);
 psoup_status psoup__team_sum_gradient(psoup__team *team, psoup__optimizer *optimizer, psoup_error *error);
@@ -256,19 +259,54 @@ psoup_status psoup__pack_forward(psoup__pack *pack, bool save, float lora_dropou
 /* From dlogprob and dvalue to the gradients of the adapters (or the base). */
 psoup_status psoup__pack_backward(psoup__pack *pack, psoup_error *error);
 
+/* ---- passes.c ------------------------------------------------------------------------------------ */
+
+typedef struct psoup__runner { /* of one thread */
+    psoup__pack *pack; /* made when it first has a pass */
+    psoup_status status;
+    psoup_error error;
+} psoup__runner;
+
+/* The passes of a list of items. */
+typedef struct psoup__passes {
+    psoup_model *model;
+    bool recompute, small, in_lanes, learn; /* small: of a model that runs in lanes; in_lanes: and these passes do */
+    int32_t runners, n, lanes, longest; /* n: passes; longest: rows of an item */
+    int64_t at_once;                    /* lanes, at most */
+    psoup__runner *runner; /* [runners] */
+    size_t capacity;
+    size_t *begin, *end; /* [n] a pass's items are those of [begin, end) whose `pass` it is */
+    int32_t *first;      /* [lanes + 1] lane k runs passes first[k] … first[k + 1] − 1 */
+    int32_t *gradient;   /* [lanes] which of its adapters' gradients it adds to */
+} psoup__passes;
+/* recompute: see psoup__tape_recompute. */
+psoup_status psoup__passes_create(psoup_model *model, bool recompute, psoup__passes **out, psoup_error *error);
+void psoup__passes_free(psoup__passes *passes);
+/* Assigns items, in order of owner, to passes, as psoup__plan does; or of a model that runs in lanes, to smaller ones,
+ * of which so many run at once that they have no more than `bound` rows. `learn`: there will be a backward. */
+psoup_status psoup__passes_plan(psoup__passes *passes, const int32_t *rows /* [n] */, const int32_t *owner /* [n] */,
+                                size_t n, int64_t bound, bool learn, int32_t *pass /* [n] */, psoup_error *error);
+/* How many passes of so many items of equal length run at once, and the *rows of the largest. */
+int64_t psoup__passes_at_once(const psoup_model *model, int64_t owners, int64_t items, int64_t length, int64_t bound,
+                              bool learn, int64_t *rows);
+/* Fills an empty pack with a pass, runs it, and takes what came of it. In lanes several are called at once: one
+ * writes where no other writes or reads. */
+typedef psoup_status (*psoup__pass_fn)(void *user, psoup__pack *pack, int32_t pass, psoup_error *error);
+psoup_status psoup__passes_run(psoup__passes *passes, psoup__pass_fn fn, void *user, psoup_error *error);
+
 /* ---- reward.c ---------------------------------------------------------------------------------- */
 
 struct psoup_reward {
     psoup_model *model;
     char *name;
-    psoup__pack *pack; /* of psoup_reward_score; made when first needed */
+    psoup__passes *passes; /* of psoup_reward_score; made when first needed */
 };
 /* The adapter and its number; PSOUP_ERROR_STATE when it is gone or has lost its head. */
 psoup_status psoup__reward_adapter(const psoup_reward *reward, psoup__adapter **adapter,
                                    int32_t *index, psoup_error *error);
-psoup_status psoup__reward_pack(psoup_reward *reward, psoup__pack **pack, psoup_error *error);
+psoup_status psoup__reward_passes(psoup_reward *reward, psoup__passes **passes, psoup_error *error);
 /* out[i] = the head of sequences[i].adapter on its last token. */
-psoup_status psoup__score_sequences(psoup__pack *pack, const psoup__sequence *sequences, size_t n,
+psoup_status psoup__score_sequences(psoup__passes *passes, const psoup__sequence *sequences, size_t n,
                                     float *out, psoup_error *error);
 
 #endif

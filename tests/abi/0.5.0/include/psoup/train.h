@@ -1,8 +1,9 @@
 /* psoup/train.h: supervised fine-tuning, reward models and DPO, on the adapters of one model.
  *
  * Everything trains in place: the named adapters of the psoup_model change, the base stays (but for
- * psoup_sft without an adapter). Several reward models and several policies train side by side in one
- * batch; each one's result carries the same bits as when it trains alone (on the CPU).
+ * psoup_sft without an adapter). An adapter that holds NaN or an infinity is refused. Several reward models
+ * and several policies train side by side in one batch; each one's result carries the same bits as when it
+ * trains alone (on the CPU).
  */
 #ifndef PSOUP_TRAIN_H
 #define PSOUP_TRAIN_H
