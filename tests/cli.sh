@@ -18,6 +18,9 @@ near() {
              END { exit bad || n < 3 }'
 }
 
+# plan_of MEMBER [FILE]: what a plan as JSON says of it.
+plan_of() { sed -n "s/.*\"$1\": \([0-9]*\).*/\1/p" "${2:-out}"; }
+
 check "make_tiny" "$helpers/make_tiny" .
 A="--adapter P1A=P1A --adapter P2A=P2A"
 
@@ -159,6 +162,18 @@ for bad in '{"prompt": "a", "mix": {"P9Z": 1}}|:2: mix: no adapter is named "P9Z
     no 1 "${bad##*|}" generate --model base $A --prompts bad.jsonl --out left/g.jsonl
 done
 no 1 'none.jsonl' generate --model base --prompts none.jsonl --out left/g.jsonl
+put empty.jsonl ''
+no 1 'empty.jsonl: no prompts in it' generate --model base --prompts empty.jsonl --out left/g.jsonl
+ok generate --model base --prompt x --plan
+check "--plan says it alone" has '^memory of answers: [0-9.]* [KM]iB: base .*, cache .*, rows '
+check "and no answer" lines out 1
+ok generate --model base --prompt x --batch 1 --plan --json
+cp out one
+ok generate --model base $A --mix P1A=0.5,P2A=0.5 --mix-method logits --prompt x --batch 3 --plan --json
+check "three policies at once take more" test "$(plan_of cache)" -gt "$(plan_of cache one)"
+no 1 'base: answers need .* (base .*, rows .*), --memory-limit is 100 KiB: --batch makes it less' generate --model base --prompt x \
+    --memory-limit 100K --out left/g.jsonl
+no 2 '--memory-limit: "much", expected a size as 24G' generate --model base --prompt x --memory-limit much
 no 1 'left/no/g.jsonl' generate --model base --prompt x --out left/no/g.jsonl
 no 1 'name of the file to write is empty' generate --model base --prompt x --out ""
 no 1 'temperature' generate --model base --prompt x --temperature -1 --out left/g.jsonl
@@ -189,6 +204,7 @@ no 1 'no tokens' score --model base --tokens ""
 no 1 'unknown\|no adapter' score --model base $A --mix X=1 --tokens "$tokens" --logits left/l
 put bad.jsonl '{"tokens": [1, "x"]}\n'
 no 1 'bad.jsonl:1: tokens\[1\]' score --model base --prompts bad.jsonl
+no 1 'empty.jsonl: no rows in it' score --model base --prompts empty.jsonl --logits left/l
 
 # ---- bad files ----------------------------------------------------------------------------------
 # spoil NAME: a fresh copy of the base to break
@@ -441,7 +457,6 @@ ok score --model sft-base --tokens "$rain"
 check "the base has learned" better "$(sum)" "$before"
 ok generate --model sft-base --prompt "Why?" $sample
 sft() { put bad.json "{\"model\": \"base\", \"output\": \"left/s\", $1}"; }
-put empty.jsonl ''
 put odd.jsonl '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n'
 sft '"data": "none.jsonl"'; no 1 'none.jsonl' sft --config bad.json
 sft '"data": "odd.jsonl"'; no 1 'odd.jsonl: row 2: "completion"' sft --config bad.json
@@ -556,6 +571,42 @@ for c in sft reward dpo ppo; do
         no 1 "bad.json: .*${output##*|}" $c --config bad.json
     done
 done
+
+# ---- memory, and options that cannot be -----------------------------------------------------------------
+for c in sft reward ppo; do
+    case $c in
+    sft) rows='"data": "sft.jsonl", "adapter": "a"' name=training needs=needs options='most of it is logits' ;;
+    reward) rows='"data": "comparisons.jsonl"' name=rewards needs=need options=batch_size ;;
+    ppo) rows=$one name=policies needs=need options=micro_batch_tokens ;;
+    esac
+    put plan.json "{\"model\": \"base\", $rows, \"output\": \"left/p\", \"rank\": 2, \"run_dir\": \"left/run\"}"
+    ok $c --config plan.json --plan
+    check "$c --plan" has "^memory of $name: [0-9.]* [KM]iB: base [0-9].*, adapters .*, learning .*, activations .*, rows "
+    check "$c --plan: nothing is begun" test -z "$(ls -A left)"
+    ok $c --config plan.json --plan --json
+    check "$c --plan --json" test "$(plan_of activations)" -gt 0 -a "$(plan_of host)" -gt "$(plan_of activations)"
+    no 1 "^psoup: plan.json: $name $needs [0-9.]* MiB (base .*, rows .*), --memory-limit is 100 KiB: $options" $c \
+        --config plan.json --memory-limit 100K
+    check "$c: the plan goes before" grep -q "^memory of $name" err
+    no 1 "^psoup: plan.json: $name $needs" $c --config plan.json --memory-limit=100K --json
+    check "$c --json: it does not" lines err 1
+    no 2 '--memory-limit: "0", expected a size' $c --config plan.json --memory-limit 0
+    no 2 '--memory-limit: "", expected a size' $c --config plan.json --memory-limit
+    for bad in '"learning_rate": -0.5|learning_rate is -0.5: expected 0 or more' \
+        '"beta1": 1|beta1 is 1: expected 0 to below 1' '"checkpoint_keep": 0|checkpoint_keep is 0: expected 1 to 2147483647' \
+        '"lora_dropout": -0.1|lora_dropout is -0.1: expected 0 to below 1'; do
+        put bad.json "{\"model\": \"base\", $rows, \"output\": \"left/p\", \"run_dir\": \"left/run\", ${bad%|*}}"
+        no 1 "^psoup: bad.json: ${bad#*|}\$" $c --config bad.json
+    done
+done
+put huge.json "{\"model\": \"base\", $one, \"output\": \"left/p\", \"batch_size\": 2147483647, \"mini_batch_size\": 4}"
+no 1 'huge.json: policies need [0-9.]* TiB (.*), there are .* GiB: batch_size makes it less' ppo --config huge.json
+put bad.json "{\"model\": \"base\", $one, \"output\": \"left/p\", \"temperature\": 0}"
+no 1 '^psoup: bad.json: temperature is 0: expected more than 0$' ppo --config bad.json
+put bad.json "{\"model\": \"base\", $one, \"output\": \"left/p\", \"top_p\": 3}"
+no 1 '^psoup: bad.json: top_p is 3: expected more than 0, 1 at most$' ppo --config bad.json
+put bad.json "{\"model\": \"base\", $one, \"output\": \"left/p\", \"rank\": 0}"
+no 1 '^psoup: bad.json: rank is 0' ppo --config bad.json
 
 # ---- ppo: a soup ----------------------------------------------------------------------------------
 parts='{"name": "easy", "reward": "rewards/P1A", "preference": "P1A"}, {"name": "deep", "reward": "rewards/P1B",

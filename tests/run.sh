@@ -180,6 +180,13 @@ for last in '"temperature": -1|temperature is -1' '"max_new_tokens": 0|max_new_t
     no 1 "${last#*|}" run psoups --config bad.json --json
 done
 
+for bad in 'ppo|"ppo": {"batch_size": 0}|batch_size is 0: expected 1 to 2147483647' 'sft|"sft": {"beta1": 1}|beta1 is 1: expected 0 to below 1' \
+    'reward|"reward": {"batch_size": -1}|batch_size is -1: expected 1' 'generate|"generate": {"temperature": -1}|temperature is -1'; do
+    case $bad in sft*) m=mt ;; *) m=psoups ;; esac
+    put bad.json "{\"output\": \"left/r\", $files, $rows, $(echo "$bad" | cut -d'|' -f2)}"
+    no 1 "^psoup: bad.json: ${bad%%|*}: ${bad##*|}" run $m --config bad.json --json
+done
+
 # ---- memory -------------------------------------------------------------------------------------
 config plan
 "$psoup" run psoups --config run.json --plan >out 2>err

@@ -323,7 +323,7 @@ START_TEST(unsound_sources_are_refused) {
         "the weight of source 'b' is 0", "source 'a' is there twice", "expected one of the three",
         "has 0 rewards: expected 1 to 64", "has 65 rewards: expected 1 to 64", "both a policy and a reward model",
         "names reward 2 of 2", "an input of reward 0, which is a function", "no source is of its adapter 'P1'",
-        "normalize_apart is 1: expected 0 to 0", "source 'b': reserved2 is not 0"};
+        "normalize_apart is 1: expected 0", "source 'b': reserved2 is not 0"};
     psoup_model *model = fresh(2);
     psoup_reward *reward = headed(model, "R");
     for (int i = 0; i < (int)(sizeof says / sizeof *says); i++) {

@@ -172,6 +172,10 @@ int cmd_dpo(int argc, char **argv) {
             "on one base, which is their reference. Writes\nPEFT directories.\n" LAUNCH_HELP,
             sections, 4, &c, &status))
         return status;
+    if (c.plan.only || c.plan.limit) {
+        config_free(&c);
+        return cli_complain("dpo: there is no plan of its memory: expected neither --plan nor --memory-limit");
+    }
     cli_training training = {.quiet = c.json};
     psoup_error error = {0};
     run.options.on_step = cli_training_step;
@@ -180,7 +184,7 @@ int cmd_dpo(int argc, char **argv) {
     cli_training_begin(run.options.checkpoint_dir);
     if (done == PSOUP_OK)
         done = dpo(&run, c.path, &error);
-    status = done == PSOUP_OK ? run_print_output(run.output, c.json) : cli_training_fail(&error);
+    status = done == PSOUP_OK ? run_print_output(run.output, c.json) : config_fail(&c, &error);
     run_directory_close(&directory);
     config_free(&c);
     return status;

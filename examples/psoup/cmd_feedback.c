@@ -171,7 +171,7 @@ int cmd_feedback(int argc, char **argv) {
         return status;
     psoup_error error = {0};
     if (feedback(&run, &c, &counts, &error) != PSOUP_OK)
-        status = cli_fail(&error);
+        status = config_fail(&c, &error);
     else if (c.json) {
         psoup_json *row = psoup_json_new_object();
         psoup_json_set(row, "output", psoup_json_new_string(run.output));

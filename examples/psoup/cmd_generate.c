@@ -1,5 +1,5 @@
 /* psoup generate: text from a model, every prompt with its own mix. */
-#include "cli.h"
+#include "plan.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -22,6 +22,8 @@ typedef struct generate_args {
     float strength;
     const char *reward;
     psoup_sampling sampling;
+    const char *memory_limit;
+    plan_options plan;
 } generate_args;
 
 /* What was answered; with --best-of which of each prompt's answers is the best, and what all scored. */
@@ -106,6 +108,8 @@ static psoup_status read_jobs(const generate_args *args, const cli_model *m, job
         ++*n;
     }
     psoup_jsonl_reader_free(reader);
+    if (status == PSOUP_OK && *n == 0)
+        status = cli_error(error, PSOUP_ERROR_FORMAT, "%s: no prompts in it", args->prompts);
     return status;
 }
 
@@ -254,6 +258,22 @@ static psoup_status best_of(const generate_args *args, const cli_model *m, const
     return status;
 }
 
+/* Whether what is asked fits: with --best-of every prompt so often. */
+static psoup_status check_memory(const generate_args *args, const cli_model *m, const psoup_prompt *prompts, size_t n,
+                                 const psoup_session_options *session, psoup_error *error) {
+    psoup_memory memory = {.size = sizeof memory};
+    size_t each = args->best_of ? (size_t)args->best_of : 1;
+    psoup_prompt *all = each < SIZE_MAX / sizeof *all / n ? malloc(n * each * sizeof *all) : NULL;
+    if (!all)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    for (size_t i = 0; i < n * each; i++)
+        all[i] = prompts[i / each];
+    psoup_status status = psoup_generate_memory(m->model, all, n * each, &args->sampling, session, &memory, error);
+    free(all);
+    return status == PSOUP_OK ? plan_work_fits(&args->plan, args->model, "--", PLAN_ANSWERS, m->model, &memory, error)
+                              : status;
+}
+
 static psoup_status print_text(const cli_model *m, const psoup_completion *c, psoup_error *error) {
     char *text = NULL, *clean = NULL;
     size_t length;
@@ -283,6 +303,10 @@ static psoup_status run(const generate_args *args, const cli_model *m, job *jobs
             .tokens = jobs[i].tokens, .n = jobs[i].n, .mix = jobs[i].mix, .sequence = i,
             .mix_method = jobs[i].method};
     session.max_sequences = args->batch;
+    if (status == PSOUP_OK)
+        status = check_memory(args, m, prompts, n, &session, error);
+    if (status == PSOUP_OK && args->plan.only)
+        goto done;
     if (status == PSOUP_OK && args->best_of)
         status = best_of(args, m, prompts, n, &session, &a, error);
     else if (status == PSOUP_OK)
@@ -298,6 +322,7 @@ static psoup_status run(const generate_args *args, const cli_model *m, job *jobs
     for (size_t i = 0; status == PSOUP_OK && i < n; i++)
         if (answer(&a, i)->finish == PSOUP_FINISH_ERROR)
             status = diverged(args, &jobs[i], error);
+done:
     psoup_generation_free(a.generation);
     free(a.chosen);
     free(a.scores);
@@ -338,6 +363,8 @@ int cmd_generate(int argc, char **argv) {
         {"--device", CLI_TEXT, &a.device, "DEVICE", "cpu, cuda or cuda:N (cpu)"},
         {"--dtype", CLI_TEXT, &a.dtype, "DTYPE", "the model in f32, f16 or bf16, or its linears in int8 or nf4 (as stored)"},
         {"--threads", CLI_INT, &a.threads, "N", "0 is one per processor (0)"},
+        {"--memory-limit", CLI_TEXT, &a.memory_limit, "SIZE", "refuse what needs more, as 24G (what is free)"},
+        {"--plan", CLI_FLAG, &a.plan.only, NULL, "say what memory it will take, and stop"},
         {"--out", CLI_TEXT, &a.out, "FILE", "JSON Lines results go here (.zst is compressed)"},
         {"--json", CLI_FLAG, &a.json, NULL, "print JSON Lines instead of text"},
         {0}};
@@ -367,6 +394,9 @@ int cmd_generate(int argc, char **argv) {
         return cli_complain("generate: expected --best-of N, at least 1, and --reward DIR together");
     if (a.best_of > 1 && a.sampling.temperature == 0.0f)
         return cli_complain("--best-of: at --temperature 0 all answers would be the same");
+    if (a.memory_limit && !plan_parse_size(a.memory_limit, &a.plan.limit))
+        return cli_complain("--memory-limit: \"%s\", expected a size as 24G or 512M", a.memory_limit);
+    a.plan.json = a.json;
     a.sampling.ignore_stop = a.ignore_stop;
     psoup_error error = {0};
     cli_model m;

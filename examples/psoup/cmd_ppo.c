@@ -39,8 +39,13 @@ static psoup_status train(ppo_state *s, psoup_error *error) {
         policies[i] = ppo_policy(&s->policies[i]);
     s->run->options.tokenizer = s->m.tokenizer;
     s->run->options.comm = s->m.comm;
-    psoup_status status =
-        psoup_ppo_create(s->m.model, policies, s->n, &s->run->options, &ppo, error);
+    psoup_memory memory = {.size = sizeof memory};
+    psoup_status status = psoup_ppo_memory(s->m.model, policies, s->n, &s->run->options, &memory, error);
+    if (status == PSOUP_OK)
+        status = plan_work_fits(s->plan, s->config_path, "", PLAN_PPO, s->m.model, &memory, error);
+    if (status != PSOUP_OK || s->plan->only)
+        return status;
+    status = psoup_ppo_create(s->m.model, policies, s->n, &s->run->options, &ppo, error);
     psoup_status saved = status;
     if (status == PSOUP_OK)
         status = psoup_ppo_run(ppo, error);
@@ -147,13 +152,16 @@ int cmd_ppo(int argc, char **argv) {
         return cli_complain("out of memory"), 1;
     s->run = &run;
     s->config_path = c.path;
+    s->plan = &c.plan;
     run.options.on_step = cli_training_step;
     run.options.user = &training;
     psoup_status done = run_directory_open(&directory, sections, 4, &training, &error);
     cli_training_begin(run.options.checkpoint_dir);
     if (done == PSOUP_OK)
         done = ppo(s, &error);
-    status = done == PSOUP_OK ? run_print_output(run.output, c.json) : cli_training_fail(&error);
+    status = done != PSOUP_OK ? config_fail(&c, &error)
+             : c.plan.only    ? 0
+                              : run_print_output(run.output, c.json);
     run_directory_close(&directory);
     ppo_close(s);
     free(s);

@@ -105,8 +105,9 @@ typedef struct reward_result {
     double accuracy, loss;
 } reward_result;
 
-static psoup_status reward(reward_run *run, const char *config_path, reward_result *result,
+static psoup_status reward(reward_run *run, const char *config_path, const plan_options *plan, reward_result *result,
                            psoup_error *error) {
+    psoup_memory memory = {.size = sizeof memory};
     cli_model m = {0};
     token_pool pool = {0};
     reward_set set = {0};
@@ -148,17 +149,22 @@ static psoup_status reward(reward_run *run, const char *config_path, reward_resu
     }
     run->options.comm = m.comm;
     if (status == PSOUP_OK)
+        status = psoup_reward_memory(set.items, set.n, all, n, all + n, n_held, &run->options, &memory, error);
+    if (status == PSOUP_OK)
+        status = plan_work_fits(plan, config_path, "", PLAN_REWARDS, m.model, &memory, error);
+    bool trains = status == PSOUP_OK && !plan->only;
+    if (trains)
         status =
             psoup_reward_train(set.items, set.n, all, n, all + n, n_held, &run->options, error);
     cli_progress_end();
-    for (size_t i = 0; status == PSOUP_OK && launch_rank() == 0 && i < set.n; i++) {
+    for (size_t i = 0; trains && status == PSOUP_OK && launch_rank() == 0 && i < set.n; i++) {
         char *path = join(run->output, psoup_reward_name(set.items[i]));
         status = path ? psoup_reward_save(set.items[i], path, run->model, error)
                       : cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
         free(path);
     }
     result->held_out = n_held;
-    if (status == PSOUP_OK && launch_rank() == 0 && n_held > 0)
+    if (trains && status == PSOUP_OK && launch_rank() == 0 && n_held > 0)
         status = psoup_reward_accuracy(set.items, set.n, all + n, n_held, &result->accuracy,
                                        &result->loss, error);
     for (size_t i = 0; i < set.n; i++)
@@ -222,8 +228,10 @@ int cmd_reward(int argc, char **argv) {
     psoup_status done = run_directory_open(&directory, sections, 4, &training, &error);
     cli_training_begin(run.options.checkpoint_dir);
     if (done == PSOUP_OK)
-        done = reward(&run, c.path, &result, &error);
-    status = done == PSOUP_OK ? print_result(run.output, &result, c.json) : cli_training_fail(&error);
+        done = reward(&run, c.path, &c.plan, &result, &error);
+    status = done != PSOUP_OK ? config_fail(&c, &error)
+             : c.plan.only    ? 0
+                              : print_result(run.output, &result, c.json);
     run_directory_close(&directory);
     config_free(&c);
     return status;

@@ -272,7 +272,7 @@ static psoup_status go(run *r, run_book *book, psoup_error *error) {
         status = prepare(r, book, trains_rewards, error);
     if (status == PSOUP_OK)
         status = plan(r, book, trains_rewards, error);
-    if (status != PSOUP_OK || r->plan_only)
+    if (status != PSOUP_OK || r->plan->only)
         goto done;
     if (status == PSOUP_OK)
         status = run_make_directory(c->output, error);
@@ -332,7 +332,7 @@ static void run_close(run *r) {
 /* ---- the command ----------------------------------------------------------------------------------- */
 
 static const char about[] =
-    "Usage: psoup run METHOD [--preset default|rlphf] [--memory-limit SIZE] [--plan] --config FILE.json\n\n"
+    "Usage: psoup run METHOD [--preset default|rlphf] --config FILE.json\n\n"
     "A method of the paper (Jang et al. 2023) end to end: reward models, policies, soups, and every\n"
     "user's responses to the evaluation prompts. METHOD is\n"
     "  vb      the base, without preference prompts\n"
@@ -347,7 +347,7 @@ static const char about[] =
     "--preset rlphf sets the released code's settings before the file's own (docs/fidelity.md).\n"
     "An output that has a run is refused, unless --resume goes on with it.\n\n"
     "Before it begins it says what each stage will take of memory, and ends where there is less: in the\n"
-    "GPU, or in the machine, or than --memory-limit says (\"24G\"). --plan says it and stops.\n\n"
+    "GPU, or in the machine, or than --memory-limit says. --plan says it and stops.\n\n"
     "Rows: an array of objects or JSON Lines, as in the released alpaca_gpt4_10k.json (instruction, input),\n"
     "koala_eval_50.json (prompt), and reward rows (user_input, completion_a, completion_b).\n";
 
@@ -387,11 +387,12 @@ static int run_command(run *r, int argc, char **argv) {
     if (!config_read_parts(argc, argv, about, sections, keys, N, &c, &status))
         return status;
     r->config_path = c.path;
+    r->plan = &c.plan;
     r->quiet = r->training.quiet = c.json;
     book.config = config_values(sections, keys, N);
     cli_training_begin(r->c.output);
-    status = start(r, &book, &error) != PSOUP_OK ? cli_training_fail(&error)
-             : r->plan_only                      ? 0
+    status = start(r, &book, &error) != PSOUP_OK ? config_fail(&c, &error)
+             : c.plan.only                       ? 0
                                                  : run_print_output(r->c.output, c.json);
     run_close_book(&book);
     run_close(r);
@@ -414,27 +415,21 @@ static const run_method *method_named(const char *name) {
     return NULL;
 }
 
-/* Takes what is read before the file out of argv: the method, the preset, and what is said of memory. Returns 0, or an
- * exit status. */
+/* Takes what is read before the file out of argv: the method and the preset. Returns 0, or an exit status. */
 static int read_arguments(run *r, int *argc, char **argv) {
     psoup_error error = {0};
     int kept = 1;
     for (int i = 1; i < *argc; i++) {
         const char *preset = option_value(*argc, argv, &i, "--preset");
-        const char *limit = preset ? NULL : option_value(*argc, argv, &i, "--memory-limit");
         if (preset && set_preset(preset, &r->c, &error) != PSOUP_OK)
             return cli_complain("%s", error.message);
-        if (limit && !run_parse_size(limit, &r->memory_limit))
-            return cli_complain("--memory-limit: \"%s\", expected a size as 24G or 512M", limit);
-        if (preset || limit)
+        if (preset)
             continue;
-        if (!strcmp(argv[i], "--plan"))
-            r->plan_only = true;
-        else if (!r->method && method_named(argv[i]))
+        if (!r->method && method_named(argv[i]))
             r->method = method_named(argv[i]);
         else {
             argv[kept++] = argv[i];
-            if (!strcmp(argv[i], "--config") && i + 1 < *argc)
+            if ((!strcmp(argv[i], "--config") || !strcmp(argv[i], "--memory-limit")) && i + 1 < *argc)
                 argv[kept++] = argv[++i];
         }
     }

@@ -157,6 +157,8 @@ static psoup_status run(const score_args *args, const cli_model *m, psoup_error 
         status = add_row(args, m, line, psoup_jsonl_line(reader), &rows, &methods, &n, error);
         psoup_json_free(line);
     }
+    if (status == PSOUP_OK && n == 0)
+        status = cli_error(error, PSOUP_ERROR_FORMAT, "%s: no rows in it", args->prompts);
     if (status == PSOUP_OK)
         status = score(args, m, rows, methods, n, error);
     for (size_t i = 0; i < n; i++) {

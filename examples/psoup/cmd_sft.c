@@ -66,7 +66,8 @@ static psoup_status read_examples(const sft_run *run, const cli_model *m, const 
     return status;
 }
 
-static psoup_status sft(sft_run *run, const char *config_path, psoup_error *error) {
+static psoup_status sft(sft_run *run, const char *config_path, const plan_options *plan, psoup_error *error) {
+    psoup_memory memory = {.size = sizeof memory};
     cli_model m = {0};
     token_pool pool = {0};
     psoup_json *rows[2] = {0};
@@ -96,10 +97,16 @@ static psoup_status sft(sft_run *run, const char *config_path, psoup_error *erro
     }
     run->options.comm = m.comm;
     if (status == PSOUP_OK)
+        status = psoup_sft_memory(m.model, run->adapter, examples[0], psoup_json_size(rows[0]), examples[1],
+                                  psoup_json_size(rows[1]), &run->options, &memory, error);
+    if (status == PSOUP_OK)
+        status = plan_work_fits(plan, config_path, "", PLAN_SFT, m.model, &memory, error);
+    bool trains = status == PSOUP_OK && !plan->only;
+    if (trains)
         status = psoup_sft(m.model, run->adapter, examples[0], psoup_json_size(rows[0]),
                            examples[1], psoup_json_size(rows[1]), &run->options, error);
     cli_progress_end();
-    if (status == PSOUP_OK && launch_rank() == 0)
+    if (trains && status == PSOUP_OK && launch_rank() == 0)
         status = run->adapter ? psoup_model_save_adapter(m.model, run->adapter, run->output,
                                                          run->model, error)
                               : psoup_model_save(m.model, run->output, m.tokenizer, error);
@@ -137,8 +144,10 @@ int cmd_sft(int argc, char **argv) {
     psoup_status done = run_directory_open(&directory, sections, 4, &training, &error);
     cli_training_begin(run.options.checkpoint_dir);
     if (done == PSOUP_OK)
-        done = sft(&run, c.path, &error);
-    status = done == PSOUP_OK ? run_print_output(run.output, c.json) : cli_training_fail(&error);
+        done = sft(&run, c.path, &c.plan, &error);
+    status = done != PSOUP_OK ? config_fail(&c, &error)
+             : c.plan.only    ? 0
+                              : run_print_output(run.output, c.json);
     run_directory_close(&directory);
     config_free(&c);
     return status;

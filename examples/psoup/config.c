@@ -41,7 +41,11 @@ static void print_config_help(const char *about, const config_section *sections,
          "  --print-config    print a configuration with every default, and stop\n"
          "  --json            print the result as one line of JSON, and no progress");
     if (member_of(sections, n, "resume"))
-        puts("  --resume          go on from the newest checkpoint in \"checkpoint_dir\", if there is one.\n"
+        puts("  --plan            say what memory it will take, and stop\n"
+             "  --memory-limit SIZE\n"
+             "                    refuse to begin where it needs more, as 24G or 512M; without it, more than is\n"
+             "                    free, in the GPU or in the machine\n"
+             "  --resume          go on from the newest checkpoint in \"checkpoint_dir\", if there is one.\n"
              "                    With a \"checkpoint_dir\" SIGTERM and SIGINT end the run after its step,\n"
              "                    with a checkpoint and status 0");
     if (member_of(sections, n, "join"))
@@ -120,7 +124,15 @@ bool config_read_parts(int argc, char **argv, const char *about, const config_se
             resumes = true;
         else if (!strcmp(argv[i], "--join") && joined)
             joins = true;
-        else if (!strcmp(argv[i], "--config") && i + 1 == argc) {
+        else if (!strcmp(argv[i], "--plan") && resume)
+            out->plan.only = true;
+        else if (resume && (!strcmp(argv[i], "--memory-limit") || !strncmp(argv[i], "--memory-limit=", 15))) {
+            const char *size = argv[i][14] ? argv[i] + 15 : i + 1 < argc ? argv[++i] : "";
+            if (!plan_parse_size(size, &out->plan.limit)) {
+                cli_complain("--memory-limit: \"%s\", expected a size as 24G or 512M", size);
+                return false;
+            }
+        } else if (!strcmp(argv[i], "--config") && i + 1 == argc) {
             cli_complain("--config needs a value: FILE");
             return false;
         } else if (!strcmp(argv[i], "--config"))
@@ -151,6 +163,8 @@ bool config_read_parts(int argc, char **argv, const char *about, const config_se
         config_free(out);
         return false;
     }
+    out->plan.json = out->json;
+    out->parts = keys != NULL;
     if (resumes)
         *resume = 1;
     if (joins)
@@ -171,6 +185,23 @@ bool config_read_parts(int argc, char **argv, const char *about, const config_se
 void config_free(config *c) {
     psoup_json_free(c->root);
     c->root = NULL;
+}
+
+int config_fail(const config *c, const psoup_error *error) {
+    static const struct {
+        const char *options, *key; /* key: whose object has them, where there are several */
+    } named[] = {{"psoup_ppo_options: ", "ppo: "},         {"psoup_reward_options: ", "reward: "},
+                 {"psoup_sft_options: ", "sft: "},         {"psoup_dpo_options: ", ""},
+                 {"psoup_adapter_options: ", ""},          {"psoup_sampling: ", "generate: "},
+                 {"psoup_session_options: ", "generate: "}, {"context options: ", ""}};
+    psoup_error own = *error;
+    for (size_t i = 0; i < sizeof named / sizeof *named; i++) {
+        size_t length = strlen(named[i].options);
+        if (!strncmp(error->message, named[i].options, length))
+            snprintf(own.message, sizeof own.message, "%s: %s%s", c->path, c->parts ? named[i].key : "",
+                     error->message + length);
+    }
+    return cli_training_fail(&own);
 }
 
 /* ---- adapters ---------------------------------------------------------------------------------- */

@@ -2,7 +2,7 @@
 #ifndef CONFIG_H
 #define CONFIG_H
 
-#include "cli.h"
+#include "plan.h"
 
 /* One table of members and the struct they fill. */
 typedef struct config_section {
@@ -14,18 +14,24 @@ typedef struct config_section {
 typedef struct config {
     psoup_json *root; /* owns the texts that the structs borrow */
     const char *path;
-    bool json; /* --json: the result as JSON, no progress */
+    bool json;         /* --json: the result as JSON, no progress */
+    bool parts;        /* the sections stand in objects of their own */
+    plan_options plan; /* of what trains */
 } config;
 
 /* Reads argv: --config FILE, --print-config, --json, --resume and --join where there is such a member,
- * --help. Returns false when the command is done (help or the configuration was printed, or something is
- * wrong), with its exit *status. Options are read in the order of the sections. */
+ * --memory-limit and --plan of what resumes, --help. Returns false when the command is done (help or the
+ * configuration was printed, or something is wrong), with its exit *status. Options are read in the order of the
+ * sections. */
 bool config_read(int argc, char **argv, const char *about, const config_section *sections, size_t n,
                  config *out, int *status);
 /* The same, where sections[i] stands in an object of its own, the file's member keys[i]; NULL: at the top. */
 bool config_read_parts(int argc, char **argv, const char *about, const config_section *sections,
                        const char *const *keys, size_t n, config *out, int *status);
 void config_free(config *c);
+/* cli_training_fail, of an error that may speak of an option as the library does, which here is the file's:
+ * "FILE: batch_size is 0: …" for "psoup_ppo_options: batch_size is 0: …". */
+int config_fail(const config *c, const psoup_error *error);
 /* What the sections hold now, laid out as in a file. */
 psoup_json *config_values(const config_section *sections, const char *const *keys, size_t n);
 

@@ -16,6 +16,7 @@ static psoup_comm_options who = PSOUP_COMM_OPTIONS_INIT;
 
 int32_t launch_rank(void) { return who.rank; }
 int32_t launch_world(void) { return who.world; }
+int32_t launch_neighbours(void) { return who.local_world > 1 ? who.local_world : 1; }
 
 #ifdef PSOUP_MPI
 static bool by_mpi; /* MPI is initialised */

@@ -13,6 +13,7 @@
 psoup_status launch_look(psoup_error *error);
 int32_t launch_rank(void);
 int32_t launch_world(void);
+int32_t launch_neighbours(void); /* ranks on this machine, with this one */
 /* What "cuda" and 0 threads stand for in this process. */
 enum { LAUNCH_DEVICE = 32 };
 const char *launch_device(const char *device, char out[LAUNCH_DEVICE]);

@@ -53,6 +53,7 @@ typedef struct policy_run {
 typedef struct ppo_state {
     ppo_run *run;
     const char *config_path;
+    const plan_options *plan;
     cli_model m;
     psoup_preferences *preferences;
     psoup_json *rows[2];

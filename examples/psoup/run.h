@@ -88,8 +88,8 @@ typedef struct run {
     const run_method *method;
     run_config c;
     const char *config_path;
-    bool quiet, plan_only;
-    int64_t memory_limit; /* bytes; 0: what there is */
+    const plan_options *plan;
+    bool quiet;
     cli_training training;
     cli_model m;
     psoup_preferences *preferences;
@@ -157,8 +157,6 @@ __attribute__((format(printf, 2, 3)))
 void run_say(const run *r, const char *format, ...); /* one line on standard error, unless it is quiet */
 
 /* ---- run_plan.c ---- */
-/* "24G", "512M"; false where it is no size. */
-bool run_parse_size(const char *text, int64_t *bytes);
 /* Says what "rewards", "policies" or "responses" will take; PSOUP_ERROR_MEMORY, with numbers, where there is less. */
 psoup_status run_plan_stage(run *r, const char *stage, psoup_error *error);
 

@@ -157,8 +157,8 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         RANGE(target_kl, 0, REALS),
         RANGE(kl_coefficient, 0, REALS),
         RANGE(adaptive_kl, 0, 1),
-        RANGE(kl_target, 1e-30, REALS),
-        RANGE(kl_horizon, 1e-30, REALS),
+        RANGE(kl_target, ABOVE_ZERO, REALS),
+        RANGE(kl_horizon, ABOVE_ZERO, REALS),
         RANGE(ratio_threshold, 0, INFINITY),
         RANGE(skipped_step, 0, 1),
         RANGE(normalize_reward, 0, 1),
@@ -171,8 +171,8 @@ psoup_status psoup__ppo_check(const psoup_ppo_options *o, psoup_error *error) {
         RANGE(draw_new_tokens_from, 0, o->max_new_tokens),
         RANGE(draw_group, 1, COUNTS),
         RANGE(ignore_stop, 0, 1),
-        RANGE(temperature, 1e-30, REALS), /* PPO explores: greedy sampling has no ratio to learn from */
-        RANGE(top_p, 1e-30, 1),
+        RANGE(temperature, ABOVE_ZERO, REALS), /* PPO explores: greedy sampling has no ratio to learn from */
+        RANGE(top_p, ABOVE_ZERO, 1),
         RANGE(top_k, 0, COUNTS),
         RANGE(truncation_penalty, -REALS, REALS),
         RANGE(reward_text, 0, 1),

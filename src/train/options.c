@@ -1,6 +1,8 @@
 /* The trainers' options as data: tables for configuration files, presets, and what is refused. */
 #include "train/options.h"
 
+#include <stdio.h>
+
 #define OPTIONS psoup_sft_options
 static const psoup_field sft_fields[] = {
     INT(epochs, "Passes over the examples."),
@@ -79,6 +81,29 @@ const psoup_field *psoup_dpo_fields(void) { return dpo_fields; }
 
 /* ---- what is refused ---------------------------------------------------------------------------- */
 
+/* Whole numbers as such, up to the 15 digits that a double has of any. */
+static void write_number(double value, char text[32]) {
+    snprintf(text, 32, floor(value) == value && fabs(value) < 1e15 ? "%.0f" : "%.7g", value);
+}
+
+/* What a range allows, in words where a limit stands for "none", "below" or "above". */
+static void write_range(const psoup__range *r, char text[96]) {
+    char low[32], high[32];
+    bool above = r->low == ABOVE_ZERO;
+    write_number(above ? 0 : r->low, low);
+    write_number(r->high == BELOW_ONE ? 1 : r->high, high);
+    if (r->low == r->high)
+        snprintf(text, 96, "%s", low);
+    else if (r->low <= -REALS)
+        snprintf(text, 96, "a finite number");
+    else if (r->high >= REALS)
+        snprintf(text, 96, above ? "more than %s" : "%s or more", low);
+    else if (above)
+        snprintf(text, 96, "more than %s, %s at most", low, high);
+    else
+        snprintf(text, 96, "%s to %s%s", low, r->high == BELOW_ONE ? "below " : "", high);
+}
+
 psoup_status psoup__ranges_check(const char *where, const psoup__range *ranges, size_t n, const char *checkpoint_dir,
                                  int32_t resume, psoup_error *error) {
     if (resume && !checkpoint_dir)
@@ -86,10 +111,12 @@ psoup_status psoup__ranges_check(const char *where, const psoup__range *ranges, 
                            "%s: checkpoint_dir is NULL, which resume needs", where);
     for (size_t i = 0; i < n; i++) {
         const psoup__range *r = &ranges[i];
-        if (!(r->value >= r->low && r->value <= r->high))
-            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                               "%s: %s is %g: expected %g to %g", where, r->name, r->value, r->low,
-                               r->high);
+        char value[32], expected[96];
+        if (r->value >= r->low && r->value <= r->high)
+            continue;
+        write_number(r->value, value);
+        write_range(r, expected);
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "%s: %s is %s: expected %s", where, r->name, value, expected);
     }
     return PSOUP_OK;
 }
@@ -129,7 +156,7 @@ psoup_status psoup__dpo_check(const psoup_dpo_options *o, psoup_error *error) {
         RANGE(batch_size, 1, COUNTS),   RANGE(accumulation, 1, COUNTS),
         ADAM_RANGES,                    RANGE(schedule, 0, 2),
         RANGE(warmup_steps, 0, COUNTS), RANGE(lora_dropout, 0, BELOW_ONE),
-        RANGE(beta, 1e-30, REALS),      RANGE(label_smoothing, 0, 0.5),
+        RANGE(beta, ABOVE_ZERO, REALS),      RANGE(label_smoothing, 0, 0.5),
         RANGE(max_tokens, 0, COUNTS),   RANGE(validate_every, 0, COUNTS),
         RANGE(keep_best, 0, 1),         CHECKPOINT_RANGES,
         RANGE(length_penalty, -REALS, REALS),

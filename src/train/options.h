@@ -61,7 +61,8 @@ psoup_status psoup__ranges_check(const char *where, const psoup__range *ranges, 
 #define CHECKPOINT_RANGES                                                                          \
     RANGE(checkpoint_every, 0, COUNTS), RANGE(checkpoint_keep, 1, COUNTS), RANGE(resume, 0, 1),    \
         RANGE(gradient_checkpointing, 0, 1)
-#define REALS 3.4e38
+#define REALS 3.4e38 /* without a limit, but finite */
+#define ABOVE_ZERO 1e-30
 #define BELOW_ONE 0.99999997
 #define ADAM_RANGES                                                                                \
     RANGE(learning_rate, 0, REALS), RANGE(beta1, 0, BELOW_ONE), RANGE(beta2, 0, BELOW_ONE),        \
