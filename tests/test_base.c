@@ -114,7 +114,7 @@ START_TEST(option_structs_end_without_padding) {
         ENDS(psoup_dpo_options, length_penalty),
         ENDS(psoup_ppo_options, comm),       ENDS(psoup_ppo_trace, mix),
         ENDS(psoup_memory, device_free),
-        ENDS(psoup_best_options, reserved),
+        ENDS(psoup_best_options, n_sources),
         ENDS(psoup_merger_options, strength),  ENDS(psoup_merge_report, mean_error),
         ENDS(psoup_merge_sink, write),           ENDS(psoup_merge_tensors, user),
         ENDS(psoup_merge_device, copy),      ENDS(psoup_comm, free),

@@ -163,6 +163,44 @@ START_TEST(reward_models_score_them) {
 }
 END_TEST
 
+/* A model and a function together, as a policy's sources: their weighted sum chooses. */
+START_TEST(several_rewards_are_weighed) {
+    psoup_model *model = world();
+    psoup_reward *reward;
+    psoup_generation *g;
+    psoup_best_options o = PSOUP_BEST_OPTIONS_INIT;
+    int32_t chosen[ASKED];
+    float scores[ASKED * EACH];
+    OK(psoup_reward_create(model, "R", NULL, &reward, &error));
+    psoup__adapter *adapter = psoup__model_adapter(model, "R");
+    for (size_t i = 0; i < adapter->count; i++)
+        adapter->data[i] += 0.1f * (float)((i * 5) % 7);
+    const psoup_reward_source sources[] = {{.model = reward, .weight = 0.5f},
+                                           {.name = "share", .function = pay, .user = &wanted[0], .weight = -2.0f}};
+    o.n = EACH;
+    o.sources = sources;
+    o.n_sources = 2;
+    OK(psoup_best_of_n(model, asked, ASKED, &sampling, NULL, &o, &g, chosen, scores, &error));
+    for (int i = 0; i < ASKED * EACH; i++) {
+        const psoup_completion *c = psoup_generation_get(g, (size_t)i);
+        size_t n = prompts[i / EACH].n;
+        psoup_rollout r = {.response = c->tokens, .n = c->n};
+        int32_t read[32];
+        float score, share;
+        memcpy(read, words[i / EACH], n * sizeof(*read));
+        memcpy(read + n, c->tokens, c->n * sizeof(*read));
+        psoup_row row = {read, n + c->n, NULL};
+        OK(psoup_reward_score(reward, &row, 1, &score, &error));
+        pay(&wanted[0], &r, 1, &share);
+        near(scores[i], 0.5 * score - 2.0 * share, 1e-6, "score", (size_t)i);
+        ck_assert(scores[i] <= scores[i / EACH * EACH + chosen[i / EACH]]);
+    }
+    psoup_generation_free(g);
+    psoup_reward_free(reward);
+    psoup_model_free(model);
+}
+END_TEST
+
 /* A mix whose adapter diverged costs its own prompt alone. */
 START_TEST(answers_without_numbers_have_no_score) {
     psoup_model *model = world();
@@ -212,13 +250,20 @@ START_TEST(what_cannot_be_is_refused) {
     OK(psoup_reward_create(model, "R", NULL, &reward, &error));
     o.rewards = &reward;
     o.questions = &question;
-    REFUSE(PSOUP_ERROR_ARGUMENT, "reward input 0 of questions[0] names reward 3 of 1");
+    REFUSE(PSOUP_ERROR_ARGUMENT, "questions[0] names reward 3 of 1");
     question.reserved[1] = 1;
     REFUSE(PSOUP_ERROR_ARGUMENT, "questions[0].reserved is not 0");
     question.reserved[1] = 0;
     question.n_inputs = 0;
-    REFUSE(PSOUP_ERROR_ARGUMENT, "questions[0] has no tokens or lists no reward input");
+    REFUSE(PSOUP_ERROR_ARGUMENT, "questions[0] lists no reward input");
+    question.n = 0;
+    REFUSE(PSOUP_ERROR_ARGUMENT, "questions[0] has no tokens");
+    question.n = 2;
     o.questions = NULL;
+    o.sources = &(psoup_reward_source){.name = "x", .function = pay, .user = &wanted[0], .weight = 1.0f};
+    o.n_sources = 1;
+    REFUSE(PSOUP_ERROR_ARGUMENT, "has sources, and rewards or reward_fn");
+    o.sources = NULL;
     o.reward_text = 1;
     REFUSE(PSOUP_ERROR_ARGUMENT, "tokenizer is NULL");
     o = by_pay(2);
@@ -254,6 +299,7 @@ int main(void) {
     tcase_add_test(tcase, the_same_bits_in_any_batch);
     tcase_add_test(tcase, the_highest_score_wins);
     tcase_add_test(tcase, reward_models_score_them);
+    tcase_add_test(tcase, several_rewards_are_weighed);
     tcase_add_test(tcase, answers_without_numbers_have_no_score);
     tcase_add_test(tcase, what_cannot_be_is_refused);
     suite_add_tcase(suite, tcase);

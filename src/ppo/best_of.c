@@ -3,13 +3,14 @@
 #include <math.h>
 #include <string.h>
 
-#include "ppo/rollout.h"
+#include "ppo/ppo.h"
 
 typedef struct best {
     psoup_model *model;
     const psoup_prompt *prompts; /* [n] */
     size_t n, each;              /* each: answers to a prompt */
     psoup_best_options options;
+    psoup_ppo_policy policy;  /* has the options' rewards */
     psoup_prompt *asked;      /* [n · each] */
     psoup_sampling *sampling; /* [n · each] */
     psoup_ppo_prompt *questions; /* [n] what rewards read, or callbacks are told */
@@ -19,62 +20,35 @@ typedef struct best {
     psoup__rollouts rollouts; /* the answers that can be scored */
 } best;
 
-/* Questions as they were given, or the prompts themselves; a callback reads no inputs. */
+/* Questions as they were given, or the prompts themselves. */
 static void make_questions(best *b) {
     for (size_t i = 0; i < b->n; i++) {
         psoup_ppo_prompt own = {.tokens = b->prompts[i].tokens, .n = b->prompts[i].n, .id = (int64_t)i};
         b->questions[i] = b->options.questions ? b->options.questions[i] : own;
-        if (b->options.reward_fn) {
-            b->questions[i].inputs = NULL;
-            b->questions[i].n_inputs = 0;
-        }
     }
-}
-
-static void make_sources(best *b) {
-    const psoup_best_options *o = &b->options;
-    for (size_t k = 0; k < b->n_sources; k++)
-        b->sources[k] = (psoup__source){.model = o->reward_fn ? NULL : o->rewards[k],
-                                        .function = o->reward_fn,
-                                        .user = o->reward_user,
-                                        .weight = 1.0f};
 }
 
 static psoup_status check_questions(const best *b, psoup_error *error) {
-    const psoup_best_options *o = &b->options;
+    psoup_status status = PSOUP_OK;
     for (size_t i = 0; i < b->n; i++) {
         const psoup_ppo_prompt *q = &b->questions[i];
-        if (!q->tokens || q->n == 0 || (q->inputs && q->n_inputs == 0))
-            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_best_of_n: questions[%zu] has no tokens or lists "
-                               "no reward input", i);
+        if (!q->tokens || q->n == 0)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_best_of_n: questions[%zu] has no tokens", i);
         if (!psoup__all_zero(q->reserved, sizeof(q->reserved)))
             return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_best_of_n: questions[%zu].reserved is not 0", i);
-        for (size_t k = 0; q->inputs && k < q->n_inputs; k++)
-            if (q->inputs[k].reward < 0 || (size_t)q->inputs[k].reward >= o->n_rewards ||
-                !isfinite(q->inputs[k].weight) || (q->inputs[k].n && !q->inputs[k].tokens))
-                return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                                   "psoup_best_of_n: reward input %zu of questions[%zu] names reward %d of %zu, with "
-                                   "weight %g", k, i, q->inputs[k].reward, o->n_rewards,
-                                   (double)q->inputs[k].weight);
+        PSOUP__TRY(psoup__rewards_check_prompt(&b->policy, q, "questions", i, error));
     }
-    return PSOUP_OK;
+fail:
+    return status;
 }
 
 static psoup_status check(const best *b, psoup_error *error) {
     const psoup_best_options *o = &b->options;
     if (o->n < 1 || o->n > 65536)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_best_options: n is %d: expected 1 to 65536", o->n);
-    if (!o->reward_fn && (o->n_rewards == 0 || !o->rewards))
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_best_options: there is neither a reward model nor a callback");
-    for (size_t i = 0; !o->reward_fn && i < o->n_rewards; i++) {
-        psoup__adapter *adapter;
-        if (!o->rewards[i])
-            return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_best_options: rewards[%zu] is NULL", i);
-        psoup_status status = psoup__reward_adapter(o->rewards[i], &adapter, NULL, error);
-        if (status != PSOUP_OK)
-            return status;
-    }
+    psoup_status status = psoup__rewards_check(&b->policy, error);
+    if (status != PSOUP_OK)
+        return status;
     if (o->reward_text && !o->tokenizer)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_best_options: tokenizer is NULL, which reward_text needs");
@@ -145,8 +119,7 @@ static psoup_status score(best *b, psoup_error *error) {
     const psoup_best_options *o = &b->options;
     psoup__team alone;
     psoup_ppo_options options = PSOUP_PPO_OPTIONS_INIT;
-    psoup_ppo_policy policy = {.adapter = "best of n"};
-    psoup__request request = {.policy = &policy, .sources = b->sources, .out = &b->rollouts};
+    psoup__request request = {.policy = &b->policy, .sources = b->sources, .out = &b->rollouts};
     options.reward_text = o->reward_text;
     options.reward_max_tokens = o->reward_max_tokens;
     options.tokenizer = o->tokenizer;
@@ -190,6 +163,13 @@ psoup_status psoup_best_of_n(psoup_model *model, const psoup_prompt *prompts, si
     best b = {.model = model, .prompts = prompts, .n = n, .options = defaults};
     size_t all;
     PSOUP__TRY(psoup__options(&b.options, sizeof(b.options), options, "psoup_best_options", error));
+    b.policy = (psoup_ppo_policy){.adapter = "best of n",
+                                  .rewards = b.options.rewards,
+                                  .n_rewards = b.options.n_rewards,
+                                  .reward_fn = b.options.reward_fn,
+                                  .reward_user = b.options.reward_user,
+                                  .sources = b.options.sources,
+                                  .n_sources = b.options.n_sources};
     PSOUP__TRY(check(&b, error));
     b.each = (size_t)b.options.n;
     if (!psoup__multiply(n, b.each, &all))
@@ -198,14 +178,15 @@ psoup_status psoup_best_of_n(psoup_model *model, const psoup_prompt *prompts, si
     b.sampling = psoup__alloc(model->context, all, sizeof(*b.sampling), error);
     b.place = psoup__alloc(model->context, all, sizeof(*b.place), error);
     b.questions = psoup__alloc(model->context, n, sizeof(*b.questions), error);
-    b.n_sources = b.options.reward_fn ? 1 : b.options.n_rewards;
+    b.n_sources = psoup__rewards_count(&b.policy);
     b.sources = psoup__alloc(model->context, b.n_sources, sizeof(*b.sources), error);
     if (!b.asked || !b.sampling || !b.place || !b.questions || !b.sources) {
         status = PSOUP_ERROR_MEMORY;
         goto fail;
     }
     make_questions(&b);
-    make_sources(&b);
+    for (size_t k = 0; k < b.n_sources; k++)
+        b.sources[k] = psoup__rewards_source(&b.policy, k);
     PSOUP__TRY(check_questions(&b, error));
     PSOUP__TRY(ask(&b, sampling, session, out, error));
     PSOUP__TRY(list(&b, *out, error));

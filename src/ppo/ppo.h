@@ -148,7 +148,8 @@ psoup_reward *psoup__rewards_model(const psoup_ppo_policy *policy, size_t k);
 size_t psoup__rewards_count(const psoup_ppo_policy *policy);
 /* Which of the policy's adapters the k-th is a reward of. */
 size_t psoup__rewards_adapter(const psoup_ppo_policy *policy, size_t k);
-/* Makes the policy's sources. */
+/* The k-th as a source, without a metric; all of a policy's. */
+psoup__source psoup__rewards_source(const psoup_ppo_policy *policy, size_t k);
 psoup_status psoup__rewards_start(psoup_ppo *ppo, psoup__policy *policy, psoup_error *error);
 void psoup__rewards_end(psoup_context *context, psoup__policy *policy);
 /* Moves the step's trends and moments on by its scores. */

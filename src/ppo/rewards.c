@@ -140,6 +140,15 @@ static const char *reported_name(const psoup__policy *policy, size_t k) {
     return policy->n_sources > 1 ? given->rewards[k]->name : NULL;
 }
 
+psoup__source psoup__rewards_source(const psoup_ppo_policy *policy, size_t k) {
+    const psoup_reward_source *given = policy->sources ? &policy->sources[k] : NULL;
+    return (psoup__source){.model = psoup__rewards_model(policy, k),
+                           .function = given ? given->function : policy->reward_fn,
+                           .user = given ? given->user : policy->reward_user,
+                           .weight = given ? given->weight : 1.0f,
+                           .adapter = psoup__rewards_adapter(policy, k)};
+}
+
 psoup_status psoup__rewards_start(psoup_ppo *ppo, psoup__policy *policy, psoup_error *error) {
     psoup_context *context = ppo->model->context;
     const psoup_ppo_policy *given = &policy->given;
@@ -151,11 +160,7 @@ psoup_status psoup__rewards_start(psoup_ppo *ppo, psoup__policy *policy, psoup_e
     for (size_t k = 0; k < n; k++) {
         psoup__source *source = &policy->sources[k];
         const char *name = reported_name(policy, k);
-        *source = (psoup__source){.model = psoup__rewards_model(given, k),
-                                  .function = given->sources ? given->sources[k].function : given->reward_fn,
-                                  .user = given->sources ? given->sources[k].user : given->reward_user,
-                                  .weight = given->sources ? given->sources[k].weight : 1.0f,
-                                  .adapter = psoup__rewards_adapter(given, k)};
+        *source = psoup__rewards_source(given, k);
         if (name)
             source->metric = psoup__format(context, error, "reward/%s", name);
         for (size_t i = 0; source->metric && i < k; i++)

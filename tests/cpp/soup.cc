@@ -373,6 +373,14 @@ static void test_rewards_and_ppo(psoup::model &model) {
                                 }))[0]
               .chosen == 1);
     CHECK(!psoup::best_of_n(model, questions, {}));
+    const auto paid = [](psoup::span<const psoup_rollout> r, psoup::span<float> out) {
+        for (std::size_t i = 0; i < r.size(); i++) out[i] = i == 2 ? 1.0f : 0.0f;
+        return true;
+    };
+    const auto weighed = NEED(psoup::best_of_n(model, questions, {}, {}, best_options, psoup::defaults<psoup_sampling>(),
+                                               psoup::defaults<psoup_session_options>(),
+                                               {{"taste", &reward}, {"third", nullptr, paid, 1000.0f}}));
+    CHECK(weighed[0].chosen == 2 && std::fabs(weighed[0].scores[1] - found[0].scores[1]) < 1e-4f);
 
     psoup_ppo_prompt prompt{};
     prompt.tokens = asked.data();

@@ -32,6 +32,33 @@ struct source {
     std::size_t adapter = 0;
 };
 
+namespace detail {
+using reward_callback = callback<bool(span<const psoup_rollout>, span<float>)>;
+inline int run_reward(void *user, const psoup_rollout *rollouts, std::size_t n, float *scores) {
+    auto *c = static_cast<reward_callback *>(user);
+    return c->run([&] { return c->function({rollouts, n}, {scores, n}); });
+}
+/* Their functions are kept in `functions`. */
+inline std::vector<psoup_reward_source> c_sources(const std::vector<source> &sources,
+                                                  std::vector<std::unique_ptr<reward_callback>> &functions) {
+    std::vector<psoup_reward_source> out;
+    for (const source &s : sources) {
+        psoup_reward_source to{};
+        to.name = s.name.c_str();
+        to.model = s.model ? s.model->get() : nullptr;
+        to.weight = s.weight;
+        to.adapter = static_cast<std::int32_t>(s.adapter);
+        if (s.function) {
+            functions.push_back(std::make_unique<reward_callback>(s.function));
+            to.function = run_reward;
+            to.user = functions.back().get();
+        }
+        out.push_back(to);
+    }
+    return out;
+}
+} // namespace detail
+
 struct policy {
     std::string adapter;
     span<const psoup_ppo_prompt> prompts; /* borrowed until the ppo is gone, and so are its rewards */
@@ -100,11 +127,6 @@ public:
     }
 
 private:
-    using reward_callback = detail::callback<bool(span<const psoup_rollout>, span<float>)>;
-    static int run_reward(void *user, const psoup_rollout *rollouts, std::size_t n, float *scores) {
-        auto *c = static_cast<reward_callback *>(user);
-        return c->run([&] { return c->function({rollouts, n}, {scores, n}); });
-    }
     using samples_callback = detail::callback<bool(std::int64_t, span<const psoup_rollout>, span<const float>)>;
     /* What C borrows, at addresses that moving a ppo does not change. */
     struct state {
@@ -112,33 +134,20 @@ private:
             : policies(std::move(p)), step(std::move(each)), samples(std::move(said)) {
             soups.reserve(policies.size());
             for (policy &each_policy : policies) {
-                functions.push_back(std::make_unique<reward_callback>(each_policy.function));
-                reward_callback *own = functions.back().get();
+                functions.push_back(std::make_unique<detail::reward_callback>(each_policy.function));
+                detail::reward_callback *own = functions.back().get();
                 rewards.push_back(detail::pointers(each_policy.rewards));
                 psoup_ppo_policy c{};
                 c.adapter = each_policy.adapter.c_str();
                 c.rewards = rewards.back().empty() ? nullptr : rewards.back().data();
                 c.n_rewards = rewards.back().size();
-                sources.emplace_back();
-                for (source &s : each_policy.sources) {
-                    psoup_reward_source to{};
-                    to.name = s.name.c_str();
-                    to.model = s.model ? s.model->get() : nullptr;
-                    to.weight = s.weight;
-                    to.adapter = static_cast<std::int32_t>(s.adapter);
-                    if (s.function) {
-                        functions.push_back(std::make_unique<reward_callback>(s.function));
-                        to.function = run_reward;
-                        to.user = functions.back().get();
-                    }
-                    sources.back().push_back(to);
-                }
+                sources.push_back(detail::c_sources(each_policy.sources, functions));
                 if (!sources.back().empty()) {
                     c.sources = sources.back().data();
                     c.n_sources = sources.back().size();
                 }
                 if (each_policy.function) {
-                    c.reward_fn = run_reward;
+                    c.reward_fn = detail::run_reward;
                     c.reward_user = own;
                 }
                 c.prompts = each_policy.prompts.data();
@@ -167,7 +176,7 @@ private:
         std::vector<policy> policies;
         detail::step_callback step;
         samples_callback samples;
-        std::vector<std::unique_ptr<reward_callback>> functions;
+        std::vector<std::unique_ptr<detail::reward_callback>> functions;
         std::vector<std::vector<psoup_reward *>> rewards;
         std::vector<std::vector<psoup_reward_source>> sources;
         std::vector<std::vector<const char *>> soup_adapters;
@@ -194,24 +203,28 @@ struct best {
     const completion &answer() const { return candidates[chosen]; }
 };
 
-/* options.n answers to each prompt, and which of them the rewards, or a function, like best. */
+/* options.n answers to each prompt, and which of them the rewards, a function, or both together as sources like best. */
 inline result<std::vector<best>> best_of_n(model &m, span<const prompt> prompts, std::vector<reward *> rewards,
                                            reward_function function = {},
                                            psoup_best_options options = defaults<psoup_best_options>(),
                                            const psoup_sampling &sampling = defaults<psoup_sampling>(),
-                                           const psoup_session_options &session = defaults<psoup_session_options>()) {
-    detail::callback<bool(span<const psoup_rollout>, span<float>)> c(std::move(function));
+                                           const psoup_session_options &session = defaults<psoup_session_options>(),
+                                           const std::vector<source> &sources = {}) {
+    detail::reward_callback c(std::move(function));
     const auto handles = detail::pointers(rewards);
+    std::vector<std::unique_ptr<detail::reward_callback>> functions;
+    const auto c_sources = detail::c_sources(sources, functions);
+    if (!sources.empty()) {
+        options.sources = c_sources.data();
+        options.n_sources = c_sources.size();
+    }
     if (!rewards.empty()) {
         options.rewards = handles.data();
         options.n_rewards = handles.size();
     }
     if (c.function) {
         options.reward_user = &c;
-        options.reward_fn = [](void *user, const psoup_rollout *rollouts, std::size_t n, float *scores) {
-            auto *own = static_cast<decltype(&c)>(user);
-            return own->run([&] { return own->function({rollouts, n}, {scores, n}); });
-        };
+        options.reward_fn = detail::run_reward;
     }
     std::vector<psoup_prompt> asked;
     for (const prompt &p : prompts) {
@@ -228,6 +241,7 @@ inline result<std::vector<best>> best_of_n(model &m, span<const prompt> prompts,
                              chosen.data(), scores.data());
     handle<psoup_generation, psoup_generation_free> owned(made);
     c.rethrow();
+    for (const auto &f : functions) f->rethrow();
     if (!done) return done.error();
     std::vector<best> out(prompts.size());
     for (std::size_t i = 0; i < prompts.size(); i++) {

@@ -1065,6 +1065,8 @@ psoup_best_options._fields_ = [
     ("tokenizer", POINTER(psoup_tokenizer)),
     ("reward_max_tokens", c_int32),
     ("reserved", c_int32),
+    ("sources", POINTER(psoup_reward_source)),
+    ("n_sources", c_size_t),
 ]
 
 STRUCTS = (

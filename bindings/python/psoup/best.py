@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ctypes import POINTER, byref, c_float, c_int32, cast
-from typing import TYPE_CHECKING, Any, List, NamedTuple, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, List, Mapping, NamedTuple, Optional, Sequence, Union
 
 from . import _abi
 from ._library import call_long, lib, new
 from .arrays import empty, pointer_of
 from .model import Completion, Method, Mix, Model, Prompt, Tokens, _completions, sampling_of
 from .tokenizer import Tokenizer
-from .training import PpoPrompt, Reward, RewardFunction, _ppo_prompts, _reward_callback, _rewards
+from .training import Policy, PpoPrompt, Reward, Rewards, _named, _ppo_prompts, _reward_callback, _rewards, _sources
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -34,13 +34,13 @@ class Best(NamedTuple):
 
 
 def best_of_n(model: Model, prompts: Sequence[Union[Prompt, Tokens]],
-              reward: Union[RewardFunction, Reward, Sequence[Reward]], n: int = 4, mix: Mix = None,
+              reward: Rewards, n: int = 4, mix: Mix = None,
               mixes: Optional[Sequence[Mix]] = None, questions: Optional[Sequence[Union[PpoPrompt, Tokens]]] = None,
               tokenizer: Optional[Tokenizer] = None, reward_text: bool = False, reward_max_tokens: int = 512,
               stop_tokens: Optional[Sequence[int]] = None, max_sequences: int = 0, method: Method = "delta",
               methods: Optional[Sequence[Method]] = None, strength: float = 1.0, **sampling: Unpack[Sampling]) -> List[Best]:
     """Samples n answers to each prompt, with its mix, and has a reward choose: a function from rollouts to scores, a
-    reward model, or several, weighed by the questions' inputs. `questions` are what rewards read before the answers;
+    reward model, or several, weighed by the questions' inputs or by names, as a `Policy`'s. `questions` are what rewards read before the answers;
     None: the prompts. The same answers and scores in any batch.
 
         best, = psoup.best_of_n(model, [tokens], lambda rollouts: [-len(r.response) for r in rollouts], n=8)
@@ -49,7 +49,10 @@ def best_of_n(model: Model, prompts: Sequence[Union[Prompt, Tokens]],
     keep: List[Any] = []
     options = new(_abi.psoup_best_options, {"n": n, "reward_text": int(reward_text),
                                             "reward_max_tokens": reward_max_tokens})
-    if callable(reward):
+    named = _named(Policy("best of n", (), reward))
+    if isinstance(reward, Mapping):
+        options.sources, options.n_sources = _sources(named, keep, keep), len(named)
+    elif callable(reward):
         options.reward_fn = _reward_callback(reward)
     else:
         handles, _ = _rewards([reward] if isinstance(reward, Reward) else list(reward))
@@ -58,7 +61,7 @@ def best_of_n(model: Model, prompts: Sequence[Union[Prompt, Tokens]],
     if questions is not None:
         if len(questions) != len(prompts):
             raise ValueError("there are %d prompts and %d questions" % (len(prompts), len(questions)))
-        options.questions = cast(_ppo_prompts(questions, keep), POINTER(_abi.psoup_ppo_prompt))
+        options.questions = cast(_ppo_prompts(questions, keep, list(named)), POINTER(_abi.psoup_ppo_prompt))
     if tokenizer is not None:
         options.tokenizer = tokenizer.handle
     settings = sampling_of({**sampling, "stop_tokens": stop_tokens}, keep)

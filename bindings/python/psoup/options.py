@@ -554,3 +554,5 @@ class BestOptions(TypedDict, total=False):
     n_rewards: int
     # longer reward inputs keep their first tokens; 0: what the model can hold; default 512
     reward_max_tokens: int
+    # default 0
+    n_sources: int

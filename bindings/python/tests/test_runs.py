@@ -180,6 +180,11 @@ class BestOfN(Case):
         first = rewards[0].score([[7] + list(c.tokens) for c in best.candidates])
         second = rewards[1].score([[8, 2] + list(c.tokens) for c in best.candidates])
         self.assertNear(again.scores, [0.5 * x + 2 * y for x, y in zip(first, second)], 1e-6)
+        several = {"taste": (rewards[0], 0.5), "nines": nines, "other": rewards[1]}
+        named = psoup.PpoPrompt([7], inputs=[psoup.RewardInput([7], "taste")])
+        third, = psoup.best_of_n(model, [[2, 3]], several, 4, max_new_tokens=3, questions=[named])
+        paid = nines([psoup.Rollout("", [7], 0, list(c.tokens), c.finish) for c in best.candidates])
+        self.assertNear(third.scores, [0.5 * x + y for x, y in zip(first, paid)], 1e-6)
 
     def test_what_is_wrong_is_said(self):
         model = tiny(("A",))

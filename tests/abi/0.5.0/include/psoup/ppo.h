@@ -304,6 +304,9 @@ typedef struct psoup_best_options {
     const psoup_tokenizer *tokenizer;
     int32_t reward_max_tokens; /* longer reward inputs keep their first tokens; 0: what the model can hold */
     int32_t reserved;          /* 0 */
+    const psoup_reward_source *sources; /* several rewards at once, instead of rewards and reward_fn when not NULL, as a
+                                         * psoup_ppo_policy's. Since 0.5 */
+    size_t n_sources;
 } psoup_best_options;
 #define PSOUP_BEST_OPTIONS_INIT                                                                    \
     {.size = sizeof(psoup_best_options), .n = 4, .reward_max_tokens = 512}
