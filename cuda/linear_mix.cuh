@@ -256,7 +256,7 @@ __device__ __forceinline__ int lower_bound(const int32_t *list, int low, int hig
     return low;
 }
 
-/* What a block knows of its rows' adapters, those of a launch. */
+/* What a block knows of its rows' adapters, those of its part. */
 template <int ROWS> struct mix_tile {
     float share[PSOUP__MIX_GROUP][ROWS];     /* weight · scale; 0: the row does not use the adapter */
     uint8_t place[PSOUP__MIX_GROUP][ROWS];   /* where, after `low`, u has the row */
@@ -265,17 +265,18 @@ template <int ROWS> struct mix_tile {
 };
 
 template <int ROWS>
-__device__ __forceinline__ void look_up(mix_tile<ROWS> &t, const psoup__mix_expand_args &a, int row0) {
+__device__ __forceinline__ void look_up(mix_tile<ROWS> &t, const psoup__mix_expand_args &a,
+                                        const psoup__mix_part &part, int row0) {
     if (threadIdx.x < 32) {
         const int i = (int)threadIdx.x, row1 = min(row0 + ROWS, a.rows);
         int low = 0, high = 0;
-        if (i < a.n) { /* rows are distinct: before row r there are at most r, after it at most rows − r */
-            const int32_t *rows = a.adapter[i].rows;
-            const int uses = a.adapter[i].uses, unused = a.rows - uses;
+        if (i < part.n) { /* rows are distinct: before row r there are at most r, after it at most rows − r */
+            const int32_t *rows = a.adapter[part.first + i].rows;
+            const int uses = a.adapter[part.first + i].uses, unused = a.rows - uses;
             low = lower_bound(rows, max(0, row0 - unused), min(row0, uses), row0);
             high = lower_bound(rows, max(low, row1 - unused), min(row1, uses), row1);
         }
-        int sum = high > low ? (a.adapter[i].rank + 15) / 16 : 0;
+        int sum = high > low ? (a.adapter[part.first + i].rank + 15) / 16 : 0;
         for (int step = 1; step < 32; step *= 2) {
             const int before = __shfl_up_sync(0xffffffffu, sum, step);
             sum += i >= step ? before : 0;
@@ -286,12 +287,12 @@ __device__ __forceinline__ void look_up(mix_tile<ROWS> &t, const psoup__mix_expa
         if (i == 0)
             t.slices[0] = 0;
     }
-    for (int q = (int)threadIdx.x; q < a.n * ROWS; q += THREADS)
+    for (int q = (int)threadIdx.x; q < part.n * ROWS; q += THREADS)
         t.share[q / ROWS][q % ROWS] = 0;
     __syncthreads();
-    for (int i = (int)threadIdx.x / 32; i < a.n; i += THREADS / 32)
+    for (int i = (int)threadIdx.x / 32; i < part.n; i += THREADS / 32)
         for (int p = t.low[i] + (int)threadIdx.x % 32; p < t.high[i]; p += 32) {
-            const psoup__mix_adapter &adapter = a.adapter[i];
+            const psoup__mix_adapter &adapter = a.adapter[part.first + i];
             const int row = adapter.rows[p];
             t.share[i][row - row0] = a.weight[(size_t)row * a.weights + adapter.column] * adapter.scale;
             t.place[i][row - row0] = (uint8_t)(p - t.low[i]);
@@ -325,12 +326,12 @@ __device__ __forceinline__ void bring(int items, Get get, To to) {
 /* The u of n slices, [ROWS][DEPTH + pad]. */
 template <typename T, int ROWS, int DEPTH>
 __device__ __forceinline__ void bring_u(T *us, const mix_tile<ROWS> &t, const psoup__mix_expand_args &a,
-                                        const mix_slice *slices, int n) {
+                                        const psoup__mix_part &part, const mix_slice *slices, int n) {
     bring<sizeof(T) == 2 ? 8 : 4, T>(
         n * ROWS * 4,
         [&](int q) {
             const int r = q / 4 % ROWS, s = q / 4 / ROWS, i = slices[s].adapter;
-            const psoup__mix_adapter &adapter = a.adapter[i];
+            const psoup__mix_adapter &adapter = a.adapter[part.first + i];
             const bool used = t.share[i][r] != 0;
             const int use = t.low[i] + (used ? t.place[i][r] : 0);
             return fetch(adapter.u + (size_t)use * adapter.rank + slices[s].rank0, q % 4 * 4,
@@ -342,23 +343,23 @@ __device__ __forceinline__ void bring_u(T *us, const mix_tile<ROWS> &t, const ps
 /* The factors of n slices at COLUMNS columns from column0 on: as B lies, [COLUMNS][DEPTH + pad], or as A
  * does, [DEPTH][COLUMNS + pad]. */
 template <typename T, int COLUMNS, int DEPTH, bool B_LAYOUT>
-__device__ __forceinline__ void bring_factors(T *fs, const psoup__mix_expand_args &a, const mix_slice *slices,
-                                              int n, int column0) {
-    const int columns = a.width - column0;
+__device__ __forceinline__ void bring_factors(T *fs, const psoup__mix_expand_args &a, const psoup__mix_part &part,
+                                              const mix_slice *slices, int n, int column0) {
+    const int columns = part.width - column0;
     bring<sizeof(T) == 2 ? 8 : 4, T>(
         n * COLUMNS * 4,
         [&](int q) {
             const mix_slice &slice = slices[q / 4 / COLUMNS];
-            const psoup__mix_adapter &adapter = a.adapter[slice.adapter];
+            const psoup__mix_adapter &adapter = a.adapter[part.first + slice.adapter];
             const int rank = adapter.rank, c = q / 4 % COLUMNS, k = slice.rank0 + q / (COLUMNS / 4) % 16;
             if constexpr (B_LAYOUT)
                 return fetch(adapter.factor + (size_t)(column0 + (c < columns ? c : 0)) * rank + slice.rank0,
                              q % 4 * 4, c < columns ? rank - slice.rank0 : 0,
                              rank % 4 == 0 && aligned16(adapter.factor));
             else
-                return fetch(adapter.factor + (size_t)(k < rank ? k : 0) * a.width + column0,
+                return fetch(adapter.factor + (size_t)(k < rank ? k : 0) * part.width + column0,
                              q % (COLUMNS / 4) * 4, k < rank ? columns : 0,
-                             a.width % 4 == 0 && aligned16(adapter.factor));
+                             part.width % 4 == 0 && aligned16(adapter.factor));
         },
         [&](int q) {
             if constexpr (B_LAYOUT)
@@ -381,12 +382,15 @@ __device__ __forceinline__ void expand(const psoup__mix_expand_args &a) {
     SHARED mix_slice slices[SLICES];
     T *const us = reinterpret_cast<T *>(u_tile), *const fs = reinterpret_cast<T *>(factor_tile);
 
+    const psoup__mix_part &part = a.part[blockIdx.z];
+    if ((int)blockIdx.y * a.span * COLUMNS >= part.width)
+        return;
     const int row0 = (int)blockIdx.x * ROWS, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     const int m = DOWN == 4 ? warp * 16 : 0, n = DOWN == 4 ? 0 : warp * 16;
-    const bool pairs = a.width % 2 == 0 && (reinterpret_cast<uintptr_t>(a.y) & 7) == 0;
-    look_up(mix, a, row0);
-    const int all = mix.slices[a.n];
-    const int end = min((int)(blockIdx.y + 1) * a.span * COLUMNS, a.width);
+    const bool pairs = part.width % 2 == 0 && (reinterpret_cast<uintptr_t>(part.y) & 7) == 0;
+    look_up(mix, a, part, row0);
+    const int all = mix.slices[part.n];
+    const int end = min((int)(blockIdx.y + 1) * a.span * COLUMNS, part.width);
     for (int column0 = (int)blockIdx.y * a.span * COLUMNS; column0 < end; column0 += COLUMNS) {
         float d[NT][4], y[NT][4] = {};
 #pragma unroll
@@ -395,10 +399,10 @@ __device__ __forceinline__ void expand(const psoup__mix_expand_args &a) {
             for (int c = 0; c < 4; c++) {
                 const int row = row0 + m + lane / 4 + c / 2 * 8;
                 const int column = column0 + n + t * 8 + lane % 4 * 2 + c % 2;
-                d[t][c] = row >= a.rows || column >= a.width ? 0
-                          : a.add  ? a.y[(size_t)row * a.width + column]
-                          : a.bias ? a.bias[column]
-                                   : 0;
+                d[t][c] = row >= a.rows || column >= part.width ? 0
+                          : a.add     ? part.y[(size_t)row * part.width + column]
+                          : part.bias ? part.bias[column]
+                                      : 0;
             }
         for (int first = 0; first < all; first += SLICES) {
             const int some = min(SLICES, all - first);
@@ -410,8 +414,8 @@ __device__ __forceinline__ void expand(const psoup__mix_expand_args &a) {
             }
             __syncthreads();
             if (bring)
-                bring_u<T, ROWS, DEPTH>(us, mix, a, slices, some);
-            bring_factors<T, COLUMNS, DEPTH, B_LAYOUT>(fs, a, slices, some, column0);
+                bring_u<T, ROWS, DEPTH>(us, mix, a, part, slices, some);
+            bring_factors<T, COLUMNS, DEPTH, B_LAYOUT>(fs, a, part, slices, some, column0);
             __syncthreads();
             for (int s = 0; s < some && row0 + m < a.rows; s++) {
                 const T *f = B_LAYOUT ? fs + n * FACTOR_LD + s * 16 : fs + s * 16 * FACTOR_LD + n;
@@ -435,14 +439,14 @@ __device__ __forceinline__ void expand(const psoup__mix_expand_args &a) {
 #pragma unroll
             for (int c = 0; c < 4; c += 2) {
                 const int row = row0 + m + lane / 4 + c / 2 * 8, column = column0 + n + t * 8 + lane % 4 * 2;
-                float *out = a.y + (size_t)row * a.width + column;
-                if (row >= a.rows || column >= a.width)
+                float *out = part.y + (size_t)row * part.width + column;
+                if (row >= a.rows || column >= part.width)
                     continue;
                 if (pairs) {
                     *reinterpret_cast<float2 *>(out) = {d[t][c], d[t][c + 1]};
                 } else {
                     out[0] = d[t][c];
-                    if (column + 1 < a.width)
+                    if (column + 1 < part.width)
                         out[1] = d[t][c + 1];
                 }
             }

@@ -11,6 +11,7 @@
 enum {
     PSOUP__MIX_THREADS = 128,
     PSOUP__MIX_GROUP = 32,     /* adapters of one launch */
+    PSOUP__MIX_PARTS = 4,      /* linears of one launch of expand */
     PSOUP__MIX_ROWS = 64,      /* of a tile of shrink and expand, */
     PSOUP__MIX_FEW = 16,       /* or of expand_few; */
     PSOUP__MIX_FEW_USES = 4,   /* most that an adapter of shrink_few has */
@@ -54,14 +55,20 @@ typedef struct psoup__mix_shrink_args {
     int32_t width, splits, slice;
 } psoup__mix_shrink_args;
 
-/* y = (y, or bias) + Σ weight · scale · u · factor, adapters in order. Blocks (tile of ROWS or FEW rows,
- * `span` tiles of COLUMNS columns). */
+/* One linear's y and its adapters, adapter[first … first + n − 1]. */
+typedef struct psoup__mix_part {
+    float *y;          /* [rows, width] */
+    const float *bias; /* [width] or NULL */
+    int32_t first, n, width, spare;
+} psoup__mix_part;
+
+/* y = (y, or bias) + Σ weight · scale · u · factor, adapters in order. Blocks (tile of ROWS or FEW rows, `span`
+ * tiles of COLUMNS columns, part). */
 typedef struct psoup__mix_expand_args {
     psoup__mix_adapter adapter[PSOUP__MIX_GROUP];
-    float *y;            /* [rows, width] */
-    const float *bias;   /* [width] or NULL */
+    psoup__mix_part part[PSOUP__MIX_PARTS];
     const float *weight; /* [rows, weights] */
-    int32_t n, rows, width, weights, span;
+    int32_t rows, weights, span;
     int32_t add;         /* to y, or overwrite it */
 } psoup__mix_expand_args;
 

@@ -211,8 +211,8 @@ typedef struct psoup__ops {
                        const psoup__weight *w, const float *bias /* [out] or NULL */,
                        const psoup__lora *lora /* host [mix->n] */, const psoup__mix *mix,
                        int32_t rows);
-    /* The same for n linears that read one x, without dropout: to the same bits as one after another, which is
-     * what NULL means. */
+    /* The same for n linears that read one x, without dropout, each with a u of its own. On the CPU to the same bits
+     * as one after another. */
     void (*linear_mix_each)(psoup__backend *be, const psoup__linear *each /* [n] */, int32_t n, const float *x,
                             const psoup__mix *mix, int32_t rows);
     /* du is scratch of u's size. Each output may be NULL where it is not asked for. With dx_lora ==

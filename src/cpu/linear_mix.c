@@ -287,7 +287,7 @@ static void linear_mix_each(psoup__backend *be, const psoup__linear *each, int32
                        each[i].lora ? mix : &none, rows);
     if (together)
         psoup__gemm_each(be->context, products, (size_t)n);
-    for (int32_t i = 0; i < n && together && adapted; i++) /* u may be one for all: one after another */
+    for (int32_t i = 0; i < n && together && adapted; i++)
         each_task(&job, (size_t)i);
 }
 

@@ -93,6 +93,10 @@ psoup_status psoup__gpu_make_room(psoup__gpu *gpu, size_t bytes, psoup_error *er
 psoup_status psoup__gpu_reserve_matrix(psoup__gpu *gpu, const psoup__weight *weight, psoup_error *error);
 /* A weight [out, in] in psoup__weight_dtype: itself, or in the room, until the next one. NULL after a failure. */
 const void *psoup__gpu_matrix(psoup__gpu *gpu, const psoup__weight *weight);
+/* y = (y +) x Wᵀ of few rows, x in 16 bits, straight from the blocks. False, and nothing done, where no kernel is made
+ * for it. */
+bool psoup__gpu_multiply_blocks(psoup__gpu *gpu, const psoup__weight *weight, float *y, const void *x, int32_t rows,
+                                bool add);
 
 /* ---- launch.c ------------------------------------------------------------------------------------------- */
 

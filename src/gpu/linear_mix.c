@@ -5,7 +5,8 @@
  *     dx += dy W,  dw += dyᵀ x                                cuBLASLt
  *     du_i = dy B_i, and the adapters' gradients from it      cuda/linear_mix_backward.cu
  *
- * Rows of factors have their u, and du, summed over their adapters between the two launches (mix_pool).
+ * Linears that read one x (q, k, v; gate, up) share the two launches. Rows of factors have their u, and du, summed
+ * over their adapters between the two (mix_pool).
  *
  * Where the weights have 16 bits, so has the copy of x that is multiplied. Layers that share an x (q, k, v;
  * gate, up) follow one another and share the copy.
@@ -139,23 +140,37 @@ static bool shrink_few(const linear *l, const group *g, const float *x, int32_t 
     return true;
 }
 
-/* y = (y, or bias) + Σ w·s·u Bᵀ; without b dx += Σ w·s·du A. */
-static void expand(const linear *l, const group *g, bool b, float *y, const float *bias, bool add,
-                   int32_t width) {
+/* y = (y, or bias) + Σ w·s·u Bᵀ for the parts of args; without b dx += Σ w·s·du A. */
+static void expand_parts(const linear *l, psoup__mix_expand_args *args, int32_t parts, bool b) {
     enum { BLOCKS = 8 }; /* of a multiprocessor: a block takes more columns where there are more */
     psoup__gpu *gpu = l->gpu;
     bool few = b && l->rows <= PSOUP__MIX_FEW;
-    psoup__mix_expand_args args = {.y = y, .bias = bias, .weight = l->mix->weight, .n = g->n, .rows = l->rows,
-                                   .width = width, .weights = l->mix->n, .add = add};
+    int32_t down = few ? 1 : tiles(l->rows, PSOUP__MIX_ROWS), most = 0;
+    int64_t across = 0;
+    for (int32_t i = 0; i < parts; i++) {
+        int32_t own = tiles(args->part[i].width, PSOUP__MIX_COLUMNS);
+        most = own > most ? own : most;
+        across += own;
+    }
+    int64_t span = down * across / (BLOCKS * gpu->processors);
+    args->weight = l->mix->weight;
+    args->weights = l->mix->n;
+    args->rows = l->rows;
+    args->span = span < 1 ? 1 : span < most ? (int32_t)span : most;
+    psoup__grid grid = blocks(down, tiles(most, args->span));
+    grid.z = (unsigned)parts;
+    launch(gpu, few ? BY_DTYPE(l->dtype, mix_expand_few)
+                : b ? BY_DTYPE(l->dtype, mix_expand_b)
+                    : BY_DTYPE(l->dtype, mix_expand_a),
+           grid, args);
+}
+
+static void expand(const linear *l, const group *g, bool b, float *y, const float *bias, bool add,
+                   int32_t width) {
+    psoup__mix_expand_args args = {.part = {{.y = y, .bias = bias, .n = g->n, .width = width}}, .add = add};
     for (int32_t i = 0; i < g->n; i++)
         args.adapter[i] = g->adapter[i];
-    int32_t down = few ? 1 : tiles(l->rows, PSOUP__MIX_ROWS), across = tiles(width, PSOUP__MIX_COLUMNS);
-    int64_t span = (int64_t)down * across / (BLOCKS * gpu->processors);
-    args.span = span < 1 ? 1 : span < across ? (int32_t)span : across;
-    psoup__kernel kernel = few ? BY_DTYPE(l->dtype, mix_expand_few)
-                           : b ? BY_DTYPE(l->dtype, mix_expand_b)
-                               : BY_DTYPE(l->dtype, mix_expand_a);
-    launch(gpu, kernel, blocks(down, tiles(across, args.span)), &args);
+    expand_parts(l, &args, 1, b);
 }
 
 /* dA += Σ (w·s·du)ᵀ x, or with b dB += Σ dyᵀ (w·s·u), for adapters that ask. Chunks of uses are summed apart,
@@ -239,6 +254,17 @@ static void pool(const linear *l, float *u) {
 
 /* ---- the ops ----------------------------------------------------------------------------------------- */
 
+/* y = (y +) x Wᵀ. */
+static void product(psoup__gpu *gpu, float *y, const void *x, const psoup__weight *w, int32_t rows, bool add) {
+    if (psoup__gpu_multiply_blocks(gpu, w, y, x, rows, add))
+        return;
+    psoup__blas_run(gpu,
+                    &(psoup__product){.m = rows, .n = w->out, .k = w->in, .dtype = psoup__weight_dtype(w),
+                                      .transpose_b = true, .lda = w->in, .ldb = w->in, .ldc = w->out,
+                                      .alpha = 1, .beta = add ? 1 : 0},
+                    y, x, psoup__gpu_matrix(gpu, w));
+}
+
 static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, const float *x_lora,
                        const psoup__weight *w, const float *bias, const psoup__lora *lora,
                        const psoup__mix *mix, int32_t rows) {
@@ -258,12 +284,73 @@ static void linear_mix(psoup__backend *be, float *y, float *u, const float *x, c
         expand(&l, &b, true, y, bias, begun, w->out);
     if (bias && !begun)
         expand(&l, &(group){.n = 0}, true, y, bias, false, w->out);
-    psoup__blas_run(gpu,
-                    &(psoup__product){.m = rows, .n = w->out, .k = w->in, .dtype = l.dtype,
-                                      .transpose_b = true, .lda = w->in, .ldb = w->in, .ldc = w->out,
-                                      .alpha = 1, .beta = bias || begun ? 1 : 0},
-                    y, operand, psoup__gpu_matrix(gpu, w));
+    product(gpu, y, operand, w, rows, bias || begun);
     overwritten(gpu, y, (size_t)rows * (size_t)w->out);
+}
+
+/* What some linears that read one x add: their adapters as one group, by A and, in `up`, by B. */
+typedef struct joined {
+    group down;
+    psoup__mix_expand_args up;
+    int32_t parts;
+    bool begun[PSOUP__MIX_PARTS]; /* of each linear: it has a part */
+} joined;
+
+/* False where one launch does not take them. */
+static bool join(const linear *l, const psoup__linear *each, int32_t n, joined *j) {
+    if (n > PSOUP__MIX_PARTS)
+        return false;
+    for (int32_t i = 0; i < n; i++) {
+        const linear own = {l->gpu, l->dtype, each[i].lora, l->mix, l->rows};
+        group down = {.u = each[i].u}, up = {.u = each[i].u};
+        if (psoup__weight_dtype(each[i].w) != l->dtype)
+            return false;
+        if (each[i].lora && next_group(&own, &down, false) && next_group(&own, &up, true) && down.next < l->mix->n)
+            return false;
+        if (j->down.n + down.n > PSOUP__MIX_GROUP)
+            return false;
+        j->begun[i] = down.n > 0 || each[i].bias;
+        if (j->begun[i])
+            j->up.part[j->parts++] = (psoup__mix_part){.y = each[i].y, .bias = each[i].bias, .first = j->down.n,
+                                                       .n = down.n, .width = each[i].w->out};
+        for (int32_t k = 0; k < down.n; k++) {
+            j->up.adapter[j->down.n] = up.adapter[k];
+            j->down.adapter[j->down.n++] = down.adapter[k];
+        }
+    }
+    return true;
+}
+
+/* As many launches for the adapters of all as for those of one. */
+static void linear_mix_each(psoup__backend *be, const psoup__linear *each, int32_t n, const float *x,
+                            const psoup__mix *mix, int32_t rows) {
+    const psoup__mix none = {0};
+    psoup__gpu *gpu = psoup__gpu_of(be);
+    const linear l = {gpu, psoup__weight_dtype(each[0].w), NULL, mix, rows};
+    const int32_t in = each[0].w->in;
+    joined j = {.parts = 0};
+    if (rows == 0)
+        return;
+    if (!join(&l, each, n, &j)) {
+        for (int32_t i = 0; i < n; i++)
+            linear_mix(be, each[i].y, each[i].u, x, x, each[i].w, each[i].bias, each[i].lora,
+                       each[i].lora ? mix : &none, rows);
+        return;
+    }
+    const void *operand = rounded(gpu, x, (size_t)rows * (size_t)in, l.dtype);
+    if (!operand)
+        return;
+    if (j.down.n > 0 && !shrink_few(&l, &j.down, x, in))
+        shrink(&l, &j.down, false, operand, false, in);
+    for (int32_t i = 0; i < n; i++)
+        if (each[i].lora)
+            pool(&(linear){gpu, l.dtype, each[i].lora, mix, rows}, each[i].u);
+    if (j.parts > 0)
+        expand_parts(&l, &j.up, j.parts, true);
+    for (int32_t i = 0; i < n; i++)
+        product(gpu, each[i].y, operand, each[i].w, rows, j.begun[i]);
+    for (int32_t i = 0; i < n; i++)
+        overwritten(gpu, each[i].y, (size_t)rows * (size_t)each[i].w->out);
 }
 
 /* The gradients of the base's own weights. */
@@ -339,4 +426,5 @@ static void linear_mix_backward(psoup__backend *be, float *dx, float *dx_lora, f
 void psoup__gpu_fill_linear_mix(psoup__ops *ops) {
     ops->linear_mix_backward = linear_mix_backward;
     ops->linear_mix = linear_mix;
+    ops->linear_mix_each = linear_mix_each;
 }

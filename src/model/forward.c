@@ -18,7 +18,7 @@ static void linears(psoup__tape *t, float *const *y, const float *x, int32_t lay
     psoup__backend *be = t->model->be;
     const psoup__layer *l = &t->model->layers[layer];
     psoup__linear each[PSOUP__LINEARS];
-    if (!be->ops->linear_mix_each || t->dropout > 0) {
+    if (t->dropout > 0) {
         for (int i = 0; i < n; i++)
             linear(t, y[i], t->layers[layer].u[first + i], x, layer, first + i);
         return;

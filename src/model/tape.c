@@ -215,18 +215,20 @@ static void lay_out_layer(psoup__tape *t, psoup__layer_tape *layer) {
     layer->up = take_rows(s, rows, ffn);
 }
 
-/* Room for the u of any layer: without a backward one linear's at a time. */
+/* Room for the u of any layer. Without a backward only those that are there at once are apart: q, k, v; gate, up. */
 static void take_shared_u(psoup__tape *t, psoup__layer_tape *shared) {
-    size_t most[PSOUP__LINEARS] = {0}, all = 0;
+    static const int apart[PSOUP__LINEARS] = {[PSOUP__K] = 1, [PSOUP__V] = 2, [PSOUP__UP] = 1};
+    size_t most[PSOUP__LINEARS] = {0};
+    float *u[PSOUP__LINEARS];
     for (int32_t l = 0; l < t->model->config.num_hidden_layers; l++)
         for (int i = 0; i < PSOUP__LINEARS; i++) {
-            size_t count = u_count(t, l, i);
-            most[i] = count > most[i] ? count : most[i];
-            all = count > all ? count : all;
+            size_t count = u_count(t, l, i), *place = &most[t->saved ? i : apart[i]];
+            *place = count > *place ? count : *place;
         }
-    float *u = t->saved ? NULL : psoup__slab_take(&t->device, all, sizeof(float));
     for (int i = 0; i < PSOUP__LINEARS; i++)
-        shared->u[i] = t->saved ? psoup__slab_take(&t->device, most[i], sizeof(float)) : u;
+        u[i] = psoup__slab_take(&t->device, most[i], sizeof(float));
+    for (int i = 0; i < PSOUP__LINEARS; i++)
+        shared->u[i] = u[t->saved ? i : apart[i]];
 }
 
 static void lay_out_device(psoup__tape *t, bool cached) {

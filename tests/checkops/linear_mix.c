@@ -215,6 +215,39 @@ static void check_forward(checker *c, const shape *s, psoup_dtype dtype, bool dr
     free(l.row), free(y_want), free(u_want);
 }
 
+/* ---- several that read one x -------------------------------------------------------------------------- */
+
+/* Three of other widths; where the second is `plain`, no adapter changes it. */
+static void check_each(checker *c, const shape *s, psoup_dtype dtype, bool plain, bool bias) {
+    enum { N = 3 };
+    layer l[N];
+    psoup__linear each[N];
+    buffer *y[N], *u[N];
+    say(c, "linear_mix_each", s, dtype, false, bias);
+    for (int k = 0; k < N; k++) {
+        const bool none = plain && k == 1;
+        shape own = *s;
+        own.out += 13 * k;
+        open_layer(c, &l[k], &own, dtype, false, bias && k != 2);
+        l[k].x = l[k].x_lora = l[0].x;
+        if (none)
+            l[k].s.n = 0;
+        y[k] = output(c, (size_t)own.rows * (size_t)own.out);
+        u[k] = output(c, l[k].u_at[s->n]);
+        each[k] = (psoup__linear){y[k]->device, u[k]->device, &l[k].w, l[k].bias ? l[k].bias->device : NULL,
+                                  none ? NULL : l[k].lora};
+    }
+    c->ops->linear_mix_each(c->be, each, N, l[0].x->device, &l[0].mix, s->rows);
+    for (int k = 0; k < N; k++) {
+        double *y_want = doubles(y[k]->n), *u_want = doubles(u[k]->n);
+        reference(&l[k], y_want, u_want);
+        expect(c, "y", y[k], y_want, tolerance_of(dtype));
+        if (s->sharing != SPARSE && l[k].s.n > 0)
+            expect(c, "u", u[k], u_want, tolerance_of(dtype));
+        free(l[k].row), free(y_want), free(u_want);
+    }
+}
+
 /* ---- backward ---------------------------------------------------------------------------------------- */
 
 /* What is asked for, and where each sum begins. */
@@ -443,14 +476,32 @@ static const shape shapes[] = {
     {1, 1, 1, 1, FULL, true, false, PSOUP_NF4},       {1, 640, 128, 8, FULL, false, false, PSOUP_NF4},
     {5, 37, 33, 1, FULL, true, false, PSOUP_INT8},    {129, 127, 3, 3, ONE_HOT, true, false, PSOUP_NF4},
     {200, 64, 80, 2, FULL, false, false, PSOUP_INT8}, {17, 48, 37, 8, SPARSE, true, false, PSOUP_NF4},
+    /* few rows, in blocks that rows of the weight begin with */
+    {1, 64, 1, 0, FULL, false, false, PSOUP_NF4},     {1, 64, 33, 1, FULL, false, false, PSOUP_INT8},
+    {2, 1088, 37, 0, FULL, false, false, PSOUP_INT8}, {7, 2112, 64, 1, FULL, true, false, PSOUP_NF4},
+    {8, 1152, 129, 2, ONE_HOT, false, false, PSOUP_NF4}, {9, 192, 65, 3, SPARSE, false, false, PSOUP_NF4},
+    {16, 576, 31, 2, FULL, true, false, PSOUP_INT8},  {17, 128, 40, 1, FULL, false, false, PSOUP_INT8},
 };
 enum { SHAPES = sizeof shapes / sizeof *shapes };
+
+static const shape together[] = {
+    {1, 640, 129, 8, FULL, false, false, 0},     {3, 37, 64, 8, FULL, true, false, 0},
+    {5, 64, 20, 0, FULL, false, false, 0},       {17, 129, 37, 8, SPARSE, true, false, 0},
+    {64, 640, 64, 8, FULL, false, false, 0},     {127, 64, 128, 8, ONE_HOT, false, false, 0},
+    {37, 64, 80, 33, FULL, true, false, 0},      {66, 72, 65, 11, SPARSE, false, false, 0},
+    {17, 129, 37, 8, SPARSE, true, true, 0},     {300, 33, 24, 2, FULL, false, true, 0},
+    {9, 128, 80, 2, FULL, false, false, PSOUP_NF4}, {20, 72, 33, 3, ONE_HOT, true, false, PSOUP_INT8},
+};
+enum { TOGETHER = sizeof together / sizeof *together };
 
 void check_linear_mix(checker *c) {
     static const psoup_dtype dtypes[] = {PSOUP_F32, PSOUP_BF16, PSOUP_F16};
     for (int i = 0; i < SHAPES; i++)
         for (int d = 0; d < 3; d++)
             check_forward(c, &shapes[i], dtypes[d], (i + d) % 2, (i + d) % 3 == 0);
+    for (int i = 0; i < TOGETHER; i++)
+        for (int d = 0; d < 3; d++)
+            check_each(c, &together[i], dtypes[d], (i + d) % 2, (i + d) % 3 != 0);
     for (int i = 0; i < SHAPES; i++)
         for (int d = 0; d < 3; d++)
             check_backward(c, &shapes[i], dtypes[d], (i + d) % 2, (i + d) % 3 != 1);
