@@ -5,6 +5,7 @@
 # shellcheck disable=SC2086,SC2013,SC2012,SC2059 # lists of options and names are split on purpose
 
 suite=cli
+docs=$(cd "$(dirname "$0")/../docs" && pwd)
 # shellcheck source=tests/shell_case.sh
 . "$(dirname "$0")/shell_case.sh"
 
@@ -632,6 +633,24 @@ trains ppo --config ppo.json
 check "each reward of an adapter" grep -q '"reward/easy/taste".*"reward/easy/brevity".*"reward/deep".*"reward/kind"' twofold.jsonl
 ppo twofold "{\"name\": \"soup\", \"soup\": [{\"name\": \"a\", $two}, {\"name\": \"b\", \"reward\": \"rewards/P2A\"}]}"
 trains ppo --config ppo.json
+# The two runs of docs/training.md, as they stand there, for a step.
+mkdir walk
+cp -R base rewards walk
+cp instructions.jsonl walk/prompts.jsonl
+cp instructions.jsonl walk/held-out.jsonl
+cp -R rewards/P1B walk/rewards/safe
+cd walk || exit 1
+documented() {
+    awk -v k="$1" '/^    \{"model": "base", "prompts"/ { n++ } n == k && /^$/ { exit } n == k' "$docs/training.md" |
+        sed 's/"output"/"rank": 2, "steps": 1, "batch_size": 4, "max_new_tokens": 6, "warn_empty": 0, "output"/' >ppo.json
+    trains ppo --config ppo.json
+}
+documented 1
+check "three policies of two rewards" test "$(grep -c '"reward/taste": .*"reward/safe": ' run/policies/metrics.jsonl)" -eq 6
+documented 2
+check "and their soup" grep -q '"reward/P1A/taste": .*"reward/P2A/safe": .*"reward/P3A": ' run/soup/metrics.jsonl
+check "its adapters" test "$(ls souped/soup | tr '\n' ' ')" = "P1A P2A P3A "
+cd .. || exit 1
 bad_soup() { ppo left/p "{\"name\": \"s\", $1}"; no 1 "$2" ppo --config ppo.json; }
 bad_soup '"soup": []' 'policies\[0\]: soup: expected a list of 1 to 64'
 bad_soup '"soup": [{"name": "a"}]' 'soup\[0\]: expected a "name" .* "reward"'

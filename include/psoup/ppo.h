@@ -1,7 +1,31 @@
 /* psoup/ppo.h: PPO, RLOO and GRPO on adapters of one model, soups trained as one, and best of n.
  *
  * Policies train in place and side by side, as all of psoup/train.h does; each one's result carries the same bits
- * as when it trains alone (on the CPU).
+ * as when it trains alone (on the CPU). Three of them, on two rewards each:
+ *
+ *     psoup_reward_source paid[6]; // each policy's two, a reward model and a function
+ *     psoup_ppo_policy policies[3];
+ *     psoup_ppo_options options = PSOUP_PPO_OPTIONS_INIT;
+ *     for (int k = 0; k < 3; k++) {
+ *         paid[2 * k] = (psoup_reward_source){.name = "taste", .model = taste[k], .weight = 1.0f};
+ *         paid[2 * k + 1] = (psoup_reward_source){.name = "short", .function = be_short, .weight = 0.1f};
+ *         policies[k] = (psoup_ppo_policy){.adapter = names[k], .sources = paid + 2 * k, .n_sources = 2, .seed = k,
+ *                                          .prompts = prompts[k], .n_prompts = n_prompts};
+ *     }
+ *     options.normalize_apart = 1;
+ *     psoup_ppo_create(model, policies, 3, &options, &ppo, &error), psoup_ppo_run(ppo, &error), psoup_ppo_free(ppo);
+ *
+ * and then, from where they are, their soup, whose six rewards have names of their own and say whose they are:
+ *
+ *     psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT;
+ *     soup.adapters = names, soup.n = 3;
+ *     for (int k = 0; k < 6; k++)
+ *         paid[k].name = six_names[k], paid[k].adapter = k / 2;
+ *     psoup_ppo_policy one = {.adapter = "soup", .soup = &soup, .sources = paid, .n_sources = 6,
+ *                             .prompts = prompts[0], .n_prompts = n_prompts};
+ *     psoup_ppo_create(model, &one, 1, &options, &ppo, &error), psoup_ppo_run(ppo, &error), psoup_ppo_free(ppo);
+ *
+ * psoup_model_save_adapter writes what they learned.
  */
 #ifndef PSOUP_PPO_H
 #define PSOUP_PPO_H
@@ -84,7 +108,10 @@ typedef struct psoup_ppo_soup {
 #define PSOUP_PPO_SOUP_INIT {.size = sizeof(psoup_ppo_soup), .concentration = 1.0f}
 
 typedef struct psoup_ppo_policy {
-    const char *adapter; /* trained in place; a value head is added to it. With a soup: its name */
+    const char *adapter; /* trained in place; a value head is added to it, which saving leaves out. With a soup: its
+                          * name */
+    /* What it is paid by: reward models, of which the prompts' inputs say which reads what (one, where there are none);
+     * a function; or both kinds together, as sources (below). */
     psoup_reward *const *rewards;
     size_t n_rewards;
     psoup_reward_fn reward_fn; /* instead of reward models when not NULL */
@@ -246,7 +273,14 @@ psoup_status psoup_ppo_preset(const char *name, psoup_ppo_options *options, psou
 
 typedef struct psoup_ppo psoup_ppo;
 
-/* The policies' prompts, rewards and callbacks are borrowed until psoup_ppo_free. */
+/* The policies' prompts, rewards and callbacks are borrowed until psoup_ppo_free; the policies themselves, names and
+ * soups are copied. Reports' subject is the policy. Trained or validated they have "reward" (of a response, as the
+ * rewards gave it), "reward_deviation", "reward/NAME" of each of several rewards, "kl" (of a response), "kl_token",
+ * "tokens", "length", "ended" (the share with an end token), "repetition" and "empty"; with length_penalty its mean as
+ * "length_penalty", with length_correction "length_correlation" (of score and length). Trained they have also
+ * "kl_coefficient", "policy_loss", "clip_fraction", "policy_kl" (mean log π_old − log π of the updates), "ratio_max",
+ * "grad_norm", "epochs", "skipped" (mini-batches), "reward_rise" and "warnings"; with a critic "value_loss" and
+ * "value_clip_fraction". */
 psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *policies, size_t n,
                               const psoup_ppo_options *options, psoup_ppo **out,
                               psoup_error *error);
