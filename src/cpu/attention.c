@@ -74,6 +74,84 @@ static void tile_dots(float dots[KEYS], const float *q, const float *k, int64_t 
         dots[j] = otherwise;
 }
 
+/* The first half of a and of b, or the second, one of a and one of b in turn. */
+static inline vec halves(vec a, vec b, bool second) {
+#if LANES == 16
+    return second ? __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+                  : __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif LANES == 8
+    return second ? __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+                  : __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+    return second ? __builtin_shufflevector(a, b, 2, 6, 3, 7) : __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+
+/* turned[d][j] = rows[j][d] for n rows, the last of them repeated to a whole vector; dim is a multiple of LANES. */
+static void turn(float *turned /* [dim, KEYS] */, const float *rows, int64_t stride, int64_t n, int64_t dim) {
+    for (int64_t j = 0; j < n; j += LANES)
+        for (int64_t d = 0; d < dim; d += LANES) {
+            vec a[LANES], b[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                a[i] = load(rows + (j + i < n ? j + i : n - 1) * stride + d);
+#pragma GCC unroll 4
+            for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++)
+                    b[i] = halves(a[i / 2], a[i / 2 + LANES / 2], i % 2);
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++)
+                    a[i] = b[i];
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                store(turned + (d + i) * KEYS + j, a[i]);
+        }
+}
+
+/* Lane i of sum_each's tree, of LANES keys at once: Σ q[d] · key[d], d = i, i + LANES, …; x: q[i], for all of them. */
+static inline __attribute__((always_inline)) vec lane(vec x, const float *q, const float *turned, int i, int dim) {
+    vec sum = vec_fused(x, load(turned + i * KEYS), (vec){0});
+    for (int d = i + LANES; d < dim; d += LANES)
+        sum = vec_fused(splat(q[d]), load(turned + d * KEYS), sum);
+    return sum;
+}
+
+/* tile_dots of keys that were turned, to the same bits: neighbours are added first, as sum_each does, but without
+ * shuffling. */
+static inline __attribute__((always_inline)) void turned_columns(float dots[KEYS], const float *q, const float *turned,
+                                                                 int n, const int dim) {
+    vec x[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        x[i] = splat(q[i]);
+    for (int j = 0; j < n; j += LANES) {
+        vec sum[LANES / 4];
+#pragma GCC unroll 4
+        for (int i = 0; i < LANES / 4; i++)
+            sum[i] = (lane(x[4 * i], q, turned + j, 4 * i, dim) + lane(x[4 * i + 1], q, turned + j, 4 * i + 1, dim)) +
+                     (lane(x[4 * i + 2], q, turned + j, 4 * i + 2, dim) + lane(x[4 * i + 3], q, turned + j, 4 * i + 3, dim));
+#if LANES == 16
+        sum[0] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+#elif LANES == 8
+        sum[0] = sum[0] + sum[1];
+#endif
+        store(dots + j, sum[0]);
+    }
+}
+
+static void turned_dots(float dots[KEYS], const float *q, const float *turned, int n, int dim, float otherwise) {
+    if (dim == LANES)
+        turned_columns(dots, q, turned, n, LANES);
+    else if (dim == 4 * LANES)
+        turned_columns(dots, q, turned, n, 4 * LANES);
+    else
+        turned_columns(dots, q, turned, n, dim);
+    for (int j = n; j < KEYS; j++)
+        dots[j] = otherwise;
+}
+
 /* `count` vectors of out = out · keep + Σ_j weight[j · step] · row j, in the order of j. */
 static inline __attribute__((always_inline)) void add_vectors(float *out, float keep,
                                                               const float *weight, int step,
@@ -112,6 +190,60 @@ static void add_rows(float *out /* [dim] */, float keep, const float *weight, in
     }
 }
 
+/* One of several sums that are made at once: out = out · keep + Σ_j weight[j · step] · row j, j from `from` to `to`. */
+typedef struct weighted {
+    float *out; /* [dim] */
+    float keep;
+    const float *weight;
+    int from, to;
+} weighted;
+
+/* One vector of `count` such sums over the same rows. Each adds in the order of j; together they wait for no result of
+ * the multiply-add before (eight are 4 times as fast as one after another; head_dim 16, Zen 4). */
+static inline __attribute__((always_inline)) void add_columns(const weighted *w, int d, int step, const float *rows,
+                                                              int64_t stride, const int count) {
+    vec sum[8];
+    int first = w[0].from, all = first, some = w[0].to, last = some; /* all: from there on, and below some, all add */
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) {
+        sum[i] = load(w[i].out + d) * w[i].keep;
+        first = w[i].from < first ? w[i].from : first;
+        all = w[i].from > all ? w[i].from : all;
+        some = w[i].to < some ? w[i].to : some;
+        last = w[i].to > last ? w[i].to : last;
+    }
+    for (int j = first; j < last; j++) {
+        const vec row = load(rows + j * stride + d);
+        if (j >= all && j < some) {
+#pragma GCC unroll 8
+            for (int i = 0; i < count; i++)
+                sum[i] = vec_fused(splat(w[i].weight[j * step]), row, sum[i]);
+            continue;
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++)
+            if (j >= w[i].from && j < w[i].to)
+                sum[i] = vec_fused(splat(w[i].weight[j * step]), row, sum[i]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++)
+        store(w[i].out + d, sum[i]);
+}
+
+/* n of them, to the bits that add_rows gives. */
+static void add_each(const weighted *w, int n, int step, const float *rows, int64_t stride, int dim) {
+    int i = 0;
+    for (; dim % LANES == 0 && i + 8 <= n; i += 8)
+        for (int d = 0; d < dim; d += LANES)
+            add_columns(w + i, d, step, rows, stride, 8);
+    for (; dim % LANES == 0 && i + 4 <= n; i += 4)
+        for (int d = 0; d < dim; d += LANES)
+            add_columns(w + i, d, step, rows, stride, 4);
+    for (; i < n; i++)
+        add_rows(w[i].out, w[i].keep, w[i].weight + (int64_t)w[i].from * step, step, rows + w[i].from * stride, stride,
+                 w[i].to - w[i].from, dim);
+}
+
 /* How many keys of the tile at `start` a query at `position` sees. */
 static inline int keys_seen(int64_t position, int64_t start) {
     const int64_t n = position + 1 - start;
@@ -132,42 +264,55 @@ typedef struct attention_job {
 typedef struct key_tile {
     const float *k, *v;
     int64_t k_stride, v_stride;
-    float k_room[KEYS * DIM], v_room[KEYS * DIM];
+    bool turned; /* the keys lie in k_turned too; of a backward, the values in v_turned, and not in v */
+    float k_turned[DIM * KEYS]; /* [dim, KEYS] */
+    float k_room[KEYS * DIM];
+    union {
+        float v_room[KEYS * DIM], v_turned[DIM * KEYS];
+    };
 } key_tile;
 
 static void take_tile(key_tile *tile, const psoup__keys *keys, const psoup__span *span, int64_t start,
-                      int64_t kv_head, int64_t dim, bool pack) {
+                      int64_t kv_head, int64_t dim, bool pack, bool backward) {
     const int64_t left = span->keys - start, n = left < KEYS ? left : KEYS;
     const int64_t at = (span->first + start) * keys->stride + kv_head * dim;
     tile->k = (const float *)keys->k + at;
     tile->v = (const float *)keys->v + at;
     tile->k_stride = tile->v_stride = keys->stride;
-    if (pack) {
+    tile->turned = pack && dim <= DIM && dim % LANES == 0;
+    if (tile->turned)
+        turn(tile->k_turned, tile->k, tile->k_stride, n, dim);
+    if (tile->turned && backward)
+        turn(tile->v_turned, tile->v, tile->v_stride, n, dim);
+    if (pack && (backward || !tile->turned))
         tile->k = packed(tile->k_room, tile->k, &tile->k_stride, n, dim);
+    if (pack && (!backward || !tile->turned))
         tile->v = packed(tile->v_room, tile->v, &tile->v_stride, n, dim);
-    }
 }
 
-/* The first n keys of a tile for one row: out, and the running maximum and sum of its softmax. */
-static void attend_tile(float *out, float *max, float *sum, const float *q, const key_tile *tile, int n,
-                        int dim, float scale) {
-    float p[KEYS];
-    tile_dots(p, q, tile->k, tile->k_stride, n, dim, -__builtin_inff());
-    vec most = splat(*max);
-    for (int j = 0; j < KEYS; j += LANES) {
+/* What the first n keys of a tile weigh for one row, and the running maximum and sum of its softmax; returns by what its
+ * out so far is to be multiplied. */
+static float weigh_tile(float p[KEYS], float *max, float *sum, const float *q, const key_tile *tile, int n, int dim,
+                        float scale) {
+    if (tile->turned)
+        turned_dots(p, q, tile->k_turned, n, dim, -__builtin_inff());
+    else
+        tile_dots(p, q, tile->k, tile->k_stride, n, dim, -__builtin_inff());
+    vec most = splat(*max), lanes = {0};
+    for (int j = 0; j < n; j += LANES) {
         const vec scores = load(p + j) * scale;
         store(p + j, scores);
         most = vec_max(scores, most);
     }
     const float new_max = max_lanes(most), keep = exp_float(*max - new_max);
-    for (int j = 0; j < KEYS; j++)
-        p[j] = exp_float(p[j] - new_max);
-    vec lanes = {0};
-    for (int j = 0; j < KEYS; j += LANES)
+    for (int j = 0; j < n; j += LANES) {
+        for (int i = 0; i < LANES; i++)
+            p[j + i] = exp_float(p[j + i] - new_max);
         lanes += load(p + j);
+    }
     *max = new_max;
     *sum = *sum * keep + sum_lanes(lanes);
-    add_rows(out, keep, p, 1, tile->v, tile->v_stride, n, dim);
+    return keep;
 }
 
 /* ROWS rows of one span and key head: its queries, and for each the heads that share the key head. */
@@ -180,7 +325,8 @@ static void attend_block(const attention_job *job, const psoup__span *span, int6
         return;
     const int64_t past = span->keys - span->queries;
     const int64_t last = past + (first + rows - 1) / group;
-    float max[ROWS], sum[ROWS];
+    float max[ROWS], sum[ROWS], p[ROWS][KEYS];
+    weighted each[ROWS];
     key_tile tile;
     for (int64_t r = 0; r < rows; r++) {
         const int64_t query = (first + r) / group, head = kv_head * group + (first + r) % group;
@@ -190,15 +336,18 @@ static void attend_block(const attention_job *job, const psoup__span *span, int6
         sum[r] = 0;
     }
     for (int64_t start = 0; start <= last; start += KEYS) {
-        take_tile(&tile, job->keys, span, start, kv_head, dim, rows >= FEW);
+        int adds = 0;
+        take_tile(&tile, job->keys, span, start, kv_head, dim, rows >= FEW, false);
         for (int64_t r = 0; r < rows; r++) {
             const int64_t query = (first + r) / group, head = kv_head * group + (first + r) % group;
             const int64_t at = ((span->query + query) * shape->heads + head) * dim;
             const int n = keys_seen(past + query, start);
-            if (n)
-                attend_tile(job->out + at, &max[r], &sum[r], job->q + at, &tile, n, (int)dim,
-                            shape->scale);
+            if (n == 0)
+                continue;
+            const float keep = weigh_tile(p[r], &max[r], &sum[r], job->q + at, &tile, n, (int)dim, shape->scale);
+            each[adds++] = (weighted){job->out + at, keep, p[r], 0, n};
         }
+        add_each(each, adds, 1, tile.v, tile.v_stride, (int)dim);
     }
     for (int64_t r = 0; r < rows; r++) {
         const int64_t query = (first + r) / group, head = kv_head * group + (first + r) % group;
@@ -266,6 +415,8 @@ static void backward_block(const attention_job *job, const psoup__span *span, co
     const int64_t at = (span->first + start) * stride + kv_head * dim; /* of the tile in dk, dv */
     const int64_t row = (span->query + first) * width + head * dim;
     float p[ROWS][KEYS], ds[ROWS][KEYS], q_room[ROWS * DIM], dout_room[ROWS * DIM];
+    weighted each[KEYS];
+    int adds = 0;
     int64_t q_stride = width, dout_stride = width;
     const float *q = packed(q_room, job->q + row, &q_stride, rows, dim);
     const float *dout = packed(dout_room, job->dout + row, &dout_stride, rows, dim);
@@ -277,23 +428,32 @@ static void backward_block(const attention_job *job, const psoup__span *span, co
         const float lse = job->saved_lse[(span->query + first + r) * shape->heads + head];
         const float d = dot(dout + r * dout_stride, job->saved + here, (size_t)dim);
         const float scale = shape->scale;
-        tile_dots(p[r], q + r * q_stride, tile->k, tile->k_stride, n, dim, -__builtin_inff());
-        tile_dots(ds[r], dout + r * dout_stride, tile->v, tile->v_stride, n, dim, 0);
-        for (int j = 0; j < KEYS; j++) {
-            p[r][j] = exp_float(p[r][j] * scale - lse);
-            ds[r][j] = p[r][j] * (ds[r][j] - d) * scale;
+        if (tile->turned) {
+            turned_dots(p[r], q + r * q_stride, tile->k_turned, n, dim, -__builtin_inff());
+            turned_dots(ds[r], dout + r * dout_stride, tile->v_turned, n, dim, 0);
+        } else {
+            tile_dots(p[r], q + r * q_stride, tile->k, tile->k_stride, n, dim, -__builtin_inff());
+            tile_dots(ds[r], dout + r * dout_stride, tile->v, tile->v_stride, n, dim, 0);
         }
-        add_rows(job->dq + here, 1, ds[r], 1, tile->k, tile->k_stride, n, dim);
+        for (int tile_j = 0; tile_j < n; tile_j += LANES)
+            for (int j = tile_j; j < tile_j + LANES; j++) {
+                p[r][j] = exp_float(p[r][j] * scale - lse);
+                ds[r][j] = p[r][j] * (ds[r][j] - d) * scale;
+            }
+        each[adds++] = (weighted){job->dq + here, 1, ds[r], 0, n};
     }
+    add_each(each, adds, 1, tile->k, tile->k_stride, dim);
     const int seen = keys_seen(past + first + rows - 1, start);
     for (int j = 0; j < seen; j++) { /* the rows from `skip` on see key start + j */
-        int64_t skip = start + j - past - first;
-        skip = skip < 0 ? 0 : skip;
-        const int64_t key = at + j * stride;
-        const int n = (int)(rows - skip);
-        add_rows(job->keys->dv + key, 1, &p[skip][j], KEYS, dout + skip * dout_stride, dout_stride, n, dim);
-        add_rows(job->keys->dk + key, 1, &ds[skip][j], KEYS, q + skip * q_stride, q_stride, n, dim);
+        const int64_t skip = start + j - past - first;
+        each[j] = (weighted){job->keys->dv + at + j * stride, 1, &p[0][j], skip < 0 ? 0 : (int)skip, (int)rows};
     }
+    add_each(each, seen, KEYS, dout, dout_stride, dim);
+    for (int j = 0; j < seen; j++) {
+        each[j].out = job->keys->dk + at + j * stride;
+        each[j].weight = &ds[0][j];
+    }
+    add_each(each, seen, KEYS, q, q_stride, dim);
 }
 
 /* One span and key head: it alone writes its dk and dv, head by head, queries ascending. */
@@ -309,7 +469,7 @@ static void backward_task(void *arg, size_t task, int worker) {
             memset(job->dq + ((span->query + query) * shape->heads + head) * dim, 0,
                    (size_t)dim * sizeof(float));
         for (int64_t start = 0; start < span->keys; start += KEYS) {
-            take_tile(&tile, job->keys, span, start, kv_head, dim, span->queries >= FEW);
+            take_tile(&tile, job->keys, span, start, kv_head, dim, span->queries >= FEW, true);
             for (int64_t first = 0; first < span->queries; first += ROWS) {
                 const int64_t left = span->queries - first, rows = left < ROWS ? left : ROWS;
                 if (past + first + rows - 1 >= start)

@@ -115,11 +115,27 @@ static inline float sum_lanes(vec v) {
     return v[0];
 }
 
+/* The lanes with the neighbour groups of `width` swapped. */
+static inline vec swap_lanes(vec v, int width) {
+#if LANES == 16
+    return width == 8   ? __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+           : width == 4 ? __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+           : width == 2 ? __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+                        : __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif LANES == 8
+    return width == 4   ? __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3)
+           : width == 2 ? __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5)
+                        : __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    return width == 2 ? __builtin_shufflevector(v, v, 2, 3, 0, 1) : __builtin_shufflevector(v, v, 1, 0, 3, 2);
+#endif
+}
+
+/* Of numbers: no lane is NaN. */
 static inline float max_lanes(vec v) {
-    float most = v[0];
-    for (int i = 1; i < LANES; i++)
-        most = v[i] > most ? v[i] : most;
-    return most;
+    for (int width = LANES / 2; width > 0; width /= 2)
+        v = vec_max(swap_lanes(v, width), v);
+    return v[0];
 }
 
 /* Σ a·b over four vectors of partial sums, then their lanes, then the tail in order. */
