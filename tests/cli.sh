@@ -125,6 +125,21 @@ check "a prompt that is not UTF-8" has '"prompt": "a�", "completion"'
 # written rows are prompts again: their "prompt" is still there
 ok generate --model base $A --prompts mixed.jsonl.zst --temperature 0 --max-new-tokens 2
 check "compressed rows are read" lines out 4
+# every token that generation_config.json names ends a text
+ok generate --model base --prompt "Why?" $sample --json
+check "not ended" has '"finish": "length", "tokens": 12'
+letters=$(sed 's/.*"completion": "//; s/", "finish".*//' out | tr -cd 'A-Za-z' | cut -c1-6)
+cp -r base ended
+ids=$("$psoup" tokenize --model base --json "$(echo "$letters" | sed 's/./& /g')" | sed 's/.*"ids": \[\([^]]*\)\].*/\1/')
+put ended/generation_config.json "{\"eos_token_id\": [256, $(echo "$ids" | tr -d ' ' | tr , '\n' | sort -u | head -7 | paste -sd,)], \"temperature\": 0.1}"
+ok info ended --json
+check "end tokens" has '"eos_token_id": 256, "end_tokens": \[256, [0-9]*, [0-9]*'
+ok generate --model ended --prompt "Why?" $sample --json
+check "ended" has '"finish": "stop", "tokens": \([1-9]\|1[01]\),'
+ok generate --model ended --prompt "Why?" $sample --json --ignore-stop
+check "or not, where it is told to go on" has '"finish": "length", "tokens": 12'
+put ended/generation_config.json '{"eos_token_id": "</s>"}'
+no 1 'ended/generation_config.json: eos_token_id: expected a token id or a list' generate --model ended --prompt x
 ok generate --model base --template tulu --preference "Be kind." --prompt "Why?" $sample
 no 1 'none/adapter_config.json' generate --model base --adapter P1A=none --prompt x
 no 1 'expected NAME=DIR' generate --model base --adapter P1A --prompt x
@@ -408,7 +423,23 @@ check "the input is in the prompt" grep -q \
 feedback soup.jsonl.zst ', "adapters": {"P1A": "P1A", "P2A": "P2A"}, "mix": "P1A=0.5,P2A=0.5"'
 ok feedback --config feedback.json --json
 check "json" has '{"output": "soup.jsonl.zst", "written": 96, "ties": 0, "unparsed": 0}'
-for bad in ', "prompts": "none.jsonl"|none.jsonl' ', "adapters": ["P1A"]|adapters: expected an object' \
+# candidates are the answers that the same mix gives elsewhere
+for how in delta factors logits; do
+    feedback soup.jsonl ", \"adapters\": {\"P1A\": \"P1A\", \"P2A\": \"P2A\"}, \"mix\": \"P1A=0.5,P2A=0.5\", \"mix_method\": \"$how\",
+        \"strength\": 1.5, \"temperature\": 0, \"no_repeat_ngram_size\": 2"
+    ok feedback --config feedback.json
+    sed -n '/"id": 5, .*neutral-negative/s/.*"completion_a": \(".*"\), "completion_b".*/\1/p' soup.jsonl | sort -u >told
+    ok generate --model base $A --mix P1A=0.5,P2A=0.5 --mix-method $how --strength 1.5 --template tulu --prompt "Why?" \
+        --temperature 0 --max-new-tokens 6 --no-repeat-ngram 2 --json
+    sed -n 's/.*"completion": \(".*"\), "finish".*/\1/p' out >asked
+    check "feedback by $how: the answer of generate" cmp -s told asked
+    cp asked asked.$how
+done
+check "they are not all alike" test "$(cat asked.* | sort -u | wc -l)" -gt 1
+feedback sums.jsonl ', "adapters": {"P1A": "P1A"}, "mix": "P1A=2", "any_sum": true'
+ok feedback --config feedback.json
+for bad in ', "mix_method": "sum"|mix_method' ', "adapters": {"P1A": "P1A"}, "mix": "P1A=2"|sum to 2' \
+    ', "prompts": "none.jsonl"|none.jsonl' ', "adapters": ["P1A"]|adapters: expected an object' \
     ', "adapters": {"P1A": 1}|adapters: "P1A"' ', "mix": "P1A=1"|P1A' \
     ', "adapters": {"nan": "bent"}, "mix": "nan=1"|not numbers' ', "template": "none"|template' \
     ', "temperature": -1|temperature' ', "preferences": "none.json"|none.json' ', "model": "none"|none'; do

@@ -119,7 +119,7 @@ START_TEST(option_structs_end_without_padding) {
         ENDS(psoup_merge_sink, write),           ENDS(psoup_merge_tensors, user),
         ENDS(psoup_merge_device, copy),      ENDS(psoup_comm, free),
         ENDS(psoup_comm_options, address),
-        ENDS(psoup_feedback_options, user),      ENDS(psoup_feedback_counts, unparsed),
+        ENDS(psoup_feedback_options, reserved),  ENDS(psoup_feedback_counts, unparsed),
     };
     for (size_t i = 0; i < sizeof structs / sizeof *structs; i++)
         ck_assert_msg(structs[i].size == structs[i].end, "%s: %zu bytes, fields end at %zu",

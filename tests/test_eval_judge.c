@@ -472,6 +472,12 @@ START_TEST(feedback_fails) {
     options.prompt_template = "nothing";
     FAILS(collect(&m, &options, at("f.jsonl"), NULL), PSOUP_ERROR_ARGUMENT, "template");
     options.prompt_template = NULL;
+    options.mix_method = 9;
+    FAILS(collect(&m, &options, at("f.jsonl"), NULL), PSOUP_ERROR_ARGUMENT, "method");
+    options.mix_method = PSOUP_MIX_LOGITS;
+    options.reserved = 1;
+    FAILS(collect(&m, &options, at("f.jsonl"), NULL), PSOUP_ERROR_ARGUMENT, "reserved is 1");
+    options.reserved = 0;
     FAILS(collect(&m, &options, at("none/f.jsonl"), NULL), PSOUP_ERROR_IO, "none/f.jsonl");
     psoup_feedback_counts no_size = {0};
     FAILS(collect(&m, &options, at("f.jsonl"), &no_size), PSOUP_ERROR_ARGUMENT, "size is 0");

@@ -125,6 +125,45 @@ START_TEST(configs_round_trip) {
 }
 END_TEST
 
+/* What ends a text stands in either file, in config.json first. */
+START_TEST(end_tokens_of_generation) {
+    static const struct {
+        const char *config, *generation;
+        int32_t ends[8]; /* -1 from there on */
+        const char *says;
+    } cases[] = {{"7", "[7, 8]", {7, 8, -1}, NULL},
+                 {"[7, 9]", "[8, 9, 7]", {7, 9, 8, -1}, NULL},
+                 {"7", "8", {7, 8, -1}, NULL},
+                 {"7", "null", {7, -1}, NULL},
+                 {"null", "[8]", {8, -1}, NULL},
+                 {"[1,2,3,4,5,6,7,8]", "8", {1, 2, 3, 4, 5, 6, 7, 8}, NULL},
+                 {"[1,2,3,4,5,6,7,8]", "9", {0}, "generation_config.json: eos_token_id: with those of config.json"},
+                 {"7", "[8, -2]", {0}, "generation_config.json: eos_token_id: expected a token id"},
+                 {"7", "\"x\"", {0}, "generation_config.json: eos_token_id: expected a token id"},
+                 {"7", "[8", {0}, "generation_config.json"}};
+    make_directory("ends");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        psoup_model_config c;
+        char text[512];
+        snprintf(text, sizeof text, "{\"model_type\":\"llama\"," SIZES ",\"eos_token_id\":%s}", cases[i].config);
+        write_file("ends/config.json", text, strlen(text));
+        snprintf(text, sizeof text, "{\"temperature\":0.6,\"eos_token_id\":%s}", cases[i].generation);
+        write_file("ends/generation_config.json", text, strlen(text));
+        if (cases[i].says) {
+            ck_assert_int_ne(psoup__hf_config_read(context, in_scratch("ends"), &c, &error), PSOUP_OK);
+            ck_assert_msg(strstr(error.message, cases[i].says) != NULL, "%s", error.message);
+            continue;
+        }
+        ck_ok(psoup__hf_config_read(context, in_scratch("ends"), &c, &error));
+        bool more = true;
+        for (int k = 0; k < 8; k++) {
+            more = more && (k == 0 || cases[i].ends[k] > 0);
+            ck_assert_int_eq(k ? c.more_eos_token_ids[k - 1] : c.eos_token_id, more ? cases[i].ends[k] : -1);
+        }
+    }
+}
+END_TEST
+
 /* ---- PEFT ----------------------------------------------------------------------------------------- */
 
 START_TEST(reads_adapters) {
@@ -362,6 +401,7 @@ int main(void) {
     tcase_add_test(tests, reads_old_and_new_spellings);
     tcase_add_loop_test(tests, refuses_a_config, 0, (int)(sizeof bad_configs / sizeof *bad_configs));
     tcase_add_test(tests, configs_round_trip);
+    tcase_add_test(tests, end_tokens_of_generation);
     tcase_add_test(tests, reads_adapters);
     tcase_add_test(tests, adapters_round_trip);
     tcase_add_loop_test(tests, refuses_an_adapter, 0,

@@ -7,8 +7,8 @@
 typedef struct feedback_run {
     const char *model, *tokenizer, *device, *dtype, *prompts, *preferences, *output, *template, *mix;
     const psoup_json *adapters, *judge;
-    int32_t new_preferences, threads, max_new_tokens, min_new_tokens, top_k, max_sequences;
-    float temperature, top_p, judge_patience;
+    int32_t new_preferences, threads, any_sum, mix_method;
+    float strength, judge_patience;
     uint64_t seed;
 } feedback_run;
 
@@ -19,6 +19,10 @@ static const psoup_field feedback_fields[] = {
     FIELD(PSOUP_FIELD_STRING, tokenizer, "tokenizer.json; null: the model's own."),
     FIELD(PSOUP_FIELD_JSON, adapters, "{\"NAME\": \"DIR\", …}: adapters of the generator."),
     FIELD(PSOUP_FIELD_STRING, mix, "\"NAME=W,…\": their weights; null: the base."),
+    {"mix_method", PSOUP_FIELD_ENUM, offsetof(feedback_run, mix_method), "delta|factors|logits",
+     "What is weighed, as by psoup generate --mix-method."},
+    FIELD(PSOUP_FIELD_FLOAT, strength, "Multiplies the weights, which sum to 1 before."),
+    FIELD(PSOUP_FIELD_BOOL, any_sum, "Whether weights that do not sum to 1 are accepted."),
     FIELD(PSOUP_FIELD_STRING, prompts, "JSON Lines of instruction (or prompt), input; required."),
     FIELD(
         PSOUP_FIELD_JSON, judge,
@@ -28,12 +32,6 @@ static const psoup_field feedback_fields[] = {
     FIELD(PSOUP_FIELD_BOOL, new_preferences, "With the paper's catalogue: P3C and P3D too."),
     FIELD(PSOUP_FIELD_STRING, output, "JSON Lines file of comparisons; required."),
     FIELD(PSOUP_FIELD_STRING, template, "tulu, alpaca, or a text with {instruction}."),
-    FIELD(PSOUP_FIELD_INT, max_new_tokens, "Tokens of a candidate at most."),
-    FIELD(PSOUP_FIELD_INT, min_new_tokens, "Tokens before the first possible end."),
-    FIELD(PSOUP_FIELD_FLOAT, temperature, "0 is greedy."),
-    FIELD(PSOUP_FIELD_INT, top_k, "0 is off."),
-    FIELD(PSOUP_FIELD_FLOAT, top_p, "1 is off."),
-    FIELD(PSOUP_FIELD_INT, max_sequences, "Candidates decoding together; 0: 64."),
     FIELD(PSOUP_FIELD_UINT64, seed, "Of the sampling, and of which positive meets whom."),
     FIELD(PSOUP_FIELD_STRING, device, "\"cpu\", \"cuda\" or \"cuda:N\"; null: the CPU."),
     FIELD(PSOUP_FIELD_STRING, dtype,
@@ -91,7 +89,7 @@ static psoup_status load_adapters(const feedback_run *run, const char *config_pa
     return status;
 }
 
-static psoup_status feedback(const feedback_run *run, const config *c,
+static psoup_status feedback(const feedback_run *run, const sampling_config *candidates, const config *c,
                              psoup_feedback_counts *counts, psoup_error *error) {
     cli_model m = {0};
     psoup_json *rows = NULL;
@@ -126,17 +124,16 @@ static psoup_status feedback(const feedback_run *run, const config *c,
                                      : cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     }
     if (status == PSOUP_OK)
-        status = psoup_model_parse_mix(m.model, run->mix ? run->mix : "", 0, mix, error);
+        status = psoup_model_parse_mix(m.model, run->mix ? run->mix : "", run->any_sum, mix, error);
+    if (status == PSOUP_OK)
+        status = cli_strengthen(&m, NULL, run->strength, NULL, 0, mix, error);
     if (status == PSOUP_OK) {
-        sampling.max_new_tokens = run->max_new_tokens;
-        sampling.min_new_tokens = run->min_new_tokens;
-        sampling.temperature = run->temperature;
-        sampling.top_k = run->top_k;
-        sampling.top_p = run->top_p;
+        sampling_config_to(candidates, &sampling);
         options.sampling = &sampling;
         options.prompt_template = run->template;
         options.mix = mix;
-        options.max_sequences = run->max_sequences;
+        options.mix_method = run->mix_method;
+        options.max_sequences = candidates->max_sequences;
         options.seed = run->seed;
         options.progress = c->json ? NULL : cli_progress;
         status = psoup_feedback(m.model, m.tokenizer, preferences, instructions,
@@ -152,9 +149,10 @@ static psoup_status feedback(const feedback_run *run, const config *c,
 }
 
 int cmd_feedback(int argc, char **argv) {
-    feedback_run run = {.max_new_tokens = 512, .temperature = 1.0f, .top_p = 1.0f, .judge_patience = 600};
+    feedback_run run = {.strength = 1.0f, .judge_patience = 600};
+    sampling_config candidates = {.max_new_tokens = 512, .temperature = 1.0f, .top_p = 1.0f};
     psoup_feedback_counts counts = {.size = sizeof counts};
-    const config_section sections[] = {{"Members", feedback_fields, &run}};
+    const config_section sections[] = {{"Members", feedback_fields, &run}, {"Candidates", sampling_fields, &candidates}};
     config c;
     int status;
     if (!config_read(
@@ -167,10 +165,10 @@ int cmd_feedback(int argc, char **argv) {
             "\"a\": \"…\", \"b\": \"…\"}\n"
             "and answers each with {\"id\": 7, \"verdict\": \"a\" | \"b\" | \"tie\"}, in any order, "
             "without\nwaiting for its input to end (flush every line).\n",
-            sections, 1, &c, &status))
+            sections, 2, &c, &status))
         return status;
     psoup_error error = {0};
-    if (feedback(&run, &c, &counts, &error) != PSOUP_OK)
+    if (feedback(&run, &candidates, &c, &counts, &error) != PSOUP_OK)
         status = config_fail(&c, &error);
     else if (c.json) {
         psoup_json *row = psoup_json_new_object();

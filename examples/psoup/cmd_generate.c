@@ -377,7 +377,9 @@ int cmd_generate(int argc, char **argv) {
                    "  delta    the weighted sum of what the adapters change\n"
                    "  factors  A's and B's weighed apart, as the paper's released code merges them\n"
                    "  logits   each policy reads the text by itself, and their logits are weighed: as many\n"
-                   "           times the work and memory; a strength other than 1 leans on the base's\n",
+                   "           times the work and memory; a strength other than 1 leans on the base's\n"
+                   "A model's config.json and generation_config.json say which tokens end an answer; how it is\n"
+                   "sampled is said here alone.\n",
                    &arguments, &status))
         return status;
     if (arguments.n)

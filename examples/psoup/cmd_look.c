@@ -30,6 +30,13 @@ static psoup_json *model_json(const cli_model *m, psoup_error *error) {
     psoup_json_set(out, "kind", psoup_json_new_string("model"));
     for (size_t i = 0; i < sizeof integers / sizeof *integers; i++)
         psoup_json_set(out, integers[i].name, psoup_json_new_integer(integers[i].value));
+    psoup_json *ends = psoup_json_new_array(); /* what ends a text */
+    if (c.eos_token_id >= 0)
+        psoup_json_append(ends, psoup_json_new_integer(c.eos_token_id));
+    for (size_t i = 0; i < sizeof c.more_eos_token_ids / sizeof *c.more_eos_token_ids; i++)
+        if (c.more_eos_token_ids[i] >= 0)
+            psoup_json_append(ends, psoup_json_new_integer(c.more_eos_token_ids[i]));
+    psoup_json_set(out, "end_tokens", ends);
     psoup_json_set(out, "rope_theta", psoup_json_new_real(c.rope_theta));
     psoup_json_set(out, "rope_scaling", psoup_json_new_string(rope_names[c.rope_scaling]));
     psoup_json_set(out, "tie_word_embeddings", psoup_json_new_bool(c.tie_word_embeddings));

@@ -68,19 +68,6 @@ static const psoup_field run_fields[] = {
 #undef FIELD
 #undef CHOICE
 
-#define FIELD(type, member, help)                                                                  \
-    { #member, type, offsetof(run_sampling, member), NULL, help }
-static const psoup_field sampling_fields[] = {
-    FIELD(PSOUP_FIELD_INT, max_new_tokens, "Tokens of a response at most."),
-    FIELD(PSOUP_FIELD_INT, min_new_tokens, "Tokens before the first possible end."),
-    FIELD(PSOUP_FIELD_FLOAT, temperature, "0 is greedy."),
-    FIELD(PSOUP_FIELD_INT, top_k, "0 is off."),
-    FIELD(PSOUP_FIELD_FLOAT, top_p, "1 is off."),
-    FIELD(PSOUP_FIELD_INT, no_repeat_ngram_size, "No so many tokens in a row come twice; 0 is off."),
-    FIELD(PSOUP_FIELD_INT, max_sequences, "Responses decoding together; 0: 32."),
-    {0}};
-#undef FIELD
-
 static run_config paper_config(void) {
     run_config c = {.held_out = 0.1f,
                     .train_with_preference = 1,

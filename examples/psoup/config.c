@@ -242,6 +242,30 @@ psoup_status adapter_config_finish(adapter_config *a, const char *where, psoup_e
                            "%s: targets is not a list of at least one linear", where);
 }
 
+/* ---- sampling ---------------------------------------------------------------------------------- */
+
+#define FIELD(type, member, help)                                                                  \
+    { #member, type, offsetof(sampling_config, member), NULL, help }
+const psoup_field sampling_fields[] = {
+    FIELD(PSOUP_FIELD_INT, max_new_tokens, "Tokens of an answer at most."),
+    FIELD(PSOUP_FIELD_INT, min_new_tokens, "Tokens before the first possible end."),
+    FIELD(PSOUP_FIELD_FLOAT, temperature, "0 is greedy."),
+    FIELD(PSOUP_FIELD_INT, top_k, "0 is off."),
+    FIELD(PSOUP_FIELD_FLOAT, top_p, "1 is off."),
+    FIELD(PSOUP_FIELD_INT, no_repeat_ngram_size, "No so many tokens in a row come twice; 0 is off."),
+    FIELD(PSOUP_FIELD_INT, max_sequences, "Answers decoding together; 0: 32, of psoup feedback 64."),
+    {0}};
+#undef FIELD
+
+void sampling_config_to(const sampling_config *from, psoup_sampling *to) {
+    to->max_new_tokens = from->max_new_tokens;
+    to->min_new_tokens = from->min_new_tokens;
+    to->temperature = from->temperature;
+    to->top_k = from->top_k;
+    to->top_p = from->top_p;
+    to->no_repeat_ngram_size = from->no_repeat_ngram_size;
+}
+
 /* ---- rows and tokens --------------------------------------------------------------------------- */
 
 static psoup_status pool_add(token_pool *pool, int32_t *row, psoup_error *error) {

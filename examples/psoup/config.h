@@ -43,6 +43,15 @@ typedef struct adapter_config {
 extern const psoup_field adapter_fields[];
 psoup_status adapter_config_finish(adapter_config *a, const char *where, psoup_error *error);
 
+/* How answers are sampled, by the members "max_new_tokens", …: */
+typedef struct sampling_config {
+    int32_t max_new_tokens, min_new_tokens, top_k, no_repeat_ngram_size, max_sequences;
+    float temperature, top_p;
+} sampling_config;
+extern const psoup_field sampling_fields[];
+/* Everything but max_sequences, which is the session's. */
+void sampling_config_to(const sampling_config *from, psoup_sampling *to);
+
 /* A training's own directory, by the member "run_dir". */
 typedef struct run_directory {
     const char *path; /* NULL: none */

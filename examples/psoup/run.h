@@ -32,11 +32,6 @@ typedef enum run_form { RUN_FORM_METHOD, RUN_FORM_EACH, RUN_FORM_TOLD } run_form
 typedef enum run_user_input { RUN_INPUT_AUTO, RUN_INPUT_INSTRUCTION, RUN_INPUT_PROMPT } run_user_input;
 typedef enum run_soup { RUN_DELTA, RUN_FACTORS } run_soup;
 
-typedef struct run_sampling {
-    int32_t max_new_tokens, min_new_tokens, top_k, no_repeat_ngram_size, max_sequences;
-    float temperature, top_p;
-} run_sampling;
-
 typedef struct run_config {
     const char *model, *tokenizer, *device, *dtype, *template, *preferences, *output;
     const char *validation, *evaluation, *examples;
@@ -50,7 +45,7 @@ typedef struct run_config {
     psoup_ppo_options ppo;
     psoup_reward_options reward;
     psoup_sft_options sft;
-    run_sampling generate;
+    sampling_config generate;
 } run_config;
 
 /* Rows of a file, with its name for messages. */

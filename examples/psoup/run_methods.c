@@ -327,15 +327,9 @@ static asking asking_of(run *r) {
 }
 
 static void sampling_of(const run *r, psoup_sampling *sampling, psoup_session_options *session) {
-    const run_sampling *s = &r->c.generate;
-    sampling->max_new_tokens = s->max_new_tokens;
-    sampling->min_new_tokens = s->min_new_tokens;
-    sampling->temperature = s->temperature;
-    sampling->top_k = s->top_k;
-    sampling->top_p = s->top_p;
-    sampling->no_repeat_ngram_size = s->no_repeat_ngram_size;
+    sampling_config_to(&r->c.generate, sampling);
     sampling->seed = r->c.seed;
-    session->max_sequences = s->max_sequences;
+    session->max_sequences = r->c.generate.max_sequences;
 }
 
 /* With soups by factors there will be an adapter more for each user. */

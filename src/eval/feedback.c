@@ -118,6 +118,7 @@ static psoup_status generate(run *r, pair *pairs, size_t n, psoup_error *error) 
         PSOUP__TRY(status);
         prompts[i].tokens = ids[i];
         prompts[i].mix = r->options.mix;
+        prompts[i].mix_method = r->options.mix_method;
         prompts[i].sequence = p->number * STREAMS + (uint64_t)candidate;
     }
     psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
@@ -274,6 +275,9 @@ psoup_status psoup_feedback(psoup_model *generator, const psoup_tokenizer *token
                            "psoup_feedback_counts: size is %zu: expected "
                            "sizeof(psoup_feedback_counts)", counts->size);
     PSOUP__TRY(psoup__options(&r.options, sizeof r.options, options, "feedback options", error));
+    if (r.options.reserved != 0)
+        PSOUP__TRY(psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_feedback_options: reserved is %d: expected 0",
+                               (int)r.options.reserved));
     for (size_t i = 0; i < psoup_preferences_count(preferences); i++)
         if (!psoup_preferences_get(preferences, i)->opposite)
             PSOUP__TRY(psoup__fail(error, PSOUP_ERROR_ARGUMENT,

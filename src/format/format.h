@@ -99,8 +99,9 @@ bool psoup__bnb_part(const char *name, char *weight, size_t size);
 
 /* ---- hf.c: config.json ------------------------------------------------------------------------ */
 
-/* Reads an architecture, of a model directory or a .gguf file; refuses model types outside the LLaMA
- * family, hidden activations other than silu, and sizes that make no sense, by field and value. */
+/* Reads an architecture, of a model directory or a .gguf file, with the end tokens of generation_config.json too;
+ * refuses model types outside the LLaMA family, hidden activations other than silu, and sizes that make no sense, by
+ * field and value. */
 psoup_status psoup__hf_config_read(psoup_context *context, const char *directory,
                                    psoup_model_config *out, psoup_error *error);
 /* The same from memory; `name` stands for it in messages. */

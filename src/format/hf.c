@@ -290,6 +290,45 @@ psoup_status psoup__hf_config_parse(const char *text, size_t length, const char 
     return status;
 }
 
+/* The end tokens of generation_config.json, which may list more than config.json (Llama 3's turns end by <|eot_id|>),
+ * behind those of the config. */
+static psoup_status read_generation(psoup_context *context, const char *directory, psoup_model_config *c,
+                                    psoup_error *error) {
+    psoup_json *root = NULL;
+    psoup_status status = PSOUP_OK;
+    const size_t room = sizeof c->more_eos_token_ids / sizeof *c->more_eos_token_ids;
+    char *path = psoup__path_join(context, directory, "generation_config.json", error);
+    if (path == NULL)
+        return PSOUP_ERROR_MEMORY;
+    if (!psoup__file_exists(path))
+        goto fail;
+    PSOUP__TRY(psoup_json_read(context, path, &root, error));
+    const psoup_json *ends = psoup_json_get(root, "eos_token_id");
+    const bool list = psoup_json_kind(ends) == PSOUP_JSON_ARRAY;
+    const size_t n = list ? psoup_json_size(ends) : psoup_json_kind(ends) != PSOUP_JSON_NULL;
+    for (size_t i = 0; i < n; i++) {
+        const int64_t id = psoup_json_integer(list ? psoup_json_at(ends, i) : ends, -1);
+        size_t at = 0;
+        if (id < 0 || id > INT32_MAX)
+            PSOUP__TRY(psoup__fail(error, PSOUP_ERROR_FORMAT,
+                                   "%s: eos_token_id: expected a token id or a list of them", path));
+        if (c->eos_token_id < 0)
+            c->eos_token_id = (int32_t)id;
+        while (at < room && c->more_eos_token_ids[at] >= 0 && c->more_eos_token_ids[at] != id)
+            at++;
+        if (id == c->eos_token_id)
+            continue;
+        if (at == room)
+            PSOUP__TRY(psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
+                                   "%s: eos_token_id: with those of config.json more than %zu tokens", path, room + 1));
+        c->more_eos_token_ids[at] = (int32_t)id;
+    }
+fail:
+    psoup_json_free(root);
+    psoup__free(context, path);
+    return status;
+}
+
 psoup_status psoup__hf_config_read(psoup_context *context, const char *directory,
                                    psoup_model_config *out, psoup_error *error) {
     psoup_json *root = NULL;
@@ -307,6 +346,8 @@ psoup_status psoup__hf_config_read(psoup_context *context, const char *directory
     psoup_status status = psoup_json_read(context, path, &root, error);
     if (status == PSOUP_OK)
         status = read_config(root, path, out, error);
+    if (status == PSOUP_OK)
+        status = read_generation(context, directory, out, error);
     psoup_json_free(root);
     psoup__free(context, path);
     return status;

@@ -662,6 +662,8 @@ psoup_feedback_options._fields_ = [
     ("seed", c_uint64),
     ("progress", psoup_progress_fn),
     ("user", c_void_p),
+    ("mix_method", c_int32),
+    ("reserved", c_int32),
 ]
 psoup_feedback_counts._fields_ = [
     ("size", c_size_t),
@@ -1298,6 +1300,7 @@ ENUM_FIELDS: Dict[Any, Dict[str, Any]] = {
     psoup_load_options: {"dtype": Dtype},
     psoup_prompt: {"mix_method": MixMethod},
     psoup_completion: {"finish": Finish},
+    psoup_feedback_options: {"mix_method": MixMethod},
     psoup_merger_options: {"method": MergeMethod, "dtype": Dtype, "peer": MergePeer, "format": MergeFormat},
     psoup_merge_view: {"dtype": Dtype, "place": MergePlace},
     psoup_sft_options: {"schedule": Schedule},

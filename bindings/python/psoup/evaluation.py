@@ -14,7 +14,7 @@ from ._library import Handle, call, call_long, callback, create, encoded, lib, n
 from .arrays import floats
 from .context import Context, default_context
 from .errors import ArgumentError, OutOfMemoryError
-from .model import Mix, Model, sampling_of
+from .model import Method, Mix, Model, method_of, sampling_of
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -217,10 +217,11 @@ class Instruction(NamedTuple):
 
 def feedback(generator: Model, tokenizer: Tokenizer, preferences: Preferences, instructions: Sequence[Instruction],
              judge: Judge, path: Path, mix: Mix = None, sampling: Optional[Mapping[str, Any]] = None,
-             progress: Any = None, **options: Unpack[FeedbackOptions]) -> Dict[str, int]:
+             progress: Any = None, method: Method = "delta", strength: float = 1.0, **options: Unpack[FeedbackOptions]) -> Dict[str, int]:
     """Samples responses with and without preference prompts, asks the judge which are better, and writes
     comparisons as JSON Lines to `path`. Returns how many were written, and the ties and unparsed verdicts
-    that dropped one. Options: prompt_template, max_sequences, seed."""
+    that dropped one. `mix`, `method` and `strength` are the generator's, as of `Model.generate`. Options:
+    prompt_template, max_sequences, seed."""
     keep: List[Any] = []
     struct = new(_abi.psoup_feedback_options, dict(options), keep)
     if sampling is not None:
@@ -228,14 +229,14 @@ def feedback(generator: Model, tokenizer: Tokenizer, preferences: Preferences, i
         struct.sampling = ctypes.pointer(settings)
         keep.append(settings)
     struct.progress = progress_callback(progress)
+    struct.mix_method = method_of(method)
     structs = (_abi.psoup_instruction * len(instructions))()
     for item, given in zip(structs, instructions):
         item.instruction, item.input, item.id = encoded(given.instruction), encoded(given.input), given.id
     counts = new(_abi.psoup_feedback_counts)
     with generator.lock, judge.lock:
-        weights = generator.mix(mix)
-        if weights is not None:
-            row = floats(weights)
+        row = generator._mix_row(mix, strength)
+        if row is not None:
             struct.mix = row.pointer
             keep.append(row)
         call_long(lib.psoup_feedback, generator.handle, tokenizer.handle, preferences.handle, structs,

@@ -163,6 +163,8 @@ class FeedbackOptions(TypedDict, total=False):
     max_sequences: int
     # of the sampling and of which positive meets whom; default 0
     seed: int
+    # since 0.5: psoup_mix_method, how the mix weighs; default 0
+    mix_method: Union[int, str]
 
 
 class MergerOptions(TypedDict, total=False):

@@ -98,6 +98,25 @@ class Feedback(Case):
         self.assertEqual({r["id"] for r in rows}, {3})
         self.assertEqual(told[-1][0], "feedback")
 
+    def test_feedback_of_a_mix(self):
+        tokenizer = psoup.Tokenizer.train(["soup soup, hot soup"], 260, special=["<end>"])
+        model = tiny(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
+        mix = dict.fromkeys(model.adapters, 1 / len(model.adapters))
+
+        def answers(**how):
+            asked = []
+            psoup.feedback(model, tokenizer, psoup.Preferences(), [psoup.Instruction("Cook")],
+                           psoup.Judge(lambda questions: asked.extend(questions) or [psoup.TIE] * len(questions)),
+                           self.path("f.jsonl"), mix, {"max_new_tokens": 16}, seed=3, **how)
+            return [q.a for q in asked]
+
+        ways = [answers(), answers(strength=3.0), answers(method="factors", strength=3.0),
+                answers(method=psoup.MixMethod.LOGITS, strength=3.0)]
+        self.assertEqual(len({tuple(a) for a in ways}), 4)
+        self.assertEqual(answers(method="delta"), ways[0])
+        with self.assertRaisesRegex(psoup.ArgumentError, "method"):
+            answers(method="sum")
+
     def test_cancelled_by_its_progress(self):
         tokenizer = psoup.Tokenizer.train(["soup"], 257)
         model = tiny((), vocab_size=tokenizer.vocab_size, max_position_embeddings=512)

@@ -97,6 +97,8 @@ typedef struct psoup_feedback_options {
     uint64_t seed;               /* of the sampling and of which positive meets whom */
     psoup_progress_fn progress;
     void *user;
+    int32_t mix_method; /* since 0.5: psoup_mix_method, how the mix weighs */
+    int32_t reserved;   /* 0 */
 } psoup_feedback_options;
 #define PSOUP_FEEDBACK_OPTIONS_INIT {.size = sizeof(psoup_feedback_options)}
 

@@ -116,10 +116,11 @@ typedef struct psoup_model_config {
      .more_eos_token_ids = {-1, -1, -1, -1, -1, -1, -1}}
 
 /* Loads a Hugging Face model directory: config.json with one model.safetensors, or several named by
- * model.safetensors.index.json; or a .gguf file (f32, f16, bf16, q8_0; its tokenizer is not read). Weights
- * keep their dtype, q8_0 becomes f32. NaN and infinite weights are refused with the tensor's name. On the CPU
- * frozen matrices are mapped and used where they lie in the file, which must not be truncated (a SIGBUS) or
- * written to before the model is freed; another file may take its place. */
+ * model.safetensors.index.json, and of generation_config.json, where there is one, eos_token_id, whose tokens end a
+ * text as config.json's do (its temperature and the like are a caller's to choose); or a .gguf file (f32, f16, bf16,
+ * q8_0; its tokenizer is not read). Weights keep their dtype, q8_0 becomes f32. NaN and infinite weights are refused
+ * with the tensor's name. On the CPU frozen matrices are mapped and used where they lie in the file, which must not be
+ * truncated (a SIGBUS) or written to before the model is freed; another file may take its place. */
 psoup_status psoup_model_load(psoup_context *context, const char *directory, psoup_model **out,
                               psoup_error *error);
 /* Linears in blocks: 64 neighbouring values of a matrix (row-major, whatever its rows) with one f32 scale.
