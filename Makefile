@@ -327,7 +327,7 @@ check-all: deps-test
 	@PSOUP_LONG=1 $B/tests/test_alloc
 	bin/personalized_soup
 	@$(MAKE) --no-print-directory GPU_ARCHS=all gpu-images
-	@set -e; for order in 1 2; do for t in checkops/checkops test_gpu test_gpu_train; do \
+	@set -e; for order in 1 2; do for t in checkops/checkops test_gpu test_gpu_quant test_gpu_train test_gpu_merge; do \
 	    echo "== $$t, the threads of a block in order $$order"; PSOUP_HOST_ORDER=$$order $B/tests/$$t; done; done
 	@echo "== every op and the model against float64 PyTorch, on the CPU"; \
 	if $(PYTHON) -c 'import torch' 2>/dev/null; then \
@@ -447,10 +447,12 @@ gpu:
 	@$(PYTHON) -B tests/gpu/run.py build/gpu $(STAGE)
 
 # What of it is ours, in tiny shapes, on the host driver: every goal is measured for and stands in the table.
-check-gpu: $B/tests/checkops/checkops $B/tests/gpu/llama host_driver
+# Where PYTHON has PyTorch, transformers and peft, what is measured beside it runs too, on the CPU, and the checks against it.
+check-gpu: $B/tests/checkops/checkops $B/tests/gpu/llama $B/tests/gpu/libops.so $B/libpsoup.so host_driver
 	@echo "== what make gpu measures, in tiny shapes"
 	@LD_LIBRARY_PATH=$(CURDIR)/$(HOST_B) $(PYTHON) -B tests/gpu/run.py $B --tiny --out $B/gpu > $B/gpu.log || \
 	    { tail -20 $B/gpu.log; exit 1; }
+	@grep '^skipped' $B/gpu.log || true
 
 # ---- what the system must have ------------------------------------------------------------------
 # Installs what is missing when run as root; otherwise prints the one line that does.

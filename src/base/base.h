@@ -42,7 +42,7 @@ psoup_status psoup__options(void *defaults, size_t full, const void *options, co
 
 /* Whether all of a struct's words that are kept for later are 0, as they have to be. */
 static inline bool psoup__all_zero(const void *words, size_t bytes) {
-    const unsigned char *byte = words;
+    const unsigned char *byte = (const unsigned char *)words; /* C++ reads this header too */
     unsigned char any = 0;
     for (size_t i = 0; i < bytes; i++)
         any |= byte[i];

@@ -197,8 +197,16 @@ static const struct {
     {"linear_mix", check_linear_mix},
     {"loss", check_loss},
     {"sample", check_sample},
+    {"advance", check_advance},
     {"adamw", check_adamw},
 };
+
+static bool is_group(const char *name) {
+    for (size_t i = 0; i < sizeof checks / sizeof *checks; i++)
+        if (strcmp(name, checks[i].name) == 0)
+            return true;
+    return false;
+}
 
 static int run(const char *device, const char *only) {
     psoup_error error;
@@ -248,11 +256,15 @@ int main(int argc, char **argv) {
                    "shapes, to see that it runs. GROUP: ");
             for (size_t k = 0; k < sizeof checks / sizeof *checks; k++)
                 printf("%s%s", k ? ", " : "", checks[k].name);
-            printf(".\nTimes are of the same groups, but attention_decode, and of interpolate.\n");
+            printf(".\nTimes are of the same groups, but attention_decode and advance, and of interpolate.\n");
             return strcmp(argv[i], "--help") != 0;
         }
     if (timed)
         return bench_all(device ? device : "cuda:0", only, json, force);
+    if (only && !is_group(only)) {
+        fprintf(stderr, "checkops: there is no group %s\n", only);
+        return 2;
+    }
     if (device)
         return run(device, only);
     int cpu = run("cpu", only), cuda = run("cuda:0", only);

@@ -21,7 +21,7 @@ import table
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 LIMIT = 590  # seconds of one command
-GROUPS = ("layer", "rows", "attention", "attention_decode", "linear_mix", "loss", "sample", "adamw")
+GROUPS = ("layer", "rows", "attention", "attention_decode", "linear_mix", "loss", "sample", "advance", "adamw")
 PYTHON = sys.executable
 
 # What a stage runs; {b} is the build. A command that fails says so in the stage's file and the others go on.
@@ -30,17 +30,27 @@ SANITIZER = "compute-sanitizer --error-exitcode 3 --tool "
 STAGES = {
     "device": ["{py} {here}/ceilings.py"],
     "correctness": [CHECK, "{py} {here}/correct_ops.py {b}/tests/gpu/libops.so", "{py} {here}/correct.py"],
-    "sanitizer": [SANITIZER + tool + " " + CHECK + group for tool in ("memcheck", "racecheck") for group in GROUPS],
+    "sanitizer": [SANITIZER + tool + " " + command for tool in ("memcheck", "racecheck")
+                  for command in [CHECK + group for group in GROUPS] +
+                  ["{b}/tests/gpu/llama --tiny " + stage for stage in ("decode", "train", "ppo")] +
+                  ["{py} {here}/merge.py --tiny"]],
     "ops": ["{b}/tests/checkops/checkops --bench --json --device cuda:0", "{py} {here}/ops.py"],
     "decode": ["{b}/tests/gpu/llama decode", "{py} {here}/peer.py decode", "{py} {here}/peer.py generate"],
     "train": ["{b}/tests/gpu/llama train", "{py} {here}/peer.py train"],
     "ppo": ["{b}/tests/gpu/llama ppo", "{py} {here}/peer.py ppo {lengths}"],
     "merge": ["{py} {here}/merge.py"],
 }
+# Ours in tiny shapes; what is Python's runs where this Python has the modules, the peers on the CPU.
 TINY = {
-    "ops": ["{b}/tests/checkops/checkops --bench --force --json --device cuda:0"],
-    **{stage: ["{b}/tests/gpu/llama --tiny " + stage] for stage in ("decode", "train", "ppo")},
+    "device": ["{py} {here}/ceilings.py --tiny"],
+    "correctness": STAGES["correctness"][1:],  # checkops has its place in make check
+    "ops": ["{b}/tests/checkops/checkops --bench --force --json --device cuda:0", "{py} {here}/ops.py --tiny"],
+    "decode": ["{b}/tests/gpu/llama --tiny decode", "{py} {here}/peer.py --tiny decode",
+               "{py} {here}/peer.py --tiny generate"],
+    "train": ["{b}/tests/gpu/llama --tiny train", "{py} {here}/peer.py --tiny train"],
+    "ppo": ["{b}/tests/gpu/llama --tiny ppo", "{py} {here}/peer.py --tiny ppo {lengths}"],
 }
+NEEDS = {"generate": ["transformers"], "train": ["transformers", "peft"], "ppo {lengths}": ["transformers", "peft"]}
 
 
 def output(*command):
@@ -60,7 +70,7 @@ def missing(stages):
         lacks.append("nvcc 12.8 or later (CUDA's toolkit)")
     if "sanitizer" in stages and not shutil.which("compute-sanitizer"):
         lacks.append("compute-sanitizer in PATH (CUDA's toolkit)")
-    modules = {"torch": set(STAGES) - {"sanitizer"}, "transformers": {"decode", "train", "ppo"},
+    modules = {"torch": set(STAGES), "transformers": {"decode", "train", "ppo"},
                "peft": {"train", "ppo"}}
     for name, needed in modules.items():
         if needed & set(stages) and not importlib.util.find_spec(name):
@@ -69,6 +79,20 @@ def missing(stages):
         if output(PYTHON, "-c", "import torch; print(torch.cuda.is_available())") != "True":
             lacks.append("a PyTorch that sees the GPU (torch.cuda.is_available())")
     return lacks
+
+
+def runs_here(text):
+    """Whether a tiny command can; else says why not."""
+    if "{py}" not in text:
+        return True
+    lacks = [name for name in ["torch"] + NEEDS.get(text.split("--tiny ")[-1], [])
+             if not importlib.util.find_spec(name)]
+    why = "no Python's " + ", ".join(lacks)
+    if not lacks and "correct" in text and output(PYTHON, "-c", "import torch; print(torch.version.cuda)")[:3] == "13.":
+        lacks, why = ["cuBLASLt"], "PyTorch's own libcublasLt.so.13 would be taken for the host driver's"
+    if lacks:
+        print("skipped, %s: %s" % (why, text.format(b="BUILD", py="python3", here="tests/gpu", lengths="…")))
+    return not lacks
 
 
 def command_of(text, build, out):
@@ -146,7 +170,12 @@ def main():
     os.makedirs(out, exist_ok=True)
     environment = dict(os.environ, PSOUP_LIBRARY=os.path.join(build, "libpsoup.so"),
                        PYTHONPATH=os.path.join(ROOT, "bindings", "python"), PYTHONDONTWRITEBYTECODE="1")
-    wrong = [failure for stage in stages for failure in run_stage(stage, known[stage], build, out, environment)]
+    if arguments.tiny:
+        environment["PYTHONWARNINGS"] = "ignore"
+    wrong = []
+    for stage in stages:
+        commands = [text for text in known[stage] if not arguments.tiny or runs_here(text)]
+        wrong += run_stage(stage, commands, build, out, environment) if commands else []
     text, lost = table.of(out, arguments.tiny)
     with open(os.path.join(out, "results.md"), "w") as file:
         file.write(text)

@@ -22,7 +22,7 @@ GOALS = {
     "PPO step": (None, 3.0, None),
 }
 ORDER = ("device", "correctness", "sanitizer", "ops", "decode", "train", "ppo", "merge")
-TINY_ORDER = ("ops", "decode", "train", "ppo")
+TINY_ORDER = ("device", "correctness", "ops", "decode", "train", "ppo")
 
 
 def read(out):
