@@ -605,10 +605,11 @@ for c in sft reward dpo ppo; do
 done
 
 # ---- memory, and options that cannot be -----------------------------------------------------------------
-for c in sft reward ppo; do
+for c in sft reward dpo ppo; do
     case $c in
     sft) rows='"data": "sft.jsonl", "adapter": "a"' name=training needs=needs options='most of it is logits' ;;
     reward) rows='"data": "comparisons.jsonl"' name=rewards needs=need options=batch_size ;;
+    dpo) rows='"data": "comparisons.jsonl"' name=policies needs=need options=batch_size ;;
     ppo) rows=$one name=policies needs=need options=micro_batch_tokens ;;
     esac
     put plan.json "{\"model\": \"base\", $rows, \"output\": \"left/p\", \"rank\": 2, \"run_dir\": \"left/run\"}"

@@ -190,6 +190,38 @@ START_TEST(reward_models) {
 }
 END_TEST
 
+static void prefer(int n_policies, int32_t batch, int n_validation, float dropout, int32_t recompute) {
+    psoup_model *model = small_model(n_policies);
+    psoup_dpo_pair pairs[ROWS / 2];
+    psoup_dpo_options o = PSOUP_DPO_OPTIONS_INIT;
+    psoup_memory said = nothing();
+    const char *const policy[] = {"P0", "P1", "P2"};
+    for (int i = 0; i < ROWS / 2; i++)
+        pairs[i] = (psoup_dpo_pair){.prompt = tokens[2 * i],
+                                    .n_prompt = 6,
+                                    .chosen = tokens[2 * i] + 6,
+                                    .n_chosen = LENGTH - 6,
+                                    .rejected = tokens[2 * i + 1],
+                                    .n_rejected = LENGTH - 8,
+                                    .policy = i % n_policies};
+    o.batch_size = batch;
+    o.lora_dropout = dropout;
+    o.gradient_checkpointing = recompute;
+    OK(psoup_dpo_memory(model, policy, (size_t)n_policies, pairs, 24, pairs + 24, (size_t)n_validation, &o, &said,
+                        &error));
+    begin();
+    OK(psoup_dpo(model, policy, (size_t)n_policies, pairs, 24, pairs + 24, (size_t)n_validation, &o, &error));
+    within("dpo", &said);
+    psoup_model_free(model);
+}
+
+START_TEST(dpo_of_one) { prefer(1, 24, 0, 0, 0); }
+END_TEST
+START_TEST(dpo_side_by_side) { prefer(3, 4, 8, 0.1f, 0); }
+END_TEST
+START_TEST(dpo_of_inputs_alone) { prefer(2, 12, 8, 0, 1); }
+END_TEST
+
 /* Three policies, each against a reward model of its own on the same base. */
 static void improve(int32_t objective, int32_t batch, int n_validation, float dropout, int32_t recompute) {
     psoup_model *model = small_model(3);
@@ -291,6 +323,8 @@ START_TEST(sizes) {
     ck_assert_ptr_nonnull(strstr(error.message, "batch_tokens"));
     ck_assert(psoup_ppo_memory(model, NULL, 1, NULL, &one, &error) == PSOUP_ERROR_ARGUMENT);
     ck_assert(psoup_reward_memory(NULL, 0, NULL, 0, NULL, 0, NULL, &one, &error) == PSOUP_ERROR_ARGUMENT);
+    ck_assert(psoup_dpo_memory(model, NULL, 0, NULL, 0, NULL, 0, NULL, &one, &error) == PSOUP_ERROR_ARGUMENT);
+    ck_assert_ptr_nonnull(strstr(error.message, "there is no policy"));
     ck_assert(psoup_generate_memory(NULL, NULL, 0, NULL, NULL, &one, &error) == PSOUP_ERROR_ARGUMENT);
     struct {
         size_t size;
@@ -314,6 +348,9 @@ int main(void) {
     tcase_add_test(tests, sft_of_the_base);
     tcase_add_loop_test(tests, bases_of_files, 0, 4);
     tcase_add_test(tests, reward_models);
+    tcase_add_test(tests, dpo_of_one);
+    tcase_add_test(tests, dpo_side_by_side);
+    tcase_add_test(tests, dpo_of_inputs_alone);
     tcase_add_test(tests, ppo);
     tcase_add_test(tests, ppo_with_validation);
     tcase_add_test(tests, ppo_of_many);

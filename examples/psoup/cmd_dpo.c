@@ -93,7 +93,8 @@ static psoup_status read_pairs(const dpo_run *run, const cli_model *m, const cha
     return status;
 }
 
-static psoup_status dpo(dpo_run *run, const char *config_path, psoup_error *error) {
+static psoup_status dpo(dpo_run *run, const char *config_path, const plan_options *plan, psoup_error *error) {
+    psoup_memory memory = {.size = sizeof memory};
     cli_model m = {0};
     token_pool pool = {0};
     policy_set set = {0};
@@ -135,9 +136,14 @@ static psoup_status dpo(dpo_run *run, const char *config_path, psoup_error *erro
     }
     run->options.comm = m.comm;
     if (status == PSOUP_OK)
+        status = psoup_dpo_memory(m.model, set.names, set.n, all, n, all + n, n_held, &run->options, &memory, error);
+    if (status == PSOUP_OK)
+        status = plan_work_fits(plan, config_path, "", PLAN_DPO, m.model, &memory, error);
+    bool trains = status == PSOUP_OK && !plan->only;
+    if (trains)
         status = psoup_dpo(m.model, set.names, set.n, all, n, all + n, n_held, &run->options, error);
     cli_progress_end();
-    for (size_t i = 0; status == PSOUP_OK && launch_rank() == 0 && i < set.n; i++) {
+    for (size_t i = 0; trains && status == PSOUP_OK && launch_rank() == 0 && i < set.n; i++) {
         char *path = join(run->output, set.names[i]);
         status = path ? psoup_model_save_adapter(m.model, set.names[i], path, run->model, error)
                       : cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
@@ -172,10 +178,6 @@ int cmd_dpo(int argc, char **argv) {
             "on one base, which is their reference. Writes\nPEFT directories.\n" LAUNCH_HELP,
             sections, 4, &c, &status))
         return status;
-    if (c.plan.only || c.plan.limit) {
-        config_free(&c);
-        return cli_complain("dpo: there is no plan of its memory: expected neither --plan nor --memory-limit");
-    }
     cli_training training = {.quiet = c.json};
     psoup_error error = {0};
     run.options.on_step = cli_training_step;
@@ -183,8 +185,10 @@ int cmd_dpo(int argc, char **argv) {
     psoup_status done = run_directory_open(&directory, sections, 4, &training, &error);
     cli_training_begin(run.options.checkpoint_dir);
     if (done == PSOUP_OK)
-        done = dpo(&run, c.path, &error);
-    status = done == PSOUP_OK ? run_print_output(run.output, c.json) : config_fail(&c, &error);
+        done = dpo(&run, c.path, &c.plan, &error);
+    status = done != PSOUP_OK ? config_fail(&c, &error)
+             : c.plan.only    ? 0
+                              : run_print_output(run.output, c.json);
     run_directory_close(&directory);
     config_free(&c);
     return status;

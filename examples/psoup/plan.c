@@ -69,6 +69,7 @@ static const struct {
 } works[] = {
     [PLAN_SFT] = {"training", "needs", {[ACTIVATIONS] = {"batch_tokens", "gradient_checkpointing"}}},
     [PLAN_REWARDS] = {"rewards", "need", {[ACTIVATIONS] = {"batch_size", "max_tokens", "gradient_checkpointing"}}},
+    [PLAN_DPO] = {"policies", "need", {[ACTIVATIONS] = {"batch_size", "max_tokens", "gradient_checkpointing"}}},
     [PLAN_PPO] = {"policies", "need",
                   {[ACTIVATIONS] = {"micro_batch_tokens", "gradient_checkpointing"},
                    [CACHE] = {"max_sequences"},

@@ -5,7 +5,7 @@
 #include "cli.h"
 
 /* What is planned: it names itself in the plan, and knows which options make it less. */
-typedef enum plan_work { PLAN_SFT, PLAN_REWARDS, PLAN_PPO, PLAN_RESPONSES, PLAN_ANSWERS } plan_work;
+typedef enum plan_work { PLAN_SFT, PLAN_REWARDS, PLAN_DPO, PLAN_PPO, PLAN_RESPONSES, PLAN_ANSWERS } plan_work;
 
 typedef struct plan_options {
     int64_t limit; /* --memory-limit, bytes; 0: what there is */

@@ -139,6 +139,16 @@ static psoup_status check_policies(const psoup_model *model, const char *const *
     return PSOUP_OK;
 }
 
+psoup_status psoup__dpo_check_run(const psoup__dpo_trainer *t, const char *const *policies, size_t n,
+                                  psoup_error *error) {
+    psoup_status status = psoup__dpo_check(&t->options, error);
+    if (status == PSOUP_OK)
+        status = check_policies(t->model, policies, n, error);
+    if (status == PSOUP_OK)
+        status = check_pairs(t, &t->train, n, "train", error);
+    return status == PSOUP_OK ? check_pairs(t, &t->validation, n, "validation", error) : status;
+}
+
 /* The places of the pairs of policy `j`. */
 static psoup_status choose(psoup_context *context, const psoup__dpo_set *set, size_t j, int32_t **out,
                            size_t *count, psoup_error *error) {
@@ -294,10 +304,7 @@ psoup_status psoup_dpo_create(psoup_model *model, const char *const *policies, s
                               .validation = {.pairs = validation, .n = n_validation}};
     PSOUP__TRY(psoup__options(&t->options, sizeof(t->options), options, "psoup_dpo_options", error));
     PSOUP__TRY(psoup__team_join(&t->team, model->context, t->options.comm, error));
-    PSOUP__TRY(psoup__dpo_check(&t->options, error));
-    PSOUP__TRY(check_policies(model, policies, n_policies, error));
-    PSOUP__TRY(check_pairs(t, &t->train, n_policies, "train", error));
-    PSOUP__TRY(check_pairs(t, &t->validation, n_policies, "validation", error));
+    PSOUP__TRY(psoup__dpo_check_run(t, policies, n_policies, error));
     PSOUP__TRY(psoup__reporter_open(&t->reporter, &t->team, t->options.metrics,
                                     t->options.on_step, t->options.user, error));
     PSOUP__TRY(set_up(t, policies, n_policies, error));

@@ -49,8 +49,12 @@ typedef struct psoup__dpo_trainer {
     size_t through; /* tokens that went through it */
 } psoup__dpo_trainer;
 
-/* dpo_step.c: rows are cut after this many tokens. */
+/* dpo.c: whether these policies can be trained on the trainer's pairs. */
+psoup_status psoup__dpo_check_run(const psoup__dpo_trainer *t, const char *const *policies, size_t n,
+                                  psoup_error *error);
+/* dpo_step.c: rows are cut after this many tokens; how many both rows of a pair have. */
 size_t psoup__dpo_longest_row(const psoup__dpo_trainer *t);
+int64_t psoup__dpo_rows(const psoup__dpo_trainer *t, const psoup_dpo_pair *pair);
 /* log π_ref of all pairs, once: the base does not change. Each rank asks of its share. */
 psoup_status psoup__dpo_ask_reference(psoup__dpo_trainer *t, psoup__dpo_set *set, psoup_error *error);
 /* The order of l->epoch. */

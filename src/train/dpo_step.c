@@ -20,7 +20,7 @@ static const int32_t *response(const psoup__dpo_trainer *t, const psoup_dpo_pair
     return side ? pair->rejected : pair->chosen;
 }
 
-static int64_t rows_of(const psoup__dpo_trainer *t, const psoup_dpo_pair *pair) {
+int64_t psoup__dpo_rows(const psoup__dpo_trainer *t, const psoup_dpo_pair *pair) {
     size_t length[2];
     for (int side = 0; side < 2; side++)
         response(t, pair, side, &length[side]);
@@ -118,7 +118,7 @@ static psoup_status run_items(psoup__dpo_trainer *t, const psoup__dpo_set *set, 
     psoup_status status = PSOUP_OK;
     errand e = {t, set, what};
     for (size_t i = 0; i < n; i++)
-        t->through += (size_t)(t->rows[i] = (int32_t)rows_of(t, &set->pairs[t->item[i]]));
+        t->through += (size_t)(t->rows[i] = (int32_t)psoup__dpo_rows(t, &set->pairs[t->item[i]]));
     PSOUP__TRY(psoup__passes_plan(t->passes, t->rows, t->owner, n, PSOUP__PASS_TOKENS, what == LEARN, t->pass, error));
     PSOUP__TRY(psoup__passes_run(t->passes, run_pass, &e, error));
     for (size_t i = 0; i < n; i++) {
@@ -140,7 +140,7 @@ fail:
 /* Makes a pair an item, where it is this rank's. */
 static void list_item(psoup__dpo_trainer *t, const psoup__dpo_set *set, size_t *n, int32_t item,
                       size_t owner, uint64_t stream) {
-    if (!psoup__team_mine(&t->team, rows_of(t, &set->pairs[item])))
+    if (!psoup__team_mine(&t->team, psoup__dpo_rows(t, &set->pairs[item])))
         return;
     t->item[*n] = item;
     t->owner[*n] = (int32_t)owner;

@@ -2,6 +2,7 @@
  * tests/test_train_plan.c holds them against what is allocated. */
 #include "train/memory.h"
 
+#include "train/dpo.h"
 #include "train/reward.h"
 
 /* Bytes beside activations of a pass (pack.c), whose arrays may have doubled: its rows, log-probs, values and heads. */
@@ -199,6 +200,77 @@ psoup_status psoup_reward_memory(psoup_reward *const *rewards, size_t n_rewards,
     memory.rows += psoup__checkpoint_bytes(o.checkpoint_dir);
     memory.activations = psoup__sum(memory.activations, reserved);
     memory.base += psoup__measure_positions(model, pair > held ? pair : held);
+    psoup__memory_end(model, kept, &memory);
+    psoup__memory_copy(out, &memory);
+fail:
+    psoup__free(model->context, adapters);
+    return status;
+}
+
+/* ---- DPO -------------------------------------------------------------------------------------------- */
+
+static int64_t longest_rows(const psoup__dpo_trainer *t, const psoup__dpo_set *set) {
+    int64_t longest = 2;
+    for (size_t i = 0; i < set->n; i++) {
+        int64_t rows = psoup__dpo_rows(t, &set->pairs[i]);
+        longest = rows > longest ? rows : longest;
+    }
+    return longest;
+}
+
+/* What the reference is asked, what is learnt, and what is validated. */
+psoup_status psoup_dpo_memory(psoup_model *model, const char *const *policies, size_t n_policies,
+                              const psoup_dpo_pair *train, size_t n_train, const psoup_dpo_pair *validation,
+                              size_t n_validation, const psoup_dpo_options *options, psoup_memory *out,
+                              psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__dpo_trainer t = {.model = model,
+                            .options = PSOUP_DPO_OPTIONS_INIT,
+                            .train = {.pairs = train, .n = n_train},
+                            .validation = {.pairs = validation, .n = n_validation}};
+    const psoup_dpo_options *o = &t.options;
+    psoup_memory memory = {.size = sizeof memory};
+    int64_t reserved = 0, kept = 0, n = (int64_t)n_train, held = (int64_t)n_validation;
+    int32_t *adapters = NULL;
+    if (!model || !out)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_dpo_memory: an argument is NULL");
+    PSOUP__TRY(psoup__options(&t.options, sizeof t.options, options, "psoup_dpo_options", error));
+    PSOUP__TRY(psoup__dpo_check_run(&t, policies, n_policies, error));
+    adapters = psoup__alloc(model->context, n_policies, sizeof *adapters, error);
+    if (!adapters)
+        return PSOUP_ERROR_MEMORY;
+    psoup__memory_begin(model, true, &memory);
+    for (size_t j = 0; j < n_policies; j++) {
+        adapters[j] = psoup_model_find_adapter(model, policies[j]);
+        int64_t count = (int64_t)model->adapters[adapters[j]]->count;
+        memory.learning = psoup__sum(memory.learning, psoup__learning_bytes(model, count, o->keep_best && held, &kept));
+    }
+    int64_t pair = longest_rows(&t, &t.train), held_pair = longest_rows(&t, &t.validation);
+    int64_t items = psoup__product((int64_t)n_policies, o->batch_size);
+    psoup__use uses[4] = {{.extent = {.adapters = adapters,
+                                      .n_adapters = (int32_t)n_policies,
+                                      .each = 1,
+                                      .saved = true,
+                                      .recompute = o->gradient_checkpointing,
+                                      .lora_dropout = o->lora_dropout}}};
+    const int64_t listed[] = {items < n ? items : n, n, held, held};
+    const int64_t lengths[] = {pair, pair, held_pair, held_pair};
+    for (int k = 0; k < 4; k++) {
+        bool reference = k == 1 || k == 2;
+        psoup__extent *e = &uses[k].extent;
+        if (k)
+            *e = (psoup__extent){.adapters = adapters, .n_adapters = reference ? 0 : (int32_t)n_policies, .each = 1};
+        uses[k].at_once = psoup__passes_at_once(model, reference ? 1 : (int64_t)n_policies, listed[k], lengths[k],
+                                                PSOUP__PASS_TOKENS, e->saved, &e->rows);
+        e->reads = e->rows;
+        e->sequences = 2 * listed[k] < e->rows ? 2 * listed[k] : e->rows;
+    }
+    PSOUP__TRY(psoup__add_passes(model, uses, held ? 4 : 2, &memory, &reserved, error));
+    int64_t places = psoup__product((int64_t)n_policies, 4 * (n + held) + (int64_t)sizeof(psoup__dpo_learner));
+    memory.rows = psoup__sum(memory.rows, places + 4 * n + 16 * (n + held) + 4096);
+    memory.rows += (40 + PSOUP__ITEM_BYTES) * (n > held ? n : held) + psoup__checkpoint_bytes(o->checkpoint_dir);
+    memory.activations = psoup__sum(memory.activations, reserved);
+    memory.base += psoup__measure_positions(model, pair > held_pair ? pair : held_pair);
     psoup__memory_end(model, kept, &memory);
     psoup__memory_copy(out, &memory);
 fail:

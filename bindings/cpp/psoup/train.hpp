@@ -148,6 +148,20 @@ inline result<void> dpo(model &m, const std::vector<std::string> &policies, span
     return done;
 }
 
+/* What dpo would take with these. */
+inline result<psoup_memory> dpo_memory(model &m, const std::vector<std::string> &policies,
+                                       span<const psoup_dpo_pair> train,
+                                       const psoup_dpo_options &options = defaults<psoup_dpo_options>(),
+                                       span<const psoup_dpo_pair> validation = {}) {
+    std::vector<const char *> names;
+    for (const std::string &name : policies) names.push_back(name.c_str());
+    auto out = defaults<psoup_memory>();
+    auto done = detail::call(psoup_dpo_memory, m.get(), names.data(), names.size(), train.data(), train.size(),
+                             validation.data(), validation.size(), &options, &out);
+    if (!done) return done.error();
+    return out;
+}
+
 /* ---- step by step ---------------------------------------------------------------------------------------- */
 
 /* sft, train_rewards or dpo in pieces. Rows, and rewards, are borrowed until it is gone. */

@@ -1477,6 +1477,7 @@ FUNCTIONS: Dict[str, Tuple[Any, List[Any]]] = {
     "psoup_dpo_create": (c_int, [POINTER(psoup_model), POINTER(c_char_p), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_options), POINTER(POINTER(psoup_training)), POINTER(psoup_error)]),
     "psoup_sft_memory": (c_int, [POINTER(psoup_model), c_char_p, POINTER(psoup_example), c_size_t, POINTER(psoup_example), c_size_t, POINTER(psoup_sft_options), POINTER(psoup_memory), POINTER(psoup_error)]),
     "psoup_reward_memory": (c_int, [POINTER(POINTER(psoup_reward)), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_comparison), c_size_t, POINTER(psoup_reward_options), POINTER(psoup_memory), POINTER(psoup_error)]),
+    "psoup_dpo_memory": (c_int, [POINTER(psoup_model), POINTER(c_char_p), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_pair), c_size_t, POINTER(psoup_dpo_options), POINTER(psoup_memory), POINTER(psoup_error)]),
     "psoup_ppo_fields": (POINTER(psoup_field), []),
     "psoup_ppo_preset": (c_int, [c_char_p, POINTER(psoup_ppo_options), POINTER(psoup_error)]),
     "psoup_ppo_create": (c_int, [POINTER(psoup_model), POINTER(psoup_ppo_policy), c_size_t, POINTER(psoup_ppo_options), POINTER(POINTER(psoup_ppo)), POINTER(psoup_error)]),

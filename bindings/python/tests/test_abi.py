@@ -36,7 +36,7 @@ UNUSED = {
     "psoup_mix_method_name", "psoup_mix_method_parse", "psoup_model_logprobs", "psoup_model_logits",
     "psoup_model_gradients",
     # What a run will take is for those who launch it, before it begins: psoup run says it.
-    "psoup_generate_memory", "psoup_sft_memory", "psoup_reward_memory", "psoup_ppo_memory",
+    "psoup_generate_memory", "psoup_sft_memory", "psoup_reward_memory", "psoup_dpo_memory", "psoup_ppo_memory",
     "psoup_model_load",          # psoup_model_load_with, without options
     "psoup_model_find_adapter",  # name in model.adapters
     "psoup_model_context",       # model.context

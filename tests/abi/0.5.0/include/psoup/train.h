@@ -312,6 +312,11 @@ psoup_status psoup_reward_memory(psoup_reward *const *rewards, size_t n_rewards,
                                  const psoup_comparison *validation, size_t n_validation,
                                  const psoup_reward_options *options, psoup_memory *out,
                                  psoup_error *error);
+/* Since 0.5. */
+psoup_status psoup_dpo_memory(psoup_model *model, const char *const *policies, size_t n_policies,
+                              const psoup_dpo_pair *train, size_t n_train,
+                              const psoup_dpo_pair *validation, size_t n_validation,
+                              const psoup_dpo_options *options, psoup_memory *out, psoup_error *error);
 
 #ifdef __cplusplus
 }
