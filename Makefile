@@ -450,6 +450,7 @@ gpu:
 # Where PYTHON has PyTorch, transformers and peft, what is measured beside it runs too, on the CPU, and the checks against it.
 check-gpu: $B/tests/checkops/checkops $B/tests/gpu/llama $B/tests/gpu/libops.so $B/libpsoup.so host_driver
 	@echo "== what make gpu measures, in tiny shapes"
+	@$(PYTHON) -B tests/gpu/run.py $B --tiny --check device ops
 	@LD_LIBRARY_PATH=$(CURDIR)/$(HOST_B) $(PYTHON) -B tests/gpu/run.py $B --tiny --out $B/gpu > $B/gpu.log || \
 	    { tail -20 $B/gpu.log; exit 1; }
 	@grep '^skipped' $B/gpu.log || true

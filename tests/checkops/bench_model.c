@@ -11,10 +11,11 @@ typedef enum sharing {
 
 typedef struct linear {
     int32_t rows, in, out, n, rank;
+    psoup_dtype blocks; /* INT8, NF4: of the weight, forward; or 0 */
     int32_t first[MOST_ADAPTERS + 1];
 } linear;
 
-enum { Y, U, X, W, A, B, WEIGHT, ROWS, DX, DU, DA, DB };
+enum { Y, U, X, W, A, B, WEIGHT, ROWS, DX, DU, DA, DB, SCALES = DX };
 
 /* The op's own view of the memory. */
 static psoup__mix mix_of(const linear *l, void *const *p) {
@@ -33,7 +34,8 @@ static void factors_of(const linear *l, void *const *p, bool gradients, psoup__l
 
 static void run_forward(bench *b, void *const *p, const void *arg) {
     const linear *l = arg;
-    const psoup__weight w = {.dtype = PSOUP_BF16, .out = l->out, .in = l->in, .data = p[W]};
+    const psoup__weight w = {.dtype = l->blocks ? l->blocks : PSOUP_BF16, .out = l->out, .in = l->in, .data = p[W],
+                             .scales = l->blocks ? p[SCALES] : NULL, .values = PSOUP_BF16};
     const psoup__mix mix = mix_of(l, p);
     psoup__lora lora[MOST_ADAPTERS];
     factors_of(l, p, false, lora);
@@ -50,11 +52,11 @@ static void run_backward(bench *b, void *const *p, const void *arg) {
                                 &mix, l->rows);
 }
 
-static void bench_linear(bench *b, int32_t rows, int32_t in, int32_t out, sharing shared,
+static void bench_linear(bench *b, int32_t rows, int32_t in, int32_t out, sharing shared, psoup_dtype blocks,
                          bool backward) {
     static const char *const names[] = {"base", "one adapter a row of", "a soup of"};
     const int32_t n = shared == BASE ? 0 : b->s.adapters;
-    linear l = {.rows = rows, .in = in, .out = out, .n = n, .rank = b->s.rank};
+    linear l = {.rows = rows, .in = in, .out = out, .n = n, .rank = b->s.rank, .blocks = blocks};
     const int32_t most = n > 0 ? n : 1;
     int32_t *row = malloc((size_t)rows * (size_t)most * sizeof *row);
     float *weight = calloc((size_t)rows * (size_t)most, sizeof *weight);
@@ -68,23 +70,33 @@ static void bench_linear(bench *b, int32_t rows, int32_t in, int32_t out, sharin
             }
         used += l.first[i + 1] > l.first[i];
     }
-    const double uses = l.first[n], x = (double)rows * in, y = (double)rows * out, w = (double)in * out;
+    const double uses = l.first[n], x = (double)rows * in, y = (double)rows * out;
     const double factors = (double)used * l.rank * (in + out), u = uses * l.rank;
     const size_t n_a = (size_t)most * (size_t)l.rank * (size_t)in;
     const size_t n_b = (size_t)most * (size_t)l.rank * (size_t)out, n_x = (size_t)rows * (size_t)in;
-    const size_t cells = (size_t)rows * (size_t)most, n_u = cells * (size_t)l.rank;
+    const size_t cells = (size_t)rows * (size_t)most, n_u = cells * (size_t)l.rank, n_w = (size_t)in * (size_t)out;
+    const size_t bytes = blocks ? psoup__block_bytes(blocks, n_w) : 2 * n_w, scales = blocks ? psoup__block_count(n_w) : 0;
     bench_case c = {.op = backward ? "linear_mix_back" : "linear_mix", .arg = &l,
                     .run = backward ? run_backward : run_forward,
                     .flops = 2 * x * out + (backward ? 4 : 2) * u * (in + out),
-                    .bytes = 2 * w + (backward ? 12 : 4) * x + 4 * y + (backward ? 12 : 4) * factors + 4 * u,
+                    .bytes = (double)(bytes + scales * sizeof(float)) + (backward ? 12 : 4) * x + 4 * y +
+                             (backward ? 12 : 4) * factors + 4 * u,
                     .item = {FLOATS((size_t)rows * (size_t)out), FLOATS(n_u), FLOATS(n_x),
-                             NUMBERS((size_t)in * (size_t)out, PSOUP_BF16), FLOATS(n_a), FLOATS(n_b),
+                             NUMBERS(bytes / 2, PSOUP_BF16), FLOATS(n_a), FLOATS(n_b),
                              BYTES(weight, cells * sizeof *weight), BYTES(row, cells * sizeof *row),
                              FLOATS(n_x), FLOATS(n_u), FLOATS(n_a), FLOATS(n_b)}};
-    if (!backward)
-        c.item[DX].n = 0;
-    snprintf(c.shape, sizeof c.shape, "bf16, %d rows, %d to %d, %s", (int)rows, (int)in, (int)out,
-             names[shared]);
+    if (!backward) {
+        psoup_error error;
+        psoup__weight weighed = {.dtype = blocks ? blocks : PSOUP_BF16, .out = out, .in = in, .values = PSOUP_BF16};
+        c.item[SCALES].n = scales;
+        c.item[SCALES + 1].n = 0;
+        if (b->ops->weight_pack(b->be, &weighed, false, &error) != PSOUP_OK) {
+            fprintf(stderr, "checkops: %s\n", error.message);
+            exit(2);
+        }
+    }
+    snprintf(c.shape, sizeof c.shape, "%s, %d rows, %d to %d, %s", blocks ? psoup_dtype_name(blocks) : "bf16", (int)rows,
+             (int)in, (int)out, names[shared]);
     if (shared != BASE)
         snprintf(c.shape + strlen(c.shape), sizeof c.shape - strlen(c.shape), " %d", (int)n);
     bench_run(b, &c);
@@ -95,15 +107,20 @@ void bench_linear_mix(bench *b) {
     const int32_t width = b->s.width, ffn = b->s.ffn, rows[] = {1, b->s.batch, b->s.rows};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         for (sharing s = BASE; s <= SOUP; s++) {
-            bench_linear(b, rows[i], width, width, s, false);
-            bench_linear(b, rows[i], width, ffn, s, false);
-            bench_linear(b, rows[i], ffn, width, s, false);
+            bench_linear(b, rows[i], width, width, s, 0, false);
+            bench_linear(b, rows[i], width, ffn, s, 0, false);
+            bench_linear(b, rows[i], ffn, width, s, 0, false);
         }
-    bench_linear(b, b->s.batch, width, b->s.vocab, BASE, false);
+    bench_linear(b, b->s.batch, width, b->s.vocab, BASE, 0, false);
+    const int32_t few[] = {1, PSOUP__BLOCKS_MORE, b->s.batch};
+    for (size_t i = 0; i < sizeof few / sizeof *few; i++) {
+        bench_linear(b, few[i], width, ffn, BASE, PSOUP_NF4, false);
+        bench_linear(b, few[i], width, ffn, BASE, PSOUP_INT8, false);
+    }
     for (sharing s = BASE; s <= SOUP; s++) {
-        bench_linear(b, b->s.rows, width, width, s, true);
-        bench_linear(b, b->s.rows, width, ffn, s, true);
-        bench_linear(b, b->s.rows, ffn, width, s, true);
+        bench_linear(b, b->s.rows, width, width, s, 0, true);
+        bench_linear(b, b->s.rows, width, ffn, s, 0, true);
+        bench_linear(b, b->s.rows, ffn, width, s, 0, true);
     }
 }
 

@@ -1,6 +1,7 @@
 """The same work as llama.c's in PyTorch, transformers and peft, each at its best settings.
 
-    peer.py [--tiny] decode|generate|train
+    peer.py [--tiny] decode|generate 1|64     the batch
+    peer.py [--tiny] train
     peer.py [--tiny] ppo LENGTHS...     the responses' lengths, as psoup drew them
 """
 import sys
@@ -91,23 +92,21 @@ def generate(model, rows, **cache):
     return (length(STEPS + 1) - length(1)) / STEPS
 
 
-def decode():
-    for batch, rows in BATCHES.items():
-        for mixed in (False, True):
-            key = "decode, batch %d%s" % (batch, ", 8 adapters" if mixed else "")
-            attempt(key, "PyTorch", lambda: plain_decode(rows, False, mixed))
-            if not TINY:
-                attempt(key, "PyTorch, torch.compile", lambda: plain_decode(rows, True, mixed))
-
-
-def generate_all():
-    model = transformer().eval()
-    for batch, rows in BATCHES.items():
-        key = "decode, batch %d" % batch
-        attempt(key, "transformers", lambda: generate(model, rows))
+def decode(batch):
+    rows = BATCHES[batch]
+    for mixed in (False, True):
+        key = "decode, batch %d%s" % (batch, ", 8 adapters" if mixed else "")
+        attempt(key, "PyTorch", lambda: plain_decode(rows, False, mixed))
         if not TINY:
-            attempt(key, "transformers, static cache, compiled",
-                    lambda: generate(model, rows, cache_implementation="static"))
+            attempt(key, "PyTorch, torch.compile", lambda: plain_decode(rows, True, mixed))
+
+
+def generate_all(batch):
+    model, rows, key = transformer().eval(), BATCHES[batch], "decode, batch %d" % batch
+    attempt(key, "transformers", lambda: generate(model, rows))
+    if not TINY:
+        attempt(key, "transformers, static cache, compiled",
+                lambda: generate(model, rows, cache_implementation="static"))
 
 
 # ---- LoRA training -----------------------------------------------------------------------------------------
@@ -230,7 +229,8 @@ def ppo(lengths):
 
 if __name__ == "__main__":
     stage = [a for a in sys.argv[1:] if a != "--tiny"]
+    numbers = [int(n) for n in stage[1:]]
     if stage[0] == "ppo":
-        ppo([int(n) for n in stage[1:]])
+        ppo(numbers)
     else:
-        {"decode": decode, "generate": generate_all, "train": train}[stage[0]]()
+        {"decode": decode, "generate": generate_all, "train": train}[stage[0]](*numbers)

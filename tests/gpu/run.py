@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measures the GPU backend: `make gpu`, see docs/gpu.md.
 
-    run.py BUILD [--check] [--out DIR] [--device N] [STAGE...]     the stages, all by default; then the table
-    run.py BUILD --tiny [--out DIR]                                ours, in tiny shapes, on any driver
+    run.py BUILD [--check] [--out DIR] [STAGE...]     the stages, all by default; then the table
+    run.py BUILD --tiny [--out DIR] [STAGE...]        in tiny shapes, on any driver
 
 Every stage is commands of less than ten minutes and leaves DIR/STAGE.json; the table is made of those that are there.
 """
@@ -35,7 +35,8 @@ STAGES = {
                   ["{b}/tests/gpu/llama --tiny " + stage for stage in ("decode", "train", "ppo")] +
                   ["{py} {here}/merge.py --tiny"]],
     "ops": ["{b}/tests/checkops/checkops --bench --json --device cuda:0", "{py} {here}/ops.py"],
-    "decode": ["{b}/tests/gpu/llama decode", "{py} {here}/peer.py decode", "{py} {here}/peer.py generate"],
+    "decode": ["{b}/tests/gpu/llama decode"] + ["{py} {here}/peer.py %s %d" % (what, batch)
+                                                for what in ("decode", "generate") for batch in (1, 64)],
     "train": ["{b}/tests/gpu/llama train", "{py} {here}/peer.py train"],
     "ppo": ["{b}/tests/gpu/llama ppo", "{py} {here}/peer.py ppo {lengths}"],
     "merge": ["{py} {here}/merge.py"],
@@ -45,12 +46,12 @@ TINY = {
     "device": ["{py} {here}/ceilings.py --tiny"],
     "correctness": STAGES["correctness"][1:],  # checkops has its place in make check
     "ops": ["{b}/tests/checkops/checkops --bench --force --json --device cuda:0", "{py} {here}/ops.py --tiny"],
-    "decode": ["{b}/tests/gpu/llama --tiny decode", "{py} {here}/peer.py --tiny decode",
-               "{py} {here}/peer.py --tiny generate"],
+    "decode": ["{b}/tests/gpu/llama --tiny decode", "{py} {here}/peer.py --tiny decode 64",
+               "{py} {here}/peer.py --tiny generate 1"],
     "train": ["{b}/tests/gpu/llama --tiny train", "{py} {here}/peer.py --tiny train"],
     "ppo": ["{b}/tests/gpu/llama --tiny ppo", "{py} {here}/peer.py --tiny ppo {lengths}"],
 }
-NEEDS = {"generate": ["transformers"], "train": ["transformers", "peft"], "ppo {lengths}": ["transformers", "peft"]}
+NEEDS = {"generate 1": ["transformers"], "train": ["transformers", "peft"], "ppo {lengths}": ["transformers", "peft"]}
 
 
 def output(*command):
@@ -155,7 +156,7 @@ def main():
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--check", action="store_true", help="say what is missing, and no more")
     parser.add_argument("--out", default=os.path.join(ROOT, "build", "gpu"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # stages may follow options
     known = TINY if arguments.tiny else STAGES
     stages = arguments.stages or list(known)
     for stage in stages:
