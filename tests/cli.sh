@@ -531,6 +531,14 @@ check "best of one is the answer itself" cmp -s out one.jsonl
 ok generate --model base --prompt "Why?" $sample --reward rewards/P1A --best-of 3
 check "its text" test -s out
 no 2 'expected --best-of N, at least 1, and --reward DIR together' generate --model base --prompt x --best-of 3
+scores_of() { sed -n 's/.*"scores": \[\([^]]*\)\].*/\1/p' "$1" | tr -d ' ' | tr ',' '\n'; }
+for r in "--reward rewards/P1A" "--reward rewards/P2A" "--reward rewards/P1A=0.5 --reward rewards/P2A=-2"; do
+    ok generate --model base $A --prompts head.jsonl $sample --best-of 3 --json $r
+    scores_of out >>by-reward
+done
+check "weighed rewards" awk '{ s[NR] = $1 } END { n = NR / 3; for (i = 1; i <= n; i++) { d = 0.5 * s[i] - 2 * s[n + i] - s[2 * n + i]
+    if (d > 1e-4 || d < -1e-4) exit 1 }; exit n < 3 || n % 3 }' by-reward
+no 1 "the weight of source 'reward 1 of --best-of' is 0" generate --model base --prompt x $sample --reward rewards/P1A=0 --best-of 2
 no 2 'expected --best-of N' generate --model base --prompt x --reward rewards/P1A
 no 2 'all answers would be the same' generate --model base --prompt x --reward rewards/P1A --best-of 2 --temperature 0
 no 1 'none' generate --model base --prompt x --reward none --best-of 2

@@ -16,11 +16,10 @@ typedef struct job {
 
 typedef struct generate_args {
     const char *model, *device, *dtype, *mix, *method, *prompt, *prompts, *template, *preference, *out;
-    cli_list adapters;
+    cli_list adapters, rewards;
     bool any_sum, json, ignore_stop;
     int32_t threads, batch, best_of;
     float strength;
-    const char *reward;
     psoup_sampling sampling;
     const char *memory_limit;
     plan_options plan;
@@ -69,8 +68,8 @@ static psoup_status read_job(const generate_args *args, const cli_model *m, psou
         return line ? cli_error(error, PSOUP_ERROR_ARGUMENT, "%s:%lld: the prompt has no tokens",
                                 args->prompts, (long long)line)
                     : cli_error(error, PSOUP_ERROR_ARGUMENT, "--prompt: it has no tokens");
-    /* One more, which stays 0: the adapter of a reward that comes later. */
-    out->mix = calloc((size_t)psoup_model_adapters(m->model) + 1, sizeof *out->mix);
+    /* Some more, which stay 0: the adapters of rewards, which come later. */
+    out->mix = calloc((size_t)psoup_model_adapters(m->model) + args->rewards.n + 1, sizeof *out->mix);
     if (!out->mix)
         return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     status = cli_mix_method(row, args->method, args->prompts, line, &out->method, error);
@@ -237,24 +236,47 @@ static psoup_status diverged(const generate_args *args, const job *j, psoup_erro
                      what);
 }
 
+/* "DIR" or "DIR=WEIGHT", as the k-th source. */
+static psoup_status load_reward(const char *text, size_t k, const cli_model *m, psoup_reward_source *out,
+                                psoup_error *error) {
+    const char *equal = strrchr(text, '=');
+    char *end = NULL, *directory, name[48];
+    double weight = equal ? strtod(equal + 1, &end) : 1;
+    bool weighed = equal && end != equal + 1 && !*end;
+    size_t length = weighed ? (size_t)(equal - text) : strlen(text);
+    out->weight = weighed ? (float)weight : 1;
+    directory = malloc(length + 1);
+    if (!directory)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    snprintf(directory, length + 1, "%s", text);
+    snprintf(name, sizeof name, "reward %zu of --best-of", k + 1);
+    psoup_status status = psoup_reward_load(m->model, name, directory, &out->model, error);
+    free(directory);
+    return status;
+}
+
 static psoup_status best_of(const generate_args *args, const cli_model *m, const psoup_prompt *prompts, size_t n,
                             const psoup_session_options *session, answers *out, psoup_error *error) {
     psoup_best_options options = PSOUP_BEST_OPTIONS_INIT;
-    psoup_reward *reward = NULL;
+    psoup_reward_source *sources = calloc(args->rewards.n, sizeof *sources);
+    psoup_status status = PSOUP_OK;
     out->each = (size_t)args->best_of;
     out->chosen = calloc(n + 1, sizeof *out->chosen);
     out->scores = calloc(n * out->each + 1, sizeof *out->scores);
-    if (!out->chosen || !out->scores)
-        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    /* After the mixes were read: they have a 0 for it. */
-    psoup_status status = psoup_reward_load(m->model, "the reward of --best-of", args->reward, &reward, error);
+    if (!out->chosen || !out->scores || !sources)
+        status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    /* After the mixes were read: they have a 0 for each. */
+    for (size_t k = 0; status == PSOUP_OK && k < args->rewards.n; k++)
+        status = load_reward(args->rewards.items[k], k, m, &sources[k], error);
     options.n = args->best_of;
-    options.rewards = &reward;
-    options.n_rewards = 1;
+    options.sources = sources;
+    options.n_sources = args->rewards.n;
     if (status == PSOUP_OK)
         status = psoup_best_of_n(m->model, prompts, n, &args->sampling, session, &options, &out->generation,
                                  out->chosen, out->scores, error);
-    psoup_reward_free(reward);
+    for (size_t k = 0; sources && k < args->rewards.n; k++)
+        psoup_reward_free(sources[k].model);
+    free(sources);
     return status;
 }
 
@@ -358,7 +380,7 @@ int cmd_generate(int argc, char **argv) {
         {"--ignore-stop", CLI_FLAG, &a.ignore_stop, NULL, "go on past end tokens"},
         {"--seed", CLI_UINT64, &a.sampling.seed, "N", "equal seeds give equal texts (0)"},
         {"--best-of", CLI_INT, &a.best_of, "N", "sample N answers, keep the one that --reward scores highest"},
-        {"--reward", CLI_TEXT, &a.reward, "DIR", "a reward model of this base, which reads prompt and answer"},
+        {"--reward", CLI_LIST, &a.rewards, "DIR[=W]", "a reward model of this base, and its weight"},
         {"--batch", CLI_INT, &a.batch, "N", "answers decoding together (32)"},
         {"--device", CLI_TEXT, &a.device, "DEVICE", "cpu, cuda or cuda:N (cpu)"},
         {"--dtype", CLI_TEXT, &a.dtype, "DTYPE", "the model in f32, f16 or bf16, or its linears in int8 or nf4 (as stored)"},
@@ -392,7 +414,7 @@ int cmd_generate(int argc, char **argv) {
         return cli_complain("--preference: a --prompt takes it only with a --template");
     if (a.sampling.max_new_tokens < 1)
         return cli_complain("--max-new-tokens: %d, expected at least 1", a.sampling.max_new_tokens);
-    if (!a.best_of != !a.reward || a.best_of < 0)
+    if (!a.best_of != !a.rewards.n || a.best_of < 0)
         return cli_complain("generate: expected --best-of N, at least 1, and --reward DIR together");
     if (a.best_of > 1 && a.sampling.temperature == 0.0f)
         return cli_complain("--best-of: at --temperature 0 all answers would be the same");
