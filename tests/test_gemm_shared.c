@@ -49,6 +49,46 @@ START_TEST(test_concurrent) {
 }
 END_TEST
 
+/* As layers of a base that trains, whose weights are not packed: products of few rows, several at once. */
+static void *call_each(void *arg) {
+    caller *me = arg;
+    for (int repeat = 0; repeat < 20000; repeat++) {
+        psoup__gemm_args both[2] = {me->x->args, me->x->args};
+        float c[2][64];
+        both[0].c = c[0], both[1].c = c[1];
+        psoup__gemm_each(me->context, both, 2);
+        for (int i = 0; i < 2; i++)
+            me->wrong += memcmp(c[i], me->expected, me->x->c_size * sizeof *c[i]) != 0;
+    }
+    return NULL;
+}
+
+/* Who has buffers waits for no others. */
+START_TEST(test_few_rows_at_once) {
+    enum { CALLERS = 6 };
+    psoup_context *context = context_of(isas[_i], 1);
+    if (context == NULL)
+        return;
+    caller callers[CALLERS];
+    pthread_t threads[CALLERS];
+    state = 3;
+    problem x = random_problem(2, 21, 30, false);
+    ck_assert_uint_le(x.c_size, 64);
+    float *expected = result(context, &x, false);
+    for (int i = 0; i < CALLERS; i++) {
+        callers[i] = (caller){context, &x, expected, 0};
+        ck_assert_int_eq(pthread_create(&threads[i], NULL, call_each, &callers[i]), 0);
+    }
+    for (int i = 0; i < CALLERS; i++)
+        pthread_join(threads[i], NULL);
+    for (int i = 0; i < CALLERS; i++)
+        ck_assert_int_eq(callers[i].wrong, 0);
+    free(expected);
+    problem_free(&x);
+    psoup_context_free(context);
+}
+END_TEST
+
 /* ---- failing memory --------------------------------------------------------------------------- */
 
 typedef struct counter {
@@ -126,6 +166,7 @@ int main(void) {
     TCase *tcase = tcase_create("gemm_shared");
     tcase_set_timeout(tcase, 300);
     tcase_add_loop_test(tcase, test_concurrent, 0, variants);
+    tcase_add_loop_test(tcase, test_few_rows_at_once, 0, variants);
     tcase_add_test(tcase, test_memory);
     suite_add_tcase(suite, tcase);
     return run_suite(suite);

@@ -350,9 +350,8 @@ void psoup__gemm(psoup_context *context, const psoup__gemm_args *args) {
 enum { AT_ONCE = 16 };
 
 struct batch {
-    psoup_context *context;
     struct job jobs[AT_ONCE];
-    size_t first[AT_ONCE + 1]; /* of each one's tiles; a product that copies its B is one */
+    size_t first[AT_ONCE + 1]; /* of each one's tiles */
 };
 
 static void batch_tile(const struct batch *batch, size_t task, int worker, size_t end) {
@@ -361,10 +360,7 @@ static void batch_tile(const struct batch *batch, size_t task, int worker, size_
         i++;
     const struct job *job = &batch->jobs[i];
     const struct chunk all = {0, job->args->n, 0, job->args->k};
-    if (job->place == B_COPIED)
-        psoup__gemm(batch->context, job->args);
-    else
-        multiply_tile(job, &all, task - batch->first[i], worker, task + 1 < end && task + 1 < batch->first[i + 1]);
+    multiply_tile(job, &all, task - batch->first[i], worker, task + 1 < end && task + 1 < batch->first[i + 1]);
 }
 
 /* Each worker takes its own share, and what is left of the others'. So the same core reads the same panels step after
@@ -380,23 +376,25 @@ static void batch_task(void *arg, size_t task, int worker) {
     }
 }
 
-/* Few rows, and no empty sum. */
-static bool can_batch(const psoup__gemm_args *args, size_t n) {
+/* Few rows, no empty sum, and no B that is copied: that would take a slot while it has one, and wait for ever where all
+ * do. */
+static bool can_batch(const psoup_context *context, const psoup__gemm_args *args, size_t n) {
     bool can = n > 1 || (n == 1 && args[0].packed != NULL);
     for (size_t i = 0; i < n; i++)
-        can &= args[i].m > 0 && args[i].m <= FEW_ROWS && args[i].n > 0 && args[i].k > 0;
+        can &= args[i].m > 0 && args[i].m <= FEW_ROWS && args[i].n > 0 && args[i].k > 0 &&
+               place_b(&args[i], psoup__gemm_kernels_of(context)) != B_COPIED;
     return can;
 }
 
 void psoup__gemm_each(psoup_context *context, const psoup__gemm_args *args, size_t n) {
     for (; n > AT_ONCE; args += AT_ONCE, n -= AT_ONCE)
         psoup__gemm_each(context, args, AT_ONCE);
-    if (!can_batch(args, n)) {
+    if (!can_batch(context, args, n)) {
         for (size_t i = 0; i < n; i++)
             psoup__gemm(context, &args[i]);
         return;
     }
-    struct batch batch = {.context = context};
+    struct batch batch = {.first = {0}};
     double products = 0;
     for (size_t i = 0; i < n; i++)
         products += (double)args[i].m * (double)args[i].n * (double)args[i].k;
@@ -405,7 +403,7 @@ void psoup__gemm_each(psoup_context *context, const psoup__gemm_args *args, size
         struct job *job = &batch.jobs[i];
         *job = plan_job(context, &args[i], slot);
         const int64_t tiles = divide_up(args[i].m, job->tile_rows) * divide_up(args[i].n, job->tile_columns);
-        batch.first[i + 1] = batch.first[i] + (job->place == B_COPIED ? 1 : (size_t)tiles);
+        batch.first[i + 1] = batch.first[i] + (size_t)tiles;
     }
     const size_t workers = (size_t)slot->workers, tiles = batch.first[n];
     for (size_t w = 0; w < workers; w++) {
