@@ -236,6 +236,63 @@ static void check_backward(checker *c, problem *p) {
     free(x.dq), free(x.dk), free(x.dv);
 }
 
+/* ---- by finite differences -------------------------------------------------------------------------------- */
+
+/* A sequence and its own keys, from these numbers alone; the loss is <dout, out>. */
+typedef struct plain {
+    int32_t n, heads, kv_heads, dim;
+    double *q, *k, *v, *dout;
+} plain;
+
+static double plain_loss(void *arg) {
+    const plain *p = arg;
+    double loss = 0, w[16];
+    for (int32_t i = 0; i < p->n; i++)
+        for (int32_t h = 0; h < p->heads; h++) {
+            const int32_t at = (i * p->heads + h) * p->dim, kv = h / (p->heads / p->kv_heads) * p->dim;
+            double sum = 0, all = 0;
+            for (int32_t j = 0; j <= i; j++) {
+                const int32_t key = j * p->kv_heads * p->dim + kv;
+                double score = 0, value = 0;
+                for (int32_t d = 0; d < p->dim; d++) {
+                    score += p->q[at + d] * p->k[key + d];
+                    value += p->dout[at + d] * p->v[key + d];
+                }
+                w[j] = exp(score / sqrt(p->dim));
+                sum += w[j];
+                all += w[j] * value;
+            }
+            loss += all / sum;
+        }
+    return loss;
+}
+
+static void check_differences(checker *c, int32_t dim) {
+    enum { N = 5, HEADS = 2 };
+    const size_t n = (size_t)(N * HEADS * dim), cells = (size_t)(N * dim);
+    const psoup__span span = {0, N, N, 0};
+    begin(c, "attention_backward", "head_dim %d, by finite differences", (int)dim);
+    buffer *q = input(c, n), *k = input(c, cells), *v = input(c, cells), *dout = input(c, n), *out = output(c, n);
+    buffer *lse = output(c, N * HEADS), *dq = output(c, n), *dk = input(c, cells), *dv = input(c, cells);
+    plain p = {N, HEADS, 1, dim, doubles_of(q->host, n), doubles_of(k->host, cells), doubles_of(v->host, cells),
+               doubles_of(dout->host, n)};
+    float *before = malloc(2 * cells * sizeof *before);
+    memcpy(before, dk->host, cells * sizeof *before);
+    memcpy(before + cells, dv->host, cells * sizeof *before);
+    const psoup__keys keys = {.dtype = PSOUP_F32, .stride = dim, .k = k->device, .v = v->device, .dk = dk->device,
+                              .dv = dv->device};
+    const psoup__spans spans = {block(c, &span, sizeof span), 1, N, N};
+    const psoup__attention_shape shape = {HEADS, 1, dim, (float)(1 / sqrt(dim)), PSOUP_F32};
+    c->ops->reserve(c->be, N, HEADS * dim, NULL);
+    c->ops->attention(c->be, out->device, lse->device, q->device, &keys, &spans, &shape);
+    c->ops->attention_backward(c->be, dq->device, dout->device, q->device, out->device, lse->device, &keys, &spans,
+                               &shape);
+    differences(c, "dq", dq, NULL, p.q, n, 7, plain_loss, &p, 1e-4);
+    differences(c, "dk", dk, before, p.k, cells, 5, plain_loss, &p, 1e-4);
+    differences(c, "dv", dv, before + cells, p.v, cells, 5, plain_loss, &p, 1e-4);
+    free(before), free(p.q), free(p.k), free(p.v), free(p.dout);
+}
+
 void check_attention(checker *c) {
     static const int32_t dims[] = {16, 37, 64, 128, 256};
     static const int32_t heads[][2] = {{1, 1}, {4, 2}, {4, 1}, {2, 1}, {2, 2}};
@@ -251,4 +308,6 @@ void check_attention(checker *c) {
             check_nan(c, dims[i], dtypes[t], false);
             check_nan(c, dims[i], dtypes[t], true);
         }
+    for (int i = 0; i < 5; i++)
+        check_differences(c, dims[i]);
 }

@@ -66,6 +66,44 @@ static void check_rmsnorm_backward(checker *c, int32_t rows, int32_t width, size
     free(want), free(want_weight);
 }
 
+/* <dout, out> of x / sqrt(mean(x²) + 1e-5) · weight. */
+typedef struct norm {
+    int32_t rows, width;
+    double *x, *weight, *dout;
+} norm;
+
+static double norm_loss(void *arg) {
+    const norm *p = arg;
+    double loss = 0;
+    for (int32_t r = 0; r < p->rows; r++) {
+        const double *x = p->x + r * p->width, *dout = p->dout + r * p->width;
+        double all = 0;
+        for (int32_t j = 0; j < p->width; j++)
+            all += dout[j] * x[j] * p->weight[j];
+        loss += all / sqrt(inner(x, x, (size_t)p->width) / p->width + 1e-5);
+    }
+    return loss;
+}
+
+static void check_norm_differences(checker *c, int32_t rows, int32_t width) {
+    begin(c, "rmsnorm_backward", "rows %d, width %d, by finite differences", (int)rows, (int)width);
+    const size_t n = (size_t)rows * (size_t)width, columns = (size_t)width;
+    buffer *x = input(c, n), *weight = input(c, columns), *dout = input(c, n), *out = output(c, n);
+    buffer *rstd = output(c, (size_t)rows), *dx = input(c, n), *dweight = input(c, columns);
+    norm p = {rows, width, doubles_of(x->host, n), doubles_of(weight->host, columns), doubles_of(dout->host, n)};
+    float *before = malloc((n + columns) * sizeof *before);
+    memcpy(before, dx->host, n * sizeof *before);
+    memcpy(before + n, dweight->host, columns * sizeof *before);
+    psoup_error error;
+    expect_true(c, "there is room", c->ops->reserve(c->be, rows, width, &error) == PSOUP_OK);
+    c->ops->rmsnorm(c->be, out->device, rstd->device, x->device, weight->device, 1e-5f, rows, width);
+    c->ops->rmsnorm_backward(c->be, dx->device, dweight->device, dout->device, x->device, weight->device, rstd->device,
+                             rows, width);
+    differences(c, "dx", dx, before, p.x, n, 1, norm_loss, &p, 1e-4);
+    differences(c, "dweight", dweight, before + n, p.weight, columns, 1, norm_loss, &p, 1e-4);
+    free(before), free(p.x), free(p.weight), free(p.dout);
+}
+
 /* Forward and back; what lies between heads · head_dim and the stride stays. */
 static void check_rope(checker *c, int32_t rows, int32_t heads, int32_t head_dim, int32_t gap) {
     begin(c, "rope", "rows %d, heads %d, head_dim %d, gap %d", (int)rows, (int)heads, (int)head_dim,
@@ -187,6 +225,7 @@ void check_layer(checker *c) {
         check_rmsnorm(c, 5, ragged[i]);
         check_rmsnorm_backward(c, 4, ragged[i], 0, true);
         check_rmsnorm_backward(c, 5, ragged[i], 0, i % 2);
+        check_norm_differences(c, 3, ragged[i]);
         check_add(c, (size_t)ragged[i] * 37);
         check_swiglu(c, (size_t)ragged[i] * 3, 0);
         check_swiglu(c, (size_t)ragged[i], 1);
