@@ -1,11 +1,15 @@
 /* Eight policies of PPO side by side on two threads, beside two single-threaded runs that work through the
- * eight in parallel, four each in turn: rollout tokens a second, and who is done first. The size is the
- * demonstration's: 125 000 parameters, LoRA r = 8 on all linears, up to 48 new tokens, 128 responses and
- * 4 epochs a step. Both train the same policies, to the same bits.
+ * eight in parallel, four each in turn: rollout tokens a second, and who is done first. Both train the same policies, to
+ * the same bits. Then what one thread decodes a second of few rows and of many, and the peak of memory of eight policies
+ * beside that of one with as many rows in flight.
  *
- *   bench_policies [ROLLOUTS [STEPS]]     128 and 2
+ *   bench_policies [SIZE [ROLLOUTS [STEPS]]]     demo, 128 and 2; or 110M, 2 and 1
+ *
+ * demo: the demonstration's 125 000 parameters, LoRA r = 8 on all linears, 8 to 48 new tokens, 4 epochs a step; 110M: 110
+ * million parameters, r = 16 on q and v, 8 to 16 new tokens, 2 epochs, one turn.
  */
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,9 +17,17 @@
 #include "bench_limits.h"
 #include "psoup/psoup.h"
 
-enum { POLICIES = 8, PROMPTS = 256, LONGEST = 40, VOCAB = 680, END = 0, TURNS = 3, SHORTEST = 8, NEW = 48 };
+enum { POLICIES = 8, PROMPTS = 256, LONGEST = 40, END = 0, TURNS = 3, SHORTEST = 8 };
 
-static int32_t rollouts = 128, steps = 2;
+typedef struct scale {
+    const char *name;
+    int32_t dim, ffn, layers, heads, vocab, rank, all_linears;
+    float range;
+    int32_t rollouts, steps, epochs, turns, new;
+} scale;
+static const scale scales[] = {{"demo", 64, 128, 2, 4, 680, 8, 1, 0.06f, 128, 2, 4, 3, 48},
+                               {"110M", 768, 2048, 12, 12, 32000, 16, 0, 0.02f, 2, 1, 2, 1, 16}};
+static scale size;
 static int32_t tokens[PROMPTS][LONGEST];
 static psoup_ppo_prompt prompts[PROMPTS];
 static const char *const names[POLICIES] = {"p0", "p1", "p2", "p3", "p4", "p5", "p6", "p7"};
@@ -33,19 +45,20 @@ static psoup_model *make_model(psoup_context *context) {
     psoup_adapter_options lora = PSOUP_ADAPTER_OPTIONS_INIT;
     psoup_error error;
     psoup_model *model;
-    config.vocab_size = VOCAB;
-    config.hidden_size = 64;
-    config.intermediate_size = 128;
-    config.num_hidden_layers = 2;
-    config.num_attention_heads = 4;
+    config.vocab_size = size.vocab;
+    config.hidden_size = size.dim;
+    config.intermediate_size = size.ffn;
+    config.num_hidden_layers = size.layers;
+    config.num_attention_heads = size.heads;
     config.max_position_embeddings = 128;
     config.tie_word_embeddings = 1;
     config.eos_token_id = END;
-    config.initializer_range = 0.06f;
+    config.initializer_range = size.range;
     must(psoup_model_create(context, &config, 1, &model, &error), &error);
-    lora.rank = 8;
-    lora.alpha = 16;
-    lora.targets = PSOUP_ALL_LINEAR;
+    lora.rank = size.rank;
+    lora.alpha = 2 * (float)size.rank;
+    if (size.all_linears)
+        lora.targets = PSOUP_ALL_LINEAR;
     for (uint64_t k = 0; k < POLICIES; k++) {
         lora.seed = k;
         must(psoup_model_add_adapter(model, names[k], &lora, &error), &error);
@@ -83,8 +96,8 @@ static int on_step(void *user, const psoup_step *step) {
     return 0;
 }
 
-/* Trains policies [first, first + n) side by side. */
-static void train(psoup_model *model, size_t first, size_t n, account *a) {
+/* Trains policies [first, first + n) side by side, each on so many responses a step. */
+static void train(psoup_model *model, size_t first, size_t n, int32_t responses, account *a) {
     psoup_ppo_policy policies[POLICIES];
     psoup_ppo_options options = PSOUP_PPO_OPTIONS_INIT;
     psoup_ppo *run;
@@ -96,10 +109,10 @@ static void train(psoup_model *model, size_t first, size_t n, account *a) {
                                          .prompts = prompts,
                                          .n_prompts = PROMPTS,
                                          .seed = first + k};
-    options.steps = steps;
-    options.batch_size = rollouts;
-    options.ppo_epochs = 4;
-    options.max_new_tokens = NEW;
+    options.steps = size.steps;
+    options.batch_size = responses;
+    options.ppo_epochs = size.epochs;
+    options.max_new_tokens = size.new;
     options.draw_new_tokens_from = SHORTEST;
     options.draw_group = 1;
     options.learning_rate = 8e-4f;
@@ -121,12 +134,38 @@ typedef struct worker {
 static void *work(void *arg) {
     worker *w = arg;
     for (size_t k = 0; k < POLICIES / 2; k++)
-        train(w->model, w->first + k, 1, &w->account);
+        train(w->model, w->first + k, 1, size.rollouts, &w->account);
     return NULL;
+}
+
+/* Bytes that contexts hold, and the most they held. */
+static atomic_llong held, most;
+
+static void *counted_alloc(void *user, size_t bytes, size_t alignment) {
+    char *memory = NULL;
+    (void)user;
+    (void)alignment;
+    if (posix_memalign((void **)&memory, 64, bytes + 64) != 0)
+        return NULL;
+    *(size_t *)(void *)memory = bytes;
+    long long now_held = atomic_fetch_add(&held, (long long)bytes) + (long long)bytes, before = atomic_load(&most);
+    while (now_held > before && !atomic_compare_exchange_weak(&most, &before, now_held))
+        ;
+    return memory + 64;
+}
+
+static void counted_free(void *user, void *memory) {
+    char *start = memory;
+    (void)user;
+    if (!start)
+        return;
+    atomic_fetch_sub(&held, (long long)*(size_t *)(void *)(start - 64));
+    free(start - 64);
 }
 
 static psoup_context *make_context(int32_t threads) {
     psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    options.allocator = (psoup_allocator){.alloc = counted_alloc, .free = counted_free};
     psoup_context *context;
     psoup_error error;
     options.threads = threads;
@@ -139,7 +178,7 @@ static account side_by_side(void) {
     psoup_context *context = make_context(THREADS);
     psoup_model *model = make_model(context);
     double start = now();
-    train(model, 0, POLICIES, &a);
+    train(model, 0, POLICIES, size.rollouts, &a);
     a.seconds = now() - start;
     psoup_model_free(model);
     psoup_context_free(context);
@@ -170,30 +209,80 @@ static account in_parallel(void) {
     return sum;
 }
 
+/* Tokens a second of one thread that decodes so many rows together. */
+static double decode(psoup_model *model, int32_t rows) {
+    psoup_prompt asked[PROMPTS];
+    psoup_sampling sampling = PSOUP_SAMPLING_INIT;
+    psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
+    psoup_error error;
+    double best = 0;
+    float mix[POLICIES] = {1};
+    for (int32_t i = 0; i < rows; i++)
+        asked[i] = (psoup_prompt){.tokens = tokens[i], .n = 2, .mix = mix, .sequence = (uint64_t)i};
+    sampling.max_new_tokens = size.new;
+    sampling.ignore_stop = 1;
+    session.max_sequences = rows;
+    for (int turn = 0; turn < size.turns; turn++) {
+        psoup_generation *g;
+        double start = now();
+        must(psoup_generate(model, asked, (size_t)rows, &sampling, &session, NULL, NULL, &g, &error), &error);
+        double rate = rows * (double)size.new / (now() - start);
+        best = rate > best ? rate : best;
+        psoup_generation_free(g);
+    }
+    return best;
+}
+
+static void decode_alone(void) {
+    static const int32_t rows[] = {1, 2, 4, 8, 16, 32, 64, 128};
+    psoup_context *context = make_context(1);
+    psoup_model *model = make_model(context);
+    printf("one thread decodes, of prompts of two tokens:");
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        printf("  %d rows %.0f", rows[i], decode(model, rows[i]));
+    printf(" tokens/s\n");
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+
+/* Most bytes held, the model's among them, by n policies of so many responses each. */
+static double peak(size_t n, int32_t responses) {
+    account a = {0};
+    psoup_context *context = make_context(THREADS);
+    psoup_model *model = make_model(context);
+    atomic_store(&most, atomic_load(&held));
+    train(model, 0, n, responses, &a);
+    psoup_model_free(model);
+    psoup_context_free(context);
+    return (double)atomic_load(&most) / 1e6;
+}
+
 static int ascending(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
 
 static double median(double *values) {
-    qsort(values, TURNS, sizeof *values, ascending);
-    return values[TURNS / 2];
+    qsort(values, (size_t)size.turns, sizeof *values, ascending);
+    return values[size.turns / 2];
 }
 
 int main(int argc, char **argv) {
+    setvbuf(stdout, NULL, _IOLBF, 0);
     double ours[2][TURNS], theirs[2][TURNS], ratio[2][TURNS];
-    if (argc > 1 && atoi(argv[1]) > 0) /* `make bench` names Python and a script, as to every bench */
-        rollouts = atoi(argv[1]);
+    size = scales[argc > 1 && strcmp(argv[1], scales[1].name) == 0]; /* `make bench` names Python and a script */
     if (argc > 2 && atoi(argv[2]) > 0)
-        steps = atoi(argv[2]);
+        size.rollouts = atoi(argv[2]);
+    if (argc > 3 && atoi(argv[3]) > 0)
+        size.steps = atoi(argv[3]);
     for (int i = 0; i < PROMPTS; i++) {
         size_t n = 24 + (size_t)i % 17;
         for (size_t t = 0; t < n; t++)
-            tokens[i][t] = 1 + (int32_t)(((uint32_t)(i * LONGEST) + (uint32_t)t) * 2654435761u >> 16) % (VOCAB - 1);
+            tokens[i][t] = 1 + (int32_t)(((uint32_t)(i * LONGEST) + (uint32_t)t) * 2654435761u >> 16) % (size.vocab - 1);
         prompts[i] = (psoup_ppo_prompt){.tokens = tokens[i], .n = n, .id = i};
     }
     double count = 0;
-    for (int t = 0; t < TURNS; t++) {
+    for (int t = 0; t < size.turns; t++) {
         account a = side_by_side(), b = in_parallel();
         count = a.tokens;
         if (a.tokens != b.tokens) {
@@ -210,11 +299,15 @@ int main(int argc, char **argv) {
                "%.2f %.2f s\n", a.phase[0], a.phase[1], a.phase[2], a.phase[3], b.phase[0], b.phase[1], b.phase[2],
                b.phase[3]);
     }
-    printf("eight policies, %d responses each, %d steps, %.0f tokens a response\n", rollouts, steps,
-           count / (double)(POLICIES * rollouts * steps));
+    printf("%s: eight policies, %d responses each, %d steps, %.0f tokens a response\n", size.name, size.rollouts, size.steps,
+           count / (double)(POLICIES * size.rollouts * size.steps));
     printf("rollouts       side by side %7.0f  two single-threaded runs %7.0f tokens/s  ratio %.2f (goal 1.50)\n",
            median(ours[0]), median(theirs[0]), median(ratio[0]));
     printf("all of it      side by side %7.2f  two single-threaded runs %7.2f s         ratio %.2f (goal 1.00)\n",
            median(ours[1]), median(theirs[1]), median(ratio[1]));
+    decode_alone();
+    double eight = peak(POLICIES, size.rollouts), one = peak(1, POLICIES * size.rollouts);
+    printf("peak of memory eight policies   %7.1f  one of as many responses %7.1f MB              ratio %.2f (goal 1.30)\n",
+           eight, one, eight / one);
     return 0;
 }

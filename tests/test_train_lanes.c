@@ -2,21 +2,21 @@
  * who learns beside, nor how many rows a pass has. */
 #include "ppo_case.h"
 
-enum { EXAMPLES = 96, LONG = 20, WIDE = 70000 }; /* WIDE: a vocabulary whose embedding alone makes a model a large one */
+enum { EXAMPLES = 96, LONG = 20, NARROW = 16, WIDE = 512 }; /* hidden sizes of a small model and of a large one */
 
 static int32_t text[EXAMPLES][LONG];
 
-static psoup_model *world(int32_t vocabulary, int policies) {
+static psoup_model *world(int32_t width, int policies) {
     psoup_model_config config = PSOUP_MODEL_CONFIG_INIT;
     psoup_model *model = NULL;
-    config.vocab_size = vocabulary;
-    config.hidden_size = 16;
-    config.intermediate_size = 24;
+    config.vocab_size = VOCABULARY;
+    config.hidden_size = width;
+    config.intermediate_size = 4 * width;
     config.num_hidden_layers = 2;
     config.num_attention_heads = 2;
     config.max_position_embeddings = 48;
     config.tie_word_embeddings = 1;
-    config.initializer_range = 0.2f;
+    config.initializer_range = width == WIDE ? 0.03f : 0.2f;
     OK(psoup_model_create(context, &config, 7, &model, &error));
     make_prompts();
     for (int p = 0; p < policies; p++)
@@ -24,7 +24,7 @@ static psoup_model *world(int32_t vocabulary, int policies) {
     for (int i = 0; i < EXAMPLES; i++)
         for (int t = 0; t < LONG; t++)
             text[i][t] = 2 + (i * 7 + t * t * 5) % 13;
-    ck_assert_int_eq(psoup__gradients(model), vocabulary == WIDE ? 1 : PSOUP__LANES);
+    ck_assert_int_eq(psoup__gradients(model), width == WIDE ? 1 : PSOUP__LANES);
     return model;
 }
 
@@ -39,7 +39,7 @@ static void fine_tune(psoup_model *model, int n, int32_t bound) {
         examples[i] = (psoup_example){.tokens = text[i], .n = length_of(i), .n_prompt = 3};
     o.batch_tokens = bound;
     o.accumulation = 1024 / bound;
-    o.max_steps = 3;
+    o.max_steps = 2;
     o.lora_dropout = 0.1f;
     for (int k = 0; k < n; k++) {
         o.seed = (uint64_t)k;
@@ -63,7 +63,7 @@ static void compare(psoup_model *model, int n, int32_t bound) {
                                                 .n_rejected = length_of(i + 1), .reward = k};
     o.batch_size = 24;
     o.accumulation = 2;
-    o.max_steps = 3;
+    o.max_steps = 2;
     o.lora_dropout = 0.1f;
     OK(psoup_reward_train(rewards, (size_t)n, pairs, count - held, pairs + count - held, held, &o, &error));
     for (int k = 0; k < n; k++)
@@ -81,7 +81,7 @@ static void prefer(psoup_model *model, int n, int32_t bound) {
                                               .n_chosen = length_of(i) - 4, .rejected = text[i + 1] + 4,
                                               .n_rejected = length_of(i + 1) - 4, .policy = k};
     o.batch_size = 32;
-    o.max_steps = 3;
+    o.max_steps = 2;
     OK(psoup_dpo(model, names, (size_t)n, pairs, count - held, pairs + count - held, held, &o, &error));
 }
 
@@ -89,8 +89,10 @@ static void improve(psoup_model *model, int n, int32_t bound) {
     psoup_ppo_policy policies[2] = {policy(0), policy(1)};
     psoup_ppo_options o = plain();
     psoup_ppo *run = NULL;
-    o.batch_size = 96;
-    o.mini_batch_size = 64;
+    bool large = psoup__gradients(model) == 1;
+    o.batch_size = large ? 24 : 96;
+    o.mini_batch_size = large ? 16 : 64;
+    o.ppo_epochs = 2;
     o.loss_group = 8;
     o.steps = 2;
     o.validate_every = 1;
@@ -106,9 +108,9 @@ static train_fn *const trainers[] = {fine_tune, compare, prefer, improve};
 enum { TRAINERS = sizeof(trainers) / sizeof(trainers[0]) };
 
 /* P0's weights after a training of n side by side. */
-static float *trained(train_fn *train, int32_t vocabulary, int threads, int n, int32_t bound, size_t *count) {
+static float *trained(train_fn *train, int32_t width, int threads, int n, int32_t bound, size_t *count) {
     open_context(threads);
-    psoup_model *model = world(vocabulary, 2);
+    psoup_model *model = world(width, 2);
     train(model, n, bound);
     float *after = weights(model, names[0], count);
     psoup_model_free(model);
@@ -116,25 +118,25 @@ static float *trained(train_fn *train, int32_t vocabulary, int threads, int n, i
     return after;
 }
 
-static void same(train_fn *train, int32_t vocabulary, int threads, int n, int32_t bound, const float *expected,
+static void same(train_fn *train, int32_t width, int threads, int n, int32_t bound, const float *expected,
                  size_t expected_count) {
     size_t count = 0;
-    float *got = trained(train, vocabulary, threads, n, bound, &count);
+    float *got = trained(train, width, threads, n, bound, &count);
     ck_assert_uint_eq(count, expected_count);
     ck_assert_msg(memcmp(got, expected, count * sizeof(*got)) == 0,
-                  "other bits: vocabulary %d, %d threads, %d side by side, passes of %d rows", (int)vocabulary, threads, n,
+                  "other bits: width %d, %d threads, %d side by side, passes of %d rows", (int)width, threads, n,
                   (int)bound);
     free(got);
 }
 
 START_TEST(a_small_model) {
     size_t count = 0;
-    float *expected = trained(trainers[_i], VOCABULARY, 1, 1, 1024, &count);
-    same(trainers[_i], VOCABULARY, 2, 1, 1024, expected, count);
-    same(trainers[_i], VOCABULARY, 3, 2, 1024, expected, count);
-    same(trainers[_i], VOCABULARY, 1, 2, 1024, expected, count);
+    float *expected = trained(trainers[_i], NARROW, 1, 1, 1024, &count);
+    same(trainers[_i], NARROW, 2, 1, 1024, expected, count);
+    same(trainers[_i], NARROW, 3, 2, 1024, expected, count);
+    same(trainers[_i], NARROW, 1, 2, 1024, expected, count);
     if (trainers[_i] == improve) /* more micro-batches of SFT hold other examples */
-        same(trainers[_i], VOCABULARY, 2, 2, 256, expected, count);
+        same(trainers[_i], NARROW, 2, 2, 256, expected, count);
     free(expected);
 }
 END_TEST
@@ -169,7 +171,7 @@ static int32_t check_plan(const psoup__passes *p, const int32_t *rows, const int
 }
 
 START_TEST(plans) {
-    psoup_model *model = world(VOCABULARY, 1);
+    psoup_model *model = world(NARROW, 1);
     psoup__passes *both = NULL, *alone = NULL;
     int32_t rows[ITEMS], owner[ITEMS], pass[ITEMS], own[ITEMS];
     OK(psoup__passes_create(model, false, &both, &error));
@@ -222,7 +224,7 @@ static psoup_status refuse(void *user, psoup__pack *pack, int32_t pass, psoup_er
 }
 
 START_TEST(one_lane_fails) {
-    psoup_model *model = world(VOCABULARY, 1);
+    psoup_model *model = world(NARROW, 1);
     refusal r = {.refused = 5};
     int32_t rows[ITEMS], owner[ITEMS] = {0}, pass[ITEMS];
     for (int i = 0; i < ITEMS; i++)

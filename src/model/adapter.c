@@ -405,8 +405,8 @@ psoup_status psoup__adapter_add_head(psoup_model *model, psoup__adapter *adapter
     return PSOUP_OK;
 }
 
-/* Weights up to which a pass of one thread is as fast a row as one of all threads at its best (docs/speed.md). */
-enum { SMALL = 1 << 20 };
+/* Weights up to which lanes were measured to gain: 1.12 times at 5.7 million, 1.4 at 0.9 (docs/speed.md). */
+enum { SMALL = 1 << 23 };
 
 int32_t psoup__gradients(const psoup_model *model) {
     return model->be->ops->on_host && psoup__model_count(model) <= SMALL ? PSOUP__LANES : 1;

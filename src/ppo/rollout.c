@@ -119,7 +119,8 @@ static size_t shares_of(const samples *s) {
 
 int32_t psoup__rollout_places(const psoup_model *model, size_t n, int32_t max_sequences, size_t *share) {
     size_t threads = (size_t)model->context->threads;
-    size_t places = max_sequences ? (size_t)max_sequences : model->be->ops->record ? n : TOGETHER;
+    size_t most = psoup__gradients(model) > 1 ? threads * ALONE : TOGETHER; /* a small model's keys should lie near, too */
+    size_t places = max_sequences ? (size_t)max_sequences : model->be->ops->record ? n : most;
     *share = n;
     if (!model->be->ops->record && threads > 1 && n >= threads * ALONE && places >= threads * ALONE) {
         size_t shares = (n + TOGETHER - 1) / TOGETHER;
