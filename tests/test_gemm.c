@@ -140,6 +140,31 @@ START_TEST(test_few_rows) {
 }
 END_TEST
 
+/* Of one A, in turn with a packed B and with one whose product copies A: each finds what it put into its buffers. */
+START_TEST(test_few_rows_in_turn) {
+    enum { PRODUCTS = 6, ROWS = 9, DEPTH = 100, COLUMNS = 640 };
+    psoup_context *context = context_of(isas[_i], 1);
+    if (context == NULL)
+        return;
+    state = 13;
+    float *a = numbers(ROWS * DEPTH), *b = numbers(DEPTH * COLUMNS);
+    float *c = malloc(PRODUCTS * ROWS * COLUMNS * sizeof *c);
+    psoup__gemm_b *packed = NULL;
+    psoup__gemm_args g[PRODUCTS];
+    ck_assert_int_eq(psoup__gemm_pack(context, b, PSOUP_F32, DEPTH, COLUMNS, COLUMNS, 1, &packed, NULL), PSOUP_OK);
+    for (int i = 0; i < PRODUCTS; i++)
+        g[i] = (psoup__gemm_args){.m = ROWS, .n = COLUMNS, .k = DEPTH, .c = c + i * ROWS * COLUMNS, .c_stride = COLUMNS,
+                                  .a = a, .a_row = DEPTH, .a_col = 1, .alpha = 1, .b = b, .b_dtype = PSOUP_F32,
+                                  .b_row = COLUMNS, .b_col = 1, .packed = i % 2 ? NULL : packed};
+    psoup__gemm_each(context, g, PRODUCTS);
+    for (int i = 1; i < PRODUCTS; i++)
+        check_same(g[i].c, c, ROWS * COLUMNS, "the same product");
+    psoup__gemm_b_free(context, packed);
+    free(a), free(b), free(c);
+    psoup_context_free(context);
+}
+END_TEST
+
 START_TEST(test_nan) {
     psoup_context *context = context_of(isas[_i], 2);
     if (context == NULL)
@@ -228,6 +253,7 @@ int main(void) {
     tcase_add_loop_test(tcase, test_company, 0, variants);
     tcase_add_loop_test(tcase, test_columns, 0, variants);
     tcase_add_loop_test(tcase, test_few_rows, 0, variants);
+    tcase_add_loop_test(tcase, test_few_rows_in_turn, 0, variants);
     tcase_add_loop_test(tcase, test_nan, 0, variants);
     tcase_add_loop_test(tcase, test_f16, 0, variants);
     suite_add_tcase(suite, tcase);

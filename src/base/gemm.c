@@ -193,6 +193,7 @@ static void multiply_tile(const struct job *job, const struct chunk *chunk, size
         strip.a_first = k;
         strip.resume = args->accumulate || k > 0;
         if (job->copies_a) {
+            job->slot->worker[worker].turned = NULL; /* which lay there */
             job->kernel->pack_a(job->slot->a + worker * TILE_ROWS * DEPTH, a, &strip.a_step, args,
                                 i0, strip.rows, k, strip.depth);
             strip.a_first = 0;
