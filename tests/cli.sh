@@ -451,6 +451,9 @@ for bad in ', "mix_method": "sum"|mix_method' ', "adapters": {"P1A": "P1A"}, "mi
     sed -i "s|\\]  *}|] ${bad%|*}}|" feedback.json
     no 1 "${bad##*|}" feedback --config feedback.json
 done
+feedback left/f.jsonl ', "judge_patience": 0.2'
+sed -i 's|"judge": \[.*\]|"judge": ["sleep", "60"]|' feedback.json
+no 1 'judge sleep: silent for 0.2 seconds' feedback --config feedback.json
 for judge in '"none-such-judge"' '"/etc/passwd"' "\"$helpers/judge\", \"dies\"" '1' ''; do
     feedback left/f.jsonl
     sed -i "s|\"judge\": \\[.*\\]|\"judge\": [$judge]|" feedback.json
@@ -648,6 +651,37 @@ put bad.json "{\"model\": \"base\", $one, \"output\": \"left/p\", \"top_p\": 3}"
 no 1 '^psoup: bad.json: top_p is 3: expected more than 0, 1 at most$' ppo --config bad.json
 put bad.json "{\"model\": \"base\", $one, \"output\": \"left/p\", \"rank\": 0}"
 no 1 '^psoup: bad.json: rank is 0' ppo --config bad.json
+
+# ---- what is refused leaves nothing ----------------------------------------------------------------------
+for bad in '"batch_size": 0|batch_size' '"model": "none", "output": "left/p/q"|none' '"metrics": "none/m.jsonl"|none/m.jsonl' \
+    '"metrics": "left/m.jsonl", "samples": "none/s.jsonl", "samples_every": 1|none/s.jsonl' \
+    '"samples": "left/s.jsonl", "samples_every": 1, "checkpoint_dir": "sft.jsonl/x"|sft.jsonl' \
+    '"checkpoint_dir": "left/c/d", "metrics": "none/m.jsonl"|none/m.jsonl' '"resume": true, "run_dir": null|checkpoint_dir'; do
+    put bad.json "{\"model\": \"base\", $one, \"output\": \"left/p\", \"run_dir\": \"left/runs/a\", ${bad%|*}}"
+    case $bad in *'"model"'*) sed -i 's/"model": "base", //; s/"output": "left\/p", //' bad.json ;; *'"run_dir"'*) sed -i 's/"run_dir": "left\/runs\/a", //' bad.json ;; esac
+    no 1 "${bad##*|}" ppo --config bad.json
+done
+mkdir left/kept
+put bad.json "{\"model\": \"base\", $one, \"output\": \"left/kept/p\", \"run_dir\": \"left/kept/r\", \"batch_size\": 0}"
+"$psoup" ppo --config bad.json >out 2>err
+check "but what was there before" test "$(find left)" = "left
+left/kept"
+rmdir left/kept
+if test "$(id -u)" -ne 0; then
+    mkdir -m 500 closed
+    put bad.json "{\"model\": \"base\", $one, \"output\": \"closed/p\"}"
+    no 1 'bad.json: output: "closed/p" cannot be made in closed: Permission' ppo --config bad.json
+    put bad.json "{\"model\": \"base\", $one, \"output\": \"closed\"}"
+    no 1 'bad.json: output: "closed" cannot be made in closed: Permission' ppo --config bad.json
+fi
+# a run that ended before its first step is no run to protect
+ppo begun '{"name": "a", "reward": "rewards/P1A"}' ', "run_dir": "begun-run"'
+trains ppo --config ppo.json
+rm begun-run/checkpoints/checkpoint-000000002.*
+check "its checkpoint" test -e begun-run/checkpoints/checkpoint-000000000.safetensors.zst
+sed 's/0.001/0.002/' ppo.json >other.json
+trains ppo --config other.json
+no 1 'has checkpoints of an earlier run, up to step 2' ppo --config other.json
 
 # ---- ppo: a soup ----------------------------------------------------------------------------------
 parts='{"name": "easy", "reward": "rewards/P1A", "preference": "P1A"}, {"name": "deep", "reward": "rewards/P1B",

@@ -87,6 +87,9 @@ config told ', "reward_form": "told", "save_soups": true'
 trains run psoups --config run.json
 check "told: one reward for all policies" test "$(ls told/rewards told/policies | tr '\n' ' ')" = "told/policies: $symbols  told/rewards: told "
 check "delta: a soup of rank 6" grep -q '"r": 6' told/soups/ABA/adapter_config.json
+config said '' "$rows" "$(echo "$sizes" | sed 's/"ppo": {/"ppo": {"samples_every": 1, "samples_count": 1, /')"
+trains run rlhf --config run.json
+check "what the policy says, before, between and after" test "$(grep -c '"policy": "rlhf".*"response"' said/samples.jsonl)" -eq 3
 config each ', "reward_form": "each", "new_preferences": true' "$(echo "$rows" | sed 's/"P3B": "P3B.json"/"P3B": "P3B.json", "P3C": "P3A.json", "P3D": "P3B.json"/')"
 trains run pmorl --config run.json
 check "pmorl with a reward for each of eight" test "$(ls each/rewards | tr '\n' ' ')" = "$symbols P3C P3D "
@@ -107,6 +110,8 @@ no 1 'none.jsonl' judge --judge x --out left/d none.jsonl pp
 no 1 'psoups has 16 responses, .*AAA.jsonl 2' judge --judge x --out left/d psoups pp/responses/AAA.jsonl
 no 1 'row 1 answers other prompts or users' judge --judge x --out left/d psoups/responses/AAA.jsonl pp/responses/BBB.jsonl
 no 1 'judge' judge --judge none-such-judge --out left/d psoups pp
+no 1 'judge sleep: silent for 0.2 seconds' judge --judge sleep --judge 60 --patience 0.2 --out left/d psoups pp
+no 1 'patience of -1 seconds' judge --judge sleep --judge 60 --patience -1 --out left/d psoups pp
 # where duels cannot go is known before the judge is asked
 no 1 'left/no/d: cannot create' judge --judge "$helpers/judge" --judge dies --out left/no/d psoups pp
 put odd.jsonl '{"prompt": 1, "user": "A", "preferences": ["P9"], "instruction": "a", "completion": "b"}\n'

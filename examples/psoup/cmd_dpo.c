@@ -114,7 +114,7 @@ static psoup_status dpo(dpo_run *run, const char *config_path, const plan_option
     if (status == PSOUP_OK)
         status = run_open_ranks(run->model, run->tokenizer, run->device, run->dtype, run->threads, &m, error);
     if (status == PSOUP_OK)
-        status = run_check_output(run->output, config_path, error);
+        status = run_check_output(run->output, config_path, plan, error);
     if (status == PSOUP_OK)
         status = read_rows(m.context, run->data, &rows, error);
     if (status == PSOUP_OK)
@@ -182,7 +182,7 @@ int cmd_dpo(int argc, char **argv) {
     psoup_error error = {0};
     run.options.on_step = cli_training_step;
     run.options.user = &training;
-    psoup_status done = run_directory_open(&directory, sections, 4, &training, &error);
+    psoup_status done = run_directory_open(&directory, sections, 4, &c.plan, &training, &error);
     cli_training_begin(run.options.checkpoint_dir);
     if (done == PSOUP_OK)
         done = dpo(&run, c.path, &c.plan, &error);

@@ -77,7 +77,7 @@ static psoup_status ppo(ppo_state *s, psoup_error *error) {
     if (status == PSOUP_OK)
         status = run_open_ranks(run->model, run->tokenizer, run->device, run->dtype, run->threads, &s->m, error);
     if (status == PSOUP_OK)
-        status = run_check_output(run->output, s->config_path, error);
+        status = run_check_output(run->output, s->config_path, s->plan, error);
     if (status == PSOUP_OK)
         status = run->preferences ? psoup_preferences_load(s->m.context, run->preferences,
                                                            &s->preferences, error)
@@ -155,7 +155,7 @@ int cmd_ppo(int argc, char **argv) {
     s->plan = &c.plan;
     run.options.on_step = cli_training_step;
     run.options.user = &training;
-    psoup_status done = run_directory_open(&directory, sections, 4, &training, &error);
+    psoup_status done = run_directory_open(&directory, sections, 4, &c.plan, &training, &error);
     cli_training_begin(run.options.checkpoint_dir);
     if (done == PSOUP_OK)
         done = ppo(s, &error);

@@ -127,7 +127,7 @@ static psoup_status reward(reward_run *run, const char *config_path, const plan_
     if (status == PSOUP_OK)
         status = run_open_ranks(run->model, run->tokenizer, run->device, run->dtype, run->threads, &m, error);
     if (status == PSOUP_OK)
-        status = run_check_output(run->output, config_path, error);
+        status = run_check_output(run->output, config_path, plan, error);
     if (status == PSOUP_OK)
         status = read_rows(m.context, run->data, &rows, error);
     if (status == PSOUP_OK)
@@ -225,7 +225,7 @@ int cmd_reward(int argc, char **argv) {
     reward_result result = {0};
     run.options.on_step = cli_training_step;
     run.options.user = &training;
-    psoup_status done = run_directory_open(&directory, sections, 4, &training, &error);
+    psoup_status done = run_directory_open(&directory, sections, 4, &c.plan, &training, &error);
     cli_training_begin(run.options.checkpoint_dir);
     if (done == PSOUP_OK)
         done = reward(&run, c.path, &c.plan, &result, &error);

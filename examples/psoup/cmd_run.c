@@ -180,7 +180,7 @@ static psoup_status check_config(run *r, psoup_error *error) {
     if (c->max_prompt_tokens < 0)
         return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: max_prompt_tokens is %d, expected 0 or more", r->config_path,
                          c->max_prompt_tokens);
-    psoup_status status = run_check_output(c->output, r->config_path, error);
+    psoup_status status = run_check_output(c->output, r->config_path, r->plan, error);
     if (status == PSOUP_OK)
         status = adapter_config_finish(&c->lora, r->config_path, error);
     return status == PSOUP_OK ? adapter_config_finish(&c->reward_lora, r->config_path, error) : status;
@@ -377,10 +377,15 @@ static int run_command(run *r, int argc, char **argv) {
     r->plan = &c.plan;
     r->quiet = r->training.quiet = c.json;
     book.config = config_values(sections, keys, N);
+    made_place output = {0};
     cli_training_begin(r->c.output);
-    status = start(r, &book, &error) != PSOUP_OK ? config_fail(&c, &error)
-             : c.plan.only                       ? 0
-                                                 : run_print_output(r->c.output, c.json);
+    psoup_status done = place_note(&output, r->c.output, &error);
+    if (done == PSOUP_OK)
+        done = start(r, &book, &error);
+    status = done != PSOUP_OK ? config_fail(&c, &error)
+             : c.plan.only    ? 0
+                              : run_print_output(r->c.output, c.json);
+    place_leave(&output);
     run_close_book(&book);
     run_close(r);
     config_free(&c);

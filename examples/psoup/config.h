@@ -52,17 +52,29 @@ extern const psoup_field sampling_fields[];
 /* Everything but max_sequences, which is the session's. */
 void sampling_config_to(const sampling_config *from, psoup_sampling *to);
 
+/* A place that a run will make, and what was there before: what it leaves empty goes again, with the directories above
+ * that it made, so that a run that is refused leaves nothing. */
+typedef struct made_place {
+    char *path;   /* NULL: none */
+    size_t there; /* bytes of it that name what was there */
+} made_place;
+psoup_status place_note(made_place *place, const char *path, psoup_error *error); /* path may be NULL */
+void place_leave(made_place *place);
+
 /* A training's own directory, by the member "run_dir". */
 typedef struct run_directory {
     const char *path; /* NULL: none */
     char *made[3], *config, *config_path;
+    made_place places[5]; /* run_dir, metrics, samples, checkpoint_dir, output */
 } run_directory;
 extern const psoup_field run_dir_fields[];
-/* Makes it, and lets the members "metrics", "samples" and "checkpoint_dir" that are not set name what is in it. The
- * configuration is written with the first report: a run that is refused changes nothing. */
-psoup_status run_directory_open(run_directory *d, const config_section *sections, size_t n,
+/* Makes it, unless the run is only planned, and lets the members "metrics", "samples" and "checkpoint_dir" that are not
+ * set name what is in it. The configuration is written with the first report: a run that is refused changes nothing. */
+psoup_status run_directory_open(run_directory *d, const config_section *sections, size_t n, const plan_options *plan,
                                 cli_training *training, psoup_error *error);
 void run_directory_close(run_directory *d);
+/* Makes a directory and those above it. */
+psoup_status run_make_directory(const char *path, psoup_error *error);
 
 /* Texts to token rows, kept until freed together. */
 typedef struct token_pool {
@@ -98,9 +110,10 @@ psoup_status run_open(const char *model, const char *tokenizer, const char *devi
 psoup_status run_open_ranks(const char *model, const char *tokenizer, const char *device, const char *dtype,
                             int32_t threads, cli_model *out, psoup_error *error);
 int32_t run_end_token(const cli_model *m); /* the model's eos token; −1 when it has none */
-/* Whether "output" may become a directory: known before the training whose result it is for, and nothing is made. Of
- * several ranks the first writes it, and looks. */
-psoup_status run_check_output(const char *output, const char *config_path, psoup_error *error);
+/* Makes "output" a directory that can be written in: known before the training whose result it is for. Of several
+ * ranks the first writes it, and looks. Where the run is only planned it is not made. */
+psoup_status run_check_output(const char *output, const char *config_path, const plan_options *plan,
+                              psoup_error *error);
 /* What a finished run prints, of several ranks the first: where its results are. Returns the exit status. */
 int run_print_output(const char *output, bool json);
 

@@ -144,8 +144,6 @@ psoup_status run_policies_memory(run *r, psoup_memory *out, psoup_error *error);
 psoup_status run_responses_memory(run *r, psoup_memory *out, psoup_error *error);
 /* "OUTPUT/FOLDER/NAME"; free with free(). */
 char *run_path(const run *r, const char *folder, const char *name);
-/* Makes a directory and those above it. */
-psoup_status run_make_directory(const char *path, psoup_error *error);
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif

@@ -14,8 +14,7 @@ const psoup_field run_dir_fields[] = {
      "configuration as it was used. Members that name such a file or directory themselves go before."},
     {0}};
 
-/* Makes a directory and those above it. */
-static psoup_status make_path(const char *path, psoup_error *error) {
+psoup_status run_make_directory(const char *path, psoup_error *error) {
     char *part = strdup(path);
     struct stat info;
     if (!part)
@@ -28,39 +27,81 @@ static psoup_status make_path(const char *path, psoup_error *error) {
     free(part);
     if (mkdir(path, 0777) == 0 || (stat(path, &info) == 0 && S_ISDIR(info.st_mode)))
         return PSOUP_OK;
+    errno = errno == EEXIST ? ENOTDIR : errno; /* something else is there */
     return cli_error(error, PSOUP_ERROR_IO, "%s: cannot make it: %s", path, strerror(errno));
 }
 
-psoup_status run_check_output(const char *output, const char *config_path, psoup_error *error) {
+/* ---- what goes again ------------------------------------------------------------------------------- */
+
+psoup_status place_note(made_place *place, const char *path, psoup_error *error) {
     struct stat info;
+    *place = (made_place){0};
+    if (!path || !*path || launch_rank() > 0)
+        return PSOUP_OK;
+    if (!(place->path = strdup(path)))
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    place->there = strlen(path);
+    while (place->there > 0 && stat(place->path, &info) != 0) {
+        do
+            place->there--;
+        while (place->there > 0 && path[place->there] != '/');
+        place->path[place->there] = 0;
+    }
+    strcpy(place->path, path);
+    return PSOUP_OK;
+}
+
+void place_leave(made_place *place) {
+    struct stat info;
+    size_t n = place->path ? strlen(place->path) : 0;
+    if (n > place->there && stat(place->path, &info) == 0 && S_ISREG(info.st_mode) && info.st_size == 0)
+        unlink(place->path);
+    while (n > place->there) {
+        rmdir(place->path); /* fails where there is something in it */
+        do
+            n--;
+        while (n > place->there && place->path[n] != '/');
+        place->path[n] = 0;
+    }
+    free(place->path);
+    *place = (made_place){0};
+}
+
+psoup_status run_check_output(const char *output, const char *config_path, const plan_options *plan,
+                              psoup_error *error) {
+    made_place place;
     if (!*output)
         return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: output is empty: expected a directory", config_path);
-    if (launch_rank() > 0)
+    if (launch_rank() > 0 || plan->only)
         return PSOUP_OK;
-    char *part = strdup(output);
-    if (!part)
+    psoup_status status = place_note(&place, output, error);
+    char *probe = status == PSOUP_OK ? malloc(strlen(output) + sizeof "/.psoup-XXXXXX") : NULL;
+    if (!probe) {
+        place_leave(&place);
         return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    /* The nearest that is there: the directory itself, or one above it. */
-    const char *there = part;
-    while (there == part && stat(there, &info) != 0 && (errno == ENOENT || errno == ENOTDIR)) {
-        char *slash = strrchr(part, '/');
-        if (slash && slash != part)
-            *slash = 0;
-        else
-            there = slash ? "/" : ".";
     }
-    const char *why = NULL;
-    if (stat(there, &info) == 0 && !S_ISDIR(info.st_mode))
-        why = strerror(ENOTDIR);
-    else if (access(there, W_OK | X_OK) != 0)
-        why = strerror(errno);
-    psoup_status status = PSOUP_OK;
-    if (why)
-        status = cli_error(error, PSOUP_ERROR_IO, "%s: output: \"%s\" cannot be made in %s: %s", config_path, output,
-                           there, why);
-    free(part);
+    sprintf(probe, "%s/.psoup-XXXXXX", output);
+    psoup_error trouble;
+    int file = -1, why;
+    errno = 0;
+    if (run_make_directory(output, &trouble) == PSOUP_OK)
+        file = mkstemp(probe);
+    why = errno;
+    if (file >= 0) {
+        close(file);
+        unlink(probe);
+    } else {
+        size_t there = place.there;
+        place_leave(&place);
+        status = cli_error(error, PSOUP_ERROR_IO, "%s: output: \"%s\" cannot be made in %.*s: %s", config_path, output,
+                           there ? (int)there : 1, there ? output : *output == '/' ? "/" : ".", strerror(why));
+    }
+    free(place.path);
+    free(probe);
     return status;
 }
+
+/* ---- the directory --------------------------------------------------------------------------------- */
 
 /* The member of the sections' structs; NULL: none has it. */
 static void *member(const config_section *sections, size_t n, const char *name) {
@@ -83,15 +124,15 @@ static psoup_json *all_values(const config_section *sections, size_t n) {
     return all;
 }
 
-psoup_status run_directory_open(run_directory *d, const config_section *sections, size_t n,
+psoup_status run_directory_open(run_directory *d, const config_section *sections, size_t n, const plan_options *plan,
                                 cli_training *training, psoup_error *error) {
-    static const char *const members[] = {"metrics", "samples", "checkpoint_dir"};
+    static const char *const members[] = {"metrics", "samples", "checkpoint_dir", "output"};
     static const char *const names[] = {"metrics.jsonl", "samples.jsonl", "checkpoints"};
     const int32_t *samples = member(sections, n, "samples_every");
-    if (!d->path)
-        return PSOUP_OK;
-    psoup_status status = make_path(d->path, error);
-    for (int i = 0; status == PSOUP_OK && i < 3; i++) {
+    psoup_status status = place_note(&d->places[0], d->path, error);
+    if (status == PSOUP_OK && d->path && !plan->only)
+        status = run_make_directory(d->path, error);
+    for (int i = 0; d->path && status == PSOUP_OK && i < 3; i++) {
         const char **to = member(sections, n, members[i]);
         if (!to || *to || (i == 1 && *samples == 0))
             continue;
@@ -100,7 +141,11 @@ psoup_status run_directory_open(run_directory *d, const config_section *sections
             return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
         *to = d->made[i];
     }
-    if (status != PSOUP_OK)
+    for (int i = 0; status == PSOUP_OK && i < 4; i++) {
+        const char **to = member(sections, n, members[i]);
+        status = place_note(&d->places[i + 1], to ? *to : NULL, error);
+    }
+    if (status != PSOUP_OK || !d->path)
         return status;
     psoup_json *all = all_values(sections, n);
     char *text = psoup_json_text(all, 2);
@@ -118,8 +163,8 @@ psoup_status run_directory_open(run_directory *d, const config_section *sections
 }
 
 void run_directory_close(run_directory *d) {
-    if (d->path)
-        rmdir(d->path); /* where nothing came of the run it is empty */
+    for (int i = 4; i >= 0; i--)
+        place_leave(&d->places[i]);
     for (int i = 0; i < 3; i++)
         free(d->made[i]);
     free(d->config);

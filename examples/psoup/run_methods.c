@@ -28,21 +28,6 @@ char *run_path(const run *r, const char *folder, const char *name) {
     return path;
 }
 
-psoup_status run_make_directory(const char *path, psoup_error *error) {
-    char *part = strdup(path);
-    psoup_status status = part ? PSOUP_OK : no_memory(error);
-    for (size_t i = 1; status == PSOUP_OK && i <= strlen(path); i++) {
-        if (path[i] != '/' && path[i])
-            continue;
-        part[i] = 0;
-        if (mkdir(part, 0777) != 0 && errno != EEXIST)
-            status = cli_error(error, PSOUP_ERROR_IO, "%s: cannot make the directory: %s", part, strerror(errno));
-        part[i] = path[i];
-    }
-    free(part);
-    return status;
-}
-
 /* ---- adapters ------------------------------------------------------------------------------------ */
 
 psoup_status run_add_rewards(run *r, bool trained, psoup_error *error) {

@@ -438,7 +438,7 @@ static psoup_status start_files(psoup__checkpoint *c, psoup_error *error) {
     size_t n = 0;
     char *path = NULL;
     PSOUP__TRY(list(c, &steps, &n, error));
-    if (n == 0) {
+    if (n == 0 || (steps[0] == 0 && !c->resume)) { /* what no step was taken of is nothing to lose */
         PSOUP__TRY(save(c, 0, error));
     } else if (!c->resume) {
         status = psoup__fail(error, PSOUP_ERROR_STATE,
