@@ -6,8 +6,9 @@
 
 suite=cli
 docs=$(cd "$(dirname "$0")/../docs" && pwd)
+here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=tests/shell_case.sh
-. "$(dirname "$0")/shell_case.sh"
+. "$here/shell_case.sh"
 
 # near A B [D]: the numbers in "logprobs" of two files agree within D (1e-4), and there are some.
 near() {
@@ -31,6 +32,16 @@ check "no command: 2" test $? -eq 2
 ok --version
 check "version" has '^psoup [0-9]'
 ok --help
+check "help shows the way" test "$(sed -n '/^The way/,/^$/p' out | grep -c '^  psoup\|^psoup dpo')" -eq 7
+cp out help
+ok help
+check "help, as --help" cmp -s help out
+ok -h
+check "-h, as --help" cmp -s help out
+ok help merge
+check "help of one" has '^Usage: psoup merge'
+no 2 'unknown command "soup"' help soup
+cp help out
 commands="info tokenize generate score feedback sft reward dpo ppo run plot merge inspect judge winrate"
 for c in $commands; do check "help lists $c" has "^  $c "; done
 for c in $commands; do
@@ -855,6 +866,33 @@ for bad in '{"prompt": 1, "criteria": {"P1A": "maybe"}}|:1: criterion "P1A"' '{"
 done
 no 1 'none.jsonl' winrate none.jsonl
 no 1 'empty.jsonl: no duels in it' winrate empty.jsonl
+
+# ---- the README, as it is printed, in order ---------------------------------------------------------
+mkdir readme
+cp -r base readme
+cp instructions.jsonl readme
+put readme/users.jsonl '{"prompt": "Why?", "mix": {"P1A": 0.7, "P3A": 0.3}}\n'
+printf 'merge_method: linear\nmodels: [{model: base, parameters: {weight: 1}}]\n' >readme/recipe.yaml
+printf '#!/bin/sh\nexec "%s" first\n' "$helpers/judge" >readme/judge.py
+chmod +x readme/judge.py
+readme=$here/../README.md
+small='"rank": 2, "learning_rate": 0.01'
+tiny='"batch_size": 4, "steps": 1, "max_new_tokens": 6'
+# its configurations, with sizes for a tiny model
+sed -n '/^```json/,/^```$/p' "$readme" | grep -v '^```' | awk -v RS='' '{ n = split($0, all, "\n{"); for (i = 1; i <= n; i++)
+    print (i > 1 ? "{" : "") all[i] >"readme/" i ".json" }'
+sed 's/^{/{"max_new_tokens": 6, /' readme/1.json >readme/feedback.json
+sed "s/^{/{$small, /" readme/2.json >readme/reward.json
+sed "s/^{/{\"rank\": 2, $tiny, /" readme/3.json >readme/ppo.json
+sed 's/"rewards"/"direct"/' readme/reward.json >readme/dpo.json
+run='"model": "base", "prompts": "instructions.jsonl", "evaluation": "instructions.jsonl", "generate": {"max_new_tokens": 6, "min_new_tokens": 0}'
+put readme/run.json "{\"output\": \"pp\", $run}"
+put readme/all.json "{\"output\": \"psoups\", \"rewards\": \"rewards\", $run, \"ppo\": {$tiny}}"
+sed -n '/^## The program/,/^## The library/s/^    \( *psoup\| *--\| *#\)/\1/p' "$readme" >readme/commands
+check "the README has commands" test "$(grep -c '^psoup' readme/commands)" -ge 18
+(cd readme && PATH=$(dirname "$psoup"):$PATH sh -ex commands) >out 2>err
+check "the README's commands run" test $? -eq 0
+check "to the last" has '^aggregate  *100.0 %'
 
 # ---- another device -------------------------------------------------------------------------------
 # The same command lines on a GPU, or on the host driver where the tests' build has one.

@@ -109,6 +109,8 @@ no 2 'expected --judge' judge --out left/d psoups pp
 no 1 'none.jsonl' judge --judge x --out left/d none.jsonl pp
 no 1 'psoups has 16 responses, .*AAA.jsonl 2' judge --judge x --out left/d psoups pp/responses/AAA.jsonl
 no 1 'row 1 answers other prompts or users' judge --judge x --out left/d psoups/responses/AAA.jsonl pp/responses/BBB.jsonl
+no 1 'left: has no responses/: expected a directory of psoup run' judge --judge x --out left/d left pp
+no 2 'unexpected "--join"' run psoups --config run.json --join
 no 1 'judge' judge --judge none-such-judge --out left/d psoups pp
 no 1 'judge sleep: silent for 0.2 seconds' judge --judge sleep --judge 60 --patience 0.2 --out left/d psoups pp
 no 1 'patience of -1 seconds' judge --judge sleep --judge 60 --patience -1 --out left/d psoups pp

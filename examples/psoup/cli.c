@@ -88,7 +88,10 @@ static void print_help(const cli_option *options, const char *about) {
         char left[64];
         snprintf(left, sizeof left, "%s%s%s", o->name, o->value ? " " : "",
                  o->value ? o->value : "");
-        printf("  %-28s %s%s\n", left, o->help, o->kind == CLI_LIST ? " (may be repeated)" : "");
+        int width = 28; /* columns; in bytes what goes on a character takes more */
+        for (const char *c = left; *c; c++)
+            width += ((unsigned char)*c & 0xC0) == 0x80;
+        printf("  %-*s %s%s\n", width, left, o->help, o->kind == CLI_LIST ? " (may be repeated)" : "");
     }
     printf("  %-28s %s\n", "--help", "this text");
 }

@@ -3,7 +3,7 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
+#include <sys/stat.h>
 
 enum { MOST_WORDS = 63, MOST_MEMBERS = 16 };
 
@@ -50,7 +50,11 @@ static psoup_status read_side(psoup_context *context, const psoup_preferences *p
     psoup_status status = directory ? PSOUP_OK : no_memory(error);
     if (!(*rows = psoup_json_new_array()))
         status = no_memory(error);
-    bool is_run = directory && access(directory, F_OK) == 0;
+    struct stat info;
+    bool is_run = directory && stat(directory, &info) == 0;
+    if (status == PSOUP_OK && !is_run && stat(path, &info) == 0 && S_ISDIR(info.st_mode))
+        status = cli_error(error, PSOUP_ERROR_FORMAT,
+                           "%s: has no responses/: expected a directory of psoup run, or a file of its responses", path);
     if (status == PSOUP_OK && !is_run)
         status = append_file(context, path, *rows, error);
     for (size_t u = 0; status == PSOUP_OK && is_run && u < psoup_users_count(preferences); u++) {

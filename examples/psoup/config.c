@@ -44,11 +44,15 @@ static void print_config_help(const char *about, const config_section *sections,
         puts("  --plan            say what memory it will take, and stop\n"
              "  --memory-limit SIZE\n"
              "                    refuse to begin where it needs more, as 24G or 512M; without it, more than is\n"
-             "                    free, in the GPU or in the machine\n"
-             "  --resume          go on from the newest checkpoint in \"checkpoint_dir\", if there is one.\n"
+             "                    free, in the GPU or in the machine");
+    if (member_of(sections, n, "checkpoint_dir"))
+        puts("  --resume          go on from the newest checkpoint in \"checkpoint_dir\", if there is one.\n"
              "                    With a \"checkpoint_dir\" SIGTERM and SIGINT end the run after its step,\n"
              "                    with a checkpoint and status 0");
-    if (member_of(sections, n, "join"))
+    else if (member_of(sections, n, "resume"))
+        puts("  --resume          go on with the run in \"output\", skipping what is finished. SIGTERM and SIGINT\n"
+             "                    end it after its step, with a checkpoint and status 0");
+    if (!keys && member_of(sections, n, "join"))
         puts("  --join            the same, and policies at the end of the list that the checkpoint has not\n"
              "                    yet begin: a finished run takes in another, and trains it alone");
     puts("  --help            this text");
@@ -108,7 +112,7 @@ bool config_read_parts(int argc, char **argv, const char *about, const config_se
                        const char *const *keys, size_t n, config *out, int *status) {
     psoup_error error = {0};
     bool print = false, resumes = false, joins = false;
-    int32_t *resume = member_of(sections, n, "resume"), *joined = member_of(sections, n, "join");
+    int32_t *resume = member_of(sections, n, "resume"), *joined = keys ? NULL : member_of(sections, n, "join");
     *out = (config){0};
     *status = 2;
     for (int i = 1; i < argc; i++) {

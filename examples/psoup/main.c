@@ -21,9 +21,21 @@ static const command commands[] = {
     {"winrate", cmd_winrate, "win rates with intervals from judged duels"},
 };
 
+/* What leads from a base to personal answers. */
+static const char path[] =
+    "The way from a base to personal answers:\n"
+    "  psoup COMMAND --print-config >COMMAND.json    begins a configuration; fill in what is required\n"
+    "  psoup feedback --config feedback.json         samples answers and asks a judge: comparisons\n"
+    "  psoup reward --config reward.json             trains a reward model for each preference\n"
+    "  psoup ppo --config ppo.json                   trains a policy for each, side by side\n"
+    "  psoup generate --model base --adapter P1A=policies/P1A --adapter P3A=policies/P3A \\\n"
+    "                 --mix P1A=0.5,P3A=0.5 --prompt \"Why is the sky blue?\"    answers one user\n"
+    "  psoup merge --base base --out mine policies/P1A=0.5 policies/P3A=0.5    makes it one model\n"
+    "psoup dpo needs no reward models; psoup run does all of it, as the paper did, from one file.\n";
+
 static void usage(FILE *to) {
     fprintf(to, "psoup %s: personal language models from one base\n\n", psoup_version());
-    fputs("Usage: psoup COMMAND [OPTIONS]\n\nCommands:\n", to);
+    fprintf(to, "Usage: psoup COMMAND [OPTIONS]\n\n%s\nCommands:\n", path);
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
         fprintf(to, "  %-10s %s\n", commands[i].name, commands[i].summary);
     fputs(
@@ -31,6 +43,13 @@ static void usage(FILE *to) {
         "error;\nthe exit status is 0, or 1 when the work failed, or 2 when the command line is "
         "wrong.\n",
         to);
+}
+
+static const command *command_named(const char *name) {
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        if (!strcmp(name, commands[i].name))
+            return &commands[i];
+    return NULL;
 }
 
 /* Output that could not be written is a failure too: a full disk, a closed pipe. */
@@ -45,16 +64,20 @@ int main(int argc, char **argv) {
         usage(stderr);
         return 2;
     }
-    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "help")) {
+    char *help[] = {argc > 2 ? argv[2] : NULL, (char[]){"--help"}, NULL};
+    bool asked = !strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help");
+    const command *named = command_named(asked && argc > 2 ? argv[2] : argv[1]);
+    if (asked && argc > 2 && named) /* psoup help COMMAND */
+        return finish(named->run(2, help));
+    if (asked && argc == 2) {
         usage(stdout);
-        return 0;
+        return finish(0);
     }
     if (!strcmp(argv[1], "--version")) {
         printf("psoup %s\n", psoup_version());
         return 0;
     }
-    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
-        if (!strcmp(argv[1], commands[i].name))
-            return launch_end(finish(commands[i].run(argc - 1, argv + 1)));
-    return cli_complain("unknown command \"%s\" (see psoup --help)", argv[1]);
+    if (named && !asked)
+        return launch_end(finish(named->run(argc - 1, argv + 1)));
+    return cli_complain("unknown command \"%s\" (see psoup --help)", argv[asked ? 2 : 1]);
 }
