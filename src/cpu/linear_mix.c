@@ -262,7 +262,8 @@ typedef struct each_job {
     int32_t rows;
 } each_job;
 
-static void each_task(const each_job *job, size_t task) {
+static void each_task(void *arg, size_t task, int worker) {
+    const each_job *job = arg;
     const psoup__linear *l = &job->each[task];
     if (l->lora)
         lora_forward(job->context, l->y, l->u, job->x, l->w, l->lora, job->mix, job->rows);
@@ -275,7 +276,7 @@ static void linear_mix_each(psoup__backend *be, const psoup__linear *each, int32
     const psoup__mix none = {0};
     enum { MOST = 8 };
     psoup__gemm_args products[MOST] = {0};
-    const each_job job = {be->context, each, x, mix, rows};
+    each_job job = {be->context, each, x, mix, rows};
     bool together = rows <= ROW_TILE && n <= MOST && !mix->factors, adapted = false;
     for (int32_t i = 0; i < n; i++)
         together &= !each[i].bias, adapted |= each[i].lora && mix->n > 0;
@@ -287,8 +288,8 @@ static void linear_mix_each(psoup__backend *be, const psoup__linear *each, int32
                        each[i].lora ? mix : &none, rows);
     if (together)
         psoup__gemm_each(be->context, products, (size_t)n);
-    for (int32_t i = 0; i < n && together && adapted; i++)
-        each_task(&job, (size_t)i);
+    if (together && adapted)
+        psoup__parallel(be->context, (size_t)n, each_task, &job);
 }
 
 /* ---- backward ----------------------------------------------------------------------------------------- */
