@@ -23,8 +23,8 @@ typedef struct psoup__weight {
     const void *data;        /* [out, in], or the blocks' codes, with: */
     const float *scales;     /* theirs, or NULL, and: */
     psoup_dtype values;      /* F32, F16, BF16: a device multiplies with values rounded to it, the CPU in f32 */
-    psoup__gemm_b *forward;  /* packed for x·Wᵀ by weight_pack, or NULL */
-    psoup__gemm_b *backward; /* packed for dy·W by weight_pack, or NULL */
+    psoup__gemm_b *forward;  /* packed for x·Wᵀ by weights_pack, or NULL */
+    psoup__gemm_b *backward; /* packed for dy·W by weights_pack, or NULL */
 } psoup__weight;
 
 /* The dtype that a device takes products with a weight in. */
@@ -172,10 +172,10 @@ typedef struct psoup__ops {
     void (*record)(psoup__backend *be);
     psoup_status (*replay)(psoup__backend *be, int32_t times, psoup_error *error);
 
-    /* Packs a frozen weight once for `forward` (x·Wᵀ) and, when asked, `backward` (dy·W). Not an op
-     * in the sense above: it allocates. unpack frees both. */
-    psoup_status (*weight_pack)(psoup__backend *be, psoup__weight *weight, bool backward,
-                                psoup_error *error);
+    /* Packs frozen weights once for `forward` (x·Wᵀ) and, when asked, `backward` (dy·W), each where it is not.
+     * Not an op in the sense above: it allocates. unpack frees both. */
+    psoup_status (*weights_pack)(psoup__backend *be, psoup__weight *const *weights /* [n] */, int32_t n,
+                                 bool backward, psoup_error *error);
     void (*weight_unpack)(psoup__backend *be, psoup__weight *weight);
     /* Bytes that packing takes, for `forward` or for `backward`. */
     size_t (*packed_bytes)(psoup__backend *be, const psoup__weight *weight);

@@ -99,7 +99,7 @@ START_TEST(forward_matches) {
             float *y = poisoned(n), *u = poisoned(s.u_size);
             double *y_want = doubles(n), *u_want = doubles(s.u_size);
             if (packed)
-                ck_assert(m.ops->weight_pack(m.be, &s.base, true, NULL) == PSOUP_OK);
+                ck_assert(m.ops->weights_pack(m.be, &(psoup__weight *){&s.base}, 1, true, NULL) == PSOUP_OK);
             m.ops->linear_mix(m.be, y, u, s.x, s.x_lora, &s.base, s.bias, s.lora, &s.mix, s.rows);
             reference(&s, y_want, u_want);
             near("y", y, y_want, n, 3e-6);
@@ -304,7 +304,7 @@ START_TEST(several_at_once_are_each) {
                     s[k].lora[i].rank = i == 1 ? 0 : 3, s[k].lora[i].scale = 2;
                 s[k].mix.factors = factors ? apart : NULL;
                 if (packed)
-                    ck_assert(m.ops->weight_pack(m.be, &s[k].base, false, NULL) == PSOUP_OK);
+                    ck_assert(m.ops->weights_pack(m.be, &(psoup__weight *){&s[k].base}, 1, false, NULL) == PSOUP_OK);
                 y[k] = poisoned((size_t)(batches[c] * outs[k]));
                 u[k] = poisoned((size_t)batches[c] * ADAPTERS * RANKS_MAX);
                 each[k] = (psoup__linear){poisoned((size_t)(batches[c] * outs[k])),

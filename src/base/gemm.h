@@ -80,7 +80,7 @@ typedef struct psoup__gemm_slot {
     float *b;                   /* [b_size] panels */
     size_t b_size;
     float *a;     /* [workers, PSOUP__GEMM_ROWS · PSOUP__GEMM_DEPTH] blocks */
-    float *panel; /* [workers, PSOUP__GEMM_DEPTH · columns] one panel of a packed 16-bit B, or of one in blocks, as f32 */
+    float *panel; /* [workers, PSOUP__GEMM_DEPTH · columns] one panel of a packed 16-bit B, or one in blocks, as f32 */
 } psoup__gemm_slot;
 
 /* A free slot, the wide one only where it is asked for and free. Waits when all are taken; who has

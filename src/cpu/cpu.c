@@ -61,29 +61,43 @@ static void cpu_weight_unpack(psoup__backend *be, psoup__weight *weight) {
     weight->forward = weight->backward = NULL;
 }
 
-static psoup_status cpu_weight_pack(psoup__backend *be, psoup__weight *weight, bool backward,
-                                    psoup_error *error) {
-    psoup_status status;
-    cpu_weight_unpack(be, weight);
-    if (psoup__dtype_is_blocks(weight->dtype)) /* a few bits a value only while there is no copy */
-        return PSOUP_OK;
-    PSOUP__TRY(psoup__gemm_pack(be->context, weight->data, weight->dtype, weight->in, weight->out, 1,
-                                weight->in, &weight->forward, error));
-    if (backward)
-        PSOUP__TRY(psoup__gemm_pack(be->context, weight->data, weight->dtype, weight->out,
-                                    weight->in, weight->in, 1, &weight->backward, error));
-    return PSOUP_OK;
-fail:
-    cpu_weight_unpack(be, weight);
-    return status;
-}
-
 static size_t cpu_packed_bytes(psoup__backend *be, const psoup__weight *weight) {
     if (psoup__dtype_is_blocks(weight->dtype))
         return 0;
     size_t forward = psoup__gemm_pack_bytes(be->context, weight->dtype, weight->in, weight->out);
     size_t backward = psoup__gemm_pack_bytes(be->context, weight->dtype, weight->out, weight->in);
     return forward > backward ? forward : backward;
+}
+
+/* One direction of a weight, unless it is there. One in blocks takes a few bits a value only while there is no copy. */
+static psoup_status pack(psoup__backend *be, psoup__gemm_room *room, psoup__weight *w, bool backward,
+                         psoup_error *error) {
+    if (psoup__dtype_is_blocks(w->dtype) || (backward ? w->backward : w->forward))
+        return PSOUP_OK;
+    if (backward)
+        return psoup__gemm_pack_in(be->context, room, w->data, w->dtype, w->out, w->in, w->in, 1, &w->backward, error);
+    return psoup__gemm_pack_in(be->context, room, w->data, w->dtype, w->in, w->out, 1, w->in, &w->forward, error);
+}
+
+static psoup_status cpu_weights_pack(psoup__backend *be, psoup__weight *const *weights, int32_t n, bool backward,
+                                     psoup_error *error) {
+    psoup__gemm_room *room = NULL;
+    psoup_status status = PSOUP_OK;
+    size_t bytes = 0;
+    for (int32_t i = 0; i < n; i++) {
+        const int missing = !weights[i]->forward + (backward && !weights[i]->backward);
+        bytes += (size_t)missing * cpu_packed_bytes(be, weights[i]);
+    }
+    PSOUP__TRY(psoup__gemm_room_create(be->context, bytes, &room, error));
+    for (int32_t i = 0; i < n; i++)
+        PSOUP__TRY(pack(be, room, weights[i], false, error));
+    for (int32_t i = 0; i < n && backward; i++)
+        PSOUP__TRY(pack(be, room, weights[i], true, error));
+fail:
+    for (int32_t i = 0; i < n && status != PSOUP_OK; i++)
+        cpu_weight_unpack(be, weights[i]);
+    psoup__gemm_room_drop(be->context, room);
+    return status;
 }
 
 #define FILL(ops, variant)                                                                         \
@@ -113,7 +127,7 @@ psoup_status psoup__cpu_create(psoup_context *context, psoup__backend **out, pso
     ops->read = cpu_read;
     ops->copy = cpu_copy;
     ops->zero = cpu_zero;
-    ops->weight_pack = cpu_weight_pack;
+    ops->weights_pack = cpu_weights_pack;
     ops->weight_unpack = cpu_weight_unpack;
     ops->packed_bytes = cpu_packed_bytes;
     ops->reserve = cpu_reserve;

@@ -259,9 +259,12 @@ static psoup_dtype gpu_cache(psoup__backend *be, psoup_dtype weights) {
 }
 
 /* A weight is multiplied as it lies in the device's memory, or by way of the room for one. */
-static psoup_status gpu_weight_pack(psoup__backend *be, psoup__weight *weight, bool backward,
-                                    psoup_error *error) {
-    return psoup__gpu_reserve_matrix(psoup__gpu_of(be), weight, error);
+static psoup_status gpu_weights_pack(psoup__backend *be, psoup__weight *const *weights, int32_t n, bool backward,
+                                     psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    for (int32_t i = 0; i < n && status == PSOUP_OK; i++)
+        status = psoup__gpu_reserve_matrix(psoup__gpu_of(be), weights[i], error);
+    return status;
 }
 
 static void gpu_weight_unpack(psoup__backend *be, psoup__weight *weight) {
@@ -289,7 +292,7 @@ static void fill(psoup__ops *ops) {
     ops->reserve = gpu_reserve;
     ops->reserved_bytes = gpu_reserved_bytes;
     ops->cache = gpu_cache;
-    ops->weight_pack = gpu_weight_pack;
+    ops->weights_pack = gpu_weights_pack;
     ops->weight_unpack = gpu_weight_unpack;
     ops->packed_bytes = gpu_packed_bytes;
     psoup__gpu_fill_layer(ops);

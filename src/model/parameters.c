@@ -257,19 +257,6 @@ void psoup__parameter_write(psoup_model *model, const psoup__parameter *p, size_
     ops->write(model->be, to, scratch, n * item);
 }
 
-psoup_status psoup__model_pack(psoup_model *model, bool backward, psoup_error *error) {
-    const psoup__ops *ops = model->be->ops;
-    psoup_status status = ops->weight_pack(model->be, &model->lm_head, backward, error);
-    for (psoup__parameter p = {.next = 0}; status == PSOUP_OK && psoup__model_next(model, &p);)
-        if (p.weight && p.weight != &model->embed && p.weight != &model->lm_head)
-            status = ops->weight_pack(model->be, p.weight, backward, error);
-    if (status == PSOUP_OK && backward)
-        model->backward_packed = true;
-    return status;
-}
-
-/* ---- training the base ----------------------------------------------------------------------- */
-
 static void unpack(psoup_model *model) {
     model->be->ops->weight_unpack(model->be, &model->lm_head);
     for (psoup__parameter p = {.next = 0}; psoup__model_next(model, &p);)
@@ -277,6 +264,28 @@ static void unpack(psoup_model *model) {
             model->be->ops->weight_unpack(model->be, p.weight);
     model->backward_packed = false;
 }
+
+psoup_status psoup__model_pack(psoup_model *model, bool backward, psoup_error *error) {
+    psoup_context *context = model->context;
+    const size_t most = (size_t)model->config.num_hidden_layers * PSOUP__LINEARS + 1;
+    psoup__weight **weights = psoup__alloc(context, most, sizeof *weights, error);
+    int32_t n = 0;
+    if (!weights)
+        return PSOUP_ERROR_MEMORY;
+    if (!backward) /* else what is packed stays */
+        unpack(model);
+    for (psoup__parameter p = {.next = 0}; psoup__model_next(model, &p);)
+        if (p.weight && p.weight != &model->embed && p.weight != &model->lm_head)
+            weights[n++] = p.weight;
+    weights[n++] = &model->lm_head;
+    psoup_status status = model->be->ops->weights_pack(model->be, weights, n, backward, error);
+    if (status == PSOUP_OK && backward)
+        model->backward_packed = true;
+    psoup__free(context, weights);
+    return status;
+}
+
+/* ---- training the base ----------------------------------------------------------------------- */
 
 static psoup_status thaw(psoup_model *model, float *piece, void *scratch, psoup_error *error) {
     const psoup__ops *ops = model->be->ops;

@@ -90,7 +90,7 @@ static void bench_linear(bench *b, int32_t rows, int32_t in, int32_t out, sharin
         psoup__weight weighed = {.dtype = blocks ? blocks : PSOUP_BF16, .out = out, .in = in, .values = PSOUP_BF16};
         c.item[SCALES].n = scales;
         c.item[SCALES + 1].n = 0;
-        if (b->ops->weight_pack(b->be, &weighed, false, &error) != PSOUP_OK) {
+        if (b->ops->weights_pack(b->be, &(psoup__weight *){&weighed}, 1, false, &error) != PSOUP_OK) {
             fprintf(stderr, "checkops: %s\n", error.message);
             exit(2);
         }

@@ -98,7 +98,7 @@ static void make_blocks(checker *c, layer *l, psoup_dtype dtype) {
     l->w.values = dtype;
     l->w.data = block(c, codes, bytes);
     l->w.scales = block(c, scales, count * sizeof *scales);
-    expect_true(c, "packed", c->ops->weight_pack(c->be, &l->w, true, &error) == PSOUP_OK);
+    expect_true(c, "packed", c->ops->weights_pack(c->be, &(psoup__weight *){&l->w}, 1, true, &error) == PSOUP_OK);
     free(codes), free(scales), free(narrow);
 }
 

@@ -332,7 +332,7 @@ def linear_mix(rows, n_in, n_out, ranks, dtype, apart, bias):
     size = max(sum(len(u) * r for u, r in zip(uses, ranks)), 1)
     weight, y, u, du = Weight(code, n_out, n_in, w.address), blank(rows, n_out), blank(size), blank(size)
     error = _abi.psoup_error()
-    ops.need(ops.weight_pack(weight, True, error), error)
+    ops.need(ops.weights_pack(ctypes.addressof(ctypes.c_void_p(ctypes.addressof(weight))), 1, True, error), error)
     ops.linear_mix(y, u, x, xs, weight, b, ctypes.addressof(loras), mix, rows)
     xl, wl, ml = leaf(x), leaf(w), leaf(weights)
     sl, bl, fl = leaf(xs) if apart else xl, leaf(b) if bias else None, [(leaf(f[0]), leaf(f[1])) for f in factors]
