@@ -6,8 +6,11 @@
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <signal.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -21,7 +24,7 @@ typedef struct left {
     float weights[MOST_WEIGHTS];
     size_t n_tokens;
     int32_t tokens[4096];
-    double numbers[64];
+    double numbers[512];
 } left;
 
 static left *results; /* [MOST_RANKS] */
@@ -126,6 +129,26 @@ static inline void same_in_all(int world, const left *expected, const float *fro
     }
     ck_assert_msg(moved > 0.0 && sqrt(off) <= tolerance * sqrt(moved), "%d ranks end %.3g away, of %.3g", world,
                   sqrt(off), sqrt(moved));
+}
+
+/* From now on this process can write nothing more to a file, as on a full disk. */
+static inline void fill_disk(const char *path) {
+    struct stat info;
+    struct rlimit limit;
+    ck_assert(stat(path, &info) == 0 && getrlimit(RLIMIT_FSIZE, &limit) == 0);
+    limit.rlim_cur = (rlim_t)info.st_size;
+    signal(SIGXFSZ, SIG_IGN);
+    ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
+}
+
+/* All ranks ended because rank 0 could not write the file. */
+static inline void all_know_of_the_disk(int world, const char *path) {
+    for (int rank = 0; rank < world; rank++) {
+        const left *l = &results[rank];
+        ck_assert_msg(l->status == PSOUP_ERROR_IO && strstr(l->message, path) && strstr(l->message, "cannot write"),
+                      "rank %d: %s: %s", rank, psoup_status_name(l->status), l->message);
+        ck_assert_int_eq(strncmp(l->message, "rank 0: ", 8) == 0, rank > 0);
+    }
 }
 
 #endif

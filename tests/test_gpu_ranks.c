@@ -161,6 +161,31 @@ START_TEST(what_it_needs) {
 }
 END_TEST
 
+/* Rank 1 has a context of the CPU: nobody begins, all return its status, and the line is as good as before. */
+static void without_a_gpu(const psoup_comm *line, void *arg) {
+    psoup_context *gpu = line->rank == 1 ? NULL : gpu_context();
+    psoup_comm *comm;
+    double one = 1.0;
+    (void)arg;
+    leave(line->rank, psoup_comm_nccl_create(gpu ? gpu : context, line, &comm, &error));
+    ck_assert_ptr_null(comm);
+    OK(line->sum(line->user, &one, 1, PSOUP_F64, &error));
+    ck_assert_double_eq(one, line->world);
+    psoup_context_free(gpu);
+}
+
+START_TEST(one_that_cannot_begin_keeps_nobody_waiting) {
+    share_results();
+    in_ranks(3, without_a_gpu, NULL, NULL);
+    for (int rank = 0; rank < 3; rank++) {
+        ck_assert_int_eq(results[rank].status, PSOUP_ERROR_ARGUMENT);
+        ck_assert_msg(strstr(results[rank].message, rank == 1 ? "the context is the CPU's"
+                                                              : "1 of 3 ranks cannot begin with NCCL: ") != NULL,
+                      "rank %d: %s", rank, results[rank].message);
+    }
+}
+END_TEST
+
 /* ---- what goes wrong --------------------------------------------------------------------------------------- */
 
 /* NCCL notices that a rank is gone, or does not: then the line beside it does. */
@@ -206,6 +231,7 @@ int main(void) {
     tcase_add_test(c, sums_in_device_memory);
     tcase_add_test(c, the_same_by_nccl_and_through_the_host);
     tcase_add_test(c, what_it_needs);
+    tcase_add_test(c, one_that_cannot_begin_keeps_nobody_waiting);
     tcase_add_test(c, a_dead_rank_is_named);
     tcase_add_test(c, a_failed_call_ends_all);
     suite_add_tcase(suite, c);

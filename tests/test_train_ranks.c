@@ -3,8 +3,6 @@
 #include "ranks_case.h"
 #include "resume_case.h"
 
-#include <signal.h>
-
 enum { ROWS = 23, LEARNERS = 2 };
 
 static int32_t words[ROWS][16];
@@ -14,6 +12,8 @@ static psoup_dpo_pair pairs[ROWS];
 static float rate, start[MOST_WEIGHTS]; /* the learning rate; the weights before */
 static const char *kept; /* where a run is kept; NULL: nowhere */
 static int resumes, dies_at; /* dies_at: rank 1, in its report of this step; 0: it does not */
+static const char *metrics;   /* rank 0's file; NULL: none */
+static int full_at, stops_at; /* the disk is full after P's report of this step; rank 1 stops there; 0: never */
 
 /* Rows of 4 to 14 tokens, for one learner more than for the other. */
 static void make_rows(void) {
@@ -45,7 +45,9 @@ static int keep_numbers(void *user, const psoup_step *step) {
     for (size_t i = 0; i < step->n && i < 8; i++, at++)
         l->numbers[at + (strcmp(step->phase, "validation") == 0 ? 16 : 0) +
                    (strcmp(step->subject, "Q") == 0 ? 32 : 0)] = step->values[i];
-    return 0;
+    if (l == &results[0] && full_at == step->step && strcmp(step->subject, "P") == 0)
+        fill_disk(metrics);
+    return l == &results[1] && stops_at == step->step && strcmp(step->subject, "P") == 0;
 }
 
 /* ---- the trainers ------------------------------------------------------------------------------------- */
@@ -65,6 +67,7 @@ static void train_sft(const psoup_comm *comm, void *arg) {
     o.on_step = keep_numbers;
     o.user = &results[rank];
     o.comm = comm;
+    o.metrics = metrics;
     o.checkpoint_dir = kept;
     o.checkpoint_every = 0; /* before the first step and after the last, and when somebody dies */
     o.resume = resumes;
@@ -101,6 +104,7 @@ static void train_rewards(const psoup_comm *comm, void *arg) {
     o.on_step = keep_numbers;
     o.user = &results[rank];
     o.comm = comm;
+    o.metrics = metrics;
     o.checkpoint_dir = kept;
     o.checkpoint_every = 0; /* before the first step and after the last, and when somebody dies */
     o.resume = resumes;
@@ -125,6 +129,7 @@ static void train_dpo(const psoup_comm *comm, void *arg) {
     o.on_step = keep_numbers;
     o.user = &results[rank];
     o.comm = comm;
+    o.metrics = metrics;
     o.checkpoint_dir = kept;
     o.checkpoint_every = 0; /* before the first step and after the last, and when somebody dies */
     o.resume = resumes;
@@ -199,6 +204,32 @@ END_TEST
 START_TEST(dpo_survives) { survives(train_dpo, NULL, 1 + _i); }
 END_TEST
 
+/* ---- when rank 0 cannot write -------------------------------------------------------------------------- */
+
+/* A line of metrics, while rank 1 says stop: with the same line, or with one before, of another learner. */
+static void ends_alike(rank_fn train, const char *arg, int full, int stops) {
+    run r;
+    share_results();
+    run_begin(&r);
+    rate = 1e-2f;
+    metrics = r.metrics;
+    kept = r.checkpoints;
+    full_at = full;
+    stops_at = stops;
+    in_ranks(3, train, (void *)arg, NULL);
+    all_know_of_the_disk(3, r.metrics);
+    full_at = stops_at = 0;
+    metrics = kept = NULL;
+    run_end(&r);
+}
+
+START_TEST(supervised_ends_alike) { ends_alike(train_sft, "P", 1, 2 * _i); }
+END_TEST
+START_TEST(rewards_end_alike) { ends_alike(train_rewards, NULL, 1, _i); }
+END_TEST
+START_TEST(dpo_ends_alike) { ends_alike(train_dpo, NULL, 1, _i); }
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("train_ranks");
     TCase *same = tcase_create("same");
@@ -216,6 +247,13 @@ int main(void) {
     tcase_add_loop_test(death, rewards_survive, 0, 3);
     tcase_add_loop_test(death, dpo_survives, 0, 3);
     suite_add_tcase(suite, death);
+    TCase *disk = tcase_create("disk");
+    tcase_add_checked_fixture(disk, set_up, tear_down);
+    tcase_set_timeout(disk, 30);
+    tcase_add_loop_test(disk, supervised_ends_alike, 0, 2);
+    tcase_add_loop_test(disk, rewards_end_alike, 0, 2);
+    tcase_add_loop_test(disk, dpo_ends_alike, 0, 2);
+    suite_add_tcase(suite, disk);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);
     const int failed = srunner_ntests_failed(runner);

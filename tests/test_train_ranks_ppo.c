@@ -35,11 +35,15 @@ static psoup_ppo_options options_of(const way *w) {
     return o;
 }
 
-/* The numbers of the last reports. */
+/* The numbers of the last reports: of each policy one of a step, and one of a validation. */
+enum { REPORT = PSOUP__MAX_METRICS };
+_Static_assert(2 * SIDE_BY_SIDE * REPORT <= sizeof(results->numbers) / sizeof(double), "room for all of them");
 static int keep_numbers(void *user, const psoup_step *step) {
     left *l = user;
-    for (size_t i = 0; i < step->n && i < 20; i++)
-        l->numbers[i + (strcmp(step->phase, "validation") == 0 ? 20 : 0)] = step->values[i];
+    size_t p = strcmp(step->subject, names[1]) == 0, v = strcmp(step->phase, "validation") == 0;
+    ck_assert_uint_le(step->n, REPORT);
+    for (size_t i = 0; i < step->n; i++)
+        l->numbers[(2 * p + v) * REPORT + i] = step->values[i];
     return 0;
 }
 
@@ -134,7 +138,7 @@ static void the_same(way w) {
             ck_assert_uint_eq(results[rank].n_tokens, alone->n_tokens);
             ck_assert_msg(memcmp(results[rank].tokens, alone->tokens, alone->n_tokens * sizeof(int32_t)) == 0,
                           "rank %d of %d sampled, scored or evaluated otherwise", rank, world);
-            for (size_t i = 0; i < 40; i++)
+            for (size_t i = 0; i < 2 * SIDE_BY_SIDE * REPORT; i++)
                 near(results[rank].numbers[i], alone->numbers[i], 1e-3, "metric", i);
         }
     }
@@ -156,6 +160,55 @@ END_TEST
 START_TEST(a_soup_of_several_rewards) { the_same((way){.soup = true, .several = true, .mini_batch_size = 4}); }
 END_TEST
 
+/* ---- when rank 0 cannot write -------------------------------------------------------------------------- */
+
+enum { METRICS, VALIDATIONS, SAMPLES, FILES };
+static char file[256];
+static int which; /* line of two policies fails, after the first one's, where rank 1 has said stop */
+
+static int full_and_stop(const left *l) {
+    if (l == &results[0])
+        fill_disk(file);
+    return l == &results[1];
+}
+
+static int on_step(void *user, const psoup_step *step) {
+    bool validates = strcmp(step->phase, "validation") == 0;
+    return which != SAMPLES && validates == (which == VALIDATIONS) && strcmp(step->subject, names[0]) == 0 &&
+           full_and_stop(user);
+}
+
+static int on_samples(void *user, int64_t step, const psoup_rollout *rollouts, const float *scores, size_t n) {
+    return which == SAMPLES && strcmp(rollouts->policy, names[0]) == 0 && full_and_stop(user);
+}
+
+static void run_out(const psoup_comm *comm, void *arg) {
+    psoup_model *model = fresh(SIDE_BY_SIDE);
+    psoup_ppo_policy policies[SIDE_BY_SIDE] = {policy(0), policy(1)};
+    psoup_ppo_options o = plain();
+    *(which == SAMPLES ? &o.samples : &o.metrics) = file;
+    o.samples_every = 2;
+    o.on_samples = on_samples;
+    o.on_step = on_step;
+    o.user = &results[comm->rank];
+    o.comm = comm;
+    psoup_ppo *run = create(model, policies, SIDE_BY_SIDE, &o);
+    leave(comm->rank, psoup_ppo_run(run, &error));
+    psoup_ppo_free(run);
+    psoup_model_free(model);
+}
+
+START_TEST(a_full_disk_ends_all) {
+    share_results();
+    temporary(file, sizeof(file));
+    close(mkstemp(file));
+    which = _i;
+    in_ranks(3, run_out, NULL, NULL);
+    all_know_of_the_disk(3, file);
+    unlink(file);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("train_ranks_ppo");
     TCase *same = tcase_create("same");
@@ -168,6 +221,7 @@ int main(void) {
     tcase_add_test(same, grpo);
     tcase_add_test(same, a_soup);
     tcase_add_test(same, a_soup_of_several_rewards);
+    tcase_add_loop_test(same, a_full_disk_ends_all, METRICS, FILES);
     suite_add_tcase(suite, same);
     return run_suite(suite);
 }

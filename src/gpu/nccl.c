@@ -239,26 +239,35 @@ fail:
     return status;
 }
 
-/* Only where all ranks can. */
-static psoup_status all_ready(const nccl *c, psoup_status own, psoup_error *error) {
-    double missing = own != PSOUP_OK;
-    psoup_status status = c->host->sum(c->host->user, &missing, 1, PSOUP_F64, error);
-    if (status != PSOUP_OK || own != PSOUP_OK || missing == 0.0)
-        return status != PSOUP_OK ? status : own;
-    return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED, "%.0f of %d ranks have no NCCL", missing, c->host->world);
+/* Only where all ranks can; else all return one status: UNSUPPORTED, or what is worse. *agreed: all know it. */
+static psoup_status all_ready(const psoup_comm *host, psoup_status own, bool *agreed, psoup_error *error) {
+    enum { STATUSES = PSOUP_ERROR_CANCELLED + 1 };
+    double ranks[STATUSES] = {0}; /* that have each status */
+    psoup_error trouble = {0};
+    psoup_status worst = PSOUP_OK;
+    ranks[own] = 1.0;
+    psoup_status status = host->sum(host->user, ranks, STATUSES, PSOUP_F64, &trouble);
+    *agreed = status == PSOUP_OK;
+    if (status != PSOUP_OK)
+        return own != PSOUP_OK ? own : psoup__fail(error, status, "%s", trouble.message);
+    for (int s = 1; s < STATUSES; s++)
+        if (ranks[s] > 0.0 && (worst == PSOUP_OK || worst == PSOUP_ERROR_UNSUPPORTED))
+            worst = (psoup_status)s;
+    if (own == worst)
+        return own;
+    return psoup__fail(error, worst, worst == PSOUP_ERROR_UNSUPPORTED ? "%.0f of %d ranks have no NCCL"
+                                                                      : "%.0f of %d ranks cannot begin with NCCL: %s",
+                       ranks[worst], host->world, psoup_status_name(worst));
 }
 
-psoup_status psoup_comm_nccl_create(psoup_context *context, const psoup_comm *host, psoup_comm **out,
-                                    psoup_error *error) {
-    psoup_error trouble = {0};
-    psoup_status status = PSOUP_OK;
-    if (out)
-        *out = NULL;
-    if (!context || !host || !out)
-        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_comm_nccl_create: context, host or out is NULL");
+/* What a rank needs of its own, before the others are asked; *out may be made where this fails. */
+static psoup_status open_all(psoup_context *context, const psoup_comm *host, psoup_comm **comm, nccl **out,
+                             psoup_error *error) {
+    if (!context || !comm)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_comm_nccl_create: context or out is NULL");
     if (context->gpu < 0)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_comm_nccl_create: the context is the CPU's");
-    nccl *c = psoup__alloc(context, 1, sizeof *c, error);
+    nccl *c = *out = psoup__alloc(context, 1, sizeof *c, error);
     if (!c)
         return PSOUP_ERROR_MEMORY;
     c->context = context;
@@ -266,18 +275,33 @@ psoup_status psoup_comm_nccl_create(psoup_context *context, const psoup_comm *ho
     c->comm = (psoup_comm){.size = sizeof c->comm, .user = c, .rank = host->rank, .world = host->world,
                            .sum = nccl_sum, .sum_device = nccl_sum_device, .broadcast = nccl_broadcast,
                            .failed = nccl_failed, .abort = nccl_abort, .free = nccl_free};
-    status = open_library(&c->lib, &trouble);
-    if (status == PSOUP_OK)
-        status = open_device(c, &trouble);
-    status = all_ready(c, status, &trouble);
-    if (status == PSOUP_OK)
+    psoup_status status = open_library(&c->lib, error);
+    return status == PSOUP_OK ? open_device(c, error) : status;
+}
+
+psoup_status psoup_comm_nccl_create(psoup_context *context, const psoup_comm *host, psoup_comm **out,
+                                    psoup_error *error) {
+    psoup_error trouble = {0};
+    psoup_status status;
+    nccl *c = NULL;
+    bool agreed;
+    if (out)
+        *out = NULL;
+    if (!host)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_comm_nccl_create: host is NULL");
+    status = open_all(context, host, out, &c, &trouble);
+    status = all_ready(host, status, &agreed, &trouble);
+    if (status == PSOUP_OK) {
+        agreed = false;
         status = meet(c, &trouble);
+    }
     if (status == PSOUP_OK) {
         *out = &c->comm;
         return PSOUP_OK;
     }
-    if (status != PSOUP_ERROR_UNSUPPORTED)
+    if (c && !agreed)
         give_up(c, status, &trouble);
-    nccl_free(c);
+    if (c)
+        nccl_free(c);
     return psoup__fail(error, status, "%s", trouble.message);
 }

@@ -187,12 +187,11 @@ static psoup_status take_step(psoup_ppo *ppo, psoup_error *error) {
     }
     for (size_t p = 0; p < n; p++)
         ppo->active[p]->state = ppo->active[p]->next;
-    for (size_t p = 0; p < n; p++) { /* all are told; the first that says stop decides */
+    for (size_t p = 0; p < n; p++) {
         psoup__policy *policy = ppo->active[p];
-        psoup_status told =
-            psoup__report(&ppo->reporter, "train", policy->name, policy->state.step, policy->total,
-                          &policy->metrics, status == PSOUP_OK ? error : NULL);
-        status = status == PSOUP_OK ? told : status;
+        if (!psoup__goes_on(&status, psoup__report(&ppo->reporter, "train", policy->name, policy->state.step,
+                                                   policy->total, &policy->metrics, error)))
+            break;
     }
 fail:
     return status;
@@ -265,11 +264,11 @@ static psoup_status validate(psoup_ppo *ppo, size_t n, psoup_error *error) {
             told = psoup__best_offer(&part->best, ppo->model->be, part->adapter->data,
                                      part->adapter->count, seen.reward, 0.0, policy->state.step, error);
         }
-        if (told != PSOUP_OK)
-            return told;
-        told = psoup__report(&ppo->reporter, "validation", policy->name, policy->state.step,
-                             policy->total, &metrics, status == PSOUP_OK ? error : NULL);
-        status = status == PSOUP_OK ? told : status;
+        if (told == PSOUP_OK)
+            told = psoup__report(&ppo->reporter, "validation", policy->name, policy->state.step, policy->total,
+                                 &metrics, error);
+        if (!psoup__goes_on(&status, told))
+            break;
     }
 fail:
     return status;
@@ -301,7 +300,7 @@ psoup_status psoup_ppo_step(psoup_ppo *ppo, int64_t *remaining, psoup_error *err
     bool stepped = false;
     if (!ppo)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo_step: ppo is NULL");
-    ppo->team.agreed = false;
+    ppo->team.agreed = PSOUP_OK;
     while (status == PSOUP_OK && (!stepped || anything_due(ppo)))
         status = advance(ppo, &stepped, error);
     if (remaining)
@@ -314,7 +313,7 @@ psoup_status psoup_ppo_run(psoup_ppo *ppo, psoup_error *error) {
     bool stepped = false;
     if (!ppo)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_ppo_run: ppo is NULL");
-    ppo->team.agreed = false;
+    ppo->team.agreed = PSOUP_OK;
     while (anything_due(ppo) || steps_left(ppo) > 0)
         PSOUP__TRY(advance(ppo, &stepped, error));
     for (size_t p = 0; p < ppo->n; p++)

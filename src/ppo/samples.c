@@ -99,7 +99,7 @@ static psoup_status write_sample(const psoup_ppo *ppo, const psoup__policy *poli
     return status;
 }
 
-/* To the file, then to the caller. */
+/* To the file, which is rank 0's, and then to the caller. */
 static psoup_status tell(psoup_ppo *ppo, const psoup__policy *policy, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     const psoup__rollouts *s = &policy->samples;
@@ -113,17 +113,16 @@ static psoup_status tell(psoup_ppo *ppo, const psoup__policy *policy, psoup_erro
                                       .response = s->response + s->start[i],
                                       .n = (size_t)(s->start[i + 1] - s->start[i]),
                                       .finish = s->finish[i]};
-        if (ppo->reporter.samples)
-            PSOUP__TRY(write_sample(ppo, policy, &rollouts[i], s->weight + i * s->adapters,
-                                    s->score[i], error));
+        if (ppo->reporter.samples && status == PSOUP_OK)
+            status = write_sample(ppo, policy, &rollouts[i], s->weight + i * s->adapters, s->score[i], error);
     }
-    bool stop = o->on_samples && o->on_samples(o->user, policy->state.step, rollouts, s->score, s->n);
-    PSOUP__TRY(psoup__team_vote(&ppo->team, &stop, error));
-    if (stop)
+    bool stop = status == PSOUP_OK && o->on_samples &&
+                o->on_samples(o->user, policy->state.step, rollouts, s->score, s->n);
+    status = psoup__team_vote(&ppo->team, status, &stop, error);
+    if (status == PSOUP_OK && stop)
         status = psoup__fail(error, PSOUP_ERROR_CANCELLED,
                              "training of '%s' was stopped at step %lld of %lld", policy->name,
                              (long long)policy->state.step, (long long)policy->total);
-fail:
     psoup__free(ppo->model->context, rollouts);
     return status;
 }
@@ -160,10 +159,9 @@ psoup_status psoup__ppo_sample(psoup_ppo *ppo, size_t n, psoup_error *error) {
     PSOUP__TRY(psoup__score_rollouts(ppo->model, &ppo->team, &ppo->options, ppo->requests, left, error));
     for (size_t p = 0; p < left; p++)
         ppo->active[p]->state.sampled = ppo->active[p]->state.step + 1;
-    for (size_t p = 0; p < left; p++) { /* all are told; the first that says stop decides */
-        psoup_status told = tell(ppo, ppo->active[p], status == PSOUP_OK ? error : NULL);
-        status = status == PSOUP_OK ? told : status;
-    }
+    for (size_t p = 0; p < left; p++)
+        if (!psoup__goes_on(&status, tell(ppo, ppo->active[p], error)))
+            break;
 fail:
     return status;
 }

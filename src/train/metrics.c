@@ -70,13 +70,9 @@ psoup_status psoup__report(psoup__reporter *reporter, const char *phase, const c
                          .n_times = metrics->n_times,
                          .time_names = metrics->time_name,
                          .times = metrics->time};
-    if (reporter->writer) {
-        psoup_status status = write_line(reporter->writer, &report, error);
-        if (status != PSOUP_OK)
-            return status;
-    }
-    bool stop = reporter->on_step && reporter->on_step(reporter->user, &report);
-    psoup_status status = psoup__team_vote(reporter->team, &stop, error);
+    psoup_status status = reporter->writer ? write_line(reporter->writer, &report, error) : PSOUP_OK;
+    bool stop = status == PSOUP_OK && reporter->on_step && reporter->on_step(reporter->user, &report);
+    status = psoup__team_vote(reporter->team, status, &stop, error);
     if (status != PSOUP_OK)
         return status;
     if (stop)

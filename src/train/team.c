@@ -28,7 +28,7 @@ psoup_status psoup__team_join(psoup__team *team, psoup_context *context, const p
 }
 
 void psoup__team_tell(psoup__team *team, psoup_status status, const psoup_error *error) {
-    if (!team->comm || status == PSOUP_OK || team->lost || team->agreed)
+    if (!team->comm || status == PSOUP_OK || team->lost || team->agreed == status)
         return;
     team->comm->abort(team->comm->user, error && error->message[0] ? error->message
                                                                    : psoup_status_name(status));
@@ -115,12 +115,21 @@ psoup_status psoup__team_count(psoup__team *team, size_t *n, psoup_error *error)
     return status;
 }
 
-psoup_status psoup__team_vote(psoup__team *team, bool *stop, psoup_error *error) {
-    size_t votes = *stop;
-    psoup_status status = psoup__team_count(team, &votes, error);
-    *stop = votes > 0;
-    team->agreed = team->agreed || *stop;
-    return status;
+/* Another rank that failed says so by psoup__team_tell. */
+psoup_status psoup__team_vote(psoup__team *team, psoup_status own, bool *stop, psoup_error *error) {
+    double said[2] = {*stop, own != PSOUP_OK};
+    if (!team->comm || (own != PSOUP_OK && team->rank != 0))
+        return own;
+    psoup_error trouble = {0}; /* the sum must not overwrite what *error says of `own` */
+    psoup_status status = psoup__team_sum(team, said, 2, own == PSOUP_OK ? error : &trouble);
+    if (status != PSOUP_OK)
+        return own == PSOUP_OK ? status : own;
+    *stop = said[0] > 0.0;
+    if (said[1] > 0.0)
+        return psoup__team_outcome(team, own, error);
+    if (*stop)
+        team->agreed = PSOUP_ERROR_CANCELLED;
+    return PSOUP_OK;
 }
 
 psoup_status psoup__team_broadcast(psoup__team *team, void *data, size_t bytes, psoup_error *error) {
@@ -166,7 +175,8 @@ psoup_status psoup__team_outcome(psoup__team *team, psoup_status status, psoup_e
     psoup_status sent = psoup__team_broadcast(team, &told, sizeof(told), error);
     if (sent != PSOUP_OK)
         return sent;
-    team->agreed = team->agreed || told.status != PSOUP_OK;
+    if (told.status != PSOUP_OK)
+        team->agreed = told.status;
     told.message[sizeof(told.message) - 1] = '\0';
     return told.status == PSOUP_OK || team->rank == 0
                ? told.status

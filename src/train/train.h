@@ -81,7 +81,7 @@ typedef struct psoup__team {
     int64_t *load; /* [world] rows dealt to each */
     float *piece;  /* [PSOUP__PIECE] */
     bool lost;     /* a call failed: some rank is gone, and nothing works any more */
-    bool agreed;   /* all ranks know why the run ends */
+    psoup_status agreed; /* how the run ends, where all ranks know that; PSOUP_OK: it goes on */
 } psoup__team;
 psoup_status psoup__team_join(psoup__team *team, psoup_context *context, const psoup_comm *comm,
                               psoup_error *error);
@@ -99,8 +99,8 @@ psoup_status psoup__team_sum_gradient(psoup__team *team, psoup__optimizer *optim
 psoup_status psoup__team_sum_ids(psoup__team *team, int32_t *x, size_t n, psoup_error *error); /* exact */
 psoup_status psoup__team_max(psoup__team *team, double *x, psoup_error *error); /* over ranks */
 psoup_status psoup__team_count(psoup__team *team, size_t *n, psoup_error *error);
-/* Whether any rank says stop. */
-psoup_status psoup__team_vote(psoup__team *team, bool *stop, psoup_error *error);
+/* Whether any rank says stop; or where what rank 0 did alone before has failed, its status and error to all. */
+psoup_status psoup__team_vote(psoup__team *team, psoup_status own, bool *stop, psoup_error *error);
 psoup_status psoup__team_broadcast(psoup__team *team, void *data, size_t bytes, psoup_error *error);
 /* What came of something that rank 0 did alone: its status, and its error, to all. */
 psoup_status psoup__team_outcome(psoup__team *team, psoup_status status, psoup_error *error);
@@ -155,7 +155,8 @@ typedef struct psoup__reporter {
 /* The file is rank 0's alone. */
 psoup_status psoup__reporter_open(psoup__reporter *reporter, psoup__team *team, const char *path,
                                   psoup_step_fn on_step, void *user, psoup_error *error);
-/* Writes the line, then calls back; PSOUP_ERROR_CANCELLED when the callback says so, of any rank. */
+/* Writes the line, then calls back; PSOUP_ERROR_CANCELLED when the callback says so, of any rank. Where the line
+ * cannot be written all ranks learn why. */
 psoup_status psoup__report(psoup__reporter *reporter, const char *phase, const char *subject,
                            int64_t step, int64_t total, const psoup__metrics *metrics,
                            psoup_error *error);

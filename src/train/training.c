@@ -32,7 +32,7 @@ psoup_status psoup_training_step(psoup_training *training, int64_t *remaining, p
     bool stepped = false;
     if (!training)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_training_step: training is NULL");
-    training->team->agreed = false;
+    training->team->agreed = PSOUP_OK;
     while (status == PSOUP_OK && (!stepped || training->trainer->due(training->state)))
         status = advance(training, &stepped, error);
     psoup__team_tell(training->team, status, error);
@@ -46,7 +46,7 @@ psoup_status psoup_training_run(psoup_training *training, psoup_error *error) {
     bool stepped = false;
     if (!training)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_training_run: training is NULL");
-    training->team->agreed = false;
+    training->team->agreed = PSOUP_OK;
     while (training->trainer->due(training->state) || steps_left(training) > 0)
         PSOUP__TRY(advance(training, &stepped, error));
     PSOUP__TRY(training->trainer->refresh(training->state, error));
