@@ -364,6 +364,12 @@ START_TEST(other_ppo_runs_are_refused) {
     policies[1].n_validation--;
     REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its validation of policy 1 was \"8 rows, ");
     policies[1].n_validation++;
+    prompts[3].id++; /* as samples and callbacks are told */
+    REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its prompts' ids of policy 0 was \"16 rows, ");
+    prompts[3].id--;
+    validation[5].id--;
+    REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE, "its validation's ids of policy 0 was \"8 rows, ");
+    validation[5].id++;
     source.weight = 0.5f;
     REFUSED(run_ppo(model, policies, 2, &o), PSOUP_ERROR_STATE,
             "its source 0 of policy 0 was \"reward/a of weight 1, ");

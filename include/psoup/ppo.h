@@ -54,7 +54,7 @@ typedef struct psoup_ppo_prompt {
      * P-MORL lists three. */
     const psoup_reward_input *inputs;
     size_t n_inputs;
-    int64_t id; /* the caller's, given back to callbacks */
+    int64_t id; /* the caller's, given back to callbacks and in samples; a run goes on with the same ones */
     uint64_t reserved[2]; /* 0 */
 } psoup_ppo_prompt;
 

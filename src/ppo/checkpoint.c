@@ -24,6 +24,19 @@ static psoup_status identify_prompts(psoup_ppo *ppo, const char *key, const psou
     return status;
 }
 
+/* What callbacks and the samples file call them by. */
+static psoup_status identify_ids(psoup_ppo *ppo, const char *key, const psoup_ppo_prompt *prompts, size_t n,
+                                 psoup_error *error) {
+    psoup__hash *hash = psoup__hash_create(ppo->model->context, error);
+    if (!hash)
+        return PSOUP_ERROR_MEMORY;
+    for (size_t i = 0; i < n; i++)
+        psoup__hash_update(hash, &prompts[i].id, sizeof(prompts[i].id));
+    psoup_status status = psoup__run_rows(&ppo->checkpoint, key, n, hash, error);
+    psoup__free(ppo->model->context, hash);
+    return status;
+}
+
 /* The words of the tokenizer through which rewards read. */
 static psoup_status identify_tokenizer(psoup_ppo *ppo, psoup_error *error) {
     const psoup_tokenizer *tokenizer = ppo->options.tokenizer;
@@ -95,8 +108,12 @@ static psoup_status identify_policy(psoup_ppo *ppo, size_t p, psoup_error *error
     PSOUP__TRY(psoup__run_text(c, key, error, "%llu", (unsigned long long)given->seed));
     snprintf(key, sizeof(key), "prompts of policy %zu", p);
     PSOUP__TRY(identify_prompts(ppo, key, given->prompts, given->n_prompts, error));
+    snprintf(key, sizeof(key), "prompts' ids of policy %zu", p);
+    PSOUP__TRY(identify_ids(ppo, key, given->prompts, given->n_prompts, error));
     snprintf(key, sizeof(key), "validation of policy %zu", p);
     PSOUP__TRY(identify_prompts(ppo, key, given->validation, given->n_validation, error));
+    snprintf(key, sizeof(key), "validation's ids of policy %zu", p);
+    PSOUP__TRY(identify_ids(ppo, key, given->validation, given->n_validation, error));
     PSOUP__TRY(identify_rewards(ppo, p, error));
 fail:
     return status;
