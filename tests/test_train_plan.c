@@ -217,6 +217,8 @@ static void prefer(int n_policies, int32_t batch, int n_validation, float dropou
 
 START_TEST(dpo_of_one) { prefer(1, 24, 0, 0, 0); }
 END_TEST
+START_TEST(dpo_in_small_steps) { prefer(1, 1, 0, 0, 0); } /* the reference is asked in longer passes than what learns */
+END_TEST
 START_TEST(dpo_side_by_side) { prefer(3, 4, 8, 0.1f, 0); }
 END_TEST
 START_TEST(dpo_of_inputs_alone) { prefer(2, 12, 8, 0, 1); }
@@ -349,6 +351,7 @@ int main(void) {
     tcase_add_loop_test(tests, bases_of_files, 0, 4);
     tcase_add_test(tests, reward_models);
     tcase_add_test(tests, dpo_of_one);
+    tcase_add_test(tests, dpo_in_small_steps);
     tcase_add_test(tests, dpo_side_by_side);
     tcase_add_test(tests, dpo_of_inputs_alone);
     tcase_add_test(tests, ppo);

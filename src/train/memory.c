@@ -19,22 +19,33 @@ psoup_status psoup__add_passes(psoup_model *model, const psoup__use *uses, int n
                                int64_t *reserved, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup__footprint print[PSOUP__USES];
-    int64_t runners = 1, host[PSOUP__USES];
+    int64_t runners = 1, host[PSOUP__USES], saved[PSOUP__USES] = {0};
     for (int i = 0; i < n; i++) {
         PSOUP__TRY(psoup__measure_batch(model, &uses[i].extent, &print[i], error));
+        if (uses[i].extent.saved) { /* what is kept comes to what passes need that keep nothing, which may be longer */
+            psoup__extent passing = uses[i].extent;
+            psoup__footprint less;
+            passing.saved = false;
+            PSOUP__TRY(psoup__measure_batch(model, &passing, &less, error));
+            saved[i] = print[i].activations - less.activations;
+            print[i].activations = less.activations;
+        }
         host[i] = psoup__sum(print[i].host, pack_bytes(model, &uses[i].extent));
         runners = uses[i].at_once > runners ? uses[i].at_once : runners;
         *reserved = print[i].reserved > *reserved ? print[i].reserved : *reserved;
     }
     for (int64_t r = 0; r < runners; r++) {
         psoup__footprint most = {0};
+        int64_t kept = 0;
         for (int i = 0; i < n; i++) {
             if (uses[i].at_once <= r)
                 continue;
             most.activations = print[i].activations > most.activations ? print[i].activations : most.activations;
             most.logits = print[i].logits > most.logits ? print[i].logits : most.logits;
             most.host = host[i] > most.host ? host[i] : most.host;
+            kept = saved[i] > kept ? saved[i] : kept;
         }
+        most.activations = psoup__sum(most.activations, kept);
         psoup__memory_add(memory, &most);
     }
     memory->rows = psoup__sum(memory->rows, (int64_t)sizeof(psoup__runner) * model->context->threads);
