@@ -508,6 +508,15 @@ sft '"data": "none.jsonl"'; no 1 'none.jsonl' sft --config bad.json
 sft '"data": "odd.jsonl"'; no 1 'odd.jsonl: row 2: "completion"' sft --config bad.json
 sft '"data": "empty.jsonl"'; no 1 'empty.jsonl: no rows' sft --config bad.json
 sft '"data": "sft.jsonl", "init": "P1A"'; no 1 '"init" needs' sft --config bad.json
+for own in '"rank": 3' '"alpha": 7' '"rslora": true' '"targets": ["o_proj"]' '"adapter_seed": 5'; do
+    name=${own#\"} name=${name%%\"*}
+    sft '"data": "sft.jsonl", "adapter": "a", "init": "sft-adapter", '"$own"
+    no 1 "\"$name\" is of new adapters: the one in \"init\", sft-adapter, has another" sft --config bad.json
+done
+check "nothing was made" test ! -e left/s
+put again.json '{"model": "base", "data": "sft.jsonl", "output": "sft-again", "adapter": "mt", "init": "sft-adapter", "rank": 2,
+    "targets": ["down_proj", "q_proj"], "max_steps": 1}'
+trains sft --config again.json
 sft '"data": "sft.jsonl", "targets": ["x_proj"]'; no 1 'targets\[0\]' sft --config bad.json
 sft '"data": "sft.jsonl", "targets": []'; no 1 'targets' sft --config bad.json
 sft '"data": "sft.jsonl", "adapter": "a", "rank": 0'; no 1 'rank' sft --config bad.json
@@ -606,6 +615,8 @@ trains ppo --config ppo.json
 check "alone, the same bits" cmp -s alone/P1A/adapter_model.safetensors policies/P1A/adapter_model.safetensors
 ppo morl '{"name": "morl", "reward": "rewards/all", "preference": "all", "init": "sft-adapter"}, {"name": "rlhf", "reward": "rewards/all"}'
 trains ppo --config ppo.json --json
+ppo left/inits '{"name": "morl", "reward": "rewards/all", "preference": "all", "init": "sft-adapter"}' ', "alpha": 7'
+no 1 '"alpha" is of new adapters: the one in "init", sft-adapter, has another' ppo --config ppo.json
 ppo several '{"name": "both", "preference": "all", "rewards": {"easy": "rewards/P1A", "short": {"reward": "rewards/P2A", "weight": -0.5}}}' \
     ', "normalize_apart": true, "metrics": "several.jsonl"'
 trains ppo --config ppo.json

@@ -85,6 +85,8 @@ static psoup_status sft(sft_run *run, const char *config_path, const plan_option
     if (status == PSOUP_OK && run->init && !run->adapter)
         status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: \"init\" needs an \"adapter\"",
                            config_path);
+    if (status == PSOUP_OK && run->init)
+        status = adapter_config_beside(&run->lora, m.context, run->init, config_path, error);
     if (status == PSOUP_OK && run->adapter)
         status = run->init
                      ? psoup_model_load_adapter(m.model, run->adapter, run->init, error)

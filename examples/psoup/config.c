@@ -222,18 +222,23 @@ const psoup_field adapter_fields[] = {
     {0}};
 #undef FIELD
 
-psoup_status adapter_config_finish(adapter_config *a, const char *where, psoup_error *error) {
+/* The bit of "q_proj" …; 0: it is none. */
+static uint32_t linear_of(const char *name) {
     static const char *const names[] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
                                         "gate_proj", "up_proj", "down_proj"};
+    for (uint32_t k = 0; k < 7; k++)
+        if (!strcmp(name, names[k]))
+            return 1u << k;
+    return 0;
+}
+
+psoup_status adapter_config_finish(adapter_config *a, const char *where, psoup_error *error) {
     if (psoup_json_kind(a->targets) == PSOUP_JSON_NULL)
         return PSOUP_OK;
     a->options.targets = 0;
     for (size_t i = 0; i < psoup_json_size(a->targets); i++) {
         const char *name = psoup_json_string(psoup_json_at(a->targets, i), "");
-        uint32_t bit = 0;
-        for (uint32_t k = 0; k < 7; k++)
-            if (!strcmp(name, names[k]))
-                bit = 1u << k;
+        uint32_t bit = linear_of(name);
         if (!bit)
             return cli_error(error, PSOUP_ERROR_ARGUMENT,
                              "%s: targets[%zu] is \"%s\", expected q_proj … down_proj", where, i,
@@ -244,6 +249,45 @@ psoup_status adapter_config_finish(adapter_config *a, const char *where, psoup_e
                ? PSOUP_OK
                : cli_error(error, PSOUP_ERROR_ARGUMENT,
                            "%s: targets is not a list of at least one linear", where);
+}
+
+/* Of "target_modules", by the last part of their names. */
+static uint32_t targets_of(const psoup_json *modules) {
+    uint32_t targets = 0;
+    if (!strcmp(psoup_json_string(modules, ""), "all-linear"))
+        return PSOUP_ALL_LINEAR;
+    for (size_t i = 0; i < psoup_json_size(modules); i++) {
+        const char *name = psoup_json_string(psoup_json_at(modules, i), ""), *dot = strrchr(name, '.');
+        targets |= linear_of(dot ? dot + 1 : name);
+    }
+    return targets;
+}
+
+psoup_status adapter_config_beside(const adapter_config *a, psoup_context *context, const char *init, const char *where,
+                                   psoup_error *error) {
+    static const psoup_adapter_options none = PSOUP_ADAPTER_OPTIONS_INIT;
+    const psoup_adapter_options *o = &a->options;
+    psoup_json *peft = NULL;
+    psoup_error unread; /* a .gguf has no such file, and what is said beside it cannot be its own */
+    char path[4096];
+    snprintf(path, sizeof path, "%s/adapter_config.json", init);
+    if (psoup_json_read(context, path, &peft, &unread) != PSOUP_OK)
+        peft = NULL;
+    const struct {
+        const char *name;
+        bool other;
+    } said[] = {
+        {"rank", o->rank != none.rank && o->rank != psoup_json_integer(psoup_json_get(peft, "r"), 0)},
+        {"alpha", o->alpha != none.alpha && o->alpha != (float)psoup_json_real(psoup_json_get(peft, "lora_alpha"), NAN)},
+        {"rslora", o->rslora != none.rslora && !psoup_json_bool(psoup_json_get(peft, "use_rslora"), 0)},
+        {"targets", o->targets != none.targets && o->targets != targets_of(psoup_json_get(peft, "target_modules"))},
+        {"adapter_seed", o->seed != none.seed}};
+    psoup_json_free(peft);
+    for (size_t i = 0; i < sizeof said / sizeof *said; i++)
+        if (said[i].other)
+            return cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: \"%s\" is of new adapters: the one in \"init\", %s, "
+                             "has another", where, said[i].name, init);
+    return PSOUP_OK;
 }
 
 /* ---- sampling ---------------------------------------------------------------------------------- */

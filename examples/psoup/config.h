@@ -42,6 +42,10 @@ typedef struct adapter_config {
 } adapter_config;
 extern const psoup_field adapter_fields[];
 psoup_status adapter_config_finish(adapter_config *a, const char *where, psoup_error *error);
+/* Where no adapter is new, refuses what is said of new ones and is neither the default, which every written
+ * configuration has, nor what the adapter in `init` has. */
+psoup_status adapter_config_beside(const adapter_config *a, psoup_context *context, const char *init, const char *where,
+                                   psoup_error *error);
 
 /* How answers are sampled, by the members "max_new_tokens", …: */
 typedef struct sampling_config {

@@ -199,8 +199,22 @@ static psoup_status load_part(ppo_state *s, policy_run *p, size_t k, psoup_error
     return status;
 }
 
-psoup_status ppo_load_adapters(ppo_state *s, psoup_error *error) {
+/* What is said of new adapters has to be for one. */
+static psoup_status check_inits(ppo_state *s, psoup_error *error) {
     psoup_status status = PSOUP_OK;
+    for (size_t i = 0; i < s->n; i++)
+        for (size_t k = 0; k < s->policies[i].n_parts; k++)
+            if (!s->policies[i].parts[k].init)
+                return PSOUP_OK;
+    for (size_t i = 0; i < s->n; i++)
+        for (size_t k = 0; status == PSOUP_OK && k < s->policies[i].n_parts; k++)
+            status = adapter_config_beside(&s->run->lora, s->m.context, s->policies[i].parts[k].init, s->config_path,
+                                           error);
+    return status;
+}
+
+psoup_status ppo_load_adapters(ppo_state *s, psoup_error *error) {
+    psoup_status status = check_inits(s, error);
     for (size_t i = 0; status == PSOUP_OK && i < s->n; i++) {
         policy_run *p = &s->policies[i];
         p->names = calloc(p->n_parts, sizeof *p->names);
