@@ -71,8 +71,8 @@ psoup_status psoup_comm_tcp_create(psoup_context *context, const psoup_comm_opti
                                    psoup_comm **out, psoup_error *error);
 /* Adds up in the memory of GPUs, one to a rank, by NCCL (libnccl.so.2, opened by this call); the rest goes by `host`,
  * over which the ranks meet here, and which is borrowed until *out is freed. The context is of the rank's GPU. Where a
- * rank has no NCCL this is PSOUP_ERROR_UNSUPPORTED for all, and `host` is as good as before: sums then go through the
- * host's memory. A rank that is gone is known by `host` too, and then ends NCCL's work here. */
+ * rank cannot begin, no rank does, and all return one status: PSOUP_ERROR_UNSUPPORTED where one has no NCCL. `host` is
+ * as good as before then, and sums can go through the host's memory. A rank that is gone is known by `host` too, and then ends NCCL's work here. */
 psoup_status psoup_comm_nccl_create(psoup_context *context, const psoup_comm *host, psoup_comm **out,
                                     psoup_error *error);
 /* Frees what one of this header's functions made; takes NULL. */

@@ -54,7 +54,7 @@ typedef struct psoup_ppo_prompt {
      * P-MORL lists three. */
     const psoup_reward_input *inputs;
     size_t n_inputs;
-    int64_t id; /* the caller's, given back to callbacks */
+    int64_t id; /* the caller's, given back to callbacks and in samples; a run goes on with the same ones */
     uint64_t reserved[2]; /* 0 */
 } psoup_ppo_prompt;
 
@@ -205,7 +205,8 @@ typedef struct psoup_ppo_options {
     int32_t ignore_stop; /* 1: sample past end tokens, cut after the first */
     float temperature, top_p;
     int32_t top_k;
-    float truncation_penalty; /* subtracted from the score of a response without an end token */
+    float truncation_penalty; /* subtracted from the score of a response without an end token, in training: "reward"
+                               * and what keep_best compares have no penalties in them */
     int32_t reward_text;      /* 1: rewards read the decoded text, tokenised again (needs tokenizer) */
     int32_t reward_max_tokens; /* longer reward inputs keep their first tokens */
     int32_t max_sequences;     /* decoding together; 0: all of a step, on the CPU 256 of them */
