@@ -88,11 +88,16 @@ SONAME   = libpsoup.so.0
 VERSION  = 0.5.0
 
 .PHONY: all lib mpi demo check check-all bench bench-gpu gpu install clean deps deps-test deps-bench host_driver gpu-images \
-        run-tests check-names check-abi check-install check-python check-gpu wheel fuzz run-fuzzers coverage abi-baseline
+        test-programs run-tests check-names check-abi check-install check-python check-gpu wheel fuzz run-fuzzers coverage abi-baseline
 .PRECIOUS: $B/%.o
 .DELETE_ON_ERROR:
 
 all: lib bin/psoup bin/personalized_soup mpi
+
+# What check, demo and their like build, they build on every core; a -j of the caller's own stands.
+JOBS    ?= $(shell nproc 2>/dev/null || echo 1)
+PARALLEL = $(if $(filter -j% --jobserver%,$(MAKEFLAGS)),,-j$(JOBS))
+BUILD    = $(MAKE) --no-print-directory $(PARALLEL)
 
 # ---- the library --------------------------------------------------------------------------------
 lib: lib/libpsoup.a lib/libpsoup.so lib/libpsoup-merge.a
@@ -224,7 +229,7 @@ $B/embed_llama_cpp: examples/embed_llama_cpp/soup.c $B/libpsoup-merge.a
 	$(Q)$(CC) $(CPPFLAGS) $(CFLAGS) $(LLAMA_FLAGS) $(LLAMA_OLD) $(LDFLAGS) $^ $(LLAMA_LIBS) $(filter-out -lpcre2-8,$(LIBS)) -o $@
 
 demo: deps
-	@$(MAKE) --no-print-directory bin/psoup-demo lib/libpsoup.a bin/psoup
+	@$(BUILD) bin/psoup-demo lib/libpsoup.a bin/psoup
 	bin/psoup-demo --out build/demo $(if $(FULL),--full)
 
 # ---- tests --------------------------------------------------------------------------------------
@@ -301,8 +306,10 @@ $(HOST_B)/libcublasLt.so.13: $(HOST_B)/blas.o $(HOST_B)/libcuda.so.1 $B/libpsoup
 	    -Wl,--exclude-libs,ALL $B/libpsoup-merge.a -pthread -o $@
 
 # The tests of one build; every program prints Check's own line of counts.
-run-tests: $(TESTS:%=$B/tests/%) $(if $(MPICC),$B/psoup-mpi) $B/tests/checkops/checkops $B/tests/philox host_driver $(DRIVER_HEADER) \
-           $(HELPERS:%=$B/tests/%) $B/embed_engine_gpu $B/psoup
+test-programs: $(TESTS:%=$B/tests/%) $(if $(MPICC),$B/psoup-mpi) $B/tests/checkops/checkops $B/tests/philox host_driver \
+               $(DRIVER_HEADER) $(HELPERS:%=$B/tests/%) $B/embed_engine_gpu $B/psoup
+
+run-tests: test-programs
 	@set -e; export LD_LIBRARY_PATH=$(CURDIR)/$(HOST_B); \
 	    for t in $(TESTS); do echo "== $$t"; $B/tests/$$t; done; \
 	    echo "== every op on every backend"; $B/tests/philox; $B/tests/checkops/checkops; \
@@ -316,17 +323,18 @@ run-tests: $(TESTS:%=$B/tests/%) $(if $(MPICC),$B/psoup-mpi) $B/tests/checkops/c
 	@echo "== the methods, end to end"; sh tests/run.sh $B/psoup
 
 check: deps-test
+	@$(BUILD) all test-programs $B/tests/gpu/llama
 	@$(MAKE) --no-print-directory all run-tests check-names check-abi check-install check-python check-gpu
 
 # The same under ASan and UBSan with the long cases, a build by clang, the GPU's kernels for every architecture and with
 # their threads in other orders, a short run of each fuzzer.
 check-all: deps-test
-	@$(MAKE) --no-print-directory CC=clang WARN="$(WARN) -Werror" B=build/clang-check \
+	@$(BUILD) CC=clang WARN="$(WARN) -Werror" B=build/clang-check \
 	    $(addprefix build/clang-check/,libpsoup.a libpsoup.so libpsoup-merge.a psoup psoup-demo personalized_soup)
-	@$(MAKE) --no-print-directory bin/personalized_soup $B/tests/test_alloc
+	@$(BUILD) bin/personalized_soup test-programs
 	@PSOUP_LONG=1 $B/tests/test_alloc
 	bin/personalized_soup
-	@$(MAKE) --no-print-directory GPU_ARCHS=all gpu-images
+	@$(BUILD) GPU_ARCHS=all gpu-images
 	@set -e; for order in 1 2; do for t in checkops/checkops test_gpu test_gpu_quant test_gpu_train test_gpu_merge; do \
 	    echo "== $$t, the threads of a block in order $$order"; PSOUP_HOST_ORDER=$$order $B/tests/$$t; done; done
 	@echo "== every op and the model against float64 PyTorch, on the CPU"; \
@@ -335,6 +343,7 @@ check-all: deps-test
 	    $(PYTHON) -B tests/gpu/correct_ops.py $B/tests/gpu/libops.so --device cpu && \
 	    PSOUP_LIBRARY=$(abspath $B/libpsoup.so) $(PYTHON) -B tests/gpu/correct.py --device cpu; \
 	else echo "skipped: $(PYTHON) has no torch"; fi
+	@$(BUILD) config=sanitize test-programs
 	@PSOUP_LONG=1 $(MAKE) --no-print-directory config=sanitize run-tests
 	@$(MAKE) --no-print-directory fuzz
 
@@ -342,6 +351,7 @@ check-all: deps-test
 # several instruction sets is run when one of them runs it.
 coverage: deps-test
 	@find build/gcc-coverage -name '*.gcda' -delete 2>/dev/null || true
+	@$(BUILD) CC=gcc config=coverage test-programs
 	@$(MAKE) --no-print-directory CC=gcc config=coverage run-tests
 	@gcov -t $$(find build/gcc-coverage/src -name '*.gcno') 2>/dev/null | awk -F: ' \
 	    $$2 ~ /^ *0$$/ && $$3 == "Source" { file = $$4 } \
@@ -413,15 +423,15 @@ check-python: $B/libpsoup.so wheel host_driver $(if $(LLAMA_LIBS),$B/embed_llama
 # ---- fuzzing ------------------------------------------------------------------------------------
 FUZZ_SECONDS ?= 10
 fuzz:
-	@$(MAKE) --no-print-directory -s CC=clang config=sanitize MODE="$(FLAGS_sanitize) -fsanitize=fuzzer-no-link" WARN=-w B=build/fuzz run-fuzzers
+	@$(BUILD) -s CC=clang config=sanitize MODE="$(FLAGS_sanitize) -fsanitize=fuzzer-no-link" WARN=-w B=build/fuzz run-fuzzers
 
 # What they find stays in $B/corpus/NAME for the next run; an input that ends badly in $B/NAME-*.
-run-fuzzers: $(FUZZERS:%=$B/%)
-	@set -e; for f in $(FUZZERS); do \
-	    mkdir -p $B/corpus/$$f; sh tests/fuzz/seeds.sh $$f $B/seeds/$$f; \
-	    $B/$$f -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=2048 -print_final_stats=1 \
-	        -artifact_prefix=$B/$$f- $B/corpus/$$f $B/seeds/$$f > $B/$$f.log 2>&1 || { tail -40 $B/$$f.log; exit 1; }; \
-	    echo "$$f: $$(sed -n 's/.*number_of_executed_units: *//p' $B/$$f.log) inputs"; done
+run-fuzzers: $(FUZZERS:%=run-%)
+run-fuzz_%: $B/fuzz_%
+	@mkdir -p $B/corpus/fuzz_$*; sh tests/fuzz/seeds.sh fuzz_$* $B/seeds/fuzz_$*
+	@$< -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=2048 -print_final_stats=1 \
+	    -artifact_prefix=$B/fuzz_$*- $B/corpus/fuzz_$* $B/seeds/fuzz_$* > $B/fuzz_$*.log 2>&1 || { tail -40 $B/fuzz_$*.log; exit 1; }
+	@echo "fuzz_$*: $$(sed -n 's/.*number_of_executed_units: *//p' $B/fuzz_$*.log) inputs"
 
 $B/fuzz_%: $B/tests/fuzz/fuzz_%.o $B/libpsoup.a
 	$(Q)$(CC) $(LDFLAGS) -fsanitize=fuzzer $^ $(LIBS) -o $@
