@@ -88,7 +88,7 @@ SONAME   = libpsoup.so.0
 VERSION  = 0.5.0
 
 .PHONY: all lib mpi demo check check-all bench bench-gpu gpu install clean deps deps-test deps-bench host_driver gpu-images \
-        test-programs run-tests check-names check-abi check-install check-python check-gpu wheel fuzz run-fuzzers coverage abi-baseline
+        test-programs run-tests check-house check-names check-abi check-install check-python check-gpu wheel fuzz run-fuzzers coverage abi-baseline
 .PRECIOUS: $B/%.o
 .DELETE_ON_ERROR:
 
@@ -324,7 +324,7 @@ run-tests: test-programs
 
 check: deps-test
 	@$(BUILD) all test-programs $B/tests/gpu/llama
-	@$(MAKE) --no-print-directory all run-tests check-names check-abi check-install check-python check-gpu
+	@$(MAKE) --no-print-directory all check-house run-tests check-names check-abi check-install check-python check-gpu
 
 # The same under ASan and UBSan with the long cases, a build by clang, the GPU's kernels for every architecture and with
 # their threads in other orders, a short run of each fuzzer.
@@ -390,6 +390,10 @@ abi-baseline: $B/libpsoup.so
 	nm -D --defined-only $B/libpsoup.so | awk '{print $$3}' | sed 's/@.*//' | grep -v '^PSOUP_' | LC_ALL=C sort > lib/psoup.names
 	abidw --headers-dir include --no-corpus-path --no-comp-dir-path $B/libpsoup.so > lib/psoup.abi
 	mkdir -p tests/abi/$(VERSION)/include/psoup && cp include/psoup/*.h tests/abi/$(VERSION)/include/psoup
+
+# Rooms, and what may include what.
+check-house:
+	@sh tests/house.sh
 
 # ---- as a caller has it ---------------------------------------------------------------------------
 # Installed into a root of its own, and programs built against that.
