@@ -26,7 +26,7 @@ PYTHON  ?= python3
 PACKAGES      = gcc make binutils pkg-config libc6-dev libjansson-dev libpcre2-dev libzstd-dev libyaml-dev \
                 libxxhash-dev libmd-dev
 PACKAGES_TEST = check abigail-tools g++ clang libclang-rt-dev python3 python3-venv python3-numpy \
-                libopenmpi-dev openmpi-bin
+                libopenmpi-dev openmpi-bin iproute2
 PACKAGES_BENCH = libopenblas-dev
 
 # ---- flags --------------------------------------------------------------------------------------

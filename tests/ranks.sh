@@ -1,6 +1,6 @@
 #!/bin/sh
-# Two processes train what one trains: launched by torchrun's variables, by Slurm's and by mpirun; and what is left
-# when one of them dies.
+# Two processes train what one trains: launched by torchrun's variables, by Slurm's and by mpirun, on one machine and,
+# where root can make network namespaces, on two; and what is left when one of them dies.
 #   sh tests/ranks.sh PATH_TO_PSOUP [PATH_TO_PSOUP_MPI]
 # shellcheck disable=SC2086 # lists of names are split on purpose
 
@@ -8,7 +8,8 @@ psoup=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 mpi=${2:+$(cd "$(dirname "$2")" && pwd)/$(basename "$2")}
 tests=$(cd "$(dirname "$0")" && pwd)
 T=$(mktemp -d "${TMPDIR:-/tmp}/psoup-ranks-XXXXXX") || exit 1
-trap 'rm -rf "$T"' EXIT
+hosts= # network namespaces that stand for machines
+trap 'for h in $hosts; do ip netns del $h; done; rm -rf "$T"' EXIT
 trap 'exit 1' HUP INT TERM
 cd "$T" || exit 1
 passed=0 failed=0
@@ -95,7 +96,7 @@ put("ppo", prompts="asks.jsonl", validation="asks.jsonl", steps=3, batch_size=6,
 PYTHON
 # into NAME OUTPUT [MEMBERS]: NAME.json's run with its output in OUTPUT, as run.json.
 into() { sed "s|}\$|, \"output\": \"$2\", \"metrics\": \"$2.jsonl\" ${3:-}}|" "$1.json" >run.json; }
-mkdir -p alone torchrun slurm mpi mpirun
+mkdir -p alone torchrun slurm mpi mpirun hosts mpihosts
 for t in sft reward dpo ppo; do
     into $t alone/$t
     check "$t alone" "$psoup" $t --config run.json
@@ -117,6 +118,53 @@ if test -n "$mpi"; then
     trains mpirun sft
 else
     echo "ranks: MPI is not here: left out"
+fi
+
+# Two machines, each with its own name, network and address, where the name of one says nothing to the other.
+two_hosts() {
+    for h in 0 1; do ip netns add psoup$h-$$ && hosts="$hosts psoup$h-$$" || return 1; done
+    ip link add v0 netns psoup0-$$ type veth peer name v1 netns psoup1-$$ || return 1
+    for h in 0 1; do
+        ip -n psoup$h-$$ addr add 10.9.0.$((h + 1))/24 dev v$h && ip -n psoup$h-$$ link set v$h up &&
+            ip -n psoup$h-$$ link set lo up || return 1
+    done
+    unshare -u true
+}
+at_host() { # HOST COMMAND
+    h=$1
+    shift
+    ip netns exec psoup$h-$$ unshare -u sh -c "hostname host$h; exec env $*"
+}
+over_hosts() {
+    printf '10.9.0.%d slots=1\n' 1 2 >hostfile
+    printf '#!/bin/sh\nh=$((${1##*.} - 1)); shift\nexec ip netns exec psoup$h-%s unshare -u sh -c "hostname host$h; $*"\n' \
+        $$ >agent
+    chmod +x agent
+    ASAN_OPTIONS="${ASAN_OPTIONS:+$ASAN_OPTIONS:}detect_leaks=0" at_host 0 mpirun -np 2 --hostfile hostfile \
+        --allow-run-as-root --bind-to none --mca plm_rsh_agent "$T/agent" --mca oob_tcp_if_include v0,v1 --mca pml ob1 \
+        --mca btl tcp,self --mca btl_tcp_if_include 10.9.0.0/24 -wdir "$T" "$@" >out 2>err
+}
+if test "$(id -u)" != 0 || ! command -v ip >/dev/null || ! two_hosts 2>note; then
+    echo "ranks: no network namespaces: two machines left out"
+else
+    for t in sft ppo; do
+        into $t hosts/$t
+        at_host 0 RANK=0 WORLD_SIZE=2 MASTER_ADDR=10.9.0.1 MASTER_PORT=29500 "$psoup" $t --config run.json \
+            >out.0 2>err.0 &
+        first=$!
+        at_host 1 RANK=1 WORLD_SIZE=2 MASTER_ADDR=10.9.0.1 MASTER_PORT=29500 "$psoup" $t --config run.json \
+            >out.1 2>err.1 &
+        second=$!
+        check "$t on two machines" both_end
+        for p in $(parts $t); do check "$t on two machines: $p" same hosts/$t/$p alone/$t/$p; done
+    done
+    if test -n "$mpi"; then
+        for t in sft ppo; do
+            into $t mpihosts/$t
+            check "$t on two machines by MPI" over_hosts "$mpi" $t --config run.json
+            for p in $(parts $t); do check "$t on two machines by MPI: $p" same mpihosts/$t/$p alone/$t/$p; done
+        done
+    fi
 fi
 
 # ---- what goes wrong ------------------------------------------------------------------------------------------------

@@ -2,7 +2,12 @@
 #include "psoup/comm_mpi.h"
 
 #include <arpa/inet.h>
+#include <errno.h>
+#include <ifaddrs.h>
+#include <net/if.h>
+#include <netdb.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -124,8 +129,17 @@ static void mpi_abort(void *user, const char *reason) {
     m->line->failed(m->line->user, &m->gone);
 }
 
+/* All go together: a rank that still waits for what came last by MPI would take the end of the line for a death. */
+static void part(mpi *m) {
+    MPI_Request request;
+    psoup_error why = m->gone;
+    if (why.status == PSOUP_OK)
+        m->gone.status = wait_for(m, MPI_Ibarrier(m->world, &request), &request, &why);
+}
+
 static void mpi_free(void *user) {
     mpi *m = user;
+    part(m);
     int well = m->gone.status == PSOUP_OK;
     psoup_comm_free(m->line);
     if (well)
@@ -135,11 +149,60 @@ static void mpi_free(void *user) {
 
 /* ---- the line ----------------------------------------------------------------------------------------- */
 
-/* Where rank 0 listens: at this machine alone where all ranks are on it. */
+enum { PLACES = 16, KNOCK_MS = 3000 };
+
+/* Where rank 0 listens: at this machine alone where all ranks are on it; else at its name, which another machine may
+ * not know, and at the addresses of its networks, not all of which another machine reaches. */
 typedef struct place {
-    char host[256];
-    int32_t port; /* 0: it cannot */
+    char host[PLACES][256]; /* empty: none */
+    int32_t port;           /* 0: it cannot */
 } place;
+
+static void list_addresses(place *p) {
+    struct ifaddrs *all = NULL;
+    size_t n = 0;
+    if (gethostname(p->host[n], sizeof p->host[n] - 1) == 0)
+        n++;
+    if (getifaddrs(&all) != 0)
+        return;
+    for (const struct ifaddrs *i = all; i && n < PLACES; i = i->ifa_next)
+        if (i->ifa_addr && i->ifa_addr->sa_family == AF_INET && (i->ifa_flags & IFF_UP) &&
+            !(i->ifa_flags & IFF_LOOPBACK) &&
+            inet_ntop(AF_INET, &((struct sockaddr_in *)i->ifa_addr)->sin_addr, p->host[n], sizeof p->host[n]))
+            n++;
+    freeifaddrs(all);
+}
+
+/* Whether something listens there; rank 0 takes who says nothing for a stranger. */
+static int answers(const char *host, int32_t port) {
+    struct addrinfo hints = {.ai_family = AF_INET, .ai_socktype = SOCK_STREAM}, *found = NULL;
+    char service[16];
+    int does = 0;
+    snprintf(service, sizeof service, "%d", port);
+    if (getaddrinfo(host, service, &hints, &found) != 0)
+        return 0;
+    for (const struct addrinfo *a = found; a && !does; a = a->ai_next) {
+        int fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), failure = 0;
+        socklen_t size = sizeof failure;
+        if (fd < 0)
+            continue;
+        struct pollfd p = {.fd = fd, .events = POLLOUT};
+        does = connect(fd, a->ai_addr, a->ai_addrlen) == 0 ||
+               (errno == EINPROGRESS && poll(&p, 1, KNOCK_MS) == 1 &&
+                getsockopt(fd, SOL_SOCKET, SO_ERROR, &failure, &size) == 0 && failure == 0);
+        close(fd);
+    }
+    freeaddrinfo(found);
+    return does;
+}
+
+/* The first of rank 0's places that this rank reaches, or its name. */
+static const char *nearest(const place *p) {
+    for (size_t i = 0; i < PLACES; i++)
+        if (p->host[i][0] && answers(p->host[i], p->port))
+            return p->host[i];
+    return p->host[0];
+}
 
 static int listen_anywhere(int alone, int32_t *port) {
     struct sockaddr_in address = {.sin_family = AF_INET,
@@ -174,14 +237,14 @@ static psoup_status open_line(mpi *m, psoup_context *context, psoup_error *error
     if (o.rank == 0) {
         o.listener = listen_anywhere(local == o.world, &p.port);
         if (local == o.world)
-            strcpy(p.host, "127.0.0.1");
-        else if (gethostname(p.host, sizeof p.host - 1) != 0)
-            p.port = 0;
+            strcpy(p.host[0], "127.0.0.1");
+        else
+            list_addresses(&p);
     }
     code = MPI_Bcast(&p, (int)sizeof p, MPI_BYTE, 0, m->world);
     if (code == MPI_SUCCESS && p.port > 0) {
         o.port = p.port;
-        memcpy(o.address, p.host, sizeof o.address);
+        memcpy(o.address, o.rank == 0 || local == o.world ? p.host[0] : nearest(&p), sizeof o.address);
         return psoup_comm_tcp_create(context, &o, &m->line, error);
     }
     if (o.listener >= 0)
