@@ -326,10 +326,10 @@ check: deps-test
 	@$(BUILD) all test-programs $B/tests/gpu/llama
 	@$(MAKE) --no-print-directory all check-house run-tests check-names check-abi check-install check-python check-gpu
 
-# The same under ASan and UBSan with the long cases, a build by clang, the GPU's kernels for every architecture and with
-# their threads in other orders, a short run of each fuzzer.
+# The same under ASan and UBSan with the long cases, a build by clang (nothing of which runs: unoptimised), the GPU's kernels
+# for every architecture and with their threads in other orders, a short run of each fuzzer.
 check-all: deps-test
-	@$(BUILD) CC=clang WARN="$(WARN) -Werror" B=build/clang-check \
+	@$(BUILD) CC=clang WARN="$(WARN) -Werror" MODE="-O0 -DNDEBUG" KERNEL_OPT= B=build/clang-check \
 	    $(addprefix build/clang-check/,libpsoup.a libpsoup.so libpsoup-merge.a psoup psoup-demo personalized_soup)
 	@$(BUILD) bin/personalized_soup test-programs
 	@PSOUP_LONG=1 $B/tests/test_alloc

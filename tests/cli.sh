@@ -887,13 +887,13 @@ printf 'merge_method: linear\nmodels: [{model: base, parameters: {weight: 1}}]\n
 printf '#!/bin/sh\nexec "%s" first\n' "$helpers/judge" >readme/judge.py
 chmod +x readme/judge.py
 readme=$here/../README.md
-small='"rank": 2, "learning_rate": 0.01'
+fine='"rank": 2, "learning_rate": 0.01'
 tiny='"batch_size": 4, "steps": 1, "max_new_tokens": 6'
 # its configurations, with sizes for a tiny model
 sed -n '/^```json/,/^```$/p' "$readme" | grep -v '^```' | awk -v RS='' '{ n = split($0, all, "\n{"); for (i = 1; i <= n; i++)
     print (i > 1 ? "{" : "") all[i] >"readme/" i ".json" }'
 sed 's/^{/{"max_new_tokens": 6, /' readme/1.json >readme/feedback.json
-sed "s/^{/{$small, /" readme/2.json >readme/reward.json
+sed "s/^{/{$fine, /" readme/2.json >readme/reward.json
 sed "s/^{/{\"rank\": 2, $tiny, /" readme/3.json >readme/ppo.json
 sed 's/"rewards"/"direct"/' readme/reward.json >readme/dpo.json
 run='"model": "base", "prompts": "instructions.jsonl", "evaluation": "instructions.jsonl", "generate": {"max_new_tokens": 6, "min_new_tokens": 0}'

@@ -165,13 +165,13 @@ fail:
     return status;
 }
 
-/* Takes lanes until none is left. */
+/* Its own lane, so that every runner has one and memory does not depend on who was quick; then others until none is left. */
 static void run_lanes(void *arg, size_t task, int worker) {
     run *r = arg;
     const psoup__passes *p = r->passes;
     psoup__runner *w = &p->runner[task];
     w->status = PSOUP_OK;
-    for (int32_t lane; w->status == PSOUP_OK && (lane = atomic_fetch_add(&r->next, 1)) < p->lanes;)
+    for (int32_t lane = (int32_t)task; w->status == PSOUP_OK && lane < p->lanes; lane = atomic_fetch_add(&r->next, 1))
         for (int32_t pass = p->first[lane]; w->status == PSOUP_OK && pass < p->first[lane + 1]; pass++)
             w->status = run_pass(r, pass, p->gradient[lane], w, &w->error);
     (void)worker;
@@ -180,8 +180,8 @@ static void run_lanes(void *arg, size_t task, int worker) {
 psoup_status psoup__passes_run(psoup__passes *p, psoup__pass_fn fn, void *user, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_model *model = p->model;
-    run r = {p, fn, user, 0};
     int32_t longest = model->config.max_position_embeddings, n = (int32_t)least(p->runners, p->at_once);
+    run r = {p, fn, user, n};
     for (int32_t pass = 0; !p->in_lanes && pass < p->n; pass++)
         PSOUP__TRY(run_pass(&r, pass, 0, &p->runner[0], error));
     if (!p->in_lanes || p->n == 0)
