@@ -475,7 +475,8 @@ class PpoOptions(TypedDict, total=False):
     top_p: float
     # default 0
     top_k: int
-    # subtracted from the score of a response without an end token; default 0
+    # subtracted from the score of a response without an end token, in training: "reward" and what
+    # keep_best compares have no penalties in them; default 0
     truncation_penalty: float
     # 1: rewards read the decoded text, tokenised again (needs tokenizer); default 0
     reward_text: int
