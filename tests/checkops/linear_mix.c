@@ -360,65 +360,85 @@ static void check_backward(checker *c, const shape *s, psoup_dtype dtype, bool d
     free(l.row);
 }
 
-/* ---- rows of factors by finite differences ------------------------------------------------------------ */
+/* ---- by finite differences ---------------------------------------------------------------------------- */
 
-/* y = s (Σ w_i B_i)(Σ w_j A_j) x of every row, from these numbers alone; the loss is <dy, y>. */
+enum { X, X_LORA, MATRIX, BIAS, A, B, WEIGHT, NUMBERS };
+
+/* y = W x + bias and, of a row, Σ w_i s B_i A_i x, or s (Σ w_i B_i)(Σ w_j A_j) x of one of factors, from these numbers
+ * alone; the loss is <dy, y>. */
 typedef struct plain {
     const layer *l;
-    double *x, *a, *b, *weight, *dy;
+    double *of[NUMBERS], *dy;
 } plain;
+
+enum { PLAIN_RANK = 16 };
+
+/* Element j of x A_iᵀ in row r, and of dy B_i. */
+static void plain_ends(const plain *p, int32_t r, int32_t i, int32_t j, double *ax, double *dyb) {
+    const shape *s = &p->l->s;
+    *ax = *dyb = 0;
+    for (int32_t k = 0; k < s->in; k++)
+        *ax += p->of[A][(i * PLAIN_RANK + j) * s->in + k] * p->of[X_LORA][r * s->in + k];
+    for (int32_t o = 0; o < s->out; o++)
+        *dyb += p->of[B][(i * s->out + o) * PLAIN_RANK + j] * p->dy[r * s->out + o];
+}
 
 static double plain_loss(void *arg) {
     const plain *p = arg;
     const shape *s = &p->l->s;
-    const int32_t rank = 16;
     double loss = 0;
-    for (int32_t r = 0; r < s->rows; r++)
-        for (int32_t j = 0; j < rank; j++) {
+    for (int32_t r = 0; r < s->rows; r++) {
+        for (int32_t o = 0; o < s->out; o++) {
+            double y = p->of[BIAS][o];
+            for (int32_t k = 0; k < s->in; k++)
+                y += p->of[MATRIX][o * s->in + k] * p->of[X][r * s->in + k];
+            loss += p->dy[r * s->out + o] * y;
+        }
+        for (int32_t j = 0; j < PLAIN_RANK; j++) {
             double down = 0, up = 0;
             for (int32_t i = 0; i < s->n; i++) {
-                double ax = 0, dyb = 0;
-                for (int32_t k = 0; k < s->in; k++)
-                    ax += p->a[(i * rank + j) * s->in + k] * p->x[r * s->in + k];
-                for (int32_t o = 0; o < s->out; o++)
-                    dyb += p->b[(i * s->out + o) * rank + j] * p->dy[r * s->out + o];
-                down += p->weight[r * s->n + i] * ax;
-                up += p->weight[r * s->n + i] * dyb;
+                const double w = p->of[WEIGHT][r * s->n + i];
+                double ax, dyb;
+                plain_ends(p, r, i, j, &ax, &dyb);
+                down += w * ax;
+                up += w * dyb;
+                loss += is_factors(s, r) ? 0 : p->l->lora[i].scale * w * ax * dyb;
             }
-            loss += p->l->lora[0].scale * down * up;
+            loss += is_factors(s, r) ? p->l->lora[0].scale * down * up : 0;
         }
+    }
     return loss;
 }
 
-static void check_differences(checker *c) {
-    const shape s = {1, 7, 5, 3, FULL, false, true, 0}; /* row 0 is one of factors */
+static void check_differences(checker *c, const shape *s) {
+    static const char *const names[NUMBERS] = {"dx", "dx_lora", "dw", "dbias", "da", "db", "dweight"};
     layer l;
-    begin(c, "linear_mix_backward", "rows of factors by finite differences");
-    open_layer(c, &l, &s, PSOUP_F32, true, false);
-    buffer *dy = input(c, (size_t)(s.rows * s.out)), *y = output(c, dy->n), *u = output(c, l.u_at[s.n]);
-    buffer *du = output(c, u->n), *dx = input(c, l.x->n), *da = input(c, l.a->n), *db = input(c, l.b->n);
-    buffer *dweight = input(c, l.weight->n), *grown[] = {dx, da, db, dweight};
-    const char *const names[] = {"dx", "da", "db", "dweight"};
-    plain p = {&l, doubles_of(l.x_lora->host, l.x->n), doubles_of(l.a->host, l.a->n), doubles_of(l.b->host, l.b->n),
-               doubles_of(l.weight->host, l.weight->n), doubles_of(dy->host, dy->n)};
-    double *const numbers[] = {p.x, p.a, p.b, p.weight};
-    float *before[4];
-    for (int k = 0; k < 4; k++) {
+    begin(c, "linear_mix_backward", "rows %d, factors %d, by finite differences", (int)s->rows, (int)s->factors);
+    open_layer(c, &l, s, PSOUP_F32, true, true);
+    buffer *dy = input(c, (size_t)(s->rows * s->out)), *y = output(c, dy->n), *u = output(c, l.u_at[s->n]);
+    buffer *du = output(c, u->n), *read[NUMBERS] = {l.x, l.x_lora, l.matrix, l.bias, l.a, l.b, l.weight};
+    buffer *grown[NUMBERS];
+    plain p = {.l = &l, .dy = doubles_of(dy->host, dy->n)};
+    float *before[NUMBERS];
+    for (int k = 0; k < NUMBERS; k++) {
+        p.of[k] = doubles_of(read[k]->host, read[k]->n);
+        grown[k] = input(c, read[k]->n);
         before[k] = malloc(grown[k]->n * sizeof(float));
         memcpy(before[k], grown[k]->host, grown[k]->n * sizeof(float));
     }
-    for (int32_t i = 0; i < s.n; i++) {
-        l.lora[i].da = da->device + l.a_at[i];
-        l.lora[i].db = db->device + l.b_at[i];
+    for (int32_t i = 0; i < s->n; i++) {
+        l.lora[i].da = grown[A]->device + l.a_at[i];
+        l.lora[i].db = grown[B]->device + l.b_at[i];
     }
-    l.mix.dweight = dweight->device;
+    l.mix.dweight = grown[WEIGHT]->device;
     forward(c, &l, y, u);
-    c->ops->linear_mix_backward(c->be, NULL, dx->device, NULL, NULL, du->device, dy->device, l.x->device,
-                                l.x_lora->device, u->device, &l.w, l.lora, &l.mix, s.rows);
-    for (int k = 0; k < 4; k++)
-        differences(c, names[k], grown[k], before[k], numbers[k], grown[k]->n, 1, plain_loss, &p, 2e-5);
-    for (int k = 0; k < 4; k++)
-        free(before[k]), free(numbers[k]);
+    c->ops->linear_mix_backward(c->be, grown[X]->device, grown[X_LORA]->device, grown[MATRIX]->device,
+                                grown[BIAS]->device, du->device, dy->device, l.x->device, l.x_lora->device, u->device,
+                                &l.w, l.lora, &l.mix, s->rows);
+    for (int k = 0; k < NUMBERS; k++)
+        differences(c, names[k], grown[k], before[k], p.of[k], grown[k]->n, 1, plain_loss, &p, 2e-5);
+    for (int k = 0; k < NUMBERS; k++)
+        free(before[k]), free(p.of[k]);
     free(p.dy), free(l.row);
 }
 
@@ -505,6 +525,8 @@ void check_linear_mix(checker *c) {
     for (int i = 0; i < SHAPES; i++)
         for (int d = 0; d < 3; d++)
             check_backward(c, &shapes[i], dtypes[d], (i + d) % 2, (i + d) % 3 != 1);
-    check_differences(c);
+    for (int32_t rows = 1; rows < 6; rows += 2) /* of factors row 1 is none, and the first of one is */
+        for (int factors = 0; factors < 2; factors++)
+            check_differences(c, &(shape){rows, 7, 5, 3, FULL, false, factors, 0});
     check_rewritten(c);
 }

@@ -142,6 +142,56 @@ static void check_head(checker *c, int32_t n, int32_t width, bool all) {
     free(row), free(want), free(want_hidden), free(want_w);
 }
 
+/* ---- the head by finite differences ------------------------------------------------------------------- */
+
+/* Σ_i dout[i] (w · hidden[row i] + bias), from these numbers alone. */
+typedef struct heads {
+    int32_t n, width;
+    const int32_t *row;
+    double *hidden, *w, *bias, *dout;
+} heads;
+
+static double head_loss(void *arg) {
+    const heads *h = arg;
+    double loss = 0;
+    for (int32_t i = 0; i < h->n; i++) {
+        double value = h->bias[0];
+        for (int32_t j = 0; j < h->width; j++)
+            value += h->w[j] * h->hidden[h->row[i] * h->width + j];
+        loss += h->dout[i] * value;
+    }
+    return loss;
+}
+
+static void check_head_differences(checker *c, int32_t width) {
+    enum { N = 4 };
+    static const int32_t row[N] = {6, 0, 3, 5};
+    const size_t sizes[] = {7 * (size_t)width, (size_t)width, 1};
+    static const char *const names[] = {"dhidden", "dw", "dbias"};
+    begin(c, "head_backward", "width %d, by finite differences", (int)width);
+    psoup_error error;
+    buffer *read[3], *grown[3], *dout = input(c, N);
+    float *before[3];
+    double *numbers[3];
+    for (int k = 0; k < 3; k++) {
+        read[k] = input(c, sizes[k]);
+        grown[k] = input(c, sizes[k]);
+        numbers[k] = doubles_of(read[k]->host, sizes[k]);
+        before[k] = malloc(sizes[k] * sizeof(float));
+        memcpy(before[k], grown[k]->host, sizes[k] * sizeof(float));
+    }
+    heads h = {N, width, row, numbers[0], numbers[1], numbers[2], doubles_of(dout->host, N)};
+    int32_t *list = block(c, row, sizeof row);
+    expect_true(c, "there is room", c->ops->reserve(c->be, N, width, &error) == PSOUP_OK);
+    c->ops->head_backward(c->be, grown[0]->device, grown[1]->device, grown[2]->device, dout->device, read[0]->device,
+                          list, read[1]->device, N, width);
+    for (int k = 0; k < 3; k++)
+        differences(c, names[k], grown[k], before[k], numbers[k], sizes[k], 1, head_loss, &h, 1e-5);
+    for (int k = 0; k < 3; k++)
+        free(before[k]), free(numbers[k]);
+    free(h.dout);
+}
+
 void check_rows(checker *c) {
     static const psoup_dtype dtypes[] = {PSOUP_F32, PSOUP_F16, PSOUP_BF16};
     for (int i = 0; i < RAGGED; i++) {
@@ -164,4 +214,6 @@ void check_rows(checker *c) {
     check_embed_backward(c, 3, 4100, 2); /* more columns than a block's */
     check_head(c, 7, 4100, true);
     check_head(c, 2, 8193, true);
+    for (int i = 0; i < RAGGED; i++)
+        check_head_differences(c, ragged[i]);
 }
