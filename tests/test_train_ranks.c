@@ -1,7 +1,6 @@
 /* Several ranks train one run: the same update as one process on the whole batch, by supervised fine-tuning,
  * reward training and DPO. */
-#include "ranks_case.h"
-#include "resume_case.h"
+#include "ranks_kept_case.h"
 
 enum { ROWS = 23, LEARNERS = 2 };
 
@@ -10,9 +9,6 @@ static psoup_example examples[ROWS];
 static psoup_comparison comparisons[ROWS];
 static psoup_dpo_pair pairs[ROWS];
 static float rate, start[MOST_WEIGHTS]; /* the learning rate; the weights before */
-static const char *kept; /* where a run is kept; NULL: nowhere */
-static int resumes, dies_at; /* dies_at: rank 1, in its report of this step; 0: it does not */
-static const char *metrics;   /* rank 0's file; NULL: none */
 static int full_at, stops_at; /* the disk is full after P's report of this step; rank 1 stops there; 0: never */
 
 /* Rows of 4 to 14 tokens, for one learner more than for the other. */
@@ -40,13 +36,11 @@ static psoup_model *fresh(void) {
 static int keep_numbers(void *user, const psoup_step *step) {
     left *l = user;
     size_t at = 0;
-    if (l == &results[1] && dies_at == step->step && strcmp(step->phase, "train") == 0)
-        kill(getpid(), SIGKILL);
     for (size_t i = 0; i < step->n && i < 8; i++, at++)
         l->numbers[at + (strcmp(step->phase, "validation") == 0 ? 16 : 0) +
                    (strcmp(step->subject, "Q") == 0 ? 32 : 0)] = step->values[i];
     if (l == &results[0] && full_at == step->step && strcmp(step->subject, "P") == 0)
-        fill_disk(metrics);
+        fill_disk(keeping.metrics);
     return l == &results[1] && stops_at == step->step && strcmp(step->subject, "P") == 0;
 }
 
@@ -67,10 +61,10 @@ static void train_sft(const psoup_comm *comm, void *arg) {
     o.on_step = keep_numbers;
     o.user = &results[rank];
     o.comm = comm;
-    o.metrics = metrics;
-    o.checkpoint_dir = kept;
-    o.checkpoint_every = 0; /* before the first step and after the last, and when somebody dies */
-    o.resume = resumes;
+    o.metrics = keeping.metrics;
+    o.checkpoint_dir = keeping.directory;
+    o.checkpoint_every = keeping.every; /* 0: before the first step and after the last, and when somebody dies */
+    o.resume = keeping.resume;
     leave(rank, psoup_sft(model, adapter, examples, ROWS - 6, examples + ROWS - 6, 6, &o, &error));
     if (adapter)
         leave_weights(rank, model, adapter);
@@ -104,10 +98,10 @@ static void train_rewards(const psoup_comm *comm, void *arg) {
     o.on_step = keep_numbers;
     o.user = &results[rank];
     o.comm = comm;
-    o.metrics = metrics;
-    o.checkpoint_dir = kept;
-    o.checkpoint_every = 0; /* before the first step and after the last, and when somebody dies */
-    o.resume = resumes;
+    o.metrics = keeping.metrics;
+    o.checkpoint_dir = keeping.directory;
+    o.checkpoint_every = keeping.every; /* 0: before the first step and after the last, and when somebody dies */
+    o.resume = keeping.resume;
     leave(rank, psoup_reward_train(rewards, LEARNERS, comparisons, ROWS - 5, comparisons + ROWS - 5, 5, &o, &error));
     for (int j = 0; j < LEARNERS; j++) {
         leave_weights(rank, model, name[j]);
@@ -129,10 +123,10 @@ static void train_dpo(const psoup_comm *comm, void *arg) {
     o.on_step = keep_numbers;
     o.user = &results[rank];
     o.comm = comm;
-    o.metrics = metrics;
-    o.checkpoint_dir = kept;
-    o.checkpoint_every = 0; /* before the first step and after the last, and when somebody dies */
-    o.resume = resumes;
+    o.metrics = keeping.metrics;
+    o.checkpoint_dir = keeping.directory;
+    o.checkpoint_every = keeping.every; /* 0: before the first step and after the last, and when somebody dies */
+    o.resume = keeping.resume;
     leave(rank, psoup_dpo(model, name, LEARNERS, pairs, ROWS - 5, pairs + ROWS - 5, 5, &o, &error));
     for (int j = 0; j < LEARNERS; j++)
         leave_weights(rank, model, name[j]);
@@ -169,39 +163,25 @@ START_TEST(rewards) { the_same(train_rewards, NULL, 1e-4); }
 END_TEST
 START_TEST(dpo) { the_same(train_dpo, NULL, 1e-4); }
 END_TEST
+
 /* ---- when a rank dies -------------------------------------------------------------------------------- */
 
-/* Rank 0 keeps the run as it was after the last whole step, from where it ends with the same bits. */
-static void survives(rank_fn train, const char *arg, int at) {
-    left *whole = malloc(sizeof(*whole));
-    run r;
-    int ended[2];
-    share_results();
-    rate = 1e-2f;
-    in_ranks(2, train, (void *)arg, NULL);
-    *whole = results[0];
-    run_begin(&r);
-    kept = r.checkpoints;
-    dies_at = at;
-    in_ranks(2, train, (void *)arg, ended);
-    dies_at = 0;
-    ck_assert(ended[0] == 0 && WIFSIGNALED(ended[1]));
-    ck_assert_msg(results[0].status == PSOUP_ERROR_IO && strstr(results[0].message, "rank 1 (") &&
-                  strstr(results[0].message, " has the run as it was after step "), "%s", results[0].message);
-    resumes = 1;
-    in_ranks(2, train, (void *)arg, NULL);
-    resumes = 0;
-    kept = NULL;
-    same_in_all(2, whole, start, 0.0);
-    run_end(&r);
-    free(whole);
-}
+enum { EACH = 3 }; /* a test of its own for every third call */
 
-START_TEST(supervised_survives) { survives(train_sft, "P", 2 + _i); }
+START_TEST(supervised_survives) {
+    rate = 1e-2f;
+    survives(train_sft, (void *)"P", 1 + _i, EACH);
+}
 END_TEST
-START_TEST(rewards_survive) { survives(train_rewards, NULL, 1 + _i); }
+START_TEST(rewards_survive) {
+    rate = 1e-2f;
+    survives(train_rewards, NULL, 1 + _i, EACH);
+}
 END_TEST
-START_TEST(dpo_survives) { survives(train_dpo, NULL, 1 + _i); }
+START_TEST(dpo_survives) {
+    rate = 1e-2f;
+    survives(train_dpo, NULL, 1 + _i, EACH);
+}
 END_TEST
 
 /* ---- when rank 0 cannot write -------------------------------------------------------------------------- */
@@ -212,14 +192,14 @@ static void ends_alike(rank_fn train, const char *arg, int full, int stops) {
     share_results();
     run_begin(&r);
     rate = 1e-2f;
-    metrics = r.metrics;
-    kept = r.checkpoints;
+    keeping.metrics = r.metrics;
+    keeping.directory = r.checkpoints;
     full_at = full;
     stops_at = stops;
     in_ranks(3, train, (void *)arg, NULL);
     all_know_of_the_disk(3, r.metrics);
     full_at = stops_at = 0;
-    metrics = kept = NULL;
+    keeping = (struct keeping){.every = 0};
     run_end(&r);
 }
 
@@ -243,9 +223,9 @@ int main(void) {
     TCase *death = tcase_create("death");
     tcase_add_checked_fixture(death, set_up, tear_down);
     tcase_set_timeout(death, 60);
-    tcase_add_loop_test(death, supervised_survives, 0, 2);
-    tcase_add_loop_test(death, rewards_survive, 0, 3);
-    tcase_add_loop_test(death, dpo_survives, 0, 3);
+    tcase_add_loop_test(death, supervised_survives, 0, EACH);
+    tcase_add_loop_test(death, rewards_survive, 0, EACH);
+    tcase_add_loop_test(death, dpo_survives, 0, EACH);
     suite_add_tcase(suite, death);
     TCase *disk = tcase_create("disk");
     tcase_add_checked_fixture(disk, set_up, tear_down);

@@ -1,6 +1,6 @@
 /* PPO, RLOO and GRPO by several ranks: the rollouts of one process, and its update to the order of sums. */
 #include "ppo_case.h"
-#include "ranks_case.h"
+#include "ranks_kept_case.h"
 
 enum { SIDE_BY_SIDE = 2, STEPS = 3 };
 
@@ -104,10 +104,19 @@ static void train(const psoup_comm *comm, void *arg) {
     o.on_step = keep_numbers;
     o.user = l;
     o.comm = comm;
-    psoup_ppo *ppo = create(model, policies, n, &o);
-    OK(psoup_ppo_step(ppo, NULL, &error));
-    keep_trace(l, ppo, n);
-    leave(rank, psoup_ppo_run(ppo, &error));
+    o.metrics = keeping.metrics;
+    o.samples = keeping.samples;
+    o.samples_every = keeping.samples != NULL;
+    o.checkpoint_dir = keeping.directory;
+    o.checkpoint_every = keeping.every;
+    o.resume = keeping.resume;
+    psoup_ppo *ppo = NULL;
+    psoup_status status = psoup_ppo_create(model, policies, n, &o, &ppo, &error);
+    if (status == PSOUP_OK && !keeping.directory) {
+        OK(psoup_ppo_step(ppo, NULL, &error));
+        keep_trace(l, ppo, n);
+    }
+    leave(rank, status == PSOUP_OK ? psoup_ppo_run(ppo, &error) : status);
     psoup_ppo_free(ppo);
     for (int p = 0; p < SIDE_BY_SIDE; p++)
         leave_weights(rank, model, names[p]);
@@ -160,6 +169,15 @@ END_TEST
 START_TEST(a_soup_of_several_rewards) { the_same((way){.soup = true, .several = true, .mini_batch_size = 4}); }
 END_TEST
 
+/* ---- when a rank dies -------------------------------------------------------------------------------- */
+
+enum { EACH = 6 }; /* a test of its own for every sixth call */
+
+START_TEST(ppo_survives) { survives(train, &(way){.mini_batch_size = 4, .dropout = 0.1f}, 1 + _i, EACH); }
+END_TEST
+START_TEST(a_soup_survives) { survives(train, &(way){.soup = true, .several = true}, 1 + _i, EACH); }
+END_TEST
+
 /* ---- when rank 0 cannot write -------------------------------------------------------------------------- */
 
 enum { METRICS, VALIDATIONS, SAMPLES, FILES };
@@ -192,9 +210,9 @@ static void run_out(const psoup_comm *comm, void *arg) {
     o.on_step = on_step;
     o.user = &results[comm->rank];
     o.comm = comm;
-    psoup_ppo *run = create(model, policies, SIDE_BY_SIDE, &o);
-    leave(comm->rank, psoup_ppo_run(run, &error));
-    psoup_ppo_free(run);
+    psoup_ppo *trainer = create(model, policies, SIDE_BY_SIDE, &o);
+    leave(comm->rank, psoup_ppo_run(trainer, &error));
+    psoup_ppo_free(trainer);
     psoup_model_free(model);
 }
 
@@ -221,6 +239,8 @@ int main(void) {
     tcase_add_test(same, grpo);
     tcase_add_test(same, a_soup);
     tcase_add_test(same, a_soup_of_several_rewards);
+    tcase_add_loop_test(same, ppo_survives, 0, EACH);
+    tcase_add_loop_test(same, a_soup_survives, 0, EACH);
     tcase_add_loop_test(same, a_full_disk_ends_all, METRICS, FILES);
     suite_add_tcase(suite, same);
     return run_suite(suite);

@@ -189,8 +189,9 @@ static psoup_status take_step(psoup_ppo *ppo, psoup_error *error) {
         ppo->active[p]->state = ppo->active[p]->next;
     for (size_t p = 0; p < n; p++) {
         psoup__policy *policy = ppo->active[p];
-        if (!psoup__goes_on(&status, psoup__report(&ppo->reporter, "train", policy->name, policy->state.step,
-                                                   policy->total, &policy->metrics, error)))
+        if (!psoup__goes_on(&ppo->team, &status,
+                            psoup__report(&ppo->reporter, "train", policy->name, policy->state.step, policy->total,
+                                          &policy->metrics, error)))
             break;
     }
 fail:
@@ -267,7 +268,7 @@ static psoup_status validate(psoup_ppo *ppo, size_t n, psoup_error *error) {
         if (told == PSOUP_OK)
             told = psoup__report(&ppo->reporter, "validation", policy->name, policy->state.step, policy->total,
                                  &metrics, error);
-        if (!psoup__goes_on(&status, told))
+        if (!psoup__goes_on(&ppo->team, &status, told))
             break;
     }
 fail:

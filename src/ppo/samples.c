@@ -160,7 +160,7 @@ psoup_status psoup__ppo_sample(psoup_ppo *ppo, size_t n, psoup_error *error) {
     for (size_t p = 0; p < left; p++)
         ppo->active[p]->state.sampled = ppo->active[p]->state.step + 1;
     for (size_t p = 0; p < left; p++)
-        if (!psoup__goes_on(&status, tell(ppo, ppo->active[p], error)))
+        if (!psoup__goes_on(&ppo->team, &status, tell(ppo, ppo->active[p], error)))
             break;
 fail:
     return status;

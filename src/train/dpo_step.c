@@ -260,8 +260,8 @@ psoup_status psoup__dpo_step(psoup__dpo_trainer *t, psoup_error *error) {
     PSOUP__TRY(psoup__team_count(&t->team, &t->through, error));
     for (size_t j = 0; j < t->n; j++) {
         psoup__dpo_learner *l = &t->learners[j];
-        if (l->step < l->total && !psoup__goes_on(&status, finish_step(t, l, error)) && !t->team.lost)
-            break; /* when a rank is gone all have had their step */
+        if (l->step < l->total && !psoup__goes_on(&t->team, &status, finish_step(t, l, error)))
+            break;
     }
 fail:
     return status;
@@ -299,7 +299,7 @@ psoup_status psoup__dpo_validate(psoup__dpo_trainer *t, psoup_error *error) {
             PSOUP__TRY(add_sums(t, &t->learners[j], error));
     for (size_t j = 0; j < t->n; j++) {
         psoup__dpo_learner *l = &t->learners[j];
-        if (l->due && !psoup__goes_on(&status, finish_validation(t, l, error)))
+        if (l->due && !psoup__goes_on(&t->team, &status, finish_validation(t, l, error)))
             break;
     }
 fail:

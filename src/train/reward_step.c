@@ -239,8 +239,8 @@ psoup_status psoup__reward_step(psoup__reward_trainer *t, const psoup_comparison
         psoup__reward_learner *l = &t->learners[j];
         if (l->step == l->total)
             continue;
-        if (!psoup__goes_on(&status, finish_step(t, l, error)) && !t->team.lost)
-            break; /* when a rank is gone all have had their step */
+        if (!psoup__goes_on(&t->team, &status, finish_step(t, l, error)))
+            break;
     }
 fail:
     return status;
@@ -271,7 +271,7 @@ psoup_status psoup__reward_validate(psoup__reward_trainer *t, const psoup_compar
         psoup__reward_learner *l = &t->learners[j];
         if (!l->due)
             continue;
-        if (!psoup__goes_on(&status, finish_validation(t, l, error)))
+        if (!psoup__goes_on(&t->team, &status, finish_validation(t, l, error)))
             break;
     }
 fail:

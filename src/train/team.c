@@ -115,10 +115,12 @@ psoup_status psoup__team_count(psoup__team *team, size_t *n, psoup_error *error)
     return status;
 }
 
-/* Another rank that failed says so by psoup__team_tell. */
+/* Another rank that failed says so by psoup__team_tell. Where one is gone the run ends for that. */
 psoup_status psoup__team_vote(psoup__team *team, psoup_status own, bool *stop, psoup_error *error) {
     double said[2] = {*stop, own != PSOUP_OK};
-    if (!team->comm || (own != PSOUP_OK && team->rank != 0))
+    if (team->lost)
+        *stop = false;
+    if (!team->comm || team->lost || (own != PSOUP_OK && team->rank != 0))
         return own;
     psoup_error trouble = {0}; /* the sum must not overwrite what *error says of `own` */
     psoup_status status = psoup__team_sum(team, said, 2, own == PSOUP_OK ? error : &trouble);

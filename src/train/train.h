@@ -161,12 +161,12 @@ psoup_status psoup__report(psoup__reporter *reporter, const char *phase, const c
                            int64_t step, int64_t total, const psoup__metrics *metrics,
                            psoup_error *error);
 void psoup__reporter_close(psoup__reporter *reporter);
-/* Adds what one learner's part came to. All of them are told of a step, also when one of them said stop;
- * any other failure ends it at once. */
-static inline bool psoup__goes_on(psoup_status *status, psoup_status one) {
+/* Adds what one learner's part came to. All of them are told of a step, also when one of them said stop, or when a
+ * rank is gone, as rank 0 then keeps the run as it is after this step; any other failure ends it at once. */
+static inline bool psoup__goes_on(const psoup__team *team, psoup_status *status, psoup_status one) {
     if (one != PSOUP_OK)
         *status = one;
-    return one == PSOUP_OK || one == PSOUP_ERROR_CANCELLED;
+    return one == PSOUP_OK || one == PSOUP_ERROR_CANCELLED || team->lost;
 }
 
 /* ---- options.c --------------------------------------------------------------------------------- */
