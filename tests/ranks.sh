@@ -185,7 +185,7 @@ check "nothing is left" test ! -e left
 # goes on with two ranks to the bytes of the run that nobody disturbed; or with one, to other rollouts in the end.
 long() { # OUTPUT
     into ppo $1 ", \"checkpoint_dir\": \"$1-kept\", \"checkpoint_every\": 1"
-    sed -i 's/"steps": 3/"steps": 24/' run.json
+    sed -i 's/"steps": 3/"steps": 48/' run.json
 }
 waits_for() { for _ in $(seq 400); do ls $1 >/dev/null 2>&1 && return 0; sleep 0.02; done; return 1; }
 long whole

@@ -214,7 +214,7 @@ int main(void) {
     Suite *suite = suite_create("train_ranks");
     TCase *same = tcase_create("same");
     tcase_add_checked_fixture(same, set_up, tear_down);
-    tcase_set_timeout(same, 60);
+    tcase_set_timeout(same, 120);
     tcase_add_test(same, supervised);
     tcase_add_test(same, supervised_base);
     tcase_add_test(same, rewards);
@@ -222,7 +222,7 @@ int main(void) {
     suite_add_tcase(suite, same);
     TCase *death = tcase_create("death");
     tcase_add_checked_fixture(death, set_up, tear_down);
-    tcase_set_timeout(death, 60);
+    tcase_set_timeout(death, 120);
     tcase_add_loop_test(death, supervised_survives, 0, EACH);
     tcase_add_loop_test(death, rewards_survive, 0, EACH);
     tcase_add_loop_test(death, dpo_survives, 0, EACH);

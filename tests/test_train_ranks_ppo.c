@@ -231,7 +231,7 @@ int main(void) {
     Suite *suite = suite_create("train_ranks_ppo");
     TCase *same = tcase_create("same");
     tcase_add_checked_fixture(same, set_up, tear_down);
-    tcase_set_timeout(same, 60);
+    tcase_set_timeout(same, 120);
     tcase_add_test(same, ppo);
     tcase_add_test(same, ppo_by_models);
     tcase_add_test(same, ppo_stops_early);
