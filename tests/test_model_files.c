@@ -1,6 +1,9 @@
 /* Models and adapters written and read again, and what is refused.
  *
  * `test_model_files --write DIR` writes what `tests/golden/model.py --verify DIR` reads. */
+#include <signal.h>
+#include <sys/resource.h>
+
 #include "model_case.h"
 
 /* ---- files ------------------------------------------------------------------------------------ */
@@ -323,6 +326,24 @@ START_TEST(bad_arguments) {
 }
 END_TEST
 
+/* What a full disk cuts short is no model's directory, nor half a file. */
+START_TEST(a_full_disk) {
+    char directory[64];
+    psoup_context *context = make_context(1);
+    psoup_model *model = load_plain(context, false);
+    struct rlimit limit;
+    strcpy(directory, temporary_directory());
+    ck_assert_int_eq(getrlimit(RLIMIT_FSIZE, &limit), 0);
+    limit.rlim_cur = 8192; /* room for config.json, not for the weights */
+    signal(SIGXFSZ, SIG_IGN);
+    ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
+    REFUSED(psoup_model_save(model, directory, NULL, &error), PSOUP_ERROR_IO, "model.safetensors");
+    ck_assert_msg(rmdir(directory) == 0, "%s is not empty", directory);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
 /* ---- for PEFT -------------------------------------------------------------------------------- */
 
 /* What another program is to check: a random model and adapter of ours, and our logits. */
@@ -381,6 +402,7 @@ int main(int argc, char **argv) {
     tcase_add_loop_test(tests, bad_weights, 0, 4);
     tcase_add_test(tests, weights_at_odd_addresses);
     tcase_add_test(tests, bad_arguments);
+    tcase_add_test(tests, a_full_disk);
     suite_add_tcase(suite, tests);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);

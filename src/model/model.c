@@ -249,13 +249,13 @@ psoup_status psoup_model_save(const psoup_model *model, const char *directory,
     if (!tokenizer_path)
         goto fail;
     PSOUP__TRY(psoup__make_directories(directory, error));
-    PSOUP__TRY(psoup__hf_config_write(context, directory, &model->config, error));
     PSOUP__TRY(psoup__safetensors_create(context, path, &writer, error));
     PSOUP__TRY(write_weights(model, writer, piece, error));
     if (tokenizer)
         PSOUP__TRY(psoup_tokenizer_save(tokenizer, tokenizer_path, error));
     if (tokenizer)
         PSOUP__TRY(write_tokenizer_config(model, directory, tokenizer, error));
+    PSOUP__TRY(psoup__hf_config_write(context, directory, &model->config, error)); /* last: what lacks it is no model */
 fail:
     psoup__safetensors_writer_free(writer);
     psoup__free(context, piece);
