@@ -26,7 +26,10 @@ static const float *packed(float room[] /* [n, DIM] */, const float *rows, int64
     if (dim > DIM)
         return rows;
     for (int64_t i = 0; i < n; i++)
-        memcpy(room + i * dim, rows + i * *stride, (size_t)dim * sizeof *room);
+        if (dim == LINE) /* by one or two vectors, without a call */
+            memcpy(room + i * LINE, rows + i * *stride, LINE * sizeof *room);
+        else
+            memcpy(room + i * dim, rows + i * *stride, (size_t)dim * sizeof *room);
     *stride = dim;
     return room;
 }
@@ -62,7 +65,26 @@ static inline __attribute__((always_inline)) vec dots_of(const float *q, const f
     return dots;
 }
 
-/* dots[j] = <q, key j> for n <= KEYS keys; from n on up to KEYS they are `otherwise`. */
+/* Lanes after the first n, of 1 … LANES. */
+static inline vec_mask lanes_from(int n) {
+#if LANES == 16
+    const vec_mask place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif LANES == 8
+    const vec_mask place = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+    const vec_mask place = {0, 1, 2, 3};
+#endif
+    return place >= (vec_mask){0} + n;
+}
+
+/* After n values, n > 0, what makes their last vector whole. */
+static inline void fill(float *x, int n, float with) {
+    float *last = x + (n - 1) / LANES * LANES;
+    const vec_mask beyond = lanes_from((n - 1) % LANES + 1);
+    store(last, (vec)(((vec_mask)splat(with) & beyond) | ((vec_mask)load(last) & ~beyond)));
+}
+
+/* dots[j] = <q, key j> for n <= KEYS keys, n > 0; from n on up to whole vectors they are `otherwise`. */
 static void tile_dots(float dots[KEYS], const float *q, const float *k, int64_t stride, int n,
                       int dim, float otherwise) {
     int j = 0;
@@ -70,8 +92,7 @@ static void tile_dots(float dots[KEYS], const float *q, const float *k, int64_t 
         store(dots + j, dots_of(q, k + j * stride, stride, LANES, dim));
     if (j < n)
         store(dots + j, dots_of(q, k + j * stride, stride, n - j, dim));
-    for (j = n; j < KEYS; j++)
-        dots[j] = otherwise;
+    fill(dots, n, otherwise);
 }
 
 /* The first half of a and of b, or the second, one of a and one of b in turn. */
@@ -148,8 +169,7 @@ static void turned_dots(float dots[KEYS], const float *q, const float *turned, i
         turned_columns(dots, q, turned, n, 4 * LANES);
     else
         turned_columns(dots, q, turned, n, dim);
-    for (int j = n; j < KEYS; j++)
-        dots[j] = otherwise;
+    fill(dots, n, otherwise);
 }
 
 /* `count` vectors of out = out · keep + Σ_j weight[j · step] · row j, in the order of j. */
@@ -198,22 +218,45 @@ typedef struct weighted {
     int from, to;
 } weighted;
 
+/* Adds to sum[i] its products with the `count` − 1 rows from `first` on: with row t where i > t, or (upper) i <= t. */
+static inline __attribute__((always_inline)) void add_triangle(vec sum[8], const weighted *w, int first, int step,
+                                                               const float *rows, int64_t stride, const int count,
+                                                               const bool upper) {
+#pragma GCC unroll 8
+    for (int t = 0; t < count - 1; t++) {
+        const vec row = load(rows + (first + t) * stride);
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++)
+            if (upper ? i <= t : i > t)
+                sum[i] = vec_fused(splat(w[i].weight[(first + t) * step]), row, sum[i]);
+    }
+}
+
 /* One vector of `count` such sums over the same rows. Each adds in the order of j; together they wait for no result of
  * the multiply-add before (eight are 4 times as fast as one after another; head_dim 16, Zen 4). */
 static inline __attribute__((always_inline)) void add_columns(const weighted *w, int d, int step, const float *rows,
                                                               int64_t stride, const int count) {
     vec sum[8];
     int first = w[0].from, all = first, some = w[0].to, last = some; /* all: from there on, and below some, all add */
+    bool begins = true, ends = true; /* each one row after the one before, and no row else is not for all */
+    rows += d;
 #pragma GCC unroll 8
     for (int i = 0; i < count; i++) {
         sum[i] = load(w[i].out + d) * w[i].keep;
+        begins &= w[i].from == w[0].from + i && w[i].to == w[0].to;
+        ends &= w[i].to == w[0].to + i && w[i].from == w[0].from;
         first = w[i].from < first ? w[i].from : first;
         all = w[i].from > all ? w[i].from : all;
         some = w[i].to < some ? w[i].to : some;
         last = w[i].to > last ? w[i].to : last;
     }
-    for (int j = first; j < last; j++) {
-        const vec row = load(rows + j * stride + d);
+    begins &= all <= some;
+    if (begins) {
+        add_triangle(sum, w, first, step, rows, stride, count, true);
+        first = all;
+    }
+    for (int j = first, end = ends ? some : last; j < end; j++) {
+        const vec row = load(rows + j * stride);
         if (j >= all && j < some) {
 #pragma GCC unroll 8
             for (int i = 0; i < count; i++)
@@ -225,6 +268,8 @@ static inline __attribute__((always_inline)) void add_columns(const weighted *w,
             if (j >= w[i].from && j < w[i].to)
                 sum[i] = vec_fused(splat(w[i].weight[j * step]), row, sum[i]);
     }
+    if (ends)
+        add_triangle(sum, w, some, step, rows, stride, count, false);
 #pragma GCC unroll 8
     for (int i = 0; i < count; i++)
         store(w[i].out + d, sum[i]);
@@ -290,14 +335,9 @@ static void take_tile(key_tile *tile, const psoup__keys *keys, const psoup__span
         tile->v = packed(tile->v_room, tile->v, &tile->v_stride, n, dim);
 }
 
-/* What the first n keys of a tile weigh for one row, and the running maximum and sum of its softmax; returns by what its
- * out so far is to be multiplied. */
-static float weigh_tile(float p[KEYS], float *max, float *sum, const float *q, const key_tile *tile, int n, int dim,
-                        float scale) {
-    if (tile->turned)
-        turned_dots(p, q, tile->k_turned, n, dim, -__builtin_inff());
-    else
-        tile_dots(p, q, tile->k, tile->k_stride, n, dim, -__builtin_inff());
+/* What n keys of a tile, whose dots are in p, weigh for one row, and the running maximum and sum of its softmax; returns
+ * by what its out so far is to be multiplied. */
+static float weigh_tile(float p[KEYS], float *max, float *sum, int n, float scale) {
     vec most = splat(*max), lanes = {0};
     for (int j = 0; j < n; j += LANES) {
         const vec scores = load(p + j) * scale;
@@ -306,13 +346,53 @@ static float weigh_tile(float p[KEYS], float *max, float *sum, const float *q, c
     }
     const float new_max = max_lanes(most), keep = exp_float(*max - new_max);
     for (int j = 0; j < n; j += LANES) {
-        for (int i = 0; i < LANES; i++)
-            p[j + i] = exp_float(p[j + i] - new_max);
-        lanes += load(p + j);
+        const vec weights = vec_exp(load(p + j) - new_max);
+        store(p + j, weights);
+        lanes += weights;
     }
     *max = new_max;
     *sum = *sum * keep + sum_lanes(lanes);
     return keep;
+}
+
+/* The softmax of a block's rows so far, and what their keys weigh. */
+typedef struct softmax {
+    float p[ROWS][KEYS];
+    float max[ROWS + LANES], sum[ROWS + LANES], keep[ROWS + LANES]; /* keep: what weigh_tile returns */
+    int seen[ROWS];
+} softmax;
+
+/* weigh_tile of rows from `first` on, whose dots are in p, to the same bits: no row waits for another's sums. */
+static void weigh_rows(softmax *s, int first, int rows, float scale) {
+    for (; first < rows; first += LANES) {
+        const int n = rows - first < LANES ? rows - first : LANES;
+        vec lanes[LANES];
+        for (int i = 0; i < LANES; i++)
+            lanes[i] = splat(-__builtin_inff());
+        for (int i = 0; i < n; i++) {
+            float *p = s->p[first + i];
+            for (int j = 0; j < s->seen[first + i]; j += LANES) {
+                const vec scores = load(p + j) * scale;
+                store(p + j, scores);
+                lanes[i] = vec_max(scores, lanes[i]);
+            }
+        }
+        const vec before = load(s->max + first), after = vec_max(max_each(lanes), before);
+        store(s->max + first, after);
+        store(s->keep + first, vec_exp(before - after));
+        for (int i = 0; i < LANES; i++)
+            lanes[i] = (vec){0};
+        for (int i = 0; i < n; i++) {
+            float *p = s->p[first + i];
+            const float max = s->max[first + i];
+            for (int j = 0; j < s->seen[first + i]; j += LANES) {
+                const vec weights = vec_exp(load(p + j) - max);
+                store(p + j, weights);
+                lanes[i] += weights;
+            }
+        }
+        store(s->sum + first, load(s->sum + first) * load(s->keep + first) + sum_each(lanes));
+    }
 }
 
 /* ROWS rows of one span and key head: its queries, and for each the heads that share the key head. */
@@ -325,39 +405,52 @@ static void attend_block(const attention_job *job, const psoup__span *span, int6
         return;
     const int64_t past = span->keys - span->queries;
     const int64_t last = past + (first + rows - 1) / group;
-    float max[ROWS], sum[ROWS], p[ROWS][KEYS];
+    int64_t at[ROWS]; /* of each row in q and out */
+    softmax s;
     weighted each[ROWS];
     key_tile tile;
     for (int64_t r = 0; r < rows; r++) {
         const int64_t query = (first + r) / group, head = kv_head * group + (first + r) % group;
-        memset(job->out + ((span->query + query) * shape->heads + head) * dim, 0,
-               (size_t)dim * sizeof(float));
-        max[r] = -__builtin_inff();
-        sum[r] = 0;
+        at[r] = ((span->query + query) * shape->heads + head) * dim;
+        memset(job->out + at[r], 0, (size_t)dim * sizeof(float));
+    }
+    for (int r = 0; r < ROWS + LANES; r++) {
+        s.max[r] = -__builtin_inff();
+        s.sum[r] = 0;
     }
     for (int64_t start = 0; start <= last; start += KEYS) {
-        int adds = 0;
+        int from = (int)rows; /* the first row that sees a key of the tile */
         take_tile(&tile, job->keys, span, start, kv_head, dim, rows >= FEW, false);
-        for (int64_t r = 0; r < rows; r++) {
-            const int64_t query = (first + r) / group, head = kv_head * group + (first + r) % group;
-            const int64_t at = ((span->query + query) * shape->heads + head) * dim;
-            const int n = keys_seen(past + query, start);
-            if (n == 0)
-                continue;
-            const float keep = weigh_tile(p[r], &max[r], &sum[r], job->q + at, &tile, n, (int)dim, shape->scale);
-            each[adds++] = (weighted){job->out + at, keep, p[r], 0, n};
+        for (int r = (int)rows - 1; r >= 0; r--) {
+            s.seen[r] = keys_seen(past + (first + r) / group, start);
+            if (s.seen[r] == 0)
+                break;
+            from = r;
+            if (tile.turned)
+                turned_dots(s.p[r], job->q + at[r], tile.k_turned, s.seen[r], (int)dim, -__builtin_inff());
+            else
+                tile_dots(s.p[r], job->q + at[r], tile.k, tile.k_stride, s.seen[r], (int)dim, -__builtin_inff());
         }
-        add_each(each, adds, 1, tile.v, tile.v_stride, (int)dim);
+        if (rows < FEW)
+            for (int r = from; r < rows; r++)
+                s.keep[r] = weigh_tile(s.p[r], &s.max[r], &s.sum[r], s.seen[r], shape->scale);
+        else
+            weigh_rows(&s, from, (int)rows, shape->scale);
+        for (int r = from; r < rows; r++)
+            each[r - from] = (weighted){job->out + at[r], s.keep[r], s.p[r], 0, s.seen[r]};
+        add_each(each, (int)rows - from, 1, tile.v, tile.v_stride, (int)dim);
     }
+    double logs[ROWS]; /* of numbers */
+    for (int r = 0; r < ROWS && job->lse; r++)
+        logs[r] = log_positive(s.sum[r]);
     for (int64_t r = 0; r < rows; r++) {
-        const int64_t query = (first + r) / group, head = kv_head * group + (first + r) % group;
-        const int64_t at = (span->query + query) * shape->heads + head;
-        float *out = job->out + at * dim;
-        const float scale = 1.0f / sum[r];
+        float *out = job->out + at[r];
+        const float scale = 1.0f / s.sum[r];
+        const bool number = s.sum[r] > 0 && s.sum[r] < __builtin_inff();
         for (int64_t d = 0; d < dim; d++)
             out[d] *= scale;
         if (job->lse)
-            job->lse[at] = (float)(max[r] + log_double(sum[r]));
+            job->lse[at[r] / dim] = (float)(s.max[r] + (number ? logs[r] : log_double(s.sum[r])));
     }
 }
 
@@ -414,20 +507,18 @@ static void backward_block(const attention_job *job, const psoup__span *span, co
     const int64_t stride = job->keys->stride;
     const int64_t at = (span->first + start) * stride + kv_head * dim; /* of the tile in dk, dv */
     const int64_t row = (span->query + first) * width + head * dim;
-    float p[ROWS][KEYS], ds[ROWS][KEYS], q_room[ROWS * DIM], dout_room[ROWS * DIM];
+    float p[ROWS][KEYS], ds[ROWS][KEYS], d[ROWS], q_room[ROWS * DIM], dout_room[ROWS * DIM];
     weighted each[KEYS];
-    int adds = 0;
+    const int64_t seeing = start - past - first; /* the first row that sees a key of the tile, where it is one */
+    const int from = seeing < 0 ? 0 : (int)seeing;
+    const float scale = shape->scale;
     int64_t q_stride = width, dout_stride = width;
     const float *q = packed(q_room, job->q + row, &q_stride, rows, dim);
     const float *dout = packed(dout_room, job->dout + row, &dout_stride, rows, dim);
-    for (int64_t r = 0; r < rows; r++) {
+    for (int r = from; r < rows; r++)
+        d[r] = dot(dout + r * dout_stride, job->saved + row + r * width, (size_t)dim);
+    for (int r = from; r < rows; r++) {
         const int n = keys_seen(past + first + r, start);
-        if (n == 0)
-            continue;
-        const int64_t here = row + r * width;
-        const float lse = job->saved_lse[(span->query + first + r) * shape->heads + head];
-        const float d = dot(dout + r * dout_stride, job->saved + here, (size_t)dim);
-        const float scale = shape->scale;
         if (tile->turned) {
             turned_dots(p[r], q + r * q_stride, tile->k_turned, n, dim, -__builtin_inff());
             turned_dots(ds[r], dout + r * dout_stride, tile->v_turned, n, dim, 0);
@@ -435,14 +526,17 @@ static void backward_block(const attention_job *job, const psoup__span *span, co
             tile_dots(p[r], q + r * q_stride, tile->k, tile->k_stride, n, dim, -__builtin_inff());
             tile_dots(ds[r], dout + r * dout_stride, tile->v, tile->v_stride, n, dim, 0);
         }
-        for (int tile_j = 0; tile_j < n; tile_j += LANES)
-            for (int j = tile_j; j < tile_j + LANES; j++) {
-                p[r][j] = exp_float(p[r][j] * scale - lse);
-                ds[r][j] = p[r][j] * (ds[r][j] - d) * scale;
-            }
-        each[adds++] = (weighted){job->dq + here, 1, ds[r], 0, n};
+        each[r - from] = (weighted){job->dq + row + r * width, 1, ds[r], 0, n};
     }
-    add_each(each, adds, 1, tile->k, tile->k_stride, dim);
+    for (int r = from; r < rows; r++) {
+        const float lse = job->saved_lse[(span->query + first + r) * shape->heads + head];
+        for (int j = 0; j < each[r - from].to; j += LANES) {
+            const vec weights = vec_exp(load(p[r] + j) * scale - lse);
+            store(p[r] + j, weights);
+            store(ds[r] + j, weights * (load(ds[r] + j) - d[r]) * scale);
+        }
+    }
+    add_each(each, (int)rows - from, 1, tile->k, tile->k_stride, dim);
     const int seen = keys_seen(past + first + rows - 1, start);
     for (int j = 0; j < seen; j++) { /* the rows from `skip` on see key start + j */
         const int64_t skip = start + j - past - first;

@@ -139,8 +139,10 @@ static void swiglu_task(void *arg, size_t task, int worker) {
     const size_t start = task * job->tile, n = least(job->tile, job->n - start);
     const float *gate = job->gate + start, *up = job->up + start;
     float *out = job->out + start;
-    INDEPENDENT
-    for (size_t i = 0; i < n; i++)
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        store(out + i, load(gate + i) / (1.0f + vec_exp(-load(gate + i))) * load(up + i));
+    for (; i < n; i++)
         out[i] = gate[i] / (1.0f + exp_float(-gate[i])) * up[i];
 }
 
@@ -156,8 +158,14 @@ static void swiglu_backward_task(void *arg, size_t task, int worker) {
     const size_t start = task * FLAT_TILE, n = least(FLAT_TILE, job->n - start);
     const float *gate = job->gate + start, *up = job->up + start, *dout = job->dout + start;
     float *dgate = job->dgate + start, *dup = job->dup + start;
-    INDEPENDENT
-    for (size_t i = 0; i < n; i++) {
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const vec g = load(gate + i), u = load(up + i), d = load(dout + i);
+        const vec sigmoid = 1.0f / (1.0f + vec_exp(-g));
+        store(dup + i, d * g * sigmoid);
+        store(dgate + i, d * u * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+    }
+    for (; i < n; i++) {
         const float g = gate[i], u = up[i], d = dout[i];
         const float sigmoid = 1.0f / (1.0f + exp_float(-g));
         dup[i] = d * g * sigmoid;

@@ -8,30 +8,30 @@ enum { SUM_BLOCK = 1024 };
 
 double PSOUP__NAME(psoup__cpu_lse)(const float *logits /* [vocab] */, int32_t vocab) {
     const size_t n = (size_t)vocab;
-    float max = -__builtin_inff();
+    const float none = -__builtin_inff();
+    vec most[4] = {splat(none), splat(none), splat(none), splat(none)};
     size_t i = 0;
-    if (n >= LANES) {
-        vec most = splat(max);
-        for (; i + LANES <= n; i += LANES)
-            most = vec_max(load(logits + i), most);
-        max = max_lanes(most);
-    }
-    for (; i < n; i++)
-        max = logits[i] > max ? logits[i] : max;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (size_t j = 0; j < 4; j++)
+            most[j] = vec_max(load(logits + i + j * LANES), most[j]);
+    for (; i + LANES <= n; i += LANES)
+        most[0] = vec_max(load(logits + i), most[0]);
+    if (i < n)
+        most[0] = vec_max(load_some(logits + i, n - i, none), most[0]);
+    const float max = max_lanes(vec_max(vec_max(most[0], most[1]), vec_max(most[2], most[3])));
 
     double sum = 0;
     for (i = 0; i < n; i += SUM_BLOCK) {
-        float e[SUM_BLOCK];
         const size_t block = least(SUM_BLOCK, n - i);
-        for (size_t j = 0; j < block; j++)
-            e[j] = exp_float(logits[i + j] - max);
         vec lanes = {0};
         size_t j = 0;
         for (; j + LANES <= block; j += LANES)
-            lanes += load(e + j);
-        float part = sum_lanes(lanes);
-        for (; j < block; j++)
-            part += e[j];
+            lanes += vec_exp(load(logits + i + j) - max);
+        float part = sum_lanes(lanes), rest[LANES];
+        if (j < block)
+            store(rest, vec_exp(load_some(logits + i + j, block - j, 0) - max));
+        for (size_t k = 0; j + k < block; k++)
+            part += rest[k];
         sum += part;
     }
     return max + log_double(sum);
@@ -68,9 +68,11 @@ static void logprob_backward_task(void *arg, size_t row, int worker) {
     const float *logits = job->logits + row * n;
     float *dlogits = job->dlogits + row * n;
     const float d = job->dlogprob ? job->dlogprob[row] : 1, lse = job->saved_lse[row];
-    INDEPENDENT
-    for (size_t j = 0; j < n; j++)
-        dlogits[j] = -d * exp_float(logits[j] - lse);
+    size_t j = 0;
+    for (; j + LANES <= n; j += LANES)
+        store(dlogits + j, -d * vec_exp(load(logits + j) - lse));
+    if (j < n)
+        store_some(dlogits + j, n - j, -d * vec_exp(load_some(logits + j, n - j, 0) - lse));
     dlogits[job->target[row]] += d;
 }
 

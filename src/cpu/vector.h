@@ -5,6 +5,7 @@
 #ifndef PSOUP__CPU_VECTOR_H
 #define PSOUP__CPU_VECTOR_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -77,36 +78,63 @@ static inline vec vec_fused(vec a, vec b, vec c) {
 
 /* x where it is greater than `most`, else `most`: a NaN in x is passed over. */
 static inline vec vec_max(vec x, vec most) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)x, (__m512)most);
+#elif defined(__AVX2__)
+    return (vec)_mm256_max_ps((__m256)x, (__m256)most);
+#else
     vec_mask greater = x > most;
     return (vec)(((vec_mask)x & greater) | ((vec_mask)most & ~greater));
-}
-
-/* Sums of neighbours: a₀+a₁, a₂+a₃, …, b₀+b₁, b₂+b₃, … */
-static inline vec pairs(vec a, vec b) {
-#if LANES == 16
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#elif LANES == 8
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-#else
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
 #endif
 }
+
+/* The lanes at even places of a, then of b; and those at odd ones. */
+static inline vec evens(vec a, vec b) {
+#if LANES == 16
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#elif LANES == 8
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+#endif
+}
+
+static inline vec odds(vec a, vec b) {
+#if LANES == 16
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif LANES == 8
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
+/* Of neighbours, first a's, then b's: the sum, and the greater. */
+static inline vec pairs(vec a, vec b) {
+    return evens(a, b) + odds(a, b);
+}
+
+static inline vec greater_ones(vec a, vec b) {
+    return vec_max(evens(a, b), odds(a, b));
+}
+
+#define OF_FOUR(of, a) of(of((a)[0], (a)[1]), of((a)[2], (a)[3]))
+#if LANES == 16
+#define OF_ALL(of, a) of(of(OF_FOUR(of, a), OF_FOUR(of, (a) + 4)), of(OF_FOUR(of, (a) + 8), OF_FOUR(of, (a) + 12)))
+#elif LANES == 8
+#define OF_ALL(of, a) of(OF_FOUR(of, a), OF_FOUR(of, (a) + 4))
+#else
+#define OF_ALL OF_FOUR
+#endif
 
 /* Lane i: the sum of a[i]'s lanes, neighbours first. */
 static inline vec sum_each(const vec *a /* [LANES] */) {
-#if LANES == 16
-    return pairs(pairs(pairs(pairs(a[0], a[1]), pairs(a[2], a[3])),
-                       pairs(pairs(a[4], a[5]), pairs(a[6], a[7]))),
-                 pairs(pairs(pairs(a[8], a[9]), pairs(a[10], a[11])),
-                       pairs(pairs(a[12], a[13]), pairs(a[14], a[15]))));
-#elif LANES == 8
-    return pairs(pairs(pairs(a[0], a[1]), pairs(a[2], a[3])),
-                 pairs(pairs(a[4], a[5]), pairs(a[6], a[7])));
-#else
-    return pairs(pairs(a[0], a[1]), pairs(a[2], a[3]));
-#endif
+    return OF_ALL(pairs, a);
+}
+
+/* Lane i: the greatest of a[i]'s lanes, of which none is NaN. */
+static inline vec max_each(const vec *a /* [LANES] */) {
+    return OF_ALL(greater_ones, a);
 }
 
 static inline float sum_lanes(vec v) {
@@ -191,26 +219,73 @@ static inline float exp_float(float x) {
     return y * first * second;
 }
 
+/* exp_float of every lane, to the same bits: y · first is exact, so one rounding is all there is. */
+static inline vec vec_exp(vec x) {
+#if defined(__AVX512F__)
+    const vec magic = splat(0x1.8p23f);
+    x = vec_max(splat(-104.0f), x);
+    x = (vec)_mm512_min_ps((__m512)splat(89.0f), (__m512)x);
+    const vec n = vec_fused(x, splat(0x1.715476p0f), magic) - magic;
+    vec r = vec_fused(n, splat(-0x1.62e4p-1f), x);
+    r = vec_fused(n, splat(-0x1.7f7d1cp-20f), r);
+    vec y = splat(1.0f / 5040);
+    y = vec_fused(y, r, splat(1.0f / 720));
+    y = vec_fused(y, r, splat(1.0f / 120));
+    y = vec_fused(y, r, splat(1.0f / 24));
+    y = vec_fused(y, r, splat(1.0f / 6));
+    y = vec_fused(y, r, splat(0.5f));
+    y = vec_fused(y, r, splat(1.0f));
+    y = vec_fused(y, r, splat(1.0f));
+    return (vec)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+    float each[LANES];
+    store(each, x);
+    for (int i = 0; i < LANES; i++)
+        each[i] = exp_float(each[i]);
+    return load(each);
+#endif
+}
+
+/* The first n lanes, 0 < n < LANES; the others are `otherwise`. */
+static inline vec load_some(const float *p, size_t n, float otherwise) {
+    float some[LANES];
+    store(some, splat(otherwise));
+    for (size_t i = 0; i < n; i++)
+        some[i] = p[i];
+    return load(some);
+}
+
+static inline void store_some(float *p, size_t n, vec v) {
+    float some[LANES];
+    store(some, v);
+    for (size_t i = 0; i < n; i++)
+        p[i] = some[i];
+}
+
 /* log(x) in double, for the one logarithm of a row: 2 artanh((m−1)/(m+1)) of the mantissa m in
  * [√½, √2), whose series after eleven terms leaves less than 2⁻⁵⁸. Ours, so that its bits depend on no
  * C library. */
-static inline double log_double(double x) {
-    if (!(x > 0) || x > 1.7976931348623157e308)
-        return x == 0 ? -__builtin_inf() : x > 0 ? x : __builtin_nan("");
+static inline double log_positive(double x) { /* positive and finite */
     uint64_t bits;
     memcpy(&bits, &x, sizeof bits);
     int exponent = (int)(bits >> 52) - 1023;
     bits = (bits & 0xfffffffffffffull) | 0x3ff0000000000000ull;
     double m;
     memcpy(&m, &bits, sizeof m);
-    if (m > 1.4142135623730951) {
-        m *= 0.5;
-        exponent++;
-    }
+    const bool over = m > 1.4142135623730951;
+    m *= over ? 0.5 : 1.0;
+    exponent += over;
     double s = (m - 1) / (m + 1), square = s * s, series = 0;
+#pragma GCC unroll 11
     for (int k = 21; k >= 1; k -= 2)
         series = series * square + 1.0 / k;
     return exponent * 0.6931471805599453 + 2 * s * series;
+}
+
+static inline double log_double(double x) {
+    if (!(x > 0) || x > 1.7976931348623157e308)
+        return x == 0 ? -__builtin_inf() : x > 0 ? x : __builtin_nan("");
+    return log_positive(x);
 }
 
 #endif
