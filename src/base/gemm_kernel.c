@@ -244,8 +244,10 @@ static void pack_a(float *out, const float **a, int64_t *step, const psoup__gemm
             if (gather != NULL) {
                 for (int64_t p = 0; p < depth; p++)
                     out[p] = in[gather[p] * args->a_col];
-            } else if (args->a_col == 1) {
-                memcpy(out, in + k0, (size_t)depth * sizeof(float));
+            } else if (args->a_col == 1 && !by_depth) { /* a loop costs less than a call where the depth is a rank */
+                for (int64_t p = 0; p < depth; p++)
+                    out[p] = in[k0 + p] * factor;
+                continue;
             } else {
                 for (int64_t p = 0; p < depth; p++)
                     out[p] = in[(k0 + p) * args->a_col];
