@@ -293,6 +293,10 @@ static void pack_a(float *out, const float **a, int64_t *step, const psoup__gemm
     }
 }
 
+INLINE int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
 /* One element of B, of any alignment. */
 INLINE float element_as_f32(const char *from, psoup_dtype dtype) {
     char padded[4 * VECTOR] = {0};
@@ -308,6 +312,19 @@ INLINE void pack_b_as(float *out, const psoup__gemm_source *source, int64_t k0, 
     const char *b = (const char *)source->b + j0 * col;
     const int32_t *gather = source->b_depth == NULL ? NULL : source->b_depth + k0;
     int64_t p = 0;
+    /* Narrow ones as well: an adapter's factors, packed at every pass, are as narrow as its rank. */
+    if (dtype == PSOUP_F32 && source->b_row == 1 && source->b_col != 1 && gather == NULL) {
+        for (; p < depth; p += VECTOR)
+            for (int64_t j = 0; j < width; j += VECTOR) {
+                const char *from = b + j * col + (k0 + p) * size;
+                if (j + VECTOR <= columns && p + VECTOR <= depth)
+                    transpose(out + p * width + j, width, from, (size_t)col, dtype);
+                else
+                    transpose_some(out + p * width + j, width, from, (size_t)col, smaller(columns - j, VECTOR),
+                                   smaller(depth - p, VECTOR));
+            }
+        return;
+    }
     if (source->b_row == 1 && source->b_col != 1 && gather == NULL) {
         int64_t whole = columns / VECTOR * VECTOR;
         for (; p + VECTOR <= depth; p += VECTOR) {
@@ -327,6 +344,11 @@ INLINE void pack_b_as(float *out, const psoup__gemm_source *source, int64_t k0, 
         if (source->b_col == 1)
             for (; j + VECTOR <= columns; j += VECTOR)
                 store(to + j, load_as_f32(from + j * size, dtype));
+        if (source->b_col == 1 && dtype == PSOUP_F32) {
+            if (j < columns)
+                store(to + j, load_some(from + j * size, columns - j));
+            continue;
+        }
         for (; j < columns; j++)
             to[j] = element_as_f32(from + j * col, dtype);
         for (; j < width; j++)

@@ -81,6 +81,18 @@ INLINE vec load_as_f32(const void *from, psoup_dtype dtype) {
     return (vec)((words)((vec)magnitude * 0x1p112f) | special | ((word & 0x8000) << 16));
 }
 
+/* The first n floats of VECTOR, of any alignment; the other lanes are 0. */
+INLINE vec load_some(const char *from, int64_t n) {
+#if defined(__AVX512F__)
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), from);
+#else
+    float some[VECTOR] = {0};
+    for (int64_t i = 0; i < n; i++)
+        memcpy(&some[i], from + 4 * i, 4);
+    return load(some);
+#endif
+}
+
 /* Interleaves the lower, and the upper, halves of x and y. */
 INLINE void interleave(vec x, vec y, vec *lower, vec *upper) {
 #if VECTOR == 16
@@ -96,14 +108,9 @@ INLINE void interleave(vec x, vec y, vec *lower, vec *upper) {
 #endif
 }
 
-/* out[p · width + j] = element p of line j, both below VECTOR; line j starts at from + j · line. */
-INLINE void transpose(float *out, int64_t width, const char *from, size_t line,
-                      psoup_dtype dtype) {
-    vec r[VECTOR], t[VECTOR];
-#pragma GCC unroll 16
-    for (int j = 0; j < VECTOR; j++)
-        r[j] = load_as_f32(from + (size_t)j * line, dtype);
-    /* log2(VECTOR) perfect shuffles transpose. */
+/* log2(VECTOR) perfect shuffles. */
+INLINE void transpose_lines(vec r[VECTOR]) {
+    vec t[VECTOR];
 #pragma GCC unroll 4
     for (int stage = 1; stage < VECTOR; stage *= 2) {
 #pragma GCC unroll 16
@@ -113,9 +120,32 @@ INLINE void transpose(float *out, int64_t width, const char *from, size_t line,
         for (int j = 0; j < VECTOR; j++)
             r[j] = t[j];
     }
+}
+
+/* out[p · width + j] = element p of line j, both below VECTOR; line j starts at from + j · line. */
+INLINE void transpose(float *out, int64_t width, const char *from, size_t line,
+                      psoup_dtype dtype) {
+    vec r[VECTOR];
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTOR; j++)
+        r[j] = load_as_f32(from + (size_t)j * line, dtype);
+    transpose_lines(r);
 #pragma GCC unroll 16
     for (int p = 0; p < VECTOR; p++)
         store(out + p * width, r[p]);
+}
+
+/* The same of the first elements of the first lines, of f32: zeros are in the others' place. */
+INLINE void transpose_some(float *out, int64_t width, const char *from, size_t line, int64_t lines, int64_t elements) {
+    vec r[VECTOR];
+#pragma GCC unroll 16
+    for (int j = 0; j < VECTOR; j++)
+        r[j] = load_some(from + (size_t)j * line, j < lines ? elements : 0);
+    transpose_lines(r);
+#pragma GCC unroll 16
+    for (int p = 0; p < VECTOR; p++)
+        if (p < elements)
+            store(out + p * width, r[p]);
 }
 
 #endif
