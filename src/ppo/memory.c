@@ -121,14 +121,13 @@ static psoup_status add_updates(ppo_sizes *s, psoup_error *error) {
 static psoup_status measure_answers(ppo_sizes *s, const asked *a, psoup__footprint *print, int64_t *cache,
                                     psoup_error *error) {
     psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
-    size_t share = 0, shares = 0, threads = (size_t)s->model->context->threads;
+    size_t sessions = 0;
     int64_t n = a->prompts;
     if (n > INT32_MAX)
         n = INT32_MAX;
-    session.max_sequences = psoup__rollout_places(s->model, (size_t)n, s->options.max_sequences, &share);
-    shares = ((size_t)n + share - 1) / share;
-    int64_t at_once = (int64_t)(shares < threads ? shares : threads);
-    psoup__decoding_extent d = {.prompts = (int64_t)share,
+    session.max_sequences = psoup__rollout_places(s->model, (size_t)n, s->options.max_sequences, &sessions);
+    const int64_t at_once = (int64_t)sessions;
+    psoup__decoding_extent d = {.prompts = session.max_sequences,
                                 .longest = a->longest,
                                 .most = s->most,
                                 .adapters = s->adapters,
@@ -136,9 +135,9 @@ static psoup_status measure_answers(ppo_sizes *s, const asked *a, psoup__footpri
                                 .each = s->each,
                                 .options = &session};
     psoup_status status = psoup__measure_decoding(s->model, &d, print, cache, error);
-    /* rollout.c's prompts, samplings and mixes */
-    int64_t prompt = (int64_t)(sizeof(psoup_prompt) + sizeof(psoup_sampling)) + 4 * s->model->n_adapters;
-    print->host = psoup__sum(psoup__product((int64_t)shares, print->host), psoup__product(n, prompt));
+    /* rollout.c's prompts, samplings, mixes and answers */
+    int64_t prompt = (int64_t)(sizeof(psoup_prompt) + sizeof(psoup_sampling)) + 4 * s->model->n_adapters + 24 + 4 * s->most;
+    print->host = psoup__sum(psoup__product(at_once, print->host), psoup__product(n, prompt));
     print->activations = psoup__product(at_once, print->activations);
     print->logits = psoup__product(at_once, print->logits);
     *cache = psoup__product(at_once, *cache);

@@ -1,5 +1,6 @@
 /* Rollouts: all policies sample in one continuous batch. What a policy draws depends on its seed and
  * its running rollout number alone. */
+#include <stdatomic.h>
 #include <string.h>
 
 #include "ppo/rollout.h"
@@ -54,19 +55,26 @@ void psoup__rollouts_deal(psoup__rollouts *out, psoup__team *team, bool response
     }
 }
 
-/* Takes note of a completion: it is kept up to and with its first end token, also where sampling went on past
+/* What was drawn for one prompt. */
+typedef struct answer {
+    int32_t *tokens;
+    size_t n;
+    psoup_finish finish;
+} answer;
+
+/* Takes note of an answer: it is kept up to and with its first end token, also where sampling went on past
  * it. Its length stands in start[i + 1] until all are known. */
-static void note(const psoup_model *model, psoup__rollouts *out, size_t i, const psoup_completion *c) {
+static void note(const psoup_model *model, psoup__rollouts *out, size_t i, const answer *a) {
     int32_t ends[PSOUP__END_TOKENS];
     size_t n = 0, n_ends = psoup__end_tokens(&model->config, ends);
     bool ended = false;
-    for (; n < c->n && !ended; n++)
+    for (; n < a->n && !ended; n++)
         for (size_t e = 0; e < n_ends; e++)
-            ended = ended || c->tokens[n] == ends[e];
-    if (c->finish == PSOUP_FINISH_ERROR || n == 0)
+            ended = ended || a->tokens[n] == ends[e];
+    if (a->finish == PSOUP_FINISH_ERROR || n == 0)
         out->diverged = true;
     out->start[i + 1] = (int32_t)n;
-    out->finish[i] = ended ? PSOUP_FINISH_STOP : c->finish;
+    out->finish[i] = ended ? PSOUP_FINISH_STOP : a->finish;
 }
 
 /* What the other ranks noted: lengths, ends and whether any diverged. */
@@ -101,79 +109,125 @@ enum {
     ALONE = 64      /* rows by which one of its threads does, or nearly */
 };
 
-/* Completions of n prompts. On a CPU with rows enough, each thread decodes shares of them by itself: no thread
- * waits for another at every op of a small model. A draw depends on neither. */
+/* Answers to n prompts. On a CPU with rows enough, each thread has a session of its own: no thread waits for another
+ * at every op of a small model. Each begins with its part of the prompts, which keeps a policy's together, and takes half
+ * of the longest part left when its own is done. A draw depends on none of it. */
 typedef struct samples {
     psoup_model *model;
     const psoup_prompt *prompts;
-    size_t n, share; /* prompts of one share; the last may have fewer */
+    answer *answers; /* [n] */
+    int32_t *tokens; /* [n, limit] theirs */
+    size_t n, limit, sessions;
+    _Atomic uint64_t *part; /* [sessions] prompts not begun: first · 2³² + end */
     psoup_session_options session;
-    psoup_generation **parts; /* [shares] */
-    psoup_status *status;     /* [shares] */
-    psoup_error *errors;      /* [shares] */
+    psoup_status *status; /* [sessions] */
+    psoup_error *errors;  /* [sessions] */
 } samples;
 
-static size_t shares_of(const samples *s) {
-    return (s->n + s->share - 1) / s->share;
-}
-
-int32_t psoup__rollout_places(const psoup_model *model, size_t n, int32_t max_sequences, size_t *share) {
+int32_t psoup__rollout_places(const psoup_model *model, size_t n, int32_t max_sequences, size_t *sessions) {
     size_t threads = (size_t)model->context->threads;
     size_t most = psoup__gradients(model) > 1 ? threads * ALONE : TOGETHER; /* a small model's keys should lie near, too */
     size_t places = max_sequences ? (size_t)max_sequences : model->be->ops->record ? n : most;
-    *share = n;
-    if (!model->be->ops->record && threads > 1 && n >= threads * ALONE && places >= threads * ALONE) {
-        size_t shares = (n + TOGETHER - 1) / TOGETHER;
-        shares = (shares + threads - 1) / threads * threads;
-        *share = (n + shares - 1) / shares;
-        places /= threads;
+    *sessions = !model->be->ops->record && n >= threads * ALONE && places >= threads * ALONE ? threads : 1;
+    size_t share = (n + *sessions - 1) / *sessions;
+    places /= *sessions;
+    return (int32_t)(places < share ? places : share);
+}
+
+static int take_token(void *user, int64_t id, int32_t token, float logprob, psoup_finish finish) {
+    answer *a = &((samples *)user)->answers[id];
+    a->finish = finish;
+    if (token >= 0)
+        a->tokens[a->n++] = token;
+    (void)logprob;
+    return 0;
+}
+
+static uint64_t left_of(uint64_t part) { return (uint32_t)part - (part >> 32); }
+
+/* The session's next prompt, or n. */
+static size_t next_prompt(samples *s, size_t session) {
+    for (;;) {
+        uint64_t part = atomic_load(&s->part[session]);
+        while (left_of(part))
+            if (atomic_compare_exchange_weak(&s->part[session], &part, part + ((uint64_t)1 << 32)))
+                return part >> 32;
+        size_t from = session;
+        for (size_t i = 0; i < s->sessions; i++) {
+            uint64_t other = atomic_load(&s->part[i]);
+            if (left_of(other) > left_of(part)) {
+                part = other;
+                from = i;
+            }
+        }
+        if (!left_of(part))
+            return s->n;
+        uint64_t end = (uint32_t)part, middle = end - (left_of(part) + 1) / 2;
+        if (atomic_compare_exchange_strong(&s->part[from], &part, part - end + middle))
+            atomic_store(&s->part[session], middle << 32 | end);
     }
-    return (int32_t)(places < *share ? places : *share);
 }
 
-static void sample_share(void *arg, size_t task, int worker) {
+static psoup_status decode(samples *s, size_t number, psoup_error *error) {
+    psoup_session *session = NULL;
+    psoup_status status = PSOUP_OK;
+    const size_t places = (size_t)s->session.max_sequences;
+    PSOUP__TRY(psoup_session_create(s->model, &s->session, &session, error));
+    for (size_t running = 0;;) {
+        for (size_t i; running < places && (i = next_prompt(s, number)) < s->n; running++)
+            PSOUP__TRY(psoup_session_submit(session, (int64_t)i, &s->prompts[i], error));
+        if (running == 0)
+            break;
+        PSOUP__TRY(psoup_session_step(session, take_token, s, &running, error));
+    }
+fail:
+    psoup_session_free(session);
+    return status;
+}
+
+static void run_session(void *arg, size_t task, int worker) {
     samples *s = arg;
-    size_t first = task * s->share, left = s->n - first;
-    s->status[task] = psoup_generate(s->model, s->prompts + first, left < s->share ? left : s->share, NULL,
-                                     &s->session, NULL, NULL, &s->parts[task], &s->errors[task]);
+    s->status[task] = decode(s, task, &s->errors[task]);
     (void)worker;
-}
-
-static const psoup_completion *sample_at(const samples *s, size_t i) {
-    return psoup_generation_get(s->parts[i / s->share], i % s->share);
 }
 
 static void samples_free(samples *s) {
     psoup_context *context = s->model->context;
-    for (size_t i = 0; s->parts && i < shares_of(s); i++)
-        psoup_generation_free(s->parts[i]);
-    psoup__free(context, s->parts);
+    psoup__free(context, s->answers);
+    psoup__free(context, s->tokens);
+    psoup__free(context, s->part);
     psoup__free(context, s->status);
     psoup__free(context, s->errors);
 }
 
 static psoup_status sample(samples *s, int32_t max_sequences, psoup_error *error) {
     psoup_context *context = s->model->context;
+    psoup_status status = PSOUP_OK;
+    size_t size;
     if (s->n == 0)
         return PSOUP_OK;
-    s->session.max_sequences = psoup__rollout_places(s->model, s->n, max_sequences, &s->share);
-    size_t shares = shares_of(s);
-    s->parts = psoup__alloc(context, shares, sizeof(psoup_generation *), error);
-    s->status = psoup__alloc(context, shares, sizeof(*s->status), error);
-    s->errors = psoup__alloc(context, shares, sizeof(*s->errors), error);
-    if (!s->parts || !s->status || !s->errors)
+    s->session.max_sequences = psoup__rollout_places(s->model, s->n, max_sequences, &s->sessions);
+    s->part = psoup__alloc(context, s->sessions, sizeof(*s->part), error);
+    s->status = psoup__alloc(context, s->sessions, sizeof(*s->status), error);
+    s->errors = psoup__alloc(context, s->sessions, sizeof(*s->errors), error);
+    s->answers = psoup__alloc(context, s->n, sizeof(*s->answers), error);
+    s->tokens = psoup__multiply(s->n, s->limit, &size) ? psoup__alloc_unset(context, size, sizeof(*s->tokens), error) : NULL;
+    if (!s->part || !s->status || !s->errors || !s->answers || !s->tokens)
         return PSOUP_ERROR_MEMORY;
-    psoup_status status = psoup__model_positions(s->model, s->session.max_tokens, error); /* before they share it */
-    if (status != PSOUP_OK)
-        return status;
-    psoup__parallel(context, shares, sample_share, s);
-    for (size_t i = 0; i < shares; i++)
+    for (size_t i = 0; i < s->n; i++)
+        s->answers[i].tokens = s->tokens + i * s->limit;
+    for (size_t i = 0; i < s->sessions; i++)
+        s->part[i] = (uint64_t)(i * s->n / s->sessions) << 32 | (i + 1) * s->n / s->sessions;
+    PSOUP__TRY(psoup__model_positions(s->model, s->session.max_tokens, error)); /* before they share it */
+    psoup__parallel(context, s->sessions, run_session, s);
+    for (size_t i = 0; i < s->sessions; i++)
         if (s->status[i] != PSOUP_OK) {
             if (error)
                 *error = s->errors[i];
             return s->status[i];
         }
-    return PSOUP_OK;
+fail:
+    return status;
 }
 
 /* Lays the responses out one after another, this rank's own from the `first` of those drawn on, and the others'. */
@@ -183,7 +237,7 @@ static psoup_status gather(psoup_model *model, psoup__team *team, psoup__rollout
     size_t own = *first;
     for (size_t i = 0; i < out->n; i++)
         if (out->mine[i])
-            note(model, out, i, sample_at(drawn, (*first)++));
+            note(model, out, i, &drawn->answers[(*first)++]);
     PSOUP__TRY(share_notes(model->context, team, out, error));
     out->start[0] = 0;
     for (size_t i = 0; i < out->n; i++)
@@ -194,7 +248,7 @@ static psoup_status gather(psoup_model *model, psoup__team *team, psoup__rollout
     for (size_t i = 0; i < out->n; i++) {
         size_t bytes = (size_t)(out->start[i + 1] - out->start[i]) * sizeof(*out->response);
         if (bytes && out->mine[i])
-            memcpy(out->response + out->start[i], sample_at(drawn, own)->tokens, bytes);
+            memcpy(out->response + out->start[i], drawn->answers[own].tokens, bytes);
         else if (bytes)
             memset(out->response + out->start[i], 0, bytes);
         own += out->mine[i];
@@ -269,6 +323,7 @@ psoup_status psoup__sample_rollouts(psoup_model *model, psoup__team *team, const
     size_t most = (size_t)model->config.max_position_embeddings;
     drawn.prompts = prompts;
     drawn.n = own;
+    drawn.limit = (size_t)options->max_new_tokens < most ? (size_t)options->max_new_tokens : most;
     drawn.session.max_tokens = (int32_t)(room < most ? room : most);
     PSOUP__TRY(sample(&drawn, options->max_sequences, error));
     own = 0;

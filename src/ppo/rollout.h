@@ -48,9 +48,10 @@ typedef struct psoup__request {
 } psoup__request;
 /* Shares rollouts out by their prompts, those of one prompt together; or by prompts and responses. */
 void psoup__rollouts_deal(psoup__rollouts *rollouts, psoup__team *team, bool responses);
-/* How n rollouts are dealt to threads: *share receives how many one session has; returns how many of them decode
- * together there. */
-int32_t psoup__rollout_places(const psoup_model *model, size_t n, int32_t max_sequences, size_t *share);
+/* How n rollouts decode: *sessions receives in how many sessions side by side; returns how many of them together in
+ * each. */
+int32_t psoup__rollout_places(const psoup_model *model, size_t n, int32_t max_sequences,
+                              size_t *sessions);
 /* Samples for all policies in one continuous batch; each rank its share, and all have all afterwards. */
 psoup_status psoup__sample_rollouts(psoup_model *model, psoup__team *team, const psoup_ppo_options *options,
                                     const psoup__request *requests, size_t n, psoup_error *error);
