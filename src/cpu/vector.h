@@ -88,6 +88,18 @@ static inline vec vec_max(vec x, vec most) {
 #endif
 }
 
+/* x where it is less than `least`, else `least`. */
+static inline vec vec_min(vec x, vec least) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_min_ps((__m512)x, (__m512)least);
+#elif defined(__AVX2__)
+    return (vec)_mm256_min_ps((__m256)x, (__m256)least);
+#else
+    vec_mask less = x < least;
+    return (vec)(((vec_mask)x & less) | ((vec_mask)least & ~less));
+#endif
+}
+
 /* The lanes at even places of a, then of b; and those at odd ones. */
 static inline vec evens(vec a, vec b) {
 #if LANES == 16
@@ -219,13 +231,12 @@ static inline float exp_float(float x) {
     return y * first * second;
 }
 
-/* exp_float of every lane, to the same bits: y · first is exact, so one rounding is all there is. */
+/* exp_float of every lane, to the same bits: AVX-512's scaling rounds once, and so do two factors, y · first being exact. */
 static inline vec vec_exp(vec x) {
-#if defined(__AVX512F__)
     const vec magic = splat(0x1.8p23f);
     x = vec_max(splat(-104.0f), x);
-    x = (vec)_mm512_min_ps((__m512)splat(89.0f), (__m512)x);
-    const vec n = vec_fused(x, splat(0x1.715476p0f), magic) - magic;
+    x = vec_min(splat(89.0f), x);
+    const vec shifted = vec_fused(x, splat(0x1.715476p0f), magic), n = shifted - magic;
     vec r = vec_fused(n, splat(-0x1.62e4p-1f), x);
     r = vec_fused(n, splat(-0x1.7f7d1cp-20f), r);
     vec y = splat(1.0f / 5040);
@@ -236,13 +247,12 @@ static inline vec vec_exp(vec x) {
     y = vec_fused(y, r, splat(0.5f));
     y = vec_fused(y, r, splat(1.0f));
     y = vec_fused(y, r, splat(1.0f));
+#if defined(__AVX512F__)
     return (vec)_mm512_scalef_ps((__m512)y, (__m512)n);
 #else
-    float each[LANES];
-    store(each, x);
-    for (int i = 0; i < LANES; i++)
-        each[i] = exp_float(each[i]);
-    return load(each);
+    typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+    const words power = (words)shifted - (words)magic, half = (words)((vec_mask)power >> 1);
+    return y * (vec)((half + 127) << 23) * (vec)((power - half + 127) << 23);
 #endif
 }
 
