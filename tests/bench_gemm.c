@@ -1,6 +1,6 @@
 /* Our matrix product beside OpenBLAS' sgemm and the machine's limit, all in one run.
  *
- *   shape  ours  openblas  limit  ratio      GFLOP/s; the median of the ratios of neighbouring pairs
+ *   shape  ours  openblas  limit  ratio      GFLOP/s; the median of the ratios of neighbouring turns
  *
  * Shapes are m × n × k. The limit is two threads multiplying and adding in registers, for one row
  * (GB/s of B instead) two threads reading memory.
@@ -18,9 +18,10 @@ extern void cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int 
                         float alpha, const float *a, int lda, const float *b, int ldb, float beta,
                         float *c, int ldc);
 extern void openblas_set_num_threads(int threads);
+extern char *openblas_get_corename(void);
 enum { ROW_MAJOR = 101, AS_IT_IS = 111, TRANSPOSED = 112 };
 
-enum { PAIRS = 11 };
+enum { PAIRS = 21 };
 
 /* ---- shapes ---------------------------------------------------------------------------------- */
 
@@ -73,6 +74,24 @@ static double median(double *x) {
     return x[PAIRS / 2];
 }
 
+static void multiply(psoup_context *context, const shape *s, const psoup__gemm_args *args, float *d, bool ours) {
+    if (ours)
+        psoup__gemm(context, args);
+    else
+        peer(s, args->a, args->b, d);
+}
+
+/* Seconds of a call. One before them wakes threads, fills caches and raises clocks. */
+static double time_turn(psoup_context *context, const shape *s, const psoup__gemm_args *args, float *d, int calls,
+                        bool ours) {
+    nanosleep(&(struct timespec){0, 3000000}, NULL); /* until the other's idle threads sleep */
+    multiply(context, s, args, d, ours);
+    const double start = now();
+    for (int call = 0; call < calls; call++)
+        multiply(context, s, args, d, ours);
+    return (now() - start) / calls;
+}
+
 static void bench(psoup_context *context, const shape *s, double peak, double bandwidth) {
     static const char *const kinds[] = {"x·Wᵀ", "x·W ", "dyᵀ·x"};
     const size_t m = (size_t)s->m, n = (size_t)s->n, k = (size_t)s->k;
@@ -93,21 +112,15 @@ static void bench(psoup_context *context, const shape *s, double peak, double ba
         args.packed = packed;
     }
     const double flop = 2.0 * (double)m * (double)n * (double)k;
-    const int calls = 1 + (int)(4e8 / flop);
+    const int calls = 1 + (int)(1e9 / flop);
     double ours[PAIRS], theirs[PAIRS], ratio[PAIRS];
-    for (int pair = -1; pair < PAIRS; pair++) { /* the first warms up */
-        nanosleep(&(struct timespec){0, 3000000}, NULL); /* until the peer's idle threads sleep */
-        double t0 = now();
-        for (int call = 0; call < calls; call++)
-            psoup__gemm(context, &args);
-        double t1 = now();
-        for (int call = 0; call < calls; call++)
-            peer(s, a, b, d);
-        double t2 = now();
-        if (pair < 0)
-            continue;
-        ours[pair] = (t1 - t0) / calls;
-        theirs[pair] = (t2 - t1) / calls;
+    for (int pair = 0; pair < PAIRS; pair++) {
+        for (int turn = 0; turn < 2; turn++) { /* each begins every other pair */
+            if (turn == pair % 2)
+                ours[pair] = time_turn(context, s, &args, d, calls, true);
+            else
+                theirs[pair] = time_turn(context, s, &args, d, calls, false);
+        }
         ratio[pair] = theirs[pair] / ours[pair];
     }
     if (s->m == 1) {
@@ -128,8 +141,11 @@ static void bench(psoup_context *context, const shape *s, double peak, double ba
 
 int main(int argc, char **argv) {
     /* The peer's idle threads spin for 2^28 ticks, a tenth of a second, in which they would take our
-     * processors; 2^20 still spans the pauses between its own calls. It reads this when loaded. */
+     * processors; 2^20 still spans the pauses between its own calls. What it runs for this processor it
+     * chooses itself. It reads these when loaded. */
     if (getenv("OPENBLAS_THREAD_TIMEOUT") == NULL) {
+        unsetenv("OPENBLAS_CORETYPE");
+        unsetenv("OPENBLAS_L2_SIZE");
         setenv("OPENBLAS_THREAD_TIMEOUT", "20", 1);
         execv("/proc/self/exe", argv);
     }
@@ -146,8 +162,8 @@ int main(int argc, char **argv) {
     float *x = numbers(n);
     const double peak = limit(NULL, 0), bandwidth = limit(x, n);
     free(x);
-    printf("%d threads, %s. Packed: B's dtype named, packed once; the peer has it as f32.\n",
-           THREADS, psoup_context_isa(context));
+    printf("%d threads, %s; OpenBLAS for %s. Packed: B's dtype named, packed once; the peer has it as f32.\n",
+           THREADS, psoup_context_isa(context), openblas_get_corename());
     printf("    m     n     k                ours openblas    limit  ratio\n");
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++)
         bench(context, &shapes[i], peak, bandwidth);
