@@ -19,6 +19,8 @@ enum {
     BLOCK_DEPTH = 128,  /* of one step where a panel is made from blocks for one tile: it stays in an L1 cache */
     FEW_ROWS = 64,      /* whose product takes hardly longer than threads need to meet */
     FEW = 4,            /* register tiles that share a panel */
+    LOW = 4,            /* parts that a tile is cut into where a product ends (2048 × 688 × 256: 1.03; Zen 5) */
+    SET_FLOATS = 1024,  /* rows of A that are a multiple of it long share few sets of a cache */
     TILES = 4,          /* per worker: the fewest that even out a worker that falls behind */
     ALONE = 1 << 18     /* multiply-adds that are done before another thread has woken up */
 };
@@ -61,6 +63,7 @@ struct job {
     int64_t step;   /* depths multiplied at a time */
     int64_t n_chunk, k_chunk;        /* n_chunk: whole panels, but for the last chunk */
     int64_t tile_rows, tile_columns; /* whole register tiles, whole panels */
+    int64_t tall, low_rows;          /* how many of a column's tiles are so high, and the height of those after them */
     atomic_size_t claimed, done;     /* units of work */
 };
 
@@ -165,17 +168,24 @@ static const float *turn_a(const struct job *job, const float *const *a, int64_t
     return block;
 }
 
+/* Tiles one below the other. */
+static int64_t tiles_down(const struct job *job) {
+    return job->tall + divide_up(most(job->args->m - job->tall * job->tile_rows, 0), job->low_rows);
+}
+
 /* One unit: a tile of C over the depths of the chunk. */
 static void multiply_tile(const struct job *job, const struct chunk *chunk, size_t unit, int worker,
                           bool goes_on) {
     const psoup__gemm_args *args = job->args;
     const int64_t across = divide_up(chunk->n1 - chunk->n0, job->tile_columns);
-    const int64_t i0 = (int64_t)unit / across * job->tile_rows;
+    const int64_t down = (int64_t)unit / across, low = most(down - job->tall, 0);
+    const int64_t i0 = (down - low) * job->tile_rows + low * job->low_rows;
     const int64_t j0 = chunk->n0 + (int64_t)unit % across * job->tile_columns;
     const int64_t j1 = least(j0 + job->tile_columns, chunk->n1);
     const float *a[TILE_ROWS];
     float *c[TILE_ROWS];
-    psoup__gemm_strip strip = {.rows = least(job->tile_rows, args->m - i0), .a = a, .c = c};
+    const int64_t rows = least(down < job->tall ? job->tile_rows : job->low_rows, args->m - i0);
+    psoup__gemm_strip strip = {.rows = rows, .a = a, .c = c};
     for (int64_t i = 0; i < strip.rows; i++) {
         c[i] = args->c + (args->c_rows == NULL ? i0 + i : args->c_rows[i0 + i]) * args->c_stride;
         a[i] = args->a + (args->a_rows == NULL ? i0 + i : args->a_rows[i0 + i]) * args->a_row;
@@ -231,8 +241,7 @@ static void work(void *arg, size_t task, int worker) {
                 const int64_t units =
                     copying ? divide_up(columns, job->kernel->columns) *
                                   divide_up(chunk.k1 - chunk.k0, DEPTH)
-                            : divide_up(args->m, job->tile_rows) *
-                                  divide_up(columns, job->tile_columns);
+                            : tiles_down(job) * divide_up(columns, job->tile_columns);
                 end = first + (size_t)units;
                 for (; unit < end; unit = atomic_fetch_add(&job->claimed, 1)) {
                     wait_for(job, first);
@@ -262,7 +271,10 @@ static enum b_place place_b(const psoup__gemm_args *args, const psoup__gemm_kern
     return B_COPIED;
 }
 
+/* Rows will do where they are, but if they meet in the same sets of a cache. */
 static bool copy_a_pays(const psoup__gemm_args *args, const psoup__gemm_kernels *kernel) {
+    if (args->a_col == 1 && args->a_row % SET_FLOATS != 0)
+        return false;
     return args->m > kernel->rows && args->n > 4 * kernel->columns;
 }
 
@@ -301,6 +313,16 @@ static void plan_tiles(struct job *job) {
     job->tile_columns = divide_up(columns, across) * job->kernel->columns;
 }
 
+/* Cuts the last tiles into low ones, so that no worker has long to wait for the others' last. */
+static void plan_end(struct job *job) {
+    const int64_t across = divide_up(least(job->n_chunk, job->args->n), job->tile_columns);
+    const int64_t workers = job->slot->workers, cut = divide_up(workers, across);
+    if (workers == 1 || job->tall < 2 * cut || job->tile_rows <= FEW_ROWS)
+        return;
+    job->tall -= cut;
+    job->low_rows = round_up(job->tile_rows / LOW, job->kernel->rows);
+}
+
 static struct job plan_job(const psoup_context *context, const psoup__gemm_args *args, psoup__gemm_slot *slot) {
     struct job job = {.args = args, .kernel = psoup__gemm_kernels_of(context), .slot = slot,
                       .blocks = psoup__block_kernels_of(context)};
@@ -317,6 +339,8 @@ static struct job plan_job(const psoup_context *context, const psoup__gemm_args 
         job.tile_rows = divide_up(args->m, job.kernel->rows) * job.kernel->rows;
         job.tile_columns = job.kernel->columns;
     }
+    job.low_rows = job.tile_rows;
+    job.tall = args->m / job.tile_rows;
     return job;
 }
 
@@ -337,6 +361,7 @@ void psoup__gemm(psoup_context *context, const psoup__gemm_args *args) {
     }
     const double products = (double)args->m * (double)args->n * (double)args->k;
     struct job job = plan_job(context, args, psoup__gemm_take(context->gemm, products >= ALONE));
+    plan_end(&job);
     atomic_init(&job.claimed, 0);
     atomic_init(&job.done, 0);
     if (job.slot->workers == 1)
@@ -403,7 +428,7 @@ void psoup__gemm_each(psoup_context *context, const psoup__gemm_args *args, size
     for (size_t i = 0; i < n; i++) {
         struct job *job = &batch.jobs[i];
         *job = plan_job(context, &args[i], slot);
-        const int64_t tiles = divide_up(args[i].m, job->tile_rows) * divide_up(args[i].n, job->tile_columns);
+        const int64_t tiles = tiles_down(job) * divide_up(args[i].n, job->tile_columns);
         batch.first[i + 1] = batch.first[i] + (size_t)tiles;
     }
     const size_t workers = (size_t)slot->workers, tiles = batch.first[n];
