@@ -160,11 +160,12 @@ def write(name, value):
         out.write("\n")
 
 
-write("objectives.json", dict(
-    ppo=[ppo_case([5, 9, 1, 7], 0.2, 1.0, 0.95, 0.2, 0.2, 0.1, 0.3),
-         ppo_case([12, 3], 0.05, 0.97, 0.8, 0.1, 0.5, 1.0, 0.15),
-         ppo_case([2, 2, 2], 0.0, 1.0, 1.0, 0.2, 0.2, 0.1, 1.0)],
-    kl=kl_case(), moments=moments_case(), bradley_terry=bradley_terry_cases()))
-write("optim.json", dict(adamw=[adamw_case(0.0, 0.0), adamw_case(0.1, 1.0), adamw_case(0.1, 0.0, 0.5),
-                                adamw_case(0.0, 1.0, 0.5)],
-                         schedules=schedule_cases()))
+if __name__ == "__main__":
+    write("objectives.json", dict(
+        ppo=[ppo_case([5, 9, 1, 7], 0.2, 1.0, 0.95, 0.2, 0.2, 0.1, 0.3),
+             ppo_case([12, 3], 0.05, 0.97, 0.8, 0.1, 0.5, 1.0, 0.15),
+             ppo_case([2, 2, 2], 0.0, 1.0, 1.0, 0.2, 0.2, 0.1, 1.0)],
+        kl=kl_case(), moments=moments_case(), bradley_terry=bradley_terry_cases()))
+    write("optim.json", dict(adamw=[adamw_case(0.0, 0.0), adamw_case(0.1, 1.0), adamw_case(0.1, 0.0, 0.5),
+                                    adamw_case(0.0, 1.0, 0.5)],
+                             schedules=schedule_cases()))
