@@ -85,7 +85,7 @@ ok info base --dtype nf4 --json
 check "blocks" has '"linear_dtype": "nf4"'
 no 1 '"int3", expected f32, f16, bf16, int8 or nf4' info base --dtype int3
 ok info P1A --json
-check "adapter" has '"kind": "adapter".*"r": 2, .*"target_modules": \["q_proj", "v_proj"\]'
+check "adapter" has '"kind": "adapter", "parameters": 256, "modules": 4.*"r": 2, .*"target_modules": \["q_proj", "v_proj"\]'
 no 1 'none' info none
 cp -r base broken
 put broken/tokenizer.json '{"model": '
@@ -278,13 +278,16 @@ adapt; sed -i 's/"r": 2/"r": 3/' bent/adapter_config.json; no 1 'bent' $use
 adapt; sed -i 's/"r": 2/"r": 0/' bent/adapter_config.json; no 1 'adapter_config.json' $use
 adapt; sed -i 's/"LORA"/"LOHA"/' bent/adapter_config.json; no 1 'LOHA' $use
 adapt; head -c 1500 P1A/adapter_model.safetensors >$bent; no 1 'adapter_model.safetensors' $use
+no 1 'bent/adapter_model.safetensors' info bent
 adapt; LC_ALL=C sed -i 's/\[16,\( *\)2\]/[2,\116]/' $bent; no 1 'lora_B \[2, 16\]' $use
 # An adapter that diverged: only who uses it hears of it.
 adapt; patch $bent $(($(size $bent) - 4)) '\377\377\377\377'
+no 1 'bent: .* holds a NaN' info bent
 bent="--adapter P1A=P1A --adapter P2A=P2A --adapter bent=bent"
 ok score --model base $bent --mix P1A=0.5,P2A=0.5 --tokens "$tokens" --json
 check "a NaN beside, the same bits" cmp -s out soup
 no 1 'not numbers\|NaN' score --model base $bent --mix bent=1 --tokens "1 2 3"
+no 1 'the logits are not numbers' generate --model base $bent --mix bent=1 --prompt "Why?"
 put prompts.nan '{"prompt": "Why?", "mix": {"P1A": 1}}\n{"prompt": "Why?", "mix": {"bent": 1}}\n'
 "$psoup" generate --model base $bent --prompts prompts.nan $sample >out 2>err
 check "a diverged row: status 1" test $? -eq 1
@@ -941,7 +944,21 @@ if test -w /dev/full; then
     "$psoup" info base >/dev/full 2>err
     check "a full disk: status 1" test $? -eq 1
     check "a full disk: one line" grep -q '^psoup: standard output' err
+    "$psoup" --version >/dev/full 2>err
+    check "a full disk: the version" test $? -eq 1
 fi
+# Standard descriptors that are closed: no file of the run has their number.
+"$psoup" info base >&- 2>err
+check "no output: status 1" test $? -eq 1
+sed 's/sft-base/left\/s/; s/sft-metrics-base/left\/m/' sft.json >closed.json
+"$psoup" sft --config closed.json <&- >&- 2>&-
+check "none of them: status 1" test $? -eq 1
+check "none of them: the model is there" test -e left/s/model.safetensors
+check "none of them: metrics alone in their file" test "$(grep -vc '^{"phase": .*}$' left/m.jsonl)" -eq 0
+rm -rf left/s left/m.jsonl
+"$psoup" score --model base --prompts score.jsonl $A --logits left/l <&- 2>&- >out
+check "no input, no errors: status 0" test $? -eq 0
+rm -f left/l
 
 echo "cli: $passed passed, $failed failed"
 test $failed -eq 0

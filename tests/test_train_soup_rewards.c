@@ -93,8 +93,11 @@ static void train(float *out[ADAPTERS], size_t *count, const float *halves, floa
 static double distance(float *a[ADAPTERS], float *b[ADAPTERS], size_t count) {
     double most = 0.0;
     for (int k = 0; k < ADAPTERS; k++)
-        for (size_t i = 0; i < count; i++)
-            most = fmax(most, fabs((double)a[k][i] - b[k][i]));
+        for (size_t i = 0; i < count; i++) {
+            double off = fabs((double)a[k][i] - b[k][i]);
+            if (!(off <= most))
+                most = off; /* NaN too */
+        }
     return most;
 }
 

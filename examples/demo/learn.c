@@ -92,6 +92,9 @@ void learn_base(demo_run *run) {
     options.on_step = show_step;
     must(psoup_sft(run->model, NULL, examples, n, examples + n, VALIDATION, &options, &error),
          &error);
+    char path[1024]; /* where the policies are, for psoup generate */
+    snprintf(path, sizeof path, "%s/base", run->directory);
+    must(psoup_model_save(run->model, path, run->tokenizer, &error), &error);
     demo_count(run, &run->base_cost, 3, (int64_t)tokens);
     run->base_cost.seconds = demo_now() - begun;
     demo_say("base      %lld parameters from %zu examples, %zu tokens, %.0f s",

@@ -335,12 +335,11 @@ static psoup_status run(const generate_args *args, const cli_model *m, job *jobs
         status = psoup_generate(m->model, prompts, n, &args->sampling, &session,
                                 streaming ? on_stream : on_count,
                                 streaming ? (void *)&s : (void *)&count, &a.generation, error);
-    if (status == PSOUP_OK && streaming)
+    bool silent = status == PSOUP_OK && plain && answer(&a, 0)->finish == PSOUP_FINISH_ERROR && answer(&a, 0)->n == 0;
+    if (status == PSOUP_OK && streaming && !silent)
         putchar('\n');
-    else if (status == PSOUP_OK && plain)
-        status = print_text(m, answer(&a, 0), error);
-    else if (status == PSOUP_OK)
-        status = write_results(args, m, jobs, n, &a, error);
+    else if (status == PSOUP_OK && !streaming && !silent)
+        status = plain ? print_text(m, answer(&a, 0), error) : write_results(args, m, jobs, n, &a, error);
     for (size_t i = 0; status == PSOUP_OK && i < n; i++)
         if (answer(&a, i)->finish == PSOUP_FINISH_ERROR)
             status = diverged(args, &jobs[i], error);

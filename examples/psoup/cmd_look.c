@@ -52,8 +52,8 @@ static psoup_json *model_json(const cli_model *m, psoup_error *error) {
     return out;
 }
 
-/* An adapter is described by its own configuration file. */
-static psoup_json *adapter_json(psoup_context *context, const char *path, psoup_error *error) {
+/* An adapter: its own configuration file, and what its weights come to. */
+static psoup_json *adapter_json(psoup_context *context, const char *directory, const char *path, psoup_error *error) {
     static const char *const kept[] = {"peft_type",
                                        "task_type",
                                        "r",
@@ -62,19 +62,23 @@ static psoup_json *adapter_json(psoup_context *context, const char *path, psoup_
                                        "target_modules",
                                        "modules_to_save",
                                        "base_model_name_or_path"};
-    psoup_json *config = NULL, *out = NULL;
+    psoup_json *config = NULL, *found = NULL, *out = NULL;
     if (psoup_json_read(context, path, &config, error) != PSOUP_OK)
         return NULL;
-    if (psoup_json_kind(config) != PSOUP_JSON_OBJECT) {
-        psoup_json_free(config);
+    if (psoup_json_kind(config) != PSOUP_JSON_OBJECT)
         cli_error(error, PSOUP_ERROR_FORMAT, "%s: expected an object", path);
-        return NULL;
+    else if (psoup_merge_inspect(context, &directory, 1, NULL, &found, error) == PSOUP_OK) {
+        const psoup_json *weights = psoup_json_at(psoup_json_get(found, "adapters"), 0);
+        out = psoup_json_new_object();
+        psoup_json_set(out, "kind", psoup_json_new_string("adapter"));
+        psoup_json_set(out, "parameters", psoup_json_copy(psoup_json_get(weights, "parameters")));
+        psoup_json_set(out, "modules", psoup_json_copy(psoup_json_get(weights, "modules")));
+        psoup_json_set(out, "norm", psoup_json_copy(psoup_json_at(psoup_json_get(found, "norms"), 0)));
+        for (size_t i = 0; i < sizeof kept / sizeof *kept; i++)
+            if (psoup_json_get(config, kept[i]))
+                psoup_json_set(out, kept[i], psoup_json_copy(psoup_json_get(config, kept[i])));
     }
-    out = psoup_json_new_object();
-    psoup_json_set(out, "kind", psoup_json_new_string("adapter"));
-    for (size_t i = 0; i < sizeof kept / sizeof *kept; i++)
-        if (psoup_json_get(config, kept[i]))
-            psoup_json_set(out, kept[i], psoup_json_copy(psoup_json_get(config, kept[i])));
+    psoup_json_free(found);
     psoup_json_free(config);
     return out;
 }
@@ -103,8 +107,8 @@ int cmd_info(int argc, char **argv) {
         {0}};
     if (!cli_parse(
             argc, argv, options,
-            "Usage: psoup info DIR\n\nDescribes a model directory or .gguf file (it is loaded and checked), "
-            "or an\nadapter directory.\n",
+            "Usage: psoup info DIR\n\nDescribes a model directory or .gguf file, or an adapter directory. Either is "
+            "loaded\nand checked.\n",
             &arguments, &status))
         return status;
     if (arguments.n != 1)
@@ -121,7 +125,7 @@ int cmd_info(int argc, char **argv) {
     if (adapter) {
         fclose(adapter);
         if (psoup_context_create(NULL, &opened.context, &error) == PSOUP_OK)
-            out = adapter_json(opened.context, path, &error);
+            out = adapter_json(opened.context, directory, path, &error);
     } else if (cli_open(directory, NULL, dtype, 1, NULL, false, &opened, &error) == PSOUP_OK)
         out = model_json(&opened, &error);
     free(path);

@@ -1,6 +1,7 @@
 /* psoup: the command line of libpsoup. Thin: everything it does is in the public API. */
 #include "launch.h"
 
+#include <fcntl.h>
 #include <string.h>
 
 static const command commands[] = {
@@ -59,7 +60,16 @@ static int finish(int status) {
     return status ? status : (cli_complain("standard output: cannot write the result"), 1);
 }
 
+/* Takes the standard descriptors that the caller closed, so that no file of ours gets one and with it what is meant
+ * for the terminal. They are opened the wrong way round: reading and writing fail as before. */
+static void take_closed(void) {
+    for (int fd = 0; fd < 3; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) < 0)
+            return;
+}
+
 int main(int argc, char **argv) {
+    take_closed();
     if (argc < 2) {
         usage(stderr);
         return 2;
@@ -75,7 +85,7 @@ int main(int argc, char **argv) {
     }
     if (!strcmp(argv[1], "--version")) {
         printf("psoup %s\n", psoup_version());
-        return 0;
+        return finish(0);
     }
     if (named && !asked)
         return launch_end(finish(named->run(argc - 1, argv + 1)));
