@@ -5,6 +5,7 @@
 # shellcheck disable=SC2034,SC2086,SC2012 # shell_case.sh reads suite; lists of options and names are split on purpose
 
 suite=run
+docs=$(cd "$(dirname "$0")/../docs" && pwd)
 test -z "$TMPDIR" && test -w /dev/shm && TMPDIR=/dev/shm # everything is synced, which no disk need wait for here
 # shellcheck source=tests/shell_case.sh
 . "$(dirname "$0")/shell_case.sh"
@@ -128,6 +129,18 @@ check "validated" has '"validate_every": 10'
 ok run psoups --preset rlphf --print-config
 for s in '"soup": "factors"' '"ignore_stop": true' '"draw_new_tokens_from": 32' '"lora_dropout": 0.1' '"max_steps": 1000' \
     '"loss_on_prompt": true' '"whiten_groups": 4'; do check "preset: $s" has "$s"; done
+# flat: a printed configuration as lines of section.name value
+flat() { awk -F'"' '/^  "[a-z_]*": {$/ { s = $2 "." } /^  }/ { s = "" } / [^{}]*$/ && NF > 2 { print s $2, $0 }' "$1"; }
+cp out preset
+"$psoup" run psoups --print-config >default
+flat default >flat.default
+flat preset | diff flat.default - | sed -n 's/^> \([a-z_.]*\) .*/\1/p' >changed
+check "preset: it changes settings" test "$(wc -l <changed)" -ge 17
+while read -r name; do
+    section=${name%"${name##*.}"} member=${name##*.}
+    check "preset: docs/fidelity.md says of $name" grep -q "^| \`$section.*\b$member\`" "$docs/fidelity.md"
+done <changed
+cp preset out
 check "what the run sets itself is not asked for" test "$(grep -c 'checkpoint_dir\|"metrics"' out)" -eq 0
 config rlphf '' "$rows" "$(echo "$sizes" | sed 's/"batch_size": 4/"batch_size": 4, "draw_new_tokens_from": 2/')"
 trains run psoups --preset=rlphf --config run.json
@@ -186,6 +199,12 @@ for last in '"temperature": -1|temperature is -1' '"max_new_tokens": 0|max_new_t
     put bad.json "{\"output\": \"left/r\", $files, $rows, \"generate\": {${last%|*}}}"
     no 1 "${last#*|}" run psoups --config bad.json --json
 done
+
+long=$(printf 'why? %.0s' $(seq 120)) # nor does a week of training end at a prompt that the model cannot hold
+put long.json "[{\"prompt\": \"a\"}, {\"prompt\": \"$long\"}]"
+put bad.json "{\"output\": \"left/r\", \"model\": \"base\", \"prompts\": \"alpaca.json\", \"evaluation\": \"long.json\", $rows}"
+no 1 'long.json: row 2 is a prompt of [0-9]* tokens for user AAA; the model holds 256, prompt and response together' run psoups --config bad.json --json
+no 1 'long.json: row 2 is a prompt of [0-9]* tokens; the model holds' run vb --config bad.json --json
 
 for bad in 'ppo|"ppo": {"batch_size": 0}|batch_size is 0: expected 1 to 2147483647' 'sft|"sft": {"beta1": 1}|beta1 is 1: expected 0 to below 1' \
     'reward|"reward": {"batch_size": -1}|batch_size is -1: expected 1' 'generate|"generate": {"temperature": -1}|temperature is -1'; do

@@ -222,7 +222,8 @@ static void fill_mix(const run *r, const run_user *u, float *mix) {
 static psoup_status ask(asking *a, psoup_error *error) {
     run *r = a->r;
     size_t adapters = (size_t)psoup_model_adapters(r->m.model);
-    psoup_status status = PSOUP_OK;
+    psoup_model_config model = PSOUP_MODEL_CONFIG_INIT;
+    psoup_status status = psoup_model_get_config(r->m.model, &model, error);
     a->prompts = calloc(a->n_askers * a->n_prompts + 1, sizeof *a->prompts);
     a->mixes = calloc(a->n_askers * adapters + 1, sizeof *a->mixes);
     if (!a->prompts || !a->mixes)
@@ -239,6 +240,11 @@ static psoup_status ask(asking *a, psoup_error *error) {
             status = run_prompt_texts(&r->evaluation, i, &instruction, &input, error);
             if (status == PSOUP_OK)
                 status = run_encode(r, instruction, input, wishes, &p->tokens, &p->n, error);
+            if (status == PSOUP_OK && p->n >= (size_t)model.max_position_embeddings)
+                status = cli_error(error, PSOUP_ERROR_ARGUMENT,
+                                   "%s: row %zu is a prompt of %zu tokens%s%s; the model holds %d, prompt and response "
+                                   "together", r->evaluation.path, i + 1, p->n, wishes ? " for user " : "",
+                                   wishes ? r->users[u].name : "", model.max_position_embeddings);
         }
     }
     return status;
