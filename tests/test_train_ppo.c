@@ -305,6 +305,65 @@ START_TEST(diverged_policy_harms_nobody) {
 }
 END_TEST
 
+/* What each validation pays, whatever is said; training is paid by the token. */
+typedef struct paid {
+    const psoup_model *model;
+    const char *subject;
+    float by[4];
+    int32_t token;
+    int now, best;
+    float *kept; /* the weights of validation `best` */
+    size_t count;
+} paid;
+
+static int pay_by_turn(void *user, const psoup_rollout *rollouts, size_t n, float *scores) {
+    const paid *p = user;
+    pay((void *)(uintptr_t)&p->token, rollouts, n, scores);
+    for (size_t i = 0; i < n; i++)
+        if (rollouts[i].prompt->id >= PROMPTS)
+            scores[i] = p->by[p->now];
+    return 0;
+}
+
+static int keep_best_weights(void *user, const psoup_step *step) {
+    paid *all = user;
+    for (int k = 0; k < 2; k++)
+        if (strcmp(step->phase, "validation") == 0 && strcmp(step->subject, all[k].subject) == 0) {
+            ck_assert_double_eq(value_of(step, "reward"), all[k].by[all[k].now]);
+            if (all[k].now++ == all[k].best)
+                all[k].kept = weights(all[k].model, all[k].subject, &all[k].count);
+        }
+    return 0;
+}
+
+/* Each policy ends with its own weights of the best mean reward in validation; without keep_best with its last. */
+START_TEST(the_best_weights_stay) {
+    psoup_model *model = fresh(2);
+    paid all[2] = {{.model = model, .subject = "P0", .by = {1, 3, 2, 0}, .token = 3, .best = _i ? 3 : 1},
+                   {.model = model, .subject = "P1", .by = {-2, -3, -1, -4}, .token = 4, .best = _i ? 3 : 2}};
+    psoup_ppo_policy p[2] = {policy(0), policy(1)};
+    psoup_ppo_options o = plain();
+    o.steps = 4;
+    o.validate_every = 1;
+    o.keep_best = !_i;
+    o.on_step = keep_best_weights;
+    o.user = all;
+    for (int k = 0; k < 2; k++) {
+        p[k].reward_fn = pay_by_turn;
+        p[k].reward_user = &all[k];
+    }
+    psoup_ppo *ppo = create(model, p, 2, &o);
+    OK(psoup_ppo_run(ppo, &error));
+    for (int k = 0; k < 2; k++) {
+        ck_assert_int_eq(all[k].now, 4);
+        ck_assert(same_weights(model, names[k], all[k].kept, all[k].count));
+        free(all[k].kept);
+    }
+    psoup_ppo_free(ppo);
+    psoup_model_free(model);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("train_ppo");
     TCase *tests = tcase_create("ppo");
@@ -318,6 +377,7 @@ int main(void) {
     tcase_add_loop_test(tests, early_stop_leaves_the_batch, 0, 2);
     tcase_add_loop_test(tests, guard_leaves_the_optimiser_alone, 0, 2);
     tcase_add_test(tests, diverged_policy_harms_nobody);
+    tcase_add_loop_test(tests, the_best_weights_stay, 0, 2);
     suite_add_tcase(suite, tests);
     return run_suite(suite);
 }
