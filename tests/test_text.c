@@ -312,6 +312,36 @@ START_TEST(stripping) {
 }
 END_TEST
 
+/* An added token that no model.vocab has is found whole, by the rule of its own, and is nothing that words are made of.
+ * Ids as tokenizers 0.20.3 gives them. */
+START_TEST(added_tokens_are_no_words) {
+    static const struct {
+        const char *text;
+        size_t n;
+        int32_t ids[4];
+    } cases[] = {{"ab", 1, {4}},         {"1ab", 3, {0, 1, 2}},     {"ab1", 3, {1, 2, 0}}, {"a ab", 3, {1, 0, 4}},
+                 {"\u6c64", 1, {3}},     {"b\u6c64", 2, {2, 0}},    {"\u6c64" "1", 2, {0, 0}}};
+    psoup_error error = {0};
+    psoup_tokenizer *t = parse(
+        "{\"added_tokens\":[{\"id\":3,\"content\":\"\u6c64\",\"single_word\":true,\"normalized\":false},"
+        "{\"id\":4,\"content\":\"ab\",\"single_word\":true,\"normalized\":false}],"
+        "\"pre_tokenizer\":{\"type\":\"Digits\",\"individual_digits\":true},"
+        "\"model\":{\"type\":\"BPE\",\"unk_token\":\"<unk>\",\"ignore_merges\":true,"
+        "\"vocab\":{\"<unk>\":0,\"a\":1,\"b\":2},\"merges\":[]}}", &error);
+    ck_assert_msg(t != NULL, "%s", error.message);
+    ck_assert_int_eq(psoup_tokenizer_token_id(t, "ab"), 4);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int32_t ids[8];
+        size_t n;
+        ck_assert_int_eq(psoup_tokenizer_encode(t, cases[i].text, strlen(cases[i].text), 0, ids, NULL, 8, &n, &error),
+                         PSOUP_OK);
+        ck_assert_msg(n == cases[i].n && memcmp(ids, cases[i].ids, n * sizeof *ids) == 0, "\"%s\": %zu tokens, %d …",
+                      cases[i].text, n, (int)ids[0]);
+    }
+    psoup_tokenizer_free(t);
+}
+END_TEST
+
 /* Oniguruma's reading where PCRE2's is another; checked by hand against tokenizers 0.20.3. */
 START_TEST(ruby_syntax) {
     static const struct {
@@ -356,6 +386,7 @@ int main(void) {
     tcase_add_test(tests, threads);
     tcase_add_test(tests, long_word);
     tcase_add_test(tests, stripping);
+    tcase_add_test(tests, added_tokens_are_no_words);
     tcase_add_test(tests, ruby_syntax);
     suite_add_tcase(suite, tests);
     return run_suite(suite);

@@ -167,26 +167,27 @@ fail:
 
 /* ---- a word ---------------------------------------------------------------------------------------- */
 
+/* −1: no token, or none that words are made of. */
+static int32_t word_id(const psoup__bpe *bpe, const char *name, size_t length) {
+    int64_t id;
+    return psoup__map_get(bpe->vocab, name, length, &id) && !(id & PSOUP__ADDED) ? (int32_t)id : -1;
+}
+
 void psoup__bpe_index(psoup__bpe *bpe) {
     char name[16];
-    int64_t id;
     for (uint32_t code = 0; code < PSOUP__DIRECT; code++) {
         size_t length = psoup__utf8_put(code, name);
-        bpe->direct[code] = psoup__map_get(bpe->vocab, name, length, &id) ? (int32_t)id : -1;
+        bpe->direct[code] = word_id(bpe, name, length);
     }
     for (unsigned byte = 0; byte < 256; byte++) {
         int length = snprintf(name, sizeof name, "<0x%02X>", byte);
-        bpe->bytes[byte] =
-            psoup__map_get(bpe->vocab, name, (size_t)length, &id) ? (int32_t)id : -1;
+        bpe->bytes[byte] = word_id(bpe, name, (size_t)length);
     }
 }
 
 static int32_t character_id(const psoup__bpe *bpe, const char *bytes, size_t length,
                             uint32_t code) {
-    int64_t id;
-    if (code < PSOUP__DIRECT)
-        return bpe->direct[code];
-    return psoup__map_get(bpe->vocab, bytes, length, &id) ? (int32_t)id : -1;
+    return code < PSOUP__DIRECT ? bpe->direct[code] : word_id(bpe, bytes, length);
 }
 
 static bool has_bytes(const psoup__bpe *bpe, const char *bytes, size_t length) {
@@ -243,11 +244,11 @@ psoup_status psoup__bpe_push(psoup__bpe_work *work, int32_t id, size_t begin, si
 psoup_status psoup__bpe_encode(const psoup__bpe *bpe, const char *word, size_t length, size_t base,
                                psoup__bpe_work *work, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    int64_t whole;
+    int32_t whole;
     if (length == 0)
         return PSOUP_OK;
-    if (bpe->ignore_merges && psoup__map_get(bpe->vocab, word, length, &whole))
-        return psoup__bpe_push(work, (int32_t)whole, base, base + length, error);
+    if (bpe->ignore_merges && (whole = word_id(bpe, word, length)) >= 0)
+        return psoup__bpe_push(work, whole, base, base + length, error);
     PSOUP__TRY(psoup__reserve(work->context, &work->symbols, &work->symbol_capacity, length,
                               sizeof *work->symbols, error));
     size_t n = first_symbols(bpe, word, length, work);

@@ -58,13 +58,13 @@ fail:
 }
 
 static psoup_status name_token(psoup_tokenizer *t, const char *where, const char *token, int32_t id,
-                               psoup_error *error) {
+                               int64_t added, psoup_error *error) {
     if (t->tokens[id] != NULL)
         return psoup__fail(error, PSOUP_ERROR_FORMAT,
                            "%s: %s: tokens \"%.80s\" and \"%.80s\" have the same id %d", t->name,
                            where, t->tokens[id], token, id);
     t->tokens[id] = token;
-    return psoup__map_set(t->bpe.vocab, token, strlen(token), id, NULL, error);
+    return psoup__map_set(t->bpe.vocab, token, strlen(token), id | added, NULL, error);
 }
 
 static psoup_status read_vocab(psoup_tokenizer *t, const psoup_json *vocab, psoup_error *error) {
@@ -76,7 +76,7 @@ static psoup_status read_vocab(psoup_tokenizer *t, const psoup_json *vocab, psou
             return psoup__fail(error, PSOUP_ERROR_UNSUPPORTED,
                                "%s: model.vocab: token %lld is longer than %d bytes", t->name,
                                (long long)psoup_json_integer(v, -1), MAX_NAME);
-        PSOUP__TRY(name_token(t, "model.vocab", token, (int32_t)psoup_json_integer(v, -1), error));
+        PSOUP__TRY(name_token(t, "model.vocab", token, (int32_t)psoup_json_integer(v, -1), 0, error));
     }
 fail:
     return status;
@@ -208,11 +208,11 @@ static psoup_status read_added_one(psoup_tokenizer *t, const psoup_json *item, s
     PSOUP__TRY(get_flag(t, item, where, "normalized", &out->normalized, error));
     int64_t known;
     if (!psoup__map_get(t->bpe.vocab, content, strlen(content), &known)) {
-        PSOUP__TRY(name_token(t, "added_tokens", content, out->id, error));
-    } else if (known != out->id) {
+        PSOUP__TRY(name_token(t, "added_tokens", content, out->id, PSOUP__ADDED, error));
+    } else if ((int32_t)known != out->id) {
         return psoup__fail(error, PSOUP_ERROR_FORMAT,
-                           "%s: added_tokens[%zu]: \"%.80s\" has id %d, but %lld before", t->name,
-                           index, content, out->id, (long long)known);
+                           "%s: added_tokens[%zu]: \"%.80s\" has id %d, but %d before", t->name,
+                           index, content, out->id, (int)known);
     }
     if (out->special)
         t->special[out->id] = 1;

@@ -183,9 +183,10 @@ bool psoup__pairs_get(const psoup__pairs *pairs, int32_t left, int32_t right, ui
 void psoup__pairs_free(psoup__pairs *pairs);
 
 #define PSOUP__DIRECT 512 /* characters below this are found without hashing */
+#define PSOUP__ADDED (INT64_C(1) << 32) /* only a match of the whole token has it, never a word */
 typedef struct psoup__bpe {
     psoup_context *context;
-    psoup__map *vocab;            /* name → id */
+    psoup__map *vocab;            /* name → id; with PSOUP__ADDED where no model.vocab has it */
     psoup__pairs merges;          /* pair → rank << 32 | id */
     int32_t direct[PSOUP__DIRECT]; /* id of a one-character token; −1 */
     int32_t bytes[256];           /* id of <0xNN>; −1 */
