@@ -749,6 +749,24 @@ check "three policies of two rewards" test "$(grep -c '"reward/taste": .*"reward
 documented 2
 check "and their soup" grep -q '"reward/P1A/taste": .*"reward/P2A/safe": .*"reward/P3A": ' run/soup/metrics.jsonl
 check "its adapters" test "$(ls souped/soup | tr '\n' ' ')" = "P1A P2A P3A "
+# The job array of docs/cluster.md, as it stands there, and what it gathers.
+sizes='"rank": 2, "steps": 2, "batch_size": 4, "max_new_tokens": 6, "warn_empty": 0, "threads": 1'
+awk '/^    #!\/bin\/sh$/, /^    srun/' "$docs/cluster.md" | sed "s/^    //; s/{\"model\"/{$sizes, \"model\"/; s/\"policies\", /\"jobs\", /" >array.sh
+mkdir bin
+printf '#!/bin/sh\nexec "$@"\n' >bin/srun
+chmod +x bin/srun
+for task in 0 1 2 3 4 5; do
+    PATH=$PWD/bin:$(dirname "$psoup"):$PATH SLURM_ARRAY_TASK_ID=$task sh -e array.sh >out 2>err
+    check "job $task of the array" test $? -eq 0
+done
+six=$(for p in P1A P1B P2A P2B P3A P3B; do echo "{\"name\": \"$p\", \"reward\": \"rewards/$p\", \"preference\": \"$p\"}"; done | paste -sd,)
+put ppo.json "{$sizes, \"model\": \"base\", \"prompts\": \"prompts.jsonl\", \"output\": \"side\", \"policies\": [$six]}"
+trains ppo --config ppo.json
+for p in P1A P1B P2A P2B P3A P3B; do
+    check "$p as a job and side by side" cmp -s jobs/$p/adapter_model.safetensors side/$p/adapter_model.safetensors
+done
+eval "ok $(sed -n "s/.*--wrap 'psoup \(merge .*\)'$/\1/p" "$docs/cluster.md" | sed 's/policies/jobs/g')"
+check "gathered" test -f soup/adapter_model.safetensors
 cd .. || exit 1
 bad_soup() { ppo left/p "{\"name\": \"s\", $1}"; no 1 "$2" ppo --config ppo.json; }
 bad_soup '"soup": []' 'policies\[0\]: soup: expected a list of 1 to 64'
