@@ -250,6 +250,109 @@ START_TEST(early_stop_leaves_the_batch) {
 }
 END_TEST
 
+static int keep_policy_kl(void *user, const psoup_step *step) {
+    if (strcmp(step->phase, "train") == 0)
+        *(double *)user = value_of(step, "policy_kl");
+    return 0;
+}
+
+/* Of two mini-batches the first sees no update: over all of an epoch KL is about half of what the last one sees.
+ * Between the two, one rule stops after the first epoch and the other goes on. */
+START_TEST(early_stop_reads_what_it_is_told) {
+    seen s = {0};
+    double kl = 0.0;
+    for (int rule = 0; rule < 3; rule++) {
+        psoup_model *model = fresh(1);
+        psoup_ppo_policy p = policy(0);
+        psoup_ppo_options o = plain();
+        o.steps = 1;
+        o.ppo_epochs = rule ? 3 : 1;
+        o.learning_rate = 0.05f;
+        o.mini_batch_size = 4;
+        o.early_stop = rule == 0 ? PSOUP_EARLY_STOP_OFF : rule == 1 ? PSOUP_EARLY_STOP_LAST : PSOUP_EARLY_STOP_ALL;
+        o.target_kl = rule ? (float)kl : 10.0f; /* 1.5 of it is a stop: 0.75 of the last mini-batch's */
+        o.on_step = rule ? watch : keep_policy_kl;
+        o.user = rule ? (void *)&s : &kl;
+        psoup_ppo *ppo = create(model, &p, 1, &o);
+        OK(psoup_ppo_step(ppo, NULL, &error));
+        if (rule == 0)
+            ck_assert_double_gt(kl, 0.01);
+        else if (rule == 1)
+            ck_assert_double_eq(s.epochs, 1.0);
+        else
+            ck_assert_double_gt(s.epochs, 1.0);
+        psoup_ppo_free(ppo);
+        psoup_model_free(model);
+    }
+}
+END_TEST
+
+/* Each group of responses by itself, and not the batch. */
+START_TEST(groups_are_whitened_apart) {
+    enum { GROUPS = 4 };
+    psoup_model *model = fresh(1);
+    psoup_ppo_policy p = policy(0);
+    psoup_ppo_options o = plain();
+    psoup_ppo_trace t = {.size = sizeof(t)};
+    o.whiten_groups = GROUPS;
+    o.batch_size = 16;
+    psoup_ppo *ppo = create(model, &p, 1, &o);
+    OK(psoup_ppo_step(ppo, NULL, &error));
+    OK(psoup_ppo_get_trace(ppo, 0, &t, &error));
+    for (int g = 0; g < GROUPS; g++) {
+        const int32_t begin = t.start[16 / GROUPS * g], end = t.start[16 / GROUPS * (g + 1)];
+        double mean = 0.0, square = 0.0;
+        for (int32_t k = begin; k < end; k++) {
+            mean += t.advantage[k] / (double)(end - begin);
+            square += t.advantage[k] * (double)t.advantage[k] / (double)(end - begin - 1);
+        }
+        near(mean, 0.0, 1e-5, "mean advantage of group", (size_t)g);
+        near(square, 1.0, 1e-3, "deviation of group", (size_t)g);
+    }
+    psoup_ppo_free(ppo);
+    psoup_model_free(model);
+}
+END_TEST
+
+/* Dropout, of the factors or of the head, is live in updates and nowhere before them. */
+START_TEST(dropout_is_of_updates) {
+    enum { WAYS = 3, TOKENS = 256 };
+    float *after[WAYS], logprob[TOKENS], value[TOKENS], advantage[TOKENS];
+    size_t count;
+    for (int way = 0; way < WAYS; way++) {
+        psoup_model *model = fresh(1);
+        psoup_ppo_policy p = policy(0);
+        psoup_ppo_options o = plain();
+        psoup_ppo_trace t = {.size = sizeof(t)};
+        o.lora_dropout = way == 1 ? 0.1f : 0.0f;
+        o.head_dropout = way == 2 ? 0.1f : 0.0f;
+        psoup__adapter *a = model->adapters[0]; /* one that says something, with a critic that does */
+        OK(psoup__adapter_add_head(model, a, &error));
+        for (size_t i = 0; i < a->count; i++)
+            a->data[i] += (float)((i * 37) % 17) / 64.0f - 0.125f;
+        psoup_ppo *ppo = create(model, &p, 1, &o);
+        OK(psoup_ppo_step(ppo, NULL, &error));
+        OK(psoup_ppo_get_trace(ppo, 0, &t, &error));
+        ck_assert_uint_le(t.tokens, TOKENS);
+        if (way == 0) {
+            memcpy(logprob, t.logprob, t.tokens * sizeof(float));
+            memcpy(value, t.value, t.tokens * sizeof(float));
+            memcpy(advantage, t.advantage, t.tokens * sizeof(float));
+        }
+        ck_assert_mem_eq(t.logprob, logprob, t.tokens * sizeof(float));
+        ck_assert_mem_eq(t.value, value, t.tokens * sizeof(float));
+        ck_assert_mem_eq(t.advantage, advantage, t.tokens * sizeof(float));
+        after[way] = weights(model, "P0", &count);
+        for (int other = 0; other < way; other++)
+            ck_assert_mem_ne(after[way], after[other], count * sizeof(float));
+        psoup_ppo_free(ppo);
+        psoup_model_free(model);
+    }
+    for (int way = 0; way < WAYS; way++)
+        free(after[way]);
+}
+END_TEST
+
 /* A mini-batch that the guard refuses leaves weights, moments and counter alone; with skipped_step
  * the optimiser moves on zero gradients. */
 START_TEST(guard_leaves_the_optimiser_alone) {
@@ -375,6 +478,9 @@ int main(void) {
     tcase_add_test(tests, side_by_side_is_alone);
     tcase_add_test(tests, shares_are_the_whole);
     tcase_add_loop_test(tests, early_stop_leaves_the_batch, 0, 2);
+    tcase_add_test(tests, early_stop_reads_what_it_is_told);
+    tcase_add_test(tests, groups_are_whitened_apart);
+    tcase_add_test(tests, dropout_is_of_updates);
     tcase_add_loop_test(tests, guard_leaves_the_optimiser_alone, 0, 2);
     tcase_add_test(tests, diverged_policy_harms_nobody);
     tcase_add_loop_test(tests, the_best_weights_stay, 0, 2);
