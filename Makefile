@@ -14,7 +14,7 @@
 #   make clean
 #
 # Choose a build with config=release (default), debug, sanitize or coverage, and a compiler with CC=.
-# V=1 shows the commands.
+# V=1 shows the commands; with WERROR=-Werror a warning is an error.
 
 config  ?= release
 PREFIX  ?= /usr/local
@@ -33,7 +33,7 @@ PACKAGES_BENCH = libopenblas-dev
 B        = build/$(notdir $(CC))-$(config)
 ARCH    := $(shell uname -m)
 WARN     = -Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith \
-           -Wwrite-strings -Wno-unused-parameter
+           -Wwrite-strings -Wno-unused-parameter $(WERROR)
 FLAGS_release  = -O2 -g -DNDEBUG
 FLAGS_debug    = -O0 -g3
 FLAGS_sanitize = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined \
@@ -329,7 +329,7 @@ check: deps-test
 # The same under ASan and UBSan with the long cases, a build by clang (nothing of which runs: unoptimised), the GPU's kernels
 # for every architecture and with their threads in other orders, a short run of each fuzzer.
 check-all: deps-test
-	@$(BUILD) CC=clang WARN="$(WARN) -Werror" MODE="-O0 -DNDEBUG" KERNEL_OPT= B=build/clang-check \
+	@$(BUILD) CC=clang WERROR=-Werror MODE="-O0 -DNDEBUG" KERNEL_OPT= B=build/clang-check \
 	    $(addprefix build/clang-check/,libpsoup.a libpsoup.so libpsoup-merge.a psoup psoup-demo personalized_soup)
 	@$(BUILD) bin/personalized_soup test-programs
 	@PSOUP_LONG=1 $B/tests/test_alloc

@@ -48,6 +48,9 @@ for c in $commands; do
     ok $c --help
     check "$c --help: usage" has "^Usage: psoup $c"
     check "$c --help: --json" has '^  --json'
+    cp out help
+    ok $c -h
+    check "$c -h: the same" cmp -s help out
     no 2 "--nonsense" $c --nonsense
 done
 for pair in "tokenize --model --no-special --decode" "merge --out --base --method --dtype --any-sum --strength" \

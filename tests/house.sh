@@ -38,4 +38,5 @@ fi
 for room in src/*/; do
     grep -q "$(basename "$room")" docs/house.md || { echo "$room is not in docs/house.md"; exit 1; }
 done
+test "$(wc -l <examples/personalized_soup.c)" -lt 200 || { echo "examples/personalized_soup.c has 200 lines or more"; exit 1; }
 echo "house: $(printf '%s\n' "$floors" | wc -l) rooms, each on those below it"

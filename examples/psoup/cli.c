@@ -155,7 +155,7 @@ bool cli_parse(int argc, char **argv, const cli_option *options, const char *abo
     const cli_option rest = {"arguments", CLI_LIST, arguments, NULL, NULL};
     *status = 2;
     for (int i = 1; i < argc; i++) {
-        if (!only_arguments && !strcmp(argv[i], "--help")) {
+        if (!only_arguments && (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h"))) {
             print_help(options, about);
             *status = 0;
             return false;

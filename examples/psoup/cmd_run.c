@@ -426,7 +426,7 @@ static int read_arguments(run *r, int *argc, char **argv) {
         }
     }
     *argc = kept;
-    if (r->method || (kept > 1 && !strcmp(argv[1], "--help")))
+    if (r->method || (kept > 1 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))))
         return 0;
     return cli_complain("run: expected a method, vb, pp, rlhf, mt, pmorl or psoups%s%s%s", kept > 1 ? ", not \"" : "",
                         kept > 1 ? argv[1] : "", kept > 1 ? "\"" : "");

@@ -116,7 +116,7 @@ bool config_read_parts(int argc, char **argv, const char *about, const config_se
     *out = (config){0};
     *status = 2;
     for (int i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--help")) {
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
             print_config_help(about, sections, keys, n);
             *status = 0;
             return false;

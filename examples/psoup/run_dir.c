@@ -25,9 +25,12 @@ psoup_status run_make_directory(const char *path, psoup_error *error) {
         *slash = '/';
     }
     free(part);
-    if (mkdir(path, 0777) == 0 || (stat(path, &info) == 0 && S_ISDIR(info.st_mode)))
+    if (mkdir(path, 0777) == 0)
         return PSOUP_OK;
-    errno = errno == EEXIST ? ENOTDIR : errno; /* something else is there */
+    int why = errno;
+    if (stat(path, &info) == 0 && S_ISDIR(info.st_mode))
+        return PSOUP_OK;
+    errno = why == EEXIST ? ENOTDIR : why; /* something else is there */
     return cli_error(error, PSOUP_ERROR_IO, "%s: cannot make it: %s", path, strerror(errno));
 }
 
