@@ -849,7 +849,7 @@ ends_alike "killed $killed times"
 for _ in 1 2 3 4 5; do # until one was not done before it was asked
     rm -rf kept kept.jsonl checkpoints
     "$psoup" ppo --config keeps.json >out 2>err &
-    until test -s kept.jsonl; do sleep 0.01; done
+    until test -s kept.jsonl || ! kill -0 $! 2>/dev/null; do sleep 0.01; done
     kill -TERM $! 2>/dev/null
     wait $!
     ended=$?

@@ -4,6 +4,9 @@
 
 psoup=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 helpers=$(dirname "$psoup")/tests
+for helper in judge make_tiny; do
+    test -x "$helpers/$helper" || { echo "$suite: $helpers/$helper is not there: make test-programs builds it"; exit 1; }
+done
 T=$(mktemp -d "${TMPDIR:-/tmp}/psoup-$suite-XXXXXX") || exit 1
 trap 'rm -rf "$T"' EXIT
 trap 'exit 1' HUP INT TERM
