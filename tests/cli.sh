@@ -186,7 +186,9 @@ for bad in '{"prompt": "a", "mix": {"P9Z": 1}}|:2: mix: no adapter is named "P9Z
     '{"prompt": "a", "mix": {"P1A": 0.5}}|:2: mix: the weights sum to 0.5' \
     '{"prompt": "a", "mix": {"P1A": "x"}}|:2: mix: the weight of "P1A"' \
     '{"prompt": "a", "mix": "P1A"}|:2: mix: expected an object' \
-    '{"text": "a"}|:2: expected a text "prompt"' '{"prompt": ""}|:2: the prompt has no tokens' '{"prompt": |:2' '[1]|:2'; do
+    '{"text": "a"}|:2: expected a text "prompt"' '{"prompt": ""}|:2: no tokens' '{"prompt": 5}|:2: prompt: expected a text' \
+    '{"instruction": "a", "input": [1]}|:2: input: expected a text' "{\"prompt\": \"$(seq -s ' ' 99)\"}|:2: [0-9]* tokens, expected at most 255" \
+    '{"prompt": |:2' '[1]|:2'; do
     put bad.jsonl '{"prompt": "Why?"}\n'
     printf '%s\n' "${bad%|*}" >>bad.jsonl
     no 1 "${bad##*|}" generate --model base $A --prompts bad.jsonl --out left/g.jsonl
@@ -234,6 +236,11 @@ no 1 'no tokens' score --model base --tokens ""
 no 1 'unknown\|no adapter' score --model base $A --mix X=1 --tokens "$tokens" --logits left/l
 put bad.jsonl '{"tokens": [1, "x"]}\n'
 no 1 'bad.jsonl:1: tokens\[1\]' score --model base --prompts bad.jsonl
+for bad in '{"tokens": []}|no tokens' '{"tokens": "1 2"}|tokens: expected a list' '{"tokens": [5, 300]}|token 300, expected 0 to 299' \
+    '{"prompt": "a", "completion": 1}|completion: expected a text' "{\"tokens\": [$(seq -s, 257)]}|257 tokens, expected at most 256"; do
+    printf '{"tokens": [5, 6]}\n%s\n' "${bad%|*}" >bad.jsonl
+    no 1 "bad.jsonl:2: ${bad##*|}" score --model base --prompts bad.jsonl --logits left/l
+done
 no 1 'empty.jsonl: no rows in it' score --model base --prompts empty.jsonl --logits left/l
 
 # ---- bad files ----------------------------------------------------------------------------------

@@ -136,6 +136,38 @@ char *cli_utf8(const char *text, size_t length) {
     return out;
 }
 
+/* ---- lines of a file ------------------------------------------------------------------------------ */
+
+psoup_status cli_text(const psoup_json *line, const char *name, const char *otherwise, const char *path, int64_t number,
+                      const char **out, psoup_error *error) {
+    const psoup_json *own = psoup_json_get(line, name);
+    *out = psoup_json_string(own, otherwise);
+    if (own && psoup_json_kind(own) != PSOUP_JSON_STRING && psoup_json_kind(own) != PSOUP_JSON_NULL)
+        return cli_error(error, PSOUP_ERROR_FORMAT, "%s:%lld: %s: expected a text", path, (long long)number, name);
+    return PSOUP_OK;
+}
+
+psoup_status cli_check_tokens(const cli_model *m, const int32_t *ids, size_t n, size_t more, const char *path,
+                              int64_t number, const char *option, psoup_error *error) {
+    psoup_model_config c = PSOUP_MODEL_CONFIG_INIT;
+    psoup_status status = psoup_model_get_config(m->model, &c, error);
+    char where[512];
+    if (path)
+        snprintf(where, sizeof where, "%s:%lld", path, (long long)number);
+    else
+        snprintf(where, sizeof where, "%s", option);
+    if (status == PSOUP_OK && n == 0)
+        status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: no tokens", where);
+    if (status == PSOUP_OK && n + more > (size_t)c.max_position_embeddings)
+        status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: %zu tokens, expected at most %d: the model's max_position_embeddings is %d",
+                           where, n, c.max_position_embeddings - (int)more, c.max_position_embeddings);
+    for (size_t i = 0; status == PSOUP_OK && i < n; i++)
+        if (ids[i] >= c.vocab_size)
+            status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: token %d, expected 0 to %d: the model's vocabulary", where, ids[i],
+                               c.vocab_size - 1);
+    return status;
+}
+
 /* ---- mixes ------------------------------------------------------------------------------------- */
 
 psoup_status cli_mix_method(const psoup_json *line, const char *option, const char *path, int64_t number,

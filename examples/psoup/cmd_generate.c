@@ -39,35 +39,36 @@ static const psoup_completion *answer(const answers *a, size_t i) {
 
 static psoup_status read_job(const generate_args *args, const cli_model *m, psoup_json *row,
                              int64_t line, job *out, psoup_error *error) {
-    const char *text = row ? psoup_json_string(psoup_json_get(row, "prompt"), NULL) : args->prompt;
-    const char *instruction =
-        row ? psoup_json_string(psoup_json_get(row, "instruction"), NULL) : NULL;
+    const char *text, *instruction, *input, *preference;
     char *filled = NULL;
-    psoup_status status = PSOUP_OK;
     out->row = row;
     out->line = line;
+    psoup_status status = cli_text(row, "prompt", args->prompt, args->prompts, line, &text, error);
+    if (status == PSOUP_OK)
+        status = cli_text(row, "instruction", NULL, args->prompts, line, &instruction, error);
+    if (status == PSOUP_OK)
+        status = cli_text(row, "input", NULL, args->prompts, line, &input, error);
+    if (status == PSOUP_OK)
+        status = cli_text(row, "preference", args->preference, args->prompts, line, &preference, error);
+    if (status != PSOUP_OK)
+        return status;
     if (!text && !instruction)
         return cli_error(error, PSOUP_ERROR_FORMAT,
                          "%s:%lld: expected a text \"prompt\" or \"instruction\"", args->prompts,
                          (long long)line);
     if (instruction || args->template) {
-        const char *preference =
-            psoup_json_string(psoup_json_get(row, "preference"), args->preference);
-        status = psoup_template_fill(args->template, instruction ? instruction : text,
-                                     psoup_json_string(psoup_json_get(row, "input"), NULL),
-                                     preference, &filled, error);
+        status = psoup_template_fill(args->template, instruction ? instruction : text, input, preference, &filled,
+                                     error);
         text = filled;
     }
     if (status == PSOUP_OK)
         status = cli_encode(m->tokenizer, text, strlen(text), PSOUP_ADD_SPECIAL, &out->tokens,
                             &out->n, error);
     psoup_text_free(filled);
+    if (status == PSOUP_OK) /* and one of its own */
+        status = cli_check_tokens(m, out->tokens, out->n, 1, row ? args->prompts : NULL, line, "--prompt", error);
     if (status != PSOUP_OK)
         return status;
-    if (out->n == 0)
-        return line ? cli_error(error, PSOUP_ERROR_ARGUMENT, "%s:%lld: the prompt has no tokens",
-                                args->prompts, (long long)line)
-                    : cli_error(error, PSOUP_ERROR_ARGUMENT, "--prompt: it has no tokens");
     /* Some more, which stay 0: the adapters of rewards, which come later. */
     out->mix = calloc((size_t)psoup_model_adapters(m->model) + args->rewards.n + 1, sizeof *out->mix);
     if (!out->mix)

@@ -17,8 +17,10 @@ typedef struct score_args {
 static psoup_status row_tokens(const score_args *args, const cli_model *m, const psoup_json *row,
                                int64_t line, int32_t **ids, size_t *n, psoup_error *error) {
     const psoup_json *list = psoup_json_get(row, "tokens");
-    const char *prompt = psoup_json_string(psoup_json_get(row, "prompt"), NULL);
-    const char *completion = psoup_json_string(psoup_json_get(row, "completion"), "");
+    const char *prompt, *completion;
+    if (list && psoup_json_kind(list) != PSOUP_JSON_ARRAY)
+        return cli_error(error, PSOUP_ERROR_FORMAT, "%s:%lld: tokens: expected a list of token ids", args->prompts,
+                         (long long)line);
     if (list) {
         *ids = malloc((psoup_json_size(list) + 1) * sizeof **ids);
         for (size_t i = 0; *ids && i < psoup_json_size(list); i++) {
@@ -30,6 +32,11 @@ static psoup_status row_tokens(const score_args *args, const cli_model *m, const
         }
         return *ids ? PSOUP_OK : cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     }
+    psoup_status status = cli_text(row, "prompt", NULL, args->prompts, line, &prompt, error);
+    if (status == PSOUP_OK)
+        status = cli_text(row, "completion", "", args->prompts, line, &completion, error);
+    if (status != PSOUP_OK)
+        return status;
     if (!prompt)
         return cli_error(error, PSOUP_ERROR_FORMAT,
                          "%s:%lld: expected \"tokens\", or a text \"prompt\"", args->prompts,
@@ -43,7 +50,7 @@ static psoup_status row_tokens(const score_args *args, const cli_model *m, const
         return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     strcpy(text, prompt);
     strcat(text, completion);
-    psoup_status status = cli_encode(m->tokenizer, text, length, PSOUP_ADD_SPECIAL, ids, n, error);
+    status = cli_encode(m->tokenizer, text, length, PSOUP_ADD_SPECIAL, ids, n, error);
     free(text);
     return status;
 }
@@ -55,9 +62,9 @@ static psoup_status print_scores(const score_args *args, size_t number, const in
         sum += logprobs[i];
     if (isnan(sum))
         return cli_error(error, PSOUP_ERROR_STATE,
-                         "row %zu: its log-probabilities are not numbers: a weight or an adapter "
+                         "%s: row %zu: its log-probabilities are not numbers: a weight or an adapter "
                          "of its mix diverged",
-                         number);
+                         args->prompts ? args->prompts : "--tokens", number);
     if (!args->json) {
         for (size_t i = 0; i + 1 < n; i++)
             printf("%d %.9g\n", ids[i + 1], logprobs[i]);
@@ -130,8 +137,8 @@ static psoup_status add_row(const score_args *args, const cli_model *m, const ps
     psoup_status status = line ? row_tokens(args, m, line, number, &ids, &row->n, error)
                                : cli_parse_ids("--tokens", args->tokens, &ids, &row->n, error);
     row->tokens = ids;
-    if (status == PSOUP_OK && row->n == 0)
-        status = cli_error(error, PSOUP_ERROR_ARGUMENT, "row %zu has no tokens", *n);
+    if (status == PSOUP_OK)
+        status = cli_check_tokens(m, row->tokens, row->n, 0, line ? args->prompts : NULL, number, "--tokens", error);
     if (status == PSOUP_OK)
         status = cli_mix_method(line, args->method, args->prompts, number, method, error);
     if (status != PSOUP_OK)
