@@ -890,6 +890,18 @@ ppo left/p '{"name": "a", "reward": "P1A"}'; no 1 'P1A' ppo --config ppo.json
 ppo left/p '{"name": "a", "reward": "none"}'; no 1 'none' ppo --config ppo.json
 ppo left/p '{"name": "a", "reward": "rewards/P1A", "preference": "P9"}'; no 1 '"P9"' ppo --config ppo.json
 ppo left/p '{"name": "a", "reword": "rewards/P1A"}'; no 1 'nearest known one is "reward"' ppo --config ppo.json
+ppo left/p '{"name": "a", "reward": "rewards/P1A"}'
+sed 's/"instructions.jsonl"/"bad.jsonl"/' ppo.json >rows.json
+for bad in '{"instruction": 5}|"instruction" is missing or no text' '{"instruction": "a", "input": 5}|"input" is missing or no text' \
+    "{\"prompt\": \"$(seq -s ' ' 99)\"}|[0-9]* tokens, expected at most 255"; do
+    printf '{"prompt": "Why?"}\n%s\n' "${bad%|*}" >bad.jsonl
+    no 1 "bad.jsonl: row 2: ${bad##*|}" ppo --config rows.json
+done
+put bad.jsonl '{"instruction": "a", "input": 5, "output": "b"}\n'
+put rows.json '{"model": "base", "data": "bad.jsonl", "output": "left/s", "adapter": "a"}'
+no 1 'bad.jsonl: row 1: "input" is missing or no text' sft --config rows.json
+put rows.json '{"model": "base", "prompts": "bad.jsonl", "output": "left/f", "judge": ["cat"]}'
+no 1 'bad.jsonl: row 1: "input" is missing or no text' feedback --config rows.json
 for several in '"rewards/P1A"' '{}' '{"x": 1}' '{"x": {"weight": 1}}' '{"x": {"reward": "none"}}' '{"x": {"reward": "rewards/P1A", "weight": 0}}'; do
     ppo left/p "{\"name\": \"a\", \"rewards\": $several}"
     no 1 'rewards: expected {\|x: expected a directory\|none\|weight of source .x. is 0' ppo --config ppo.json

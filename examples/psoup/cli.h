@@ -136,9 +136,12 @@ char *cli_utf8(const char *text, size_t length);
 /* A line's member that is a text, or `otherwise` where it has none; anything else is an error. */
 psoup_status cli_text(const psoup_json *line, const char *name, const char *otherwise, const char *path, int64_t number,
                       const char **out, psoup_error *error);
-/* Whether the model can read these tokens and `more` after them. path and line for messages; NULL: `option`. */
-psoup_status cli_check_tokens(const cli_model *m, const int32_t *ids, size_t n, size_t more, const char *path,
-                              int64_t number, const char *option, psoup_error *error);
+/* Whether the model can read these tokens and `more` after them; `where` they come from, for messages. */
+psoup_status cli_check_tokens(const cli_model *m, const int32_t *ids, size_t n, size_t more, const char *where,
+                              psoup_error *error);
+/* The same for a line of a file, or (path NULL) for an option. */
+psoup_status cli_check_line(const cli_model *m, const int32_t *ids, size_t n, size_t more, const char *path,
+                            int64_t number, const char *option, psoup_error *error);
 /* A line's "mix_method", or where it has none, what --mix-method says (NULL: delta). */
 psoup_status cli_mix_method(const psoup_json *line, const char *option, const char *path, int64_t number,
                             int32_t *method, psoup_error *error);

@@ -147,25 +147,29 @@ psoup_status cli_text(const psoup_json *line, const char *name, const char *othe
     return PSOUP_OK;
 }
 
-psoup_status cli_check_tokens(const cli_model *m, const int32_t *ids, size_t n, size_t more, const char *path,
-                              int64_t number, const char *option, psoup_error *error) {
+psoup_status cli_check_tokens(const cli_model *m, const int32_t *ids, size_t n, size_t more, const char *where,
+                              psoup_error *error) {
     psoup_model_config c = PSOUP_MODEL_CONFIG_INIT;
     psoup_status status = psoup_model_get_config(m->model, &c, error);
-    char where[512];
-    if (path)
-        snprintf(where, sizeof where, "%s:%lld", path, (long long)number);
-    else
-        snprintf(where, sizeof where, "%s", option);
     if (status == PSOUP_OK && n == 0)
         status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: no tokens", where);
     if (status == PSOUP_OK && n + more > (size_t)c.max_position_embeddings)
-        status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: %zu tokens, expected at most %d: the model's max_position_embeddings is %d",
-                           where, n, c.max_position_embeddings - (int)more, c.max_position_embeddings);
+        status = cli_error(error, PSOUP_ERROR_ARGUMENT,
+                           "%s: %zu tokens, expected at most %d: the model's max_position_embeddings is %d", where, n,
+                           c.max_position_embeddings - (int)more, c.max_position_embeddings);
     for (size_t i = 0; status == PSOUP_OK && i < n; i++)
         if (ids[i] >= c.vocab_size)
-            status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: token %d, expected 0 to %d: the model's vocabulary", where, ids[i],
-                               c.vocab_size - 1);
+            status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: token %d, expected 0 to %d: the model's vocabulary",
+                               where, ids[i], c.vocab_size - 1);
     return status;
+}
+
+psoup_status cli_check_line(const cli_model *m, const int32_t *ids, size_t n, size_t more, const char *path,
+                            int64_t number, const char *option, psoup_error *error) {
+    char where[256];
+    if (path)
+        snprintf(where, sizeof where, "%s:%lld", path, (long long)number);
+    return cli_check_tokens(m, ids, n, more, path ? where : option, error);
 }
 
 /* ---- mixes ------------------------------------------------------------------------------------- */

@@ -64,7 +64,8 @@ static psoup_status read_instructions(const feedback_run *run, const psoup_json 
         out[i].instruction = psoup_json_string(psoup_json_get(row, "prompt"), NULL);
         if (!out[i].instruction)
             status = row_text(row, "instruction", run->prompts, i, &out[i].instruction, error);
-        out[i].input = psoup_json_string(psoup_json_get(row, "input"), NULL);
+        if (status == PSOUP_OK)
+            status = row_option(row, "input", run->prompts, i, &out[i].input, error);
         out[i].id = psoup_json_integer(psoup_json_get(row, "id"), (int64_t)i);
     }
     return status;

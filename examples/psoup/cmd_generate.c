@@ -66,7 +66,7 @@ static psoup_status read_job(const generate_args *args, const cli_model *m, psou
                             &out->n, error);
     psoup_text_free(filled);
     if (status == PSOUP_OK) /* and one of its own */
-        status = cli_check_tokens(m, out->tokens, out->n, 1, row ? args->prompts : NULL, line, "--prompt", error);
+        status = cli_check_line(m, out->tokens, out->n, 1, row ? args->prompts : NULL, line, "--prompt", error);
     if (status != PSOUP_OK)
         return status;
     /* Some more, which stay 0: the adapters of rewards, which come later. */

@@ -138,7 +138,7 @@ static psoup_status add_row(const score_args *args, const cli_model *m, const ps
                                : cli_parse_ids("--tokens", args->tokens, &ids, &row->n, error);
     row->tokens = ids;
     if (status == PSOUP_OK)
-        status = cli_check_tokens(m, row->tokens, row->n, 0, line ? args->prompts : NULL, number, "--tokens", error);
+        status = cli_check_line(m, row->tokens, row->n, 0, line ? args->prompts : NULL, number, "--tokens", error);
     if (status == PSOUP_OK)
         status = cli_mix_method(line, args->method, args->prompts, number, method, error);
     if (status != PSOUP_OK)

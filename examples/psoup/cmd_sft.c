@@ -43,7 +43,7 @@ static psoup_status read_examples(const sft_run *run, const cli_model *m, const 
     for (size_t i = 0; status == PSOUP_OK && i < n; i++) {
         const psoup_json *row = psoup_json_at(rows, i);
         const char *prompt = psoup_json_string(psoup_json_get(row, "prompt"), NULL);
-        const char *completion = NULL;
+        const char *completion = NULL, *input = NULL, *preference = NULL;
         char *filled = NULL;
         psoup_example *e = &(*out)[i];
         if (prompt)
@@ -53,9 +53,11 @@ static psoup_status read_examples(const sft_run *run, const cli_model *m, const 
             if (status == PSOUP_OK)
                 status = row_text(row, "output", path, i, &completion, error);
             if (status == PSOUP_OK)
-                status = psoup_template_fill(
-                    run->template, prompt, psoup_json_string(psoup_json_get(row, "input"), NULL),
-                    psoup_json_string(psoup_json_get(row, "preference"), NULL), &filled, error);
+                status = row_option(row, "input", path, i, &input, error);
+            if (status == PSOUP_OK)
+                status = row_option(row, "preference", path, i, &preference, error);
+            if (status == PSOUP_OK)
+                status = psoup_template_fill(run->template, prompt, input, preference, &filled, error);
             prompt = filled;
         }
         if (status == PSOUP_OK)

@@ -410,6 +410,13 @@ psoup_status row_text(const psoup_json *row, const char *key, const char *path, 
                      index + 1, key);
 }
 
+psoup_status row_option(const psoup_json *row, const char *key, const char *path, size_t index,
+                        const char **out, psoup_error *error) {
+    const psoup_json *own = psoup_json_get(row, key);
+    *out = NULL;
+    return !own || psoup_json_kind(own) == PSOUP_JSON_NULL ? PSOUP_OK : row_text(row, key, path, index, out, error);
+}
+
 psoup_status hold_out(const psoup_json *rows, float fraction, void *items, size_t size, size_t *stay,
                       psoup_error *error) {
     size_t n = psoup_json_size(rows), kept = 0, held = 0;

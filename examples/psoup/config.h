@@ -99,6 +99,9 @@ psoup_status read_rows(psoup_context *context, const char *path, psoup_json **ou
 /* A member that must be a text; `path` and the row's number for the message. */
 psoup_status row_text(const psoup_json *row, const char *key, const char *path, size_t index,
                       const char **out, psoup_error *error);
+/* The same for a member that may be absent, or null: NULL then. */
+psoup_status row_option(const psoup_json *row, const char *key, const char *path, size_t index,
+                        const char **out, psoup_error *error);
 /* Of an array with an item for each row, moves those of a fraction of the prompts to the end; *stay
  * receives how many others there are. Rows of one prompt stand together and have one "id", or where they
  * have none, one "user_input". */

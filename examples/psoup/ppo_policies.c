@@ -320,20 +320,21 @@ static psoup_status make_prompt(ppo_state *s, const policy_run *p, const char *p
                                 size_t i, const size_t *user, psoup_reward_input *inputs,
                                 psoup_ppo_prompt *out, psoup_error *error) {
     const char *instruction = psoup_json_string(psoup_json_get(row, "prompt"), NULL);
-    const char *input = psoup_json_string(psoup_json_get(row, "input"), NULL), *preference = NULL;
-    psoup_status status = PSOUP_OK;
+    const char *input, *preference = NULL;
+    psoup_status status = row_option(row, "input", path, i, &input, error);
     out->id = psoup_json_integer(psoup_json_get(row, "id"), (int64_t)i);
-    if (!instruction)
+    if (status == PSOUP_OK && !instruction)
         status = row_text(row, "instruction", path, i, &instruction, error);
-    if (status != PSOUP_OK)
-        return status;
-    if (user)
-        return user_prompt(s, p, instruction, input, *user, inputs, out, error);
-    if (p->self.preference) {
-        int32_t k = psoup_preferences_find(s->preferences, p->self.preference);
-        preference = psoup_preferences_get(s->preferences, (size_t)k)->prompt;
+    if (status == PSOUP_OK && user)
+        status = user_prompt(s, p, instruction, input, *user, inputs, out, error);
+    else if (status == PSOUP_OK) {
+        int32_t k = p->self.preference ? psoup_preferences_find(s->preferences, p->self.preference) : -1;
+        preference = k < 0 ? NULL : psoup_preferences_get(s->preferences, (size_t)k)->prompt;
+        status = encode_filled(s, instruction, input, preference, &out->tokens, &out->n, error);
     }
-    return encode_filled(s, instruction, input, preference, &out->tokens, &out->n, error);
+    char where[256];
+    snprintf(where, sizeof where, "%s: row %zu", path, i + 1);
+    return status == PSOUP_OK ? cli_check_tokens(&s->m, out->tokens, out->n, 1, where, error) : status;
 }
 
 /* One per row; or with preference "all", and of a soup whose adapters have preferences, one per row and

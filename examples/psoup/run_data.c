@@ -62,11 +62,11 @@ const char *run_file_of(const psoup_json *value, const char *name) {
 psoup_status run_prompt_texts(const run_rows *rows, size_t i, const char **instruction, const char **input,
                               psoup_error *error) {
     const psoup_json *row = psoup_json_at(rows->rows, i);
-    *input = psoup_json_string(psoup_json_get(row, "input"), NULL);
+    psoup_status status = row_option(row, "input", rows->path, i, input, error);
     *instruction = psoup_json_string(psoup_json_get(row, "prompt"), NULL);
     if (!*instruction)
         *instruction = psoup_json_string(psoup_json_get(row, "instruction"), NULL);
-    return *instruction ? PSOUP_OK
+    return *instruction || status != PSOUP_OK ? status
                         : cli_error(error, PSOUP_ERROR_FORMAT,
                                     "%s: row %zu: \"instruction\" (or \"prompt\") is missing or no text",
                                     rows->path, i + 1);
@@ -348,7 +348,7 @@ psoup_status run_read_comparisons(run *r, psoup_error *error) {
  * were sampled with; or rows of instruction, input, output, whose "preference" is a symbol or a text. */
 static psoup_status read_example(run *r, const psoup_json *row, const char *path, size_t i, psoup_example *out,
                                  psoup_error *error) {
-    const char *prompt = NULL, *completion = NULL, *wishes = NULL;
+    const char *prompt = NULL, *completion = NULL, *wishes = NULL, *input;
     char *filled = NULL;
     psoup_status status = PSOUP_OK;
     if (psoup_json_get(row, "completion_a")) {
@@ -369,8 +369,10 @@ static psoup_status read_example(run *r, const psoup_json *row, const char *path
             status = row_text(row, "preference", path, i, &wishes, error);
         int32_t preference = wishes ? psoup_preferences_find(r->preferences, wishes) : -1;
         if (status == PSOUP_OK)
-            status = psoup_template_fill(r->c.template, prompt, psoup_json_string(psoup_json_get(row, "input"), NULL),
-                                         preference < 0 ? wishes : wish(r, preference), &filled, error);
+            status = row_option(row, "input", path, i, &input, error);
+        if (status == PSOUP_OK)
+            status = psoup_template_fill(r->c.template, prompt, input, preference < 0 ? wishes : wish(r, preference),
+                                         &filled, error);
     }
     if (status == PSOUP_OK)
         status = pool_encode_pair(&r->pool, r->m.tokenizer, filled ? filled : prompt, completion, run_end_token(&r->m),
