@@ -28,8 +28,7 @@ void begin(checker *c, const char *op, const char *format, ...) {
     va_end(args);
 }
 
-static void fail(checker *c, const char *format, ...) __attribute__((format(printf, 2, 3)));
-static void fail(checker *c, const char *format, ...) {
+void fail(checker *c, const char *format, ...) {
     va_list args;
     c->failures++;
     printf("FAILED %s %s (%s): ", c->ops->name, c->op, c->note);
@@ -213,13 +212,14 @@ static int run(const char *device, const char *only) {
     psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
     checker c = {.seed = 1};
     options.device = device;
+    options.allocator = watched_allocator(&c);
     c.cuda = strcmp(device, "cpu") != 0;
     if (psoup_context_create(&options, &c.context, &error) != PSOUP_OK ||
         (c.cuda ? psoup__gpu_create : psoup__cpu_create)(c.context, &c.be, &error) != PSOUP_OK) {
         fprintf(stderr, "checkops: %s\n", error.message);
         return 2;
     }
-    c.ops = c.be->ops;
+    watch(&c);
     for (size_t i = 0; i < sizeof checks / sizeof *checks; i++) {
         if (only && strcmp(only, checks[i].name) != 0)
             continue;
@@ -229,6 +229,7 @@ static int run(const char *device, const char *only) {
                c.failures - failed);
     }
     release(&c);
+    c.aside = true;
     c.ops->free(c.be);
     psoup_context_free(c.context);
     return c.failures > 0;

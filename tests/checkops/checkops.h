@@ -2,7 +2,7 @@
  *
  * A check asks for buffers, runs the op and compares. Inputs are random words of a fixed seed; outputs begin as
  * NaN and end in a sentinel; what an op adds to begins as random numbers. Gradients are compared with finite
- * differences of the float64 forward (see `differences`).
+ * differences of the float64 forward (see `differences`). An op that allocates or waits fails (watch.c).
  */
 #ifndef TESTS_CHECKOPS_H
 #define TESTS_CHECKOPS_H
@@ -36,6 +36,7 @@ typedef struct checker {
     int n_buffers;
     void *blocks[2 * MOST_BUFFERS]; /* device memory that is no buffer of numbers */
     int n_blocks;
+    bool aside; /* what is done is no op: it may allocate and wait; see watch.c */
     int checks, failures;
 } checker;
 
@@ -45,6 +46,9 @@ enum { RAGGED = sizeof ragged / sizeof *ragged };
 
 /* Starts one case: its parameters, as printf has them, are told where it fails. Frees what the last one asked for. */
 void begin(checker *c, const char *op, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+/* Says what is wrong, with the case's parameters, and counts it. */
+void fail(checker *c, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 buffer *input(checker *c, size_t n);                      /* standard normal numbers */
 buffer *input_of(checker *c, size_t n, psoup_dtype dtype); /* rounded to a dtype, on the host too */
@@ -70,6 +74,10 @@ double inner(const double *a, const double *b, size_t n);
 
 /* How close a result has to be where products are taken in a dtype: its unit of rounding, some times over. */
 double tolerance_of(psoup_dtype dtype);
+
+/* From `watch` on an op of the backend that allocates or waits fails. The allocator is for the context before it. */
+psoup_allocator watched_allocator(checker *c);
+void watch(checker *c);
 
 void check_layer(checker *c);
 void check_rows(checker *c);

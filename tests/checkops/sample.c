@@ -172,6 +172,7 @@ static void check_rows_of(checker *c, int32_t rows, int32_t vocab) {
         checker cpu = {.context = c->context};
         int32_t differ = 0, *token = malloc((size_t)rows * sizeof *token);
         memcpy(token, b.token, (size_t)rows * sizeof *token);
+        c->aside = true;
         expect_true(c, "a CPU", psoup__cpu_create(c->context, &cpu.be, &error) == PSOUP_OK);
         cpu.ops = cpu.be->ops;
         draw(&cpu, &b);
@@ -180,6 +181,7 @@ static void check_rows_of(checker *c, int32_t rows, int32_t vocab) {
         expect_true(c, "the CPU draws the same", differ == 0 && cpu.failures == 0);
         begin(&cpu, "", "%s", "");
         cpu.ops->free(cpu.be);
+        c->aside = false;
         free(token);
     }
     free(list);
@@ -225,6 +227,7 @@ static void check_too_large(checker *c) {
     psoup__backend *be;
     int32_t token;
     begin(c, "sample", "too large a vocabulary");
+    c->aside = true;
     expect_true(c, "another GPU backend", psoup__gpu_create(c->context, &be, &error) == PSOUP_OK);
     void *memory = be->ops->alloc(be, 1, 64, &error);
     be->ops->sample(be, memory, memory, memory, memory, 1, INT32_MAX);
@@ -233,6 +236,7 @@ static void check_too_large(checker *c) {
     expect_true(c, "with its reason", strstr(error.message, "a vocabulary of 2147483647") != NULL);
     be->ops->release(be, memory);
     be->ops->free(be);
+    c->aside = false;
 }
 
 void check_sample(checker *c) {
