@@ -5,7 +5,7 @@
  * while no work runs, so that a stray access ends the process (not under ASan, where it is heap memory). As there,
  * a thread needs a context, and copies on the device know its memory from the host's.
  *
- *   PSOUP_HOST_ORDER=0|1|2     how the threads of a block take turns (fibers.h)
+ *   PSOUP_HOST_ORDER=0|1|2     how the threads of a block, and the blocks, take turns (fibers.h)
  *   PSOUP_HOST_FAIL_ALLOC=+N   the Nth allocation of device memory after this was set fails
  *   PSOUP_HOST_ARCH=86         the compute capability, and a block's memory on such a device
  */
@@ -249,19 +249,22 @@ int cuMemGetInfo_v2(size_t *unused, size_t *total) {
     return SUCCESS;
 }
 
-/* The end of an allocation is the end of a page, and after it comes one that is never open. */
+/* The end of an allocation, rounded up to what it is aligned to, is the end of a page, and after it comes one that is
+ * never open. A sanitizer knows its end to the byte. */
 int cuMemAlloc_v2(unsigned long long *out, size_t bytes) {
     NEED_CONTEXT;
     if (bytes == 0)
         return INVALID_VALUE;
     if (fails_now() || bytes > (size_t)1 << 36)
         return OUT_OF_MEMORY;
-    const size_t room = (bytes + 255) / 256 * 256;
 #ifdef ADDRESS_SANITIZER
-    char *base = static_cast<char *>(std::aligned_alloc(256, room)), *start = base;
-    if (!base)
+    const size_t room = bytes;
+    void *memory = nullptr;
+    if (posix_memalign(&memory, 256, room) != 0)
         return OUT_OF_MEMORY;
+    char *base = static_cast<char *>(memory), *start = base;
 #else
+    const size_t room = (bytes + 255) / 256 * 256;
     char *base = static_cast<char *>(mmap(nullptr, pages(room) + PAGE, PROT_READ | PROT_WRITE,
                                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (base == MAP_FAILED)
@@ -433,7 +436,6 @@ int cuModuleLoadData(void **out, const void *) {
 }
 int cuModuleUnload(void *) { return SUCCESS; }
 int cuModuleGetFunction(CUfunc_st **out, void *, const char *name) {
-    NEED_CONTEXT;
     NEED_CONTEXT;
     const host::entry *entry = host::find(name);
     if (!entry)

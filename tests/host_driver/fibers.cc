@@ -113,6 +113,11 @@ void run_warp(const char *name, unsigned first, unsigned end, int order) {
     }
 }
 
+/* Whose turn is the ith of n. */
+size_t turn(size_t i, size_t n, int order) {
+    return order == 0 ? i : order == 1 ? n - 1 - i : (i ^ 1) < n ? i ^ 1 : i;
+}
+
 void run_block(const char *name, unsigned threads, int order) {
     const unsigned warps = (threads + 31) / 32;
     for (unsigned i = 0; i < threads; i++)
@@ -120,7 +125,7 @@ void run_block(const char *name, unsigned threads, int order) {
     for (;;) {
         unsigned waiting = 0, returned = 0;
         for (unsigned k = 0; k < warps; k++) {
-            const unsigned w = order == 0 ? k : order == 1 ? warps - 1 - k : (k ^ 1) < warps ? k ^ 1 : k;
+            const unsigned w = (unsigned)turn(k, warps, order);
             run_warp(name, w * 32, min(w * 32 + 32, threads), order);
         }
         for (unsigned i = 0; i < threads; i++) {
@@ -178,15 +183,18 @@ void run(const entry *kernel, index blocks, unsigned threads, size_t shared_byte
     body_args = args;
     grid = blocks;
     block_size = index{threads, 1, 1};
-    /* its own allocation, so that a sanitizer sees its end */
-    char *room = static_cast<char *>(std::aligned_alloc(128, (shared_bytes + 128) / 128 * 128));
-    shared = room;
-    for (block.z = 0; block.z < blocks.z; block.z++)
-        for (block.y = 0; block.y < blocks.y; block.y++)
-            for (block.x = 0; block.x < blocks.x; block.x++) {
-                std::memset(room, 0xff, shared_bytes); /* NaN: shared memory begins with anything */
-                run_block(kernel->name, threads, order);
-            }
+    void *room = nullptr; /* its own allocation, so that a sanitizer sees its end */
+    if (posix_memalign(&room, 128, shared_bytes) != 0)
+        die(kernel->name, "no memory for what a block shares");
+    shared = static_cast<char *>(room);
+    const size_t n = (size_t)blocks.x * blocks.y * blocks.z;
+    for (size_t i = 0; i < n; i++) {
+        const size_t at = turn(i, n, order);
+        block = index{(unsigned)(at % blocks.x), (unsigned)(at / blocks.x % blocks.y),
+                      (unsigned)(at / blocks.x / blocks.y)};
+        std::memset(room, 0xff, shared_bytes); /* NaN: shared memory begins with anything */
+        run_block(kernel->name, threads, order);
+    }
     std::free(room);
 }
 

@@ -12,8 +12,8 @@ struct entry {
     kernel call;
 };
 const entry *find(const char *name); /* NULL: no such kernel */
-/* Runs every block. `order` is how a block's threads take turns between barriers: 0 ascending, 1 descending,
- * 2 mixed. What a correct kernel computes does not depend on it. */
+/* Runs every block. `order` is how the blocks, and a block's threads between barriers, take turns: 0 ascending,
+ * 1 descending, 2 mixed. What a correct kernel computes does not depend on it. */
 void run(const entry *kernel, index grid, unsigned threads, size_t shared_bytes, const void *args, int order);
 } // namespace host
 
