@@ -78,3 +78,20 @@ def replayed(step, times=20, stream=None):
         for _ in range(times):
             run()
     return milliseconds(many) / times
+
+
+def fused(arrays, weights):
+    return sum(w * x.float() for w, x in zip(weights, arrays)).bfloat16()
+
+
+def sums(key, arrays, weights):
+    """PyTorch's ways to a weighted sum of bf16."""
+    out = torch.empty_like(arrays[0])
+    def in_place():
+        torch.mul(arrays[0], weights[0], out=out)
+        for x, w in zip(arrays[1:], weights[1:]):
+            out.add_(x, alpha=w)
+    attempt(key, "PyTorch, add_ in bf16", lambda: replayed(in_place))
+    if not TINY:
+        compiled = torch.compile(fused)
+        attempt(key, "PyTorch, torch.compile", lambda: replayed(lambda: compiled(arrays, weights)))

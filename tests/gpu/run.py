@@ -46,10 +46,11 @@ TINY = {
     "device": ["{py} {here}/ceilings.py --tiny"],
     "correctness": STAGES["correctness"][1:],  # checkops has its place in make check
     "ops": ["{b}/tests/checkops/checkops --bench --force --json --device cuda:0", "{py} {here}/ops.py --tiny"],
-    "decode": ["{b}/tests/gpu/llama --tiny decode", "{py} {here}/peer.py --tiny decode 64",
-               "{py} {here}/peer.py --tiny generate 1"],
+    "decode": ["{b}/tests/gpu/llama --tiny decode"] + ["{py} {here}/peer.py --tiny " + what
+                                                       for what in ("decode 1", "decode 64", "generate 1")],
     "train": ["{b}/tests/gpu/llama --tiny train", "{py} {here}/peer.py --tiny train"],
     "ppo": ["{b}/tests/gpu/llama --tiny ppo", "{py} {here}/peer.py --tiny ppo {lengths}"],
+    "merge": ["{py} {here}/merge.py --tiny"],
 }
 NEEDS = {"generate 1": ["transformers"], "train": ["transformers", "peft"], "ppo {lengths}": ["transformers", "peft"]}
 
@@ -173,11 +174,12 @@ def main():
                        PYTHONPATH=os.path.join(ROOT, "bindings", "python"), PYTHONDONTWRITEBYTECODE="1")
     if arguments.tiny:
         environment["PYTHONWARNINGS"] = "ignore"
-    wrong = []
+    wrong, skipped = [], False
     for stage in stages:
         commands = [text for text in known[stage] if not arguments.tiny or runs_here(text)]
+        skipped |= commands != known[stage]
         wrong += run_stage(stage, commands, build, out, environment) if commands else []
-    text, lost = table.of(out, arguments.tiny)
+    text, lost, alone = table.of(out)
     with open(os.path.join(out, "results.md"), "w") as file:
         file.write(text)
     print(text)
@@ -185,6 +187,8 @@ def main():
         print("gpu: FAILED (%s): %s" % (failure["wrong"], failure["command"]))
     if arguments.tiny and lost:
         sys.exit("gpu: goals that nothing was measured for: " + "; ".join(lost))
+    if arguments.tiny and alone and not skipped:
+        sys.exit("gpu: goals with no peer beside them: " + "; ".join(alone))
     sys.exit(1 if wrong else 0)
 
 
