@@ -17,6 +17,23 @@ cd "$root/work"
 cat >soup.c <<'END'
 #include <psoup/psoup.h>
 #include <stdio.h>
+#include <string.h>
+
+/* A GPU may be asked for where there is none: one line says why there is none. */
+static int without_a_gpu(const psoup_model_config *config) {
+    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    psoup_error error = {0};
+    psoup_context *context = NULL;
+    psoup_model *model = NULL;
+    options.device = "cuda:0";
+    psoup_status status = psoup_context_create(&options, &context, &error);
+    if (status == PSOUP_OK)
+        status = psoup_model_create(context, config, 7, &model, &error);
+    psoup_model_free(model);
+    psoup_context_free(context);
+    return status == PSOUP_OK || (status == PSOUP_ERROR_UNSUPPORTED && strncmp(error.message, "no GPU: ", 8) == 0 &&
+                                  strchr(error.message, '\n') == NULL);
+}
 
 int main(void) {
     psoup_error error = {0};
@@ -35,7 +52,7 @@ int main(void) {
         return fprintf(stderr, "%s\n", error.message), 1;
     psoup_model_free(model);
     psoup_context_free(context);
-    return logprobs[0] < 0 && logprobs[3] < 0 ? 0 : 1;
+    return logprobs[0] < 0 && logprobs[3] < 0 && without_a_gpu(&config) ? 0 : 1;
 }
 END
 cat >soup.cc <<'END'

@@ -204,36 +204,58 @@ START_TEST(texts_are_the_cpus) {
 }
 END_TEST
 
-/* Windows of one batch run one graph: were the launches' arguments to differ, each would be captured anew. */
+static int graphs_of(const psoup_model *model) {
+    const psoup__record *record = &psoup__gpu_of(model->be)->record;
+    int n = 0;
+    for (int i = 0; i < PSOUP__GRAPHS; i++)
+        n += record->graphs[i].exec != NULL;
+    return n;
+}
+
+static int allocations;
+static psoup__cu_result (*driver_alloc)(psoup__cu_pointer *out, size_t bytes);
+static psoup__cu_result count_alloc(psoup__cu_pointer *out, size_t bytes) {
+    allocations++;
+    return driver_alloc(out, bytes);
+}
+
+/* Windows of one batch run one graph: were the launches' arguments to differ, each would be captured anew. So do those
+ * of a batch that shrinks, within what its rows are rounded up to (six, then five: eight). And from the second window on
+ * nothing is allocated. */
 START_TEST(a_graph_is_used_again) {
+    const size_t n = _i ? 6 : 2;
     psoup_context *context = on("cuda:0");
     psoup_model *model = random_model(context, PSOUP_BF16, 64, 0);
+    psoup__driver *driver = &psoup__gpu_of(model->be)->driver;
     psoup_session *session = NULL;
     psoup_session_options options = PSOUP_SESSION_OPTIONS_INIT;
     options.max_tokens = 100;
-    options.max_sequences = 2;
+    options.max_sequences = _i ? 8 : 2;
     options.steps = 4;
     OK(psoup_session_create(model, &options, &session, &error));
     sample_rows rows;
     mixed_rows(&rows, 35);
-    psoup_sampling sampling = sampled(33);
-    sampling.ignore_stop = 1;
-    for (size_t i = 0; i < 2; i++) {
+    psoup_sampling sampling = sampled(33), brief = sampled(5);
+    sampling.ignore_stop = brief.ignore_stop = 1;
+    for (size_t i = 0; i < n; i++) {
         psoup_prompt prompt = prompt_of(&rows.row[0], i);
-        prompt.sampling = &sampling;
+        prompt.sampling = i == 5 ? &brief : &sampling;
         OK(psoup_session_submit(session, (int64_t)i, &prompt, &error));
     }
     size_t running = 1;
     int steps = 0;
-    for (; running > 0; steps++)
+    for (; running > 0; steps++) {
+        if (steps == 2) {
+            driver_alloc = driver->alloc;
+            driver->alloc = count_alloc;
+            allocations = 0;
+        }
         OK(psoup_session_step(session, NULL, NULL, &running, &error));
-    const psoup__record *record = &psoup__gpu_of(model->be)->record;
-    int graphs = 0;
-    for (int i = 0; i < PSOUP__GRAPHS; i++)
-        graphs += record->graphs[i].exec != NULL;
+    }
     ck_assert_int_eq(steps, 9); /* the prompt with its token, eight windows of four */
-    ck_assert_uint_eq(record->clock, 8);
-    ck_assert_int_eq(graphs, 1);
+    ck_assert_uint_eq(psoup__gpu_of(model->be)->record.clock, 8);
+    ck_assert_int_eq(graphs_of(model), 1);
+    ck_assert_int_eq(allocations, 0);
     psoup_session_free(session);
     psoup_model_free(model);
     psoup_context_free(context);
@@ -336,6 +358,70 @@ START_TEST(any_thread_may_call) {
 }
 END_TEST
 
+/* What a caller's stream is given: all of it, so that a capture of the stream has an op, and the caller keeps it. */
+START_TEST(a_callers_stream_is_used) {
+    alone a = start_alone();
+    const psoup__driver *d = &psoup__gpu_of(a.be)->driver;
+    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    psoup_context *context;
+    psoup__backend *be;
+    psoup__cu_stream stream;
+    psoup__cu_graph graph;
+    psoup__cu_graph_exec exec;
+    ck_assert_uint_eq(d->stream_create(&stream, PSOUP__CU_STREAM_NON_BLOCKING), 0);
+    options.device = "cuda:0";
+    options.stream = stream;
+    OK(psoup_context_create(&options, &context, &error));
+    OK(psoup__gpu_create(context, &be, &error));
+    OK(a.be->ops->read(a.be, NULL, NULL, 0, &error)); /* x and y are there */
+    ck_assert_uint_eq(d->capture_begin(stream, PSOUP__CU_CAPTURE_RELAXED), 0);
+    be->ops->add(be, a.x, a.y, SMALL);
+    ck_assert_uint_eq(d->capture_end(stream, &graph), 0);
+    ck_assert_uint_eq(d->graph_instantiate(&exec, graph, 0), 0);
+    for (int turn = 0; turn < 3; turn++)
+        ck_assert_uint_eq(d->graph_launch(exec, stream), 0);
+    be->ops->add(be, a.x, a.y, SMALL);
+    be->ops->free(be);
+    psoup_model *model = random_model(context, PSOUP_F32, 64, 0);
+    ck_assert_ptr_eq(psoup__gpu_of(model->be)->stream, stream);
+    psoup_model_free(model);
+    psoup_context_free(context);
+    ck_assert_uint_eq(d->stream_wait(stream), 0);
+    d->graph_exec_destroy(exec);
+    d->graph_destroy(graph);
+    d->stream_destroy(stream);
+    end_alone(&a, 4);
+}
+END_TEST
+
+static int plans;
+static psoup__blas_calls blas;
+static int count_plans(void *handle, void *operation, void *a, void *b, void *c, void *d, void *preference, int asked,
+                       void *results, int *found) {
+    plans++;
+    return blas.heuristic(handle, operation, a, b, c, d, preference, asked, results, found);
+}
+
+/* A product of a shape that was there before is not planned again. */
+START_TEST(products_are_planned_once) {
+    psoup_context *context = on("cuda:0");
+    psoup_model *model = random_model(context, PSOUP_BF16, 64, 0);
+    psoup__blas_calls *call = &psoup__gpu_of(model->be)->blas.call;
+    sample_rows rows;
+    float out[128];
+    mixed_rows(&rows, 31);
+    blas = *call;
+    call->heuristic = count_plans;
+    OK(psoup_model_logprobs(model, rows.row, 6, out, &error));
+    const int first = plans;
+    OK(psoup_model_logprobs(model, rows.row, 6, out, &error));
+    ck_assert_int_gt(first, 0);
+    ck_assert_int_eq(plans, first);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
 /* A step in which an op is refused says so; those after it are recorded and done. */
 START_TEST(a_refused_step_is_told_once) {
     alone a = start_alone();
@@ -407,9 +493,11 @@ int main(void) {
     tcase_add_test(tests, files_are_loaded);
     tcase_add_loop_test(tests, gradients_are_the_cpus, 0, KINDS);
     tcase_add_loop_test(tests, texts_are_the_cpus, 0, 3);
-    tcase_add_test(tests, a_graph_is_used_again);
+    tcase_add_loop_test(tests, a_graph_is_used_again, 0, 2);
     tcase_add_test(tests, a_window_can_be_stopped);
     tcase_add_test(tests, any_thread_may_call);
+    tcase_add_test(tests, a_callers_stream_is_used);
+    tcase_add_test(tests, products_are_planned_once);
     tcase_add_test(tests, a_refused_step_is_told_once);
     tcase_add_test(tests, a_wrong_device_is_told);
     tcase_add_test(tests, device_memory_runs_out);
