@@ -74,7 +74,7 @@ GPU_ARCHS ?= 80
 GPU_LIST  := $(if $(filter all,$(GPU_ARCHS)),$(GPU_ALL),$(GPU_ARCHS))
 GPU_CODE   = $(foreach a,$(GPU_LIST),-gencode arch=compute_$a,code=sm_$a) \
              -gencode arch=compute_$(lastword $(GPU_LIST)),code=compute_$(lastword $(GPU_LIST))
-NVCCFLAGS  = -O3 -std=c++17 -lineinfo -Werror all-warnings -Xptxas -v,-warn-spills
+NVCCFLAGS  = -O3 -std=c++17 -lineinfo -Werror all-warnings -Xptxas -v
 GPU_B      = build/cuda-$(subst $() ,-,$(strip $(GPU_LIST)))
 GPU_SRC    = $(wildcard cuda/*.cu)
 GPU_IMAGES = $(if $(NVCC),$(GPU_SRC:cuda/%.cu=$(GPU_B)/%.fatbin),build/cuda-none/none)
@@ -117,13 +117,12 @@ $B/%.$(1).o: %.c
 endef
 $(foreach v,$(VARIANTS),$(eval $(call variant_rule,$v)))
 
-# Registers that spill to memory fail the build, but in files that say "spills allowed".
+# Registers that spill to memory are reported, and fail the build but in files that say "spills allowed".
 $(GPU_B)/%.fatbin: cuda/%.cu $(wildcard cuda/*.cuh cuda/*.h) include/psoup/common.h src/base/f8.h
 	@mkdir -p $(@D)
 	@echo "  NVCC $< ($(GPU_LIST))"
 	$(Q)$(NVCC) $(NVCCFLAGS) $(GPU_CODE) -fatbin $< -o $@ > $(@:.fatbin=.log) 2>&1 || { cat $(@:.fatbin=.log); exit 1; }
-	@! grep -q ' [1-9][0-9]* bytes spill' $(@:.fatbin=.log) || grep -q 'spills allowed' $< || \
-	    { grep -B2 ' [1-9][0-9]* bytes spill' $(@:.fatbin=.log); rm $@; exit 1; }
+	@! grep -B2 ' [1-9][0-9]* bytes spill' $(@:.fatbin=.log) || grep -q 'spills allowed' $< || { rm $@; exit 1; }
 
 gpu-images: $(GPU_IMAGES)
 
