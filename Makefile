@@ -234,8 +234,10 @@ demo: deps
 # ---- tests --------------------------------------------------------------------------------------
 $B/tests/%: $B/tests/%.o $B/libpsoup.a
 	@echo "  LINK $@"
-	$(Q)$(CC) $(LDFLAGS) $< $B/libpsoup.a $(shell pkg-config --libs check) $(LIBS) $(LIBS_$*) \
+	$(Q)$(CC) $(LDFLAGS) $^ $(shell pkg-config --libs check) $(LIBS) $(LIBS_$*) \
 	    -Wl,-rpath,$(CURDIR)/$(HOST_B) -o $@
+
+$B/tests/test_room: $B/examples/psoup/room.o
 
 # Every op on every backend against float64; see tests/checkops/checkops.h.
 CHECKOPS = $(patsubst %.c,$B/%.o,$(wildcard tests/checkops/*.c))

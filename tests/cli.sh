@@ -679,7 +679,7 @@ for c in sft reward dpo ppo; do
     done
 done
 put huge.json "{\"model\": \"base\", $one, \"output\": \"left/p\", \"batch_size\": 2147483647, \"mini_batch_size\": 4}"
-no 1 'huge.json: policies need [0-9.]* TiB (.*), there are .* GiB: batch_size makes it less' ppo --config huge.json
+no 1 'huge.json: policies need [0-9.]* TiB (.*), there are .*iB.*: batch_size makes it less' ppo --config huge.json
 put bad.json "{\"model\": \"base\", $one, \"output\": \"left/p\", \"temperature\": 0}"
 no 1 '^psoup: bad.json: temperature is 0: expected more than 0$' ppo --config bad.json
 put bad.json "{\"model\": \"base\", $one, \"output\": \"left/p\", \"top_p\": 3}"

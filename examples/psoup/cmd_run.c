@@ -334,7 +334,7 @@ static const char about[] =
     "--preset rlphf sets the released code's settings before the file's own (docs/fidelity.md).\n"
     "An output that has a run is refused, unless --resume goes on with it.\n\n"
     "Before it begins it says what each stage will take of memory, and ends where there is less: in the\n"
-    "GPU, or in the machine, or than --memory-limit says. --plan says it and stops.\n\n"
+    "GPU, in the machine or its control group, or than --memory-limit says. --plan says it and stops.\n\n"
     "Rows: an array of objects or JSON Lines, as in the released alpaca_gpt4_10k.json (instruction, input),\n"
     "koala_eval_50.json (prompt), and reward rows (user_input, completion_a, completion_b).\n";
 

@@ -1,6 +1,7 @@
 /* What a command will take of memory, by the library's measure of it. */
 #include "plan.h"
 #include "launch.h"
+#include "room.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -28,19 +29,6 @@ bool plan_parse_size(const char *text, int64_t *bytes) {
         size *= 1024;
     *bytes = size >= 1 && size < 1e18 ? (int64_t)size : 0;
     return end != text && isfinite(size) && *bytes > 0 && (!*end || (unit && !end[1]));
-}
-
-/* What the system could give a program now; −1 where it does not say. */
-static int64_t available(void) {
-    char line[128];
-    long long kib = -1;
-    FILE *file = fopen("/proc/meminfo", "r");
-    while (file && fgets(line, sizeof line, file))
-        if (sscanf(line, "MemAvailable: %lld kB", &kib) == 1)
-            break;
-    if (file)
-        fclose(file);
-    return kib < 0 ? -1 : (int64_t)kib * 1024;
 }
 
 /* ---- the plan -------------------------------------------------------------------------------------- */
@@ -129,9 +117,9 @@ static void advise(const char *prefix, plan_work work, const psoup_memory *m, ch
 
 static psoup_status check(const plan_options *o, const char *where, const char *prefix, plan_work work,
                           const psoup_memory *m, psoup_error *error) {
-    bool device = m->device > 0;
+    bool device = m->device > 0, grouped = false;
     int64_t ranks = device ? 1 : launch_neighbours();
-    int64_t all = device ? m->device : m->host, free_now = device ? m->device_free : available();
+    int64_t all = device ? m->device : m->host, free_now = device ? m->device_free : room_for_program("", &grouped);
     int64_t limit = o->limit ? o->limit : free_now < 0 ? INT64_MAX : free_now + m->held;
     char need[24], have[24], size[24], parts_text[256] = "", advice[160], shared[48] = "";
     part parts[PARTS];
@@ -146,9 +134,10 @@ static psoup_status check(const plan_options *o, const char *where, const char *
     if (ranks > 1)
         snprintf(shared, sizeof shared, " for %lld ranks", (long long)ranks);
     advise(prefix, work, m, advice);
-    return cli_error(error, PSOUP_ERROR_MEMORY, "%s: %s %s %s%s (%s), %s %s%s: %s", where, works[work].name,
+    return cli_error(error, PSOUP_ERROR_MEMORY, "%s: %s %s %s%s (%s), %s %s%s%s: %s", where, works[work].name,
                      works[work].need, size_text(all, need), device ? " on the GPU" : "", parts_text,
-                     o->limit ? "--memory-limit is" : "there are", size_text(limit, have), shared, advice);
+                     o->limit ? "--memory-limit is" : "there are", size_text(limit, have),
+                     grouped && !o->limit ? " in its control group" : "", shared, advice);
 }
 
 psoup_status plan_work_fits(const plan_options *o, const char *where, const char *prefix, plan_work work,
