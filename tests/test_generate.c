@@ -235,6 +235,25 @@ START_TEST(stopping) {
         ck_assert_int_ne(s.tokens[i], c.tokens[at]);
     psoup_generation_free(stopped);
     psoup_generation_free(free_run);
+    /* The likeliest tokens do not hang on what is banned: the second one may end a text of at least one token, and not one
+     * of at least two. */
+    psoup_sampling greedy = sampled(6);
+    greedy.temperature = 0;
+    greedy.ignore_stop = 1;
+    free_run = generate(model, &rows, 0, 1, &greedy, 1, 0);
+    c = *psoup_generation_get(free_run, 0);
+    ck_assert_int_ne(c.tokens[0], c.tokens[1]);
+    greedy.ignore_stop = 0;
+    greedy.stop_tokens = c.tokens + 1;
+    greedy.n_stop_tokens = 1;
+    for (int least = 1; least <= 2; least++) {
+        greedy.min_new_tokens = least;
+        stopped = generate(model, &rows, 0, 1, &greedy, 1, 0);
+        s = *psoup_generation_get(stopped, 0);
+        ck_assert((s.n == 2) == (least == 1) && (s.tokens[1] == c.tokens[1]) == (least == 1));
+        psoup_generation_free(stopped);
+    }
+    psoup_generation_free(free_run);
     /* The room of a place ends a sequence too. */
     psoup_session *session = NULL;
     psoup_session_options options = PSOUP_SESSION_OPTIONS_INIT;

@@ -28,6 +28,8 @@ static void expect_refusal(recipe r, const char *says) {
 START_TEST(refuses_what_cannot_be) {
     expect_refusal((recipe){.dtype = -1}, "nothing to merge");
     expect_refusal((recipe){.sources = {A, B}, .weights = {0.5, 0.6}, .dtype = -1}, "sum to 1.1");
+    expect_refusal((recipe){.sources = {A, B}, .weights = {0.5, 0.500002}, .dtype = -1}, "sum to 1.000002");
+    ck_ok(run_recipe(context, &(recipe){.sources = {A, B}, .weights = {0.5, 0.5000005}, .dtype = -1}, in_scratch("close"), NULL));
     expect_refusal((recipe){.sources = {A, BASE}, .weights = {0.5, 0.5}, .dtype = -1}, "one kind");
     expect_refusal((recipe){.sources = {A, C}, .weights = {0.5, 0.5}, .dtype = -1,
                             .method = PSOUP_MERGE_FACTORS}, "expected equal ones");

@@ -222,6 +222,71 @@ START_TEST(loss_groups_share_the_mean) {
 END_TEST
 
 /* Two policies of which one stops early: it makes fewer epochs, the other all of them. */
+/* Far steps under a narrow bound: who is paid stops before the eighth epoch. */
+static psoup_ppo_options stopping(int last) {
+    psoup_ppo_options o = plain();
+    o.steps = 1;
+    o.ppo_epochs = 8;
+    o.learning_rate = 0.05f;
+    o.target_kl = 0.05f;
+    o.value_coefficient = 0.0f;
+    o.whiten_advantages = 0;
+    o.early_stop = last ? PSOUP_EARLY_STOP_LAST : PSOUP_EARLY_STOP_ALL;
+    o.mini_batch_size = 4;
+    return o;
+}
+
+typedef struct told { /* a policy's last report of training */
+    const char *subject;
+    size_t n;
+    double values[64];
+} told;
+
+static int keep_report(void *user, const psoup_step *step) {
+    told *t = user;
+    if (strcmp(step->phase, "train") != 0 || strcmp(step->subject, t->subject) != 0)
+        return 0;
+    t->n = 0;
+    for (size_t i = 0; i < step->n; i++)
+        if (strstr(step->names[i], "second") == NULL) /* what it took is the clock's */
+            t->values[t->n++] = step->values[i];
+    return 0;
+}
+
+/* A policy that stopped is in no batch of the others: what it tells is what it tells alone, and its gradient is still
+ * that of its own last step. */
+START_TEST(early_stop_is_the_same_beside_others) {
+    float *gradient[2];
+    size_t count = 0;
+    told beside = {.subject = "P0"}, alone = {.subject = "P0"};
+    for (int n = 1; n <= 2; n++) {
+        psoup_model *model = fresh(2);
+        psoup_ppo_policy p[2] = {policy(0), policy(1)};
+        static int32_t nothing = -1;
+        p[1].reward_user = &nothing;
+        psoup_ppo_options o = stopping(_i);
+        o.on_step = keep_report;
+        o.user = n == 1 ? &alone : &beside;
+        psoup_ppo *ppo = create(model, p, (size_t)n, &o);
+        OK(psoup_ppo_step(ppo, NULL, &error));
+        const psoup__optimizer *g = &ppo->policies[0].parts[0].optimizer;
+        count = g->n;
+        gradient[n - 1] = malloc(count * sizeof(float));
+        OK(model->be->ops->read(model->be, gradient[n - 1], g->g, count * sizeof(float), &error));
+        psoup_ppo_free(ppo);
+        psoup_model_free(model);
+    }
+    ck_assert_mem_eq(gradient[0], gradient[1], count * sizeof(float));
+    free(gradient[0]);
+    free(gradient[1]);
+    ck_assert_uint_gt(alone.n, 10);
+    ck_assert_uint_eq(alone.n, beside.n);
+    for (size_t i = 0; i < alone.n; i++)
+        ck_assert_msg(alone.values[i] == beside.values[i], "value %zu is %g, and %g beside another", i, alone.values[i],
+                      beside.values[i]);
+}
+END_TEST
+
 START_TEST(early_stop_leaves_the_batch) {
     seen s[2] = {{.subject = "P0"}, {.subject = "P1"}};
     for (int which = 0; which < 2; which++) {
@@ -229,15 +294,7 @@ START_TEST(early_stop_leaves_the_batch) {
         psoup_ppo_policy p[2] = {policy(0), policy(1)};
         static int32_t nothing = -1; /* never paid: with no advantage there is no update to speak of */
         p[1].reward_user = &nothing;
-        psoup_ppo_options o = plain();
-        o.steps = 1;
-        o.ppo_epochs = 8;
-        o.learning_rate = 0.05f;
-        o.target_kl = 0.05f;
-        o.value_coefficient = 0.0f;
-        o.whiten_advantages = 0;
-        o.early_stop = _i ? PSOUP_EARLY_STOP_LAST : PSOUP_EARLY_STOP_ALL;
-        o.mini_batch_size = 4;
+        psoup_ppo_options o = stopping(_i);
         o.on_step = watch;
         o.user = &s[which];
         psoup_ppo *ppo = create(model, p, 2, &o);
@@ -478,6 +535,7 @@ int main(void) {
     tcase_add_test(tests, side_by_side_is_alone);
     tcase_add_test(tests, shares_are_the_whole);
     tcase_add_loop_test(tests, early_stop_leaves_the_batch, 0, 2);
+    tcase_add_loop_test(tests, early_stop_is_the_same_beside_others, 0, 2);
     tcase_add_test(tests, early_stop_reads_what_it_is_told);
     tcase_add_test(tests, groups_are_whitened_apart);
     tcase_add_test(tests, dropout_is_of_updates);
