@@ -287,6 +287,7 @@ START_TEST(best_is_kept_and_stopping_is_clean) {
     o.validate_every = 1;
     o.max_steps = 8;
     o.learning_rate = 0.2f; /* too much */
+    o.lora_dropout = 0.3f; /* in training alone */
     OK(psoup_dpo(model, names, 1, mine, 64, mine + 64, 32, &o, &error));
     ck_assert_int_eq(s.validations, 8);
     psoup_dpo_options once = plain(); /* its first report is of the weights it begins with */

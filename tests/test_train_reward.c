@@ -311,6 +311,7 @@ START_TEST(best_is_kept_and_stopping_is_clean) {
     o.validate_every = 1;
     o.max_steps = 10;
     o.learning_rate = 0.2f; /* too much */
+    o.lora_dropout = 0.3f; /* in training alone */
     psoup_comparison mine[PAIRS];
     double accuracy;
     only(0, mine, PAIRS);

@@ -195,6 +195,7 @@ START_TEST(best_weights_are_kept) {
         train[i] = examples[i];
         train[i].tokens = others[i];
     }
+    o.lora_dropout = 0.3f; /* in training alone */
     o.validate_every = 1;
     o.max_steps = 12;
     OK(psoup_sft(model, "P", train, EXAMPLES, examples, EXAMPLES, &o, &error));
@@ -202,6 +203,33 @@ START_TEST(best_weights_are_kept) {
     ck_assert_double_lt(s.best_validation, s.validation);
     near(loss_of(model, "P", false), s.best_validation, 1e-6, "kept loss", 0);
     psoup_model_free(model);
+}
+END_TEST
+
+/* What is longer than batch_tokens counts as its first tokens. */
+START_TEST(long_examples_are_cut) {
+    enum { ROOM = 5 };
+    float *left[2];
+    size_t count;
+    for (int cut = 0; cut < 2; cut++) {
+        seen s;
+        psoup_model *model = fresh();
+        psoup_sft_options o = plain(&s);
+        psoup_example longest[4];
+        o.batch_tokens = ROOM;
+        o.epochs = 2;
+        for (int i = 0; i < 4; i++) {
+            longest[i] = examples[4 * (i / 2) + 2 + i % 2]; /* of 7 and 8 tokens */
+            ck_assert_uint_gt(longest[i].n, ROOM);
+            longest[i].n = cut ? ROOM : longest[i].n;
+        }
+        OK(psoup_sft(model, "P", longest, 4, NULL, 0, &o, &error));
+        left[cut] = weights(model, "P", &count);
+        psoup_model_free(model);
+    }
+    ck_assert_mem_eq(left[0], left[1], count * sizeof(float));
+    free(left[0]);
+    free(left[1]);
 }
 END_TEST
 
@@ -267,6 +295,7 @@ int main(void) {
     tcase_add_test(tests, threads_and_seeds_decide_nothing_and_all);
     tcase_add_loop_test(tests, stopping_leaves_a_clean_model, 0, 2);
     tcase_add_test(tests, best_weights_are_kept);
+    tcase_add_test(tests, long_examples_are_cut);
     tcase_add_test(tests, reports_are_json_lines);
     tcase_add_test(tests, bad_examples_are_refused);
     suite_add_tcase(suite, tests);
