@@ -120,6 +120,8 @@ static const struct {
     {"{\"x\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[-4,0]}}", 4, "data_offsets"},
     {"{\"x\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4,8]}}", 8, "data_offsets"},
     {"{\"x\":{\"dtype\":\"F32\",\"shape\":[1]}}", 4, "data_offsets"},
+    {"{\"x\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,8]}}", 8, "span 8 bytes, its dtype and shape need 4"},
+    {"{\"x\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,4]}}", 4, "span 4 bytes, its dtype and shape need 8"},
     {"{\"x\":{\"dtype\":\"F8_E8M0\",\"shape\":[4],\"data_offsets\":[0,4]}}", 4, "F8_E8M0"},
     {"{\"x\":{\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "dtype"},
     {"{\"x\":[]}", 0, "object"},
@@ -171,6 +173,8 @@ START_TEST(refuses_lengths_and_depths) {
     ck_assert_int_ne(parse(good, n, UINT64_MAX, 4), PSOUP_OK);
     ck_assert_int_ne(parse(good, n, UINT64_MAX - 7, 4), PSOUP_OK);
     ck_assert_int_ne(parse(good, n, 100000001, 4), PSOUP_OK);
+    ck_assert_int_ne(parse(good, n, 100000001, 100000001), PSOUP_OK); /* there is as much, and it is too much */
+    ck_assert_msg(strstr(error.message, "at most 100000000 ") != NULL, "%s", error.message);
     for (size_t cut = 0; cut < n; cut++)
         ck_assert_int_ne(parse(good, cut, n, 0), PSOUP_OK);
     psoup__safetensors *file;
