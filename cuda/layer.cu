@@ -6,13 +6,20 @@
 PSOUP__KERNEL(rmsnorm, PSOUP__NORM_THREADS) {
     enum { KEPT = 8 };
     const size_t at = (size_t)blockIdx.x * a.width;
-    const float *x = a.x + at;
-    float *out = a.out + at;
+    const float *y = a.y ? a.y + at : nullptr;
+    float *x = a.x + at, *out = a.out + at;
     float sum = 0;
-    if (a.width % 4 == 0 && a.width <= PSOUP__NORM_THREADS * 4 * KEPT && aligned16(x) && aligned16(out) &&
-        aligned16(a.weight)) {
+    if (a.width % 4 == 0 && a.width <= PSOUP__NORM_THREADS * 4 * KEPT && aligned16(x) && aligned16(y) &&
+        aligned16(out) && aligned16(a.weight)) {
         pack<float> kept[KEPT], weight[KEPT];
         load_row<PSOUP__NORM_THREADS, true>(kept, x, a.width);
+        if (y) {
+            load_row<PSOUP__NORM_THREADS, true>(weight, y, a.width);
+#pragma unroll
+            for (int i = 0; i < KEPT * 4; i++)
+                kept[i / 4].x[i % 4] += weight[i / 4].x[i % 4];
+            store_row<PSOUP__NORM_THREADS, true>(x, a.width, kept);
+        }
 #pragma unroll
         for (int i = 0; i < KEPT * 4; i++)
             sum += kept[i / 4].x[i % 4] * kept[i / 4].x[i % 4];
@@ -26,8 +33,11 @@ PSOUP__KERNEL(rmsnorm, PSOUP__NORM_THREADS) {
             a.rstd[blockIdx.x] = rstd;
         return;
     }
-    for (int j = threadIdx.x; j < a.width; j += PSOUP__NORM_THREADS)
+    for (int j = threadIdx.x; j < a.width; j += PSOUP__NORM_THREADS) {
+        if (y)
+            x[j] += y[j];
         sum += x[j] * x[j];
+    }
     const float rstd = rsqrtf(block_sum<PSOUP__NORM_THREADS>(sum) / a.width + a.epsilon);
     for (int j = threadIdx.x; j < a.width; j += PSOUP__NORM_THREADS)
         out[j] = x[j] * rstd * a.weight[j];

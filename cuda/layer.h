@@ -9,8 +9,8 @@
 enum { PSOUP__NORM_THREADS = 256, PSOUP__NORM_WIDE = 512, PSOUP__NORM_KEPT = 4, PSOUP__FLAT_THREADS = 256 };
 
 typedef struct psoup__rmsnorm_args {
-    float *out, *rstd;
-    const float *x, *weight;
+    float *out, *rstd, *x;
+    const float *y, *weight; /* y: is added to x, or NULL */
     float epsilon;
     int32_t width;
 } psoup__rmsnorm_args;

@@ -194,9 +194,11 @@ typedef struct psoup__ops {
                            const float *dout, const int32_t *token, int32_t vocab, int32_t width,
                            int32_t rows);
 
-    /* out = x / sqrt(mean(x²) + epsilon) · weight; saves rstd = 1 / sqrt(mean(x²) + epsilon). */
-    void (*rmsnorm)(psoup__backend *be, float *out, float *rstd /* [rows] */, const float *x,
-                    const float *weight /* [width] */, float epsilon, int32_t rows, int32_t width);
+    /* x += y, where there is one; then out = x / sqrt(mean(x²) + epsilon) · weight; saves
+     * rstd = 1 / sqrt(mean(x²) + epsilon). */
+    void (*rmsnorm)(psoup__backend *be, float *out, float *rstd /* [rows] */, float *x,
+                    const float *y /* the residual, or NULL */, const float *weight /* [width] */, float epsilon,
+                    int32_t rows, int32_t width);
     void (*rmsnorm_backward)(psoup__backend *be, float *dx /* adds to */,
                              float *dweight /* [width], adds to; NULL: not asked for */,
                              const float *dout, const float *x, const float *weight,

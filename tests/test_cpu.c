@@ -56,7 +56,7 @@ START_TEST(rmsnorm_matches) {
                 dweight_want[j] += di[j] * xi[j] * r;
             }
         }
-        m.ops->rmsnorm(m.be, out, rstd, x, weight, 1e-5f, ROWS, width);
+        m.ops->rmsnorm(m.be, out, rstd, x, NULL, weight, 1e-5f, ROWS, width);
         near("out", out, want, n, 1e-6);
         near("rstd", rstd, rstd_want, ROWS, 1e-6);
         m.ops->rmsnorm_backward(m.be, dx, dweight, dout, x, weight, rstd, ROWS, width);
@@ -64,7 +64,7 @@ START_TEST(rmsnorm_matches) {
         near("dweight", dweight, dweight_want, (size_t)width, 3e-6);
         m.ops->rmsnorm_backward(m.be, dx, NULL, dout, x, weight, rstd, ROWS, width);
         for (int32_t i = 0; i < ROWS; i++) { /* a row alone has the bits it has among others */
-            m.ops->rmsnorm(m.be, alone, rstd, x + i * width, weight, 1e-5f, 1, width);
+            m.ops->rmsnorm(m.be, alone, rstd, x + i * width, NULL, weight, 1e-5f, 1, width);
             same_bits("row", alone, out + i * width, (size_t)width);
         }
         free(x), free(weight), free(dout), free(out), free(rstd), free(alone), free(dx), free(dweight);

@@ -13,8 +13,9 @@ static size_t share(size_t n, size_t few, size_t many) {
 
 typedef struct norm_job {
     float *out, *rstd;      /* [rows, width], [rows] */
+    float *sum;             /* x, where y is added to it; or NULL */
     float *dx, *dweight;    /* [rows, width], [width] */
-    const float *dout, *x;  /* [rows, width] */
+    const float *dout, *x, *y; /* [rows, width] */
     const float *weight;    /* [width] */
     const float *saved;     /* rstd [rows] */
     float epsilon;
@@ -28,6 +29,13 @@ static void rmsnorm_task(void *arg, size_t task, int worker) {
     for (size_t row = task * job->tile; row < end; row++) {
         const float *x = job->x + row * width;
         float *out = job->out + row * width;
+        if (job->sum) {
+            float *sum = job->sum + row * width;
+            const float *y = job->y + row * width;
+            INDEPENDENT
+            for (size_t j = 0; j < width; j++)
+                sum[j] += y[j];
+        }
         const float rstd =
             1.0f / __builtin_sqrtf(dot(x, x, width) / (float)width + job->epsilon);
         INDEPENDENT
@@ -37,9 +45,10 @@ static void rmsnorm_task(void *arg, size_t task, int worker) {
     }
 }
 
-static void rmsnorm(psoup__backend *be, float *out, float *rstd, const float *x,
+static void rmsnorm(psoup__backend *be, float *out, float *rstd, float *x, const float *y,
                     const float *weight, float epsilon, int32_t rows, int32_t width) {
-    norm_job job = {.out = out, .rstd = rstd, .x = x, .weight = weight, .epsilon = epsilon,
+    norm_job job = {.out = out, .rstd = rstd, .sum = y ? x : NULL, .x = x, .y = y, .weight = weight,
+                    .epsilon = epsilon,
                     .rows = (size_t)rows, .width = (size_t)width,
                     .tile = share((size_t)rows, 1, ROW_TILE)};
     psoup__parallel(be->context, tiles(job.rows, job.tile), rmsnorm_task, &job);

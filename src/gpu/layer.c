@@ -1,11 +1,11 @@
 /* What stands between the linear layers. */
 #include "gpu/internal.h"
 
-static void rmsnorm(psoup__backend *be, float *out, float *rstd, const float *x, const float *weight,
+static void rmsnorm(psoup__backend *be, float *out, float *rstd, float *x, const float *y, const float *weight,
                     float epsilon, int32_t rows, int32_t width) {
     PSOUP__LAUNCH(psoup__gpu_of(be), rmsnorm,
                   ((psoup__grid){(unsigned)rows, 1, 1, PSOUP__NORM_THREADS, 0}),
-                  {out, rstd, x, weight, epsilon, width});
+                  {out, rstd, x, y, weight, epsilon, width});
 }
 
 /* Rows by themselves where no sums are asked for. */

@@ -315,7 +315,7 @@ psoup_status psoup__backward(psoup_model *model, psoup__tape *t, const psoup__lo
     }
     for (int32_t l = layers - 1; l >= 0 && l >= lowest; l--) {
         if (t->inputs_only && l < layers - 1) /* the last one's activations are those still there */
-            psoup__forward_layer(t, NULL, l);
+            psoup__forward_layer(t, NULL, l, NULL);
         backward_layer(t, &s, l, l > lowest);
     }
     if (lowest < 0)

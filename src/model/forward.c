@@ -61,7 +61,7 @@ static psoup__keys keys_of(psoup__tape *t, const psoup__layer_tape *a, const pso
     return keys;
 }
 
-void psoup__forward_layer(psoup__tape *t, const psoup__cached *cached, int32_t l) {
+void psoup__forward_layer(psoup__tape *t, const psoup__cached *cached, int32_t l, const float *residual) {
     psoup_model *model = t->model;
     psoup__backend *be = model->be;
     const psoup__ops *ops = be->ops;
@@ -69,10 +69,9 @@ void psoup__forward_layer(psoup__tape *t, const psoup__cached *cached, int32_t l
     const psoup__layer *w = &model->layers[l];
     psoup__layer_tape *a = &t->layers[l];
     int32_t rows = t->rows, dim = c->hidden_size, ffn = c->intermediate_size;
-    size_t stream = (size_t)rows * (size_t)dim;
     psoup__attention_shape shape = psoup__model_attention(model);
 
-    ops->rmsnorm(be, a->norm1, a->rstd1, a->x, w->input_norm, c->rms_norm_eps, rows, dim);
+    ops->rmsnorm(be, a->norm1, a->rstd1, a->x, residual, w->input_norm, c->rms_norm_eps, rows, dim);
     linears(t, (float *const[]){a->q, a->k, a->v}, a->norm1, l, PSOUP__Q, 3);
     ops->rope(be, a->q, model->cos_sin, t->position, rows, shape.heads, c->head_dim, model->q_width,
               false);
@@ -81,14 +80,10 @@ void psoup__forward_layer(psoup__tape *t, const psoup__cached *cached, int32_t l
     psoup__keys keys = keys_of(t, a, cached, l);
     ops->attention(be, a->attended, a->lse, a->q, &keys, &t->spans, &shape);
     linear(t, a->middle, a->u[PSOUP__O], a->attended, l, PSOUP__O);
-    ops->add(be, a->middle, a->x, stream);
-
-    float *next = t->layers[l + 1].x;
-    ops->rmsnorm(be, a->norm2, a->rstd2, a->middle, w->post_norm, c->rms_norm_eps, rows, dim);
+    ops->rmsnorm(be, a->norm2, a->rstd2, a->middle, a->x, w->post_norm, c->rms_norm_eps, rows, dim);
     linears(t, (float *const[]){a->gate, a->up}, a->norm2, l, PSOUP__GATE, 2);
     ops->swiglu(be, t->act, a->gate, a->up, (size_t)rows * (size_t)ffn);
-    linear(t, next, a->u[PSOUP__DOWN], t->act, l, PSOUP__DOWN);
-    ops->add(be, next, a->middle, stream);
+    linear(t, t->layers[l + 1].x, a->u[PSOUP__DOWN], t->act, l, PSOUP__DOWN);
 }
 
 void psoup__forward_run(psoup__tape *t, const psoup__cached *cached) {
@@ -96,9 +91,12 @@ void psoup__forward_run(psoup__tape *t, const psoup__cached *cached) {
     const psoup__ops *ops = model->be->ops;
     const psoup_model_config *c = &model->config;
     ops->embed(model->be, t->layers[0].x, &model->embed, t->token, t->rows);
-    for (int32_t l = 0; l < c->num_hidden_layers; l++)
-        psoup__forward_layer(t, cached, l);
-    ops->rmsnorm(model->be, t->hidden, t->rstd, t->layers[c->num_hidden_layers].x, model->norm,
+    const float *residual = NULL;
+    for (int32_t l = 0; l < c->num_hidden_layers; l++) {
+        psoup__forward_layer(t, cached, l, residual);
+        residual = t->layers[l].middle;
+    }
+    ops->rmsnorm(model->be, t->hidden, t->rstd, t->layers[c->num_hidden_layers].x, residual, model->norm,
                  c->rms_norm_eps, t->rows, c->hidden_size);
 }
 

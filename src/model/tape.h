@@ -148,8 +148,9 @@ psoup_status psoup__check_rows(const psoup__tape *tape, const int32_t *row, cons
                                int32_t n, psoup_error *error);
 
 psoup__attention_shape psoup__model_attention(const psoup_model *model);
-/* One layer, from its x to the next one's. */
-void psoup__forward_layer(psoup__tape *tape, const psoup__cached *cached, int32_t layer);
+/* One layer, from its x, to which the residual is added first, to the next one's x, which lacks this layer's `middle`. */
+void psoup__forward_layer(psoup__tape *tape, const psoup__cached *cached, int32_t layer,
+                          const float *residual /* or NULL */);
 /* psoup__forward's passes over a batch that was prepared. */
 void psoup__forward_run(psoup__tape *tape, const psoup__cached *cached);
 /* A layer of the cache, as `advance` and attention take it. */

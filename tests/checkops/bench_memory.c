@@ -9,7 +9,7 @@
 /* ---- between the linear layers ------------------------------------------------------------------------- */
 
 OP(rmsnorm) {
-    b->ops->rmsnorm(b->be, p[0], p[1], p[2], p[3], 1e-5f, b->s.rows, b->s.width);
+    b->ops->rmsnorm(b->be, p[0], p[1], p[2], arg ? p[4] : NULL, p[3], 1e-5f, b->s.rows, b->s.width);
 }
 OP(rmsnorm_backward) {
     b->ops->rmsnorm_backward(b->be, p[0], arg ? p[5] : NULL, p[1], p[2], p[3], p[4], b->s.rows, b->s.width);
@@ -58,9 +58,11 @@ void bench_layer(bench *b) {
     bench_case cases[] = {
         {.op = "rmsnorm", .bytes = 8.0 * (double)n, .run = run_rmsnorm,
          .item = {FLOATS(n), FLOATS(rows), FLOATS(n), FLOATS(width)}},
+        {.op = "rmsnorm", .bytes = 16.0 * (double)n, .run = run_rmsnorm, .arg = "a residual",
+         .item = {FLOATS(n), FLOATS(rows), FLOATS(n), FLOATS(width), FLOATS(n)}},
         {.op = "rmsnorm_backward", .bytes = 16.0 * (double)n, .run = run_rmsnorm_backward,
          .item = {FLOATS(n), FLOATS(n), FLOATS(n), FLOATS(width), FLOATS(rows)}},
-        {.op = "rmsnorm_backward", .bytes = 16.0 * (double)n, .run = run_rmsnorm_backward, .arg = "",
+        {.op = "rmsnorm_backward", .bytes = 16.0 * (double)n, .run = run_rmsnorm_backward, .arg = "dweight",
          .item = {FLOATS(n), FLOATS(n), FLOATS(n), FLOATS(width), FLOATS(rows), FLOATS(width)}},
         {.op = "rope", .bytes = 8.0 * (double)n, .run = run_rope,
          .item = {FLOATS(n), FLOATS((size_t)b->s.sequence * (size_t)b->s.head_dim),
@@ -73,8 +75,9 @@ void bench_layer(bench *b) {
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const bool is_wide = cases[i].run == run_swiglu || cases[i].run == run_swiglu_backward;
-        snprintf(cases[i].shape, sizeof cases[i].shape, "%d rows of %d%s", (int)rows,
-                 (int)(is_wide ? b->s.ffn : width), cases[i].arg ? ", with dweight" : "");
+        const char *with = cases[i].arg;
+        snprintf(cases[i].shape, sizeof cases[i].shape, "%d rows of %d%s%s", (int)rows,
+                 (int)(is_wide ? b->s.ffn : width), with ? ", with " : "", with ? with : "");
         bench_run(b, &cases[i]);
     }
     bench_dropout(b, n, shape);

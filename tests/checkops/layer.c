@@ -1,12 +1,18 @@
 /* What stands between the linear layers. */
 #include "checkops.h"
 
-static void check_rmsnorm(checker *c, int32_t rows, int32_t width) {
-    begin(c, "rmsnorm", "rows %d, width %d", (int)rows, (int)width);
+static void check_rmsnorm(checker *c, int32_t rows, int32_t width, bool residual) {
+    begin(c, "rmsnorm", "rows %d, width %d%s", (int)rows, (int)width, residual ? ", with a residual" : "");
     const size_t n = (size_t)rows * (size_t)width;
-    buffer *x = input(c, n), *weight = input(c, (size_t)width), *out = output(c, n);
+    buffer *x = input(c, n), *y = residual ? input(c, n) : NULL, *weight = input(c, (size_t)width), *out = output(c, n);
     buffer *rstd = output(c, (size_t)rows);
-    c->ops->rmsnorm(c->be, out->device, rstd->device, x->device, weight->device, 1e-5f, rows, width);
+    c->ops->rmsnorm(c->be, out->device, rstd->device, x->device, y ? y->device : NULL, weight->device, 1e-5f, rows,
+                    width);
+    for (size_t i = 0; y && i < n; i++)
+        y->host[i] += x->host[i];
+    get(c, x);
+    if (y)
+        expect_true(c, "x is the sum", memcmp(x->host, y->host, n * sizeof *x->host) == 0);
     double *want = doubles(n), *rstd_want = doubles((size_t)rows);
     for (int32_t i = 0; i < rows; i++) {
         double sum = 0;
@@ -96,7 +102,7 @@ static void check_norm_differences(checker *c, int32_t rows, int32_t width) {
     memcpy(before + n, dweight->host, columns * sizeof *before);
     psoup_error error;
     expect_true(c, "there is room", c->ops->reserve(c->be, rows, width, &error) == PSOUP_OK);
-    c->ops->rmsnorm(c->be, out->device, rstd->device, x->device, weight->device, 1e-5f, rows, width);
+    c->ops->rmsnorm(c->be, out->device, rstd->device, x->device, NULL, weight->device, 1e-5f, rows, width);
     c->ops->rmsnorm_backward(c->be, dx->device, dweight->device, dout->device, x->device, weight->device, rstd->device,
                              rows, width);
     differences(c, "dx", dx, before, p.x, n, 1, norm_loss, &p, 1e-4);
@@ -222,7 +228,8 @@ static void check_dropout(checker *c, int32_t rows, int32_t width, float p) {
 
 void check_layer(checker *c) {
     for (int i = 0; i < RAGGED; i++) {
-        check_rmsnorm(c, 5, ragged[i]);
+        check_rmsnorm(c, 5, ragged[i], false);
+        check_rmsnorm(c, 3, ragged[i], true);
         check_rmsnorm_backward(c, 4, ragged[i], 0, true);
         check_rmsnorm_backward(c, 5, ragged[i], 0, i % 2);
         check_norm_differences(c, 3, ragged[i]);
@@ -240,7 +247,9 @@ void check_layer(checker *c) {
         check_rmsnorm_backward(c, 2, wide[i], 0, true);
         check_rmsnorm_backward(c, 2, wide[i], 0, false);
     }
-    check_rmsnorm(c, 2, 8193);
+    check_rmsnorm(c, 2, 8193, false);
+    check_rmsnorm(c, 2, 4096, true);
+    check_rmsnorm(c, 2, 8193, true);
     check_rope(c, 3, 5, 64, 128);
     check_rope(c, 3, 5, 64, 1);
     check_dropout(c, 3, 64, 0);

@@ -139,11 +139,16 @@ def check(op, what, got, want, tolerance=2e-5):
 
 def layers(rows, width):
     x, w, rstd, out = normal(rows, width), normal(width), blank(rows, 1), blank(rows, width)
-    ops.rmsnorm(out, rstd, x, w, 1e-5, rows, width)
+    ops.rmsnorm(out, rstd, x, None, w, 1e-5, rows, width)
     xl, wl = leaf(x), leaf(w)
     scale = torch.rsqrt(xl.pow(2).mean(-1, True) + 1e-5)
     check("rmsnorm", "out", out, xl * scale * wl)
     check("rmsnorm", "rstd", rstd, scale)
+    total, y, out = normal(rows, width), normal(rows, width), blank(rows, width)
+    ops.rmsnorm(out, rstd, total, y, w, 1e-5, rows, width)
+    want = total.before + y.before
+    check("rmsnorm", "x with a residual", total, want)
+    check("rmsnorm", "out with a residual", out, want * torch.rsqrt(want.pow(2).mean(-1, True) + 1e-5) * w.before)
     dx, dw, dout = normal(rows, width), normal(width), normal(rows, width)
     (xl * scale * wl).backward(dout.before)
     ops.rmsnorm_backward(dx, dw, dout, x, w, rstd, rows, width)

@@ -39,8 +39,13 @@ def turn(x, cos, sin):
 
 def layers():
     weight, shape = normal(WIDTH), "%d rows of %d"
-    both("rmsnorm · " + shape % (ROWS, WIDTH), [(normal(ROWS, WIDTH),) for _ in range(COPIES)],
-         lambda x: F.rms_norm(x, (WIDTH,), weight, 1e-5))
+    norm = lambda x: F.rms_norm(x, (WIDTH,), weight, 1e-5)
+    def residual_norm(x, y):
+        x = x + y
+        return x, norm(x)
+    both("rmsnorm · " + shape % (ROWS, WIDTH), [(normal(ROWS, WIDTH),) for _ in range(COPIES)], norm)
+    both("rmsnorm · " + shape % (ROWS, WIDTH) + ", with a residual",
+         [(normal(ROWS, WIDTH), normal(ROWS, WIDTH)) for _ in range(COPIES)], residual_norm)
     angle = torch.outer(torch.arange(ROWS, device=DEVICE) % LENGTH,
                         10000.0 ** (-torch.arange(0, DIM, 2, device=DEVICE) / DIM))[:, None]
     both("rope · " + shape % (ROWS, WIDTH), [(normal(ROWS, HEADS, DIM), angle.cos(), angle.sin()) for _ in range(COPIES)],
