@@ -141,6 +141,16 @@ PSOUP__KERNEL(column_sums, PSOUP__FLAT_THREADS) {
     a.out[j] += sum;
 }
 
+__device__ __forceinline__ void rope_turn(pack<float> &low, pack<float> &high, const pack<float> &cosines,
+                                          const pack<float> &sines, float sign) {
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        const float p = low.x[c], q = high.x[c], s = sines.x[c] * sign;
+        low.x[c] = p * cosines.x[c] - q * s;
+        high.x[c] = q * cosines.x[c] + p * s;
+    }
+}
+
 /* Threads take four pairs at a time, of any head. */
 PSOUP__KERNEL(rope, PSOUP__FLAT_THREADS) {
     const int half = a.head_dim / 2, each = (half + 3) / 4;
@@ -151,17 +161,58 @@ PSOUP__KERNEL(rope, PSOUP__FLAT_THREADS) {
         const int j = k % each * 4;
         float *low_at = x + (size_t)(k / each) * a.head_dim, *high_at = low_at + half;
         pack<float> low = load4(low_at, j, half, whole), high = load4(high_at, j, half, whole);
-        const pack<float> cosines = load4(cosine, j, half, whole), sines = load4(sine, j, half, whole);
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            const float p = low.x[c], q = high.x[c], s = sines.x[c] * a.sign;
-            low.x[c] = p * cosines.x[c] - q * s;
-            high.x[c] = q * cosines.x[c] + p * s;
-        }
+        rope_turn(low, high, load4(cosine, j, half, whole), load4(sine, j, half, whole), a.sign);
         store4(low_at, j, half, whole, low);
         store4(high_at, j, half, whole, high);
     }
 }
+
+/* Four elements of a row, as store4 has them, rounded. */
+template <typename T> struct alignas(4 * sizeof(T)) quad { T x[4]; };
+template <typename T>
+__device__ __forceinline__ void round4(T *row, int j, int width, bool whole, const pack<float> &v) {
+    quad<T> rounded;
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+        rounded.x[c] = from_float<T>(v.x[c]);
+    if (whole) {
+        *reinterpret_cast<quad<T> *>(row + j) = rounded;
+        return;
+    }
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+        if (c < width - j)
+            row[j + c] = rounded.x[c];
+}
+
+/* q is turned in place, k on its way to the cache; v goes there as it is. */
+template <typename T> __device__ __forceinline__ void rope_append(const psoup__rope_append_args &a) {
+    const int part = blockIdx.y, half = a.head_dim / 2, each = (half + 3) / 4, heads = part ? a.kv_heads : a.heads;
+    const float *cosine = a.cos_sin + (size_t)a.position[blockIdx.x] * a.head_dim, *sine = cosine + half;
+    const size_t row = (size_t)blockIdx.x * heads * a.head_dim;
+    const float *in = a.in[part] + row;
+    T *cache = part ? static_cast<T *>(a.cache[part - 1]) + a.place[blockIdx.x] * a.stride : nullptr;
+    const bool whole = half % 4 == 0 && a.stride % 4 == 0 && aligned16(a.in[part]) && aligned16(a.cos_sin) &&
+                       aligned16(part ? a.cache[part - 1] : nullptr);
+    for (int k = threadIdx.x; k < heads * each; k += blockDim.x) {
+        const int j = k % each * 4;
+        const size_t at = (size_t)(k / each) * a.head_dim;
+        pack<float> low = load4(in + at, j, half, whole), high = load4(in + at + half, j, half, whole);
+        if (part < 2)
+            rope_turn(low, high, load4(cosine, j, half, whole), load4(sine, j, half, whole), 1);
+        if (part == 0) {
+            store4(a.q + row + at, j, half, whole, low);
+            store4(a.q + row + at + half, j, half, whole, high);
+        } else {
+            round4(cache + at, j, half, whole, low);
+            round4(cache + at + half, j, half, whole, high);
+        }
+    }
+}
+
+PSOUP__KERNEL_AS(rope_append_f32, rope_append, PSOUP__FLAT_THREADS) { rope_append<float>(a); }
+PSOUP__KERNEL_AS(rope_append_bf16, rope_append, PSOUP__FLAT_THREADS) { rope_append<bf16>(a); }
+PSOUP__KERNEL_AS(rope_append_f16, rope_append, PSOUP__FLAT_THREADS) { rope_append<f16>(a); }
 
 __device__ __forceinline__ float swiglu_of(float gate, float up) { return gate / (1 + expf(-gate)) * up; }
 

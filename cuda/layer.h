@@ -42,6 +42,17 @@ typedef struct psoup__rope_args {
     int32_t spare;
 } psoup__rope_args;
 
+/* A block to a row of q, of k and of v: blockIdx.y. */
+typedef struct psoup__rope_append_args {
+    float *q;
+    const float *in[3]; /* q, k, v */
+    void *cache[2];
+    const float *cos_sin;
+    const int32_t *position, *place;
+    int64_t stride; /* of the cache */
+    int32_t heads, kv_heads, head_dim, spare;
+} psoup__rope_append_args;
+
 /* Of n elements: FLAT_THREADS to a block, as many blocks as fill the device, each walking on. */
 typedef struct psoup__swiglu_args {
     float *out;
@@ -80,6 +91,9 @@ typedef struct psoup__dropout_args {
     X(rmsnorm_backward_wide, rmsnorm_backward) \
     X(column_sums, column_sums) \
     X(rope, rope) \
+    X(rope_append_f32, rope_append) \
+    X(rope_append_bf16, rope_append) \
+    X(rope_append_f16, rope_append) \
     X(swiglu, swiglu) \
     X(swiglu_backward, swiglu_backward) \
     X(add, add) \

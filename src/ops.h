@@ -239,6 +239,12 @@ typedef struct psoup__ops {
     void (*cache_append)(psoup__backend *be, const psoup__keys *cache, const int32_t *place /* [rows] */,
                          const float *k, const float *v, int32_t rows, int32_t width);
 
+    /* rope of q [rows, heads · head_dim] and of k [rows, kv_heads · head_dim], then cache_append of k and v. What k
+     * holds afterwards is not said. */
+    void (*rope_append)(psoup__backend *be, float *q, float *k, const float *v, const float *cos_sin,
+                        const int32_t *position, const psoup__keys *cache, const int32_t *place, int32_t rows,
+                        const psoup__attention_shape *shape);
+
     /* Causal softmax attention over spans; out and q [rows, heads · head_dim]; lse saves the
      * log-sum-exp [rows, heads] of the scaled scores (NULL: not kept). */
     void (*attention)(psoup__backend *be, float *out, float *lse, const float *q,

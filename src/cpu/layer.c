@@ -137,6 +137,15 @@ static void rope(psoup__backend *be, float *x, const float *cos_sin, const int32
     psoup__parallel(be->context, tiles(job.rows, ROW_TILE), rope_task, &job);
 }
 
+static void rope_append(psoup__backend *be, float *q, float *k, const float *v, const float *cos_sin,
+                        const int32_t *position, const psoup__keys *cache, const int32_t *place, int32_t rows,
+                        const psoup__attention_shape *shape) {
+    const int32_t dim = shape->head_dim, width = shape->kv_heads * dim;
+    rope(be, q, cos_sin, position, rows, shape->heads, dim, (int64_t)shape->heads * dim, false);
+    rope(be, k, cos_sin, position, rows, shape->kv_heads, dim, width, false);
+    be->ops->cache_append(be, cache, place, k, v, rows, width);
+}
+
 typedef struct gate_job {
     float *out, *dgate, *dup;      /* [n] */
     const float *dout, *gate, *up; /* [n] */
@@ -296,6 +305,7 @@ void PSOUP__NAME(psoup__cpu_fill_layer)(psoup__ops *ops) {
     ops->rmsnorm = rmsnorm;
     ops->rmsnorm_backward = rmsnorm_backward;
     ops->rope = rope;
+    ops->rope_append = rope_append;
     ops->swiglu = swiglu;
     ops->swiglu_backward = swiglu_backward;
     ops->add = add;

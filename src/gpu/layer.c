@@ -36,6 +36,19 @@ static void rope(psoup__backend *be, float *x, const float *cos_sin, const int32
                   {x, cos_sin, position, stride, heads, head_dim, inverse ? -1.0f : 1.0f, 0});
 }
 
+static void rope_append(psoup__backend *be, float *q, float *k, const float *v, const float *cos_sin,
+                        const int32_t *position, const psoup__keys *cache, const int32_t *place, int32_t rows,
+                        const psoup__attention_shape *shape) {
+    const psoup__kernel kernel = cache->dtype == PSOUP_BF16  ? PSOUP__KERNEL_rope_append_bf16
+                                 : cache->dtype == PSOUP_F16 ? PSOUP__KERNEL_rope_append_f16
+                                                             : PSOUP__KERNEL_rope_append_f32;
+    const psoup__rope_append_args args = {q, {q, k, v}, {cache->k, cache->v}, cos_sin, position, place, cache->stride,
+                                          shape->heads, shape->kv_heads, shape->head_dim, 0};
+    psoup__grid grid = psoup__gpu_rows(rows, shape->heads * ((shape->head_dim / 2 + 3) / 4));
+    grid.y = 3;
+    psoup__gpu_launch(psoup__gpu_of(be), kernel, grid, &args);
+}
+
 static void swiglu(psoup__backend *be, float *out, const float *gate, const float *up, size_t n) {
     psoup__gpu *gpu = psoup__gpu_of(be);
     PSOUP__LAUNCH(gpu, swiglu, psoup__gpu_flat(gpu, n, 4), {out, gate, up, n});
@@ -90,6 +103,7 @@ void psoup__gpu_fill_layer(psoup__ops *ops) {
     ops->rmsnorm = rmsnorm;
     ops->rmsnorm_backward = rmsnorm_backward;
     ops->rope = rope;
+    ops->rope_append = rope_append;
     ops->swiglu = swiglu;
     ops->swiglu_backward = swiglu_backward;
     ops->add = add;

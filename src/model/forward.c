@@ -49,16 +49,21 @@ psoup__keys psoup__cached_keys(const psoup__tape *t, const psoup__cached *cached
     return keys;
 }
 
-/* The keys that a layer's queries attend to: those just made or, with a cache, the layer's part of it,
+/* Turns queries and keys. The keys that a layer's queries attend to: those or, with a cache, the layer's part of it,
  * where the new ones are put first. */
-static psoup__keys keys_of(psoup__tape *t, const psoup__layer_tape *a, const psoup__cached *cached,
-                           int32_t layer) {
-    psoup__backend *be = t->model->be;
-    if (!cached)
-        return (psoup__keys){.dtype = PSOUP_F32, .stride = t->model->kv_width, .k = a->k, .v = a->v};
-    psoup__keys keys = psoup__cached_keys(t, cached, layer);
-    be->ops->cache_append(be, &keys, t->place, a->k, a->v, t->rows, t->model->kv_width);
-    return keys;
+static psoup__keys keys_of(psoup__tape *t, const psoup__layer_tape *a, const psoup__cached *cached, int32_t layer,
+                           const psoup__attention_shape *shape) {
+    const psoup_model *m = t->model;
+    psoup__backend *be = m->be;
+    const psoup__ops *ops = be->ops;
+    if (cached) {
+        psoup__keys keys = psoup__cached_keys(t, cached, layer);
+        ops->rope_append(be, a->q, a->k, a->v, m->cos_sin, t->position, &keys, t->place, t->rows, shape);
+        return keys;
+    }
+    ops->rope(be, a->q, m->cos_sin, t->position, t->rows, shape->heads, shape->head_dim, m->q_width, false);
+    ops->rope(be, a->k, m->cos_sin, t->position, t->rows, shape->kv_heads, shape->head_dim, m->kv_width, false);
+    return (psoup__keys){.dtype = PSOUP_F32, .stride = m->kv_width, .k = a->k, .v = a->v};
 }
 
 void psoup__forward_layer(psoup__tape *t, const psoup__cached *cached, int32_t l, const float *residual) {
@@ -73,11 +78,7 @@ void psoup__forward_layer(psoup__tape *t, const psoup__cached *cached, int32_t l
 
     ops->rmsnorm(be, a->norm1, a->rstd1, a->x, residual, w->input_norm, c->rms_norm_eps, rows, dim);
     linears(t, (float *const[]){a->q, a->k, a->v}, a->norm1, l, PSOUP__Q, 3);
-    ops->rope(be, a->q, model->cos_sin, t->position, rows, shape.heads, c->head_dim, model->q_width,
-              false);
-    ops->rope(be, a->k, model->cos_sin, t->position, rows, shape.kv_heads, c->head_dim,
-              model->kv_width, false);
-    psoup__keys keys = keys_of(t, a, cached, l);
+    psoup__keys keys = keys_of(t, a, cached, l, &shape);
     ops->attention(be, a->attended, a->lse, a->q, &keys, &t->spans, &shape);
     linear(t, a->middle, a->u[PSOUP__O], a->attended, l, PSOUP__O);
     ops->rmsnorm(be, a->norm2, a->rstd2, a->middle, a->x, w->post_norm, c->rms_norm_eps, rows, dim);

@@ -17,6 +17,11 @@ OP(rmsnorm_backward) {
 OP(rope) {
     b->ops->rope(b->be, p[0], p[1], p[2], b->s.rows, b->s.heads, b->s.head_dim, b->s.width, false);
 }
+OP(rope_append) {
+    const psoup__attention_shape shape = {b->s.heads, b->s.heads, b->s.head_dim, 1, PSOUP_BF16};
+    const psoup__keys cache = {.dtype = PSOUP_BF16, .stride = b->s.width, .k = p[3], .v = p[4]};
+    b->ops->rope_append(b->be, p[0], p[1], p[2], p[5], p[6], &cache, p[6], b->s.rows, &shape);
+}
 OP(swiglu) {
     b->ops->swiglu(b->be, p[0], p[1], p[2], (size_t)b->s.rows * (size_t)b->s.ffn);
 }
@@ -67,6 +72,9 @@ void bench_layer(bench *b) {
         {.op = "rope", .bytes = 8.0 * (double)n, .run = run_rope,
          .item = {FLOATS(n), FLOATS((size_t)b->s.sequence * (size_t)b->s.head_dim),
                   BYTES(position, (size_t)rows * sizeof *position)}},
+        {.op = "rope_append", .bytes = 20.0 * (double)n, .run = run_rope_append,
+         .item = {FLOATS(n), FLOATS(n), FLOATS(n), NUMBERS(n, PSOUP_BF16), NUMBERS(n, PSOUP_BF16),
+                  FLOATS((size_t)b->s.sequence * (size_t)b->s.head_dim), BYTES(position, (size_t)rows * sizeof *position)}},
         {.op = "add", .bytes = 12.0 * (double)n, .run = run_add, .item = {FLOATS(n), FLOATS(n)}},
         {.op = "swiglu", .bytes = 12.0 * (double)wide, .run = run_swiglu,
          .item = {FLOATS(wide), FLOATS(wide), FLOATS(wide)}},

@@ -144,6 +144,46 @@ static void check_rope(checker *c, int32_t rows, int32_t heads, int32_t head_dim
     free(position), free(before), free(want);
 }
 
+static bool same_bits(checker *c, buffer *a, buffer *b) {
+    get(c, a), get(c, b);
+    return memcmp(a->host, b->host, a->n * sizeof *a->host) == 0;
+}
+
+/* To the bits of rope, rope and cache_append. Rows of the cache that are not written, and what lies between them, stay. */
+static void check_rope_append(checker *c, int32_t rows, int32_t group, int32_t head_dim, int32_t gap, psoup_dtype dtype) {
+    enum { POSITIONS = 40, KV_HEADS = 2 };
+    const psoup__attention_shape shape = {KV_HEADS * group, KV_HEADS, head_dim, 1, dtype};
+    const int32_t width = KV_HEADS * head_dim, stride = width + gap;
+    const size_t n = (size_t)rows * (size_t)width, m = 2 * (size_t)rows * (size_t)stride;
+    begin(c, "rope_append", "%s, rows %d, heads %d of %d, head_dim %d, gap %d", psoup_dtype_name(dtype), (int)rows,
+          KV_HEADS, (int)shape.heads, (int)head_dim, (int)gap);
+    buffer *table = input(c, POSITIONS * (size_t)head_dim), *v = input(c, n);
+    buffer *q = input(c, (size_t)group * n), *k = input(c, n), *cache[2] = {input_of(c, m, dtype), input_of(c, m, dtype)};
+    buffer *q_apart = values(c, q->host, q->n), *k_apart = values(c, k->host, n);
+    buffer *apart[2] = {input_of(c, m, dtype), input_of(c, m, dtype)};
+    int32_t *position = malloc(2 * (size_t)rows * sizeof *position), *place = position + rows;
+    for (int i = 0; i < 2; i++) {
+        memcpy(apart[i]->host, cache[i]->host, m * sizeof *cache[i]->host);
+        put(c, apart[i]);
+    }
+    for (int32_t i = 0; i < rows; i++) {
+        position[i] = (i * 17 + 3) % POSITIONS;
+        place[i] = 2 * (rows - 1 - i) + i % 2;
+    }
+    const int32_t *positions = block(c, position, (size_t)rows * sizeof *position);
+    const int32_t *places = block(c, place, (size_t)rows * sizeof *place);
+    const psoup__keys to = {.dtype = dtype, .stride = stride, .k = cache[0]->device, .v = cache[1]->device};
+    const psoup__keys to_apart = {.dtype = dtype, .stride = stride, .k = apart[0]->device, .v = apart[1]->device};
+    c->ops->rope(c->be, q_apart->device, table->device, positions, rows, shape.heads, head_dim, group * width, false);
+    c->ops->rope(c->be, k_apart->device, table->device, positions, rows, KV_HEADS, head_dim, width, false);
+    c->ops->cache_append(c->be, &to_apart, places, k_apart->device, v->device, rows, width);
+    c->ops->rope_append(c->be, q->device, k->device, v->device, table->device, positions, &to, places, rows, &shape);
+    expect_true(c, "q is turned", same_bits(c, q, q_apart));
+    expect_true(c, "k is turned and put there", same_bits(c, cache[0], apart[0]));
+    expect_true(c, "v is put there", same_bits(c, cache[1], apart[1]));
+    free(position);
+}
+
 typedef struct gate_loss {
     double *gate, *up, *dout;
     size_t n;
@@ -227,6 +267,7 @@ static void check_dropout(checker *c, int32_t rows, int32_t width, float p) {
 }
 
 void check_layer(checker *c) {
+    static const psoup_dtype dtypes[] = {PSOUP_F32, PSOUP_BF16, PSOUP_F16};
     for (int i = 0; i < RAGGED; i++) {
         check_rmsnorm(c, 5, ragged[i], false);
         check_rmsnorm(c, 3, ragged[i], true);
@@ -238,6 +279,8 @@ void check_layer(checker *c) {
         check_swiglu(c, (size_t)ragged[i], 1);
         check_rope(c, 3, 1 + i % 3, 2 * ragged[i], 0);
         check_dropout(c, 5, ragged[i], 0.25f);
+        for (int d = 0; d < (c->cuda ? 3 : 1); d++)
+            check_rope_append(c, 5, 1 + (i + d) % 3, 2 * ragged[i], (i + d) % 4, dtypes[d]);
     }
     check_rmsnorm_backward(c, 37, 128, 0, true);
     check_rmsnorm_backward(c, 9, 128, 1, true);

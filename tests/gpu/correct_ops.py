@@ -145,7 +145,7 @@ def layers(rows, width):
     check("rmsnorm", "out", out, xl * scale * wl)
     check("rmsnorm", "rstd", rstd, scale)
     total, y, out = normal(rows, width), normal(rows, width), blank(rows, width)
-    ops.rmsnorm(out, rstd, total, y, w, 1e-5, rows, width)
+    ops.rmsnorm(out, blank(rows, 1), total, y, w, 1e-5, rows, width)
     want = total.before + y.before
     check("rmsnorm", "x with a residual", total, want)
     check("rmsnorm", "out with a residual", out, want * torch.rsqrt(want.pow(2).mean(-1, True) + 1e-5) * w.before)
@@ -183,6 +183,25 @@ def rope(rows, heads, dim):
         want = x.before.clone()
         want[:, :heads * dim] = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).reshape(rows, -1)
         check("rope", "inverse" if inverse else "x", x, want)
+
+
+def rope_append(rows, heads, kv, dim, dtype):
+    code, kind = cache_of(DTYPES[dtype][0])
+    angle = torch.outer(torch.arange(200.0), 10000.0 ** (-torch.arange(0, dim, 2) / dim))
+    table, position = Buffer(torch.cat((angle.cos(), angle.sin()), 1)), whole([(7 * i) % 200 for i in range(rows)])
+    q, k, v = normal(rows, heads * dim), normal(rows, kv * dim), normal(rows, kv * dim)
+    place, caches = whole(torch.randperm(rows + 5)[:rows]), [normal(rows + 5, kv * dim, dtype=kind) for _ in range(2)]
+    held = Keys(code, kv * dim, caches[0].address, caches[1].address)
+    ops.rope_append(q, k, v, table, position, held, place, rows, Shape(heads, kv, dim, dim ** -0.5, DTYPES[dtype][0]))
+    cos, sin = table.before[position.x.long()][:, None].chunk(2, -1)
+    def turned(x):
+        a, b = x.before.reshape(rows, -1, dim).chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).reshape(rows, -1)
+    check("rope_append", "q, " + dtype, q, turned(q))
+    for name, cache, given in zip("kv", caches, (turned(k), v.before)):
+        want = cache.before.clone()
+        want[place.x.long()] = given
+        check("rope_append", name + ", " + dtype, cache, want, DTYPES[dtype][2])
 
 
 def moves(rows, width, dtype):
@@ -277,7 +296,7 @@ def sample(rows, vocab):
             u = uniform(d.seed, d.sequence, d.position)
             choices = {int(order[min(int((edges <= at).sum()), len(p) - 1)]) for at in (u - 1e-6, u, u + 1e-6)}
         check("sample", "row %d" % i, torch.tensor([float(int(got[i]) in choices)]), torch.ones(1), 0)
-    check("sample", "logprob", logprob, logits.before.log_softmax(-1).gather(1, got[:, None]))
+    check("sample", "exp(logprob)", logprob.get().exp(), logits.before.softmax(-1).gather(1, got[:, None]))
 
 
 # ---- losses and the optimiser ------------------------------------------------------------------------------
@@ -437,6 +456,8 @@ def main():
         sample(rows, width)
     for rows, heads, dim in ((1, 1, 64), (37, 3, 128), (129, 2, 80)):
         rope(rows, heads, dim)
+    for dtype in DTYPES:
+        rope_append(37, 4, 2, 64, dtype)
     dropout(37, 65)
     for n in (1, 1000, 65537):
         optimiser(n)
