@@ -327,6 +327,51 @@ START_TEST(single_steps_go_on) {
 }
 END_TEST
 
+/* Makes a policy's state such as no short run has: what warnings go by, and that it has left the run. */
+static int spoil(void *user, const psoup_step *step) {
+    psoup__ppo_state *s = &(*(psoup_ppo **)user)->policies[1].state;
+    if (step->step < 2 || strcmp(step->subject, names[1]) != 0)
+        return 0;
+    for (int i = 0; i < PSOUP__MAX_WINDOW; i++) {
+        s->watch.reward[i] = 0.5 + i;
+        s->watch.deviation[i] = 1.5 + i;
+        s->watch.kl[i] = 2.5 + i;
+    }
+    s->watch.warned = 5;
+    s->failed = 1;
+    return 0;
+}
+
+/* To the last byte, what steps of so small a run show in no weight too. */
+START_TEST(the_state_is_kept_whole) {
+    const psoup_ppo_policy policies[2] = {policy(0), policy(1)};
+    psoup__ppo_state kept[2];
+    psoup_ppo *ppo;
+    run r;
+    run_begin(&r);
+    psoup_ppo_options o = ppo_options(&r);
+    o.checkpoint_every = 1;
+    o.length_correction = 1.0f;
+    o.on_step = spoil;
+    o.user = &ppo;
+    for (int again = 0; again < 2; again++) {
+        psoup_model *model = fresh(2);
+        ppo = create(model, policies, 2, &o);
+        for (int i = 0; i < 2 && !again; i++)
+            OK(psoup_ppo_step(ppo, NULL, &error));
+        for (int k = 0; k < 2; k++)
+            if (again)
+                ck_assert(memcmp(&ppo->policies[k].state, &kept[k], sizeof(kept[k])) == 0);
+            else
+                kept[k] = ppo->policies[k].state;
+        psoup_ppo_free(ppo);
+        psoup_model_free(model);
+    }
+    ck_assert(kept[0].step == 2 && kept[1].failed == 1 && kept[1].watch.warned == 5);
+    run_end(&r);
+}
+END_TEST
+
 START_TEST(other_ppo_runs_are_refused) {
     psoup_ppo_policy policies[2] = {policy(0), policy(1)};
     psoup_reward_source source = {.name = "a", .function = pay, .user = &wanted[0], .weight = 1.0f};
@@ -578,6 +623,7 @@ int main(void) {
     tcase_add_loop_test(tcase, dpo_goes_on_with_the_same_bytes, 0, 2);
     tcase_add_loop_test(tcase, policies_go_on_with_the_same_bytes, 0, 6);
     tcase_add_test(tcase, single_steps_go_on);
+    tcase_add_test(tcase, the_state_is_kept_whole);
     tcase_add_test(tcase, other_ppo_runs_are_refused);
     tcase_add_test(tcase, other_soups_are_refused);
     tcase_add_test(tcase, other_sources_of_soups_are_refused);
