@@ -113,6 +113,9 @@ START_TEST(side_by_side_is_alone) {
     size_t count[POLICIES], tokens[POLICIES];
     float *expected[POLICIES], *advantage[POLICIES];
     psoup_ppo_trace t = {.size = sizeof(t)};
+    o.steps = 4; /* and in the last a KL coefficient of its own for each, which moves so far at a target so near */
+    o.kl_horizon = 20.0f;
+    o.kl_target = 0.1f;
     o.mini_batch_size = 3;
     o.micro_batch_tokens = 40;
     o.lora_dropout = 0.1f;
