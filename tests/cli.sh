@@ -373,6 +373,8 @@ ok info m.gguf --json
 check "a model in one file" has '"parameters": 14800.*"tokenizer_tokens": null'
 no 1 'psoup merge --out DIRECTORY m.gguf=1' generate --model m.gguf --prompt x
 ok merge --out a.gguf --reference base P1A=1
+ok info a.gguf --json
+check "an adapter of another format" has '"kind": "adapter", "parameters": 256, "modules": 4'
 ok merge --base m.gguf --out m-of-gguf a.gguf=1
 no 2 'a recipe says its method itself' merge mix.yaml --method ties --out left/m
 no 2 'does what the certificate says' merge --replay m.psoup-merge.json --dtype f32 --out left/m

@@ -52,7 +52,7 @@ static psoup_json *model_json(const cli_model *m, psoup_error *error) {
     return out;
 }
 
-/* An adapter: its own configuration file, and what its weights come to. */
+/* An adapter: what its weights come to, and its own configuration file, if it has one (path). */
 static psoup_json *adapter_json(psoup_context *context, const char *directory, const char *path, psoup_error *error) {
     static const char *const kept[] = {"peft_type",
                                        "task_type",
@@ -63,9 +63,9 @@ static psoup_json *adapter_json(psoup_context *context, const char *directory, c
                                        "modules_to_save",
                                        "base_model_name_or_path"};
     psoup_json *config = NULL, *found = NULL, *out = NULL;
-    if (psoup_json_read(context, path, &config, error) != PSOUP_OK)
+    if (path && psoup_json_read(context, path, &config, error) != PSOUP_OK)
         return NULL;
-    if (psoup_json_kind(config) != PSOUP_JSON_OBJECT)
+    if (path && psoup_json_kind(config) != PSOUP_JSON_OBJECT)
         cli_error(error, PSOUP_ERROR_FORMAT, "%s: expected an object", path);
     else if (psoup_merge_inspect(context, &directory, 1, NULL, &found, error) == PSOUP_OK) {
         const psoup_json *weights = psoup_json_at(psoup_json_get(found, "adapters"), 0);
@@ -107,8 +107,8 @@ int cmd_info(int argc, char **argv) {
         {0}};
     if (!cli_parse(
             argc, argv, options,
-            "Usage: psoup info DIR\n\nDescribes a model directory or .gguf file, or an adapter directory. Either is "
-            "loaded\nand checked.\n",
+            "Usage: psoup info DIR\n\nDescribes a model or an adapter, a directory or a .gguf file, which is loaded and "
+            "checked.\n",
             &arguments, &status))
         return status;
     if (arguments.n != 1)
@@ -121,12 +121,19 @@ int cmd_info(int argc, char **argv) {
     if (!path)
         return cli_complain("out of memory"), 1;
     sprintf(path, "%s/adapter_config.json", directory);
+    size_t length = strlen(directory);
     FILE *adapter = fopen(path, "rb");
+    if (length > 5 && !strcmp(directory + length - 5, ".gguf") &&
+        psoup_context_create(NULL, &opened.context, &error) == PSOUP_OK) { /* an adapter, or else a model */
+        psoup_error no_adapter;
+        out = adapter_json(opened.context, directory, NULL, &no_adapter);
+        cli_close(&opened);
+    }
     if (adapter) {
         fclose(adapter);
         if (psoup_context_create(NULL, &opened.context, &error) == PSOUP_OK)
             out = adapter_json(opened.context, directory, path, &error);
-    } else if (cli_open(directory, NULL, dtype, 1, NULL, false, &opened, &error) == PSOUP_OK)
+    } else if (!out && cli_open(directory, NULL, dtype, 1, NULL, false, &opened, &error) == PSOUP_OK)
         out = model_json(&opened, &error);
     free(path);
     cli_close(&opened);
