@@ -235,7 +235,7 @@ static void line(const char *what, double ours[TURNS][1 + PHASES], double peers[
     if (peers[0][0] > 0)
         printf("   theirs %8.4f s   ratio %.2f (goal %.1f)\n", column(peers, 0), median(ratios), goal);
     else
-        printf("   (no torch, transformers, peft and trl)\n");
+        printf("   %s\n", from_peer == NULL ? "(no torch, transformers, peft and trl)" : "");
 }
 
 static void shares(const char *who, double rows[TURNS][1 + PHASES]) {

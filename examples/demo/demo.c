@@ -34,9 +34,9 @@ static const char usage[] =
     "  --out DIR    where the report and the data go (build/demo)\n"
     "  --seed N     of everything random (1)\n"
     "  --threads N  worker threads; 0: one per processor (0); results do not depend on it\n"
-    "  --full       three seeds, P-MORL at equal compute too, soups trained as one, and two "
+    "  --full       three seeds, P-MORL at equal compute too, soups trained as one, two "
     "preferences\n"
-    "               added afterwards\n"
+    "               added afterwards; of the first seed RLOO, GRPO, DPO and best of 4\n"
     "  --seeds N    with --full so many seeds, 1 to 3 (3)\n"
     "  --help       this\n"
     "\n"
@@ -133,6 +133,14 @@ static void check_run(checks *c, const demo_run *run) {
         check(c, p->kl_token < kl_bound, "%s%s: KL %.3f nats a token, under %.1f", symbol, where,
               p->kl_token, kl_bound);
     }
+    for (int m = 0; m < DEMO_OBJECTIVES && run->scale.objectives; m++) {
+        const demo_policy_proof *p = &run->objective_mean[m];
+        check(c, p->reward.low > 0 && p->judge.low > 0,
+              "%s%s raises the learned rewards, %+.2f [%+.2f, %+.2f], and the judge's scores, %+.2f "
+              "[%+.2f, %+.2f]",
+              demo_objectives[m], where, p->reward.mean, p->reward.low, p->reward.high, p->judge.mean,
+              p->judge.low, p->judge.high);
+    }
 }
 
 static const contest_method *find(const contest *c, const char *name) {
@@ -176,13 +184,19 @@ static demo_run *run_method(psoup_context *context, const options *o, uint64_t s
                               .morl_steps = 18,
                               .soup_after = o->full ? 12 : 0,
                               .rollouts = 128,
-                              .samples = 3};
+                              .samples = 3,
+                              .objectives = o->full && seed == o->seed};
     demo_say("\nseed %llu", (unsigned long long)seed);
     learn_base(run);
     learn_rewards(run);
     prove_rewards(run, 0, 6);
     train_policies(run, 0, 6);
     prove_policies(run, 0, 6);
+    for (int m = 0; m < DEMO_OBJECTIVES && run->scale.objectives; m++) {
+        train_objective(run, m);
+        prove_objective(run, m);
+        drop_objective(run, m);
+    }
     train_rlhf(run);
     train_mt(run);
     train_morl(run, "P-MORL", 6, run->scale.morl_steps, &run->morl_cost);

@@ -3,8 +3,8 @@
  *   world, judge    the small world, its writer, and the program that judges responses
  *   tools           memory, prompts as tokens, generation, progress
  *   learn           base model, feedback, reward models
- *   methods         the policies: RLHF, six for P-SOUPS, MT, P-MORL, the trained soups
- *   proof           reward models' agreement, what PPO did to each policy
+ *   methods         the policies: RLHF, six for P-SOUPS, MT, P-MORL, the trained soups, the other objectives'
+ *   proof           reward models' agreement, what each objective did to each policy
  *   contest         everybody's responses on held-out prompts, and who is better by how much
  *   report          the HTML page
  */
@@ -27,6 +27,7 @@ typedef struct demo_scale {
                            * their compute; 0: no soup is trained */
     int rollouts;         /* of one PPO step */
     int samples;          /* for each held-out prompt where a policy is compared with its base */
+    int objectives;       /* 1: the policies are trained by each of the other objectives too */
 } demo_scale;
 
 typedef struct demo_tokens {
@@ -65,6 +66,10 @@ typedef struct demo_policy_proof {
     double kl_token; /* nats, on the policy's own responses */
 } demo_policy_proof;
 
+/* What raises a reward beside PPO: two without a critic, one without a reward model, one that trains nothing. */
+enum { DEMO_RLOO, DEMO_GRPO, DEMO_DPO, DEMO_BEST, DEMO_OBJECTIVES, DEMO_BEST_OF = 4 };
+extern const char *const demo_objectives[DEMO_OBJECTIVES];
+
 /* One run from one seed. */
 typedef struct demo_run {
     uint64_t seed;
@@ -81,12 +86,15 @@ typedef struct demo_run {
     size_t n_train, n_held;
     size_t comparisons;
     demo_cost base_cost, feedback_cost, reward_cost, policy_cost[WORLD_PREFERENCES];
+    demo_cost objective_cost[DEMO_OBJECTIVES]; /* of all six */
     demo_cost rlhf_cost, mt_cost, morl_cost, morl_equal_cost, morl16_cost, new_cost;
     demo_cost soup_before, soup_cost, soup_equal_cost; /* the policies' until soup_after; the soups' own */
     demo_curve curves[CURVES];
     size_t n_curves;
     demo_agreement agreement[WORLD_PREFERENCES];
     demo_policy_proof proof[WORLD_PREFERENCES];
+    demo_policy_proof objective[DEMO_OBJECTIVES][6]; /* likewise; KL 0 where nothing was trained */
+    demo_policy_proof objective_mean[DEMO_OBJECTIVES]; /* over the six */
     double factors_error;      /* ‖factors − delta‖ / ‖delta‖, the mean over users */
     struct demo_block *blocks; /* memory that lives as long as the run */
 } demo_run;
@@ -112,6 +120,9 @@ typedef struct demo_response {
 } demo_response;
 demo_response *demo_generate(demo_run *run, const demo_tokens *prompts, const float *const *mixes,
                              size_t n, uint64_t seed);
+/* Of `of` answers of the base to each prompt the one that the reward model scores highest. */
+demo_response *demo_best(demo_run *run, const demo_tokens *prompts, size_t n, psoup_reward *reward,
+                         int of, uint64_t seed);
 demo_estimate demo_interval(const double *values, size_t n); /* mean ± 1.96 standard errors */
 void demo_count(demo_run *run, demo_cost *cost, double passes, int64_t tokens); /* passes of 2 P */
 
@@ -135,6 +146,10 @@ void learn_new_rewards(demo_run *run); /* of P3C and P3D; and told by prompt ove
 
 /* ---- methods ---- */
 void train_policies(demo_run *run, int from, int to); /* side by side, "P1A" … */
+/* The six policies by another objective, as adapters "RLOO P1A" …; and without them again. */
+void train_objective(demo_run *run, int objective);
+void drop_objective(demo_run *run, int objective);
+const char *objective_adapter(int objective, int k, char name[32]);
 void train_rlhf(demo_run *run);
 void train_mt(demo_run *run);
 /* P-MORL over all users of the first n_preferences preferences. */
@@ -148,6 +163,7 @@ void merge_factors(demo_run *run);
 /* ---- proof ---- */
 void prove_rewards(demo_run *run, int from, int to);
 void prove_policies(demo_run *run, int from, int to);
+void prove_objective(demo_run *run, int objective);
 
 /* ---- contest ---- */
 enum { CONTEST_METHODS = 11, CONTEST_USERS = 16 };

@@ -21,8 +21,10 @@ static void add_adapter(demo_run *run, const char *name, uint64_t seed) {
 /* What the trainer's reports are gathered into. */
 typedef struct watch {
     demo_run *run;
+    psoup_objective objective;
+    const char *names[WORLD_PREFERENCES];
     demo_cost *costs[WORLD_PREFERENCES];
-    demo_curve *curves[WORLD_PREFERENCES];
+    demo_curve *curves[WORLD_PREFERENCES]; /* PPO's */
     double prompt_tokens; /* of a rollout, on average */
     double scored_tokens; /* of the prompts its reward models read, likewise */
     double reward_passes; /* reward models that read a response */
@@ -57,9 +59,9 @@ static int watch_step(void *user, const psoup_step *step) {
     watch *w = user;
     for (size_t i = 0; i < w->n && !strcmp(step->phase, "train"); i++) {
         demo_curve *curve = w->curves[i];
-        if (strcmp(curve->name, step->subject))
+        if (strcmp(w->names[i], step->subject))
             continue;
-        if (curve->n < CURVE_POINTS) {
+        if (curve && curve->n < CURVE_POINTS) {
             curve->reward[curve->n] = metric(step, "reward");
             curve->kl[curve->n++] = metric(step, "kl_token");
         }
@@ -90,6 +92,10 @@ static void run_ppo(demo_run *run, const psoup_ppo_policy *policies, size_t n, i
     psoup_ppo_options options = PSOUP_PPO_OPTIONS_INIT;
     double begun = demo_now();
     options.steps = steps;
+    options.objective = w->objective;
+    options.group_size = 4;
+    if (w->objective == PSOUP_OBJECTIVE_GRPO) /* by its own deviation a group that hardly differs weighs most */
+        options.scale_rewards = PSOUP_SCALE_BATCH;
     options.batch_size = run->scale.rollouts;
     options.ppo_epochs = 4;
     options.learning_rate = 8e-4f;
@@ -102,8 +108,10 @@ static void run_ppo(demo_run *run, const psoup_ppo_policy *policies, size_t n, i
     options.user = w;
     w->run = run;
     w->n = n;
-    for (size_t i = 0; i < n; i++)
-        w->curves[i] = new_curve(run, policies[i].adapter);
+    for (size_t i = 0; i < n; i++) {
+        w->names[i] = policies[i].adapter;
+        w->curves[i] = w->objective == PSOUP_OBJECTIVE_PPO ? new_curve(run, policies[i].adapter) : NULL;
+    }
     double tokens = 0, scored = 0, inputs = 0, count = (double)policies[0].n_prompts;
     for (size_t j = 0; j < policies[0].n_prompts; j++) {
         const psoup_ppo_prompt *prompt = &policies[0].prompts[j];
@@ -145,6 +153,17 @@ static psoup_ppo_prompt *ppo_prompts(demo_run *run, const int32_t *preferences, 
     return prompts;
 }
 
+/* The policy of preference k as this adapter, which is new. */
+static psoup_ppo_policy own_policy(demo_run *run, const char *adapter, int32_t k) {
+    add_adapter(run, adapter, (uint64_t)k);
+    return (psoup_ppo_policy){.adapter = adapter,
+                              .rewards = &run->rewards[k],
+                              .n_rewards = 1,
+                              .prompts = ppo_prompts(run, &k, 1),
+                              .n_prompts = run->n_train,
+                              .seed = run->seed * 100 + (uint64_t)k};
+}
+
 void train_policies(demo_run *run, int from, int to) {
     psoup_ppo_policy policies[WORLD_PREFERENCES];
     watch w = {.keep_at = from ? 0 : run->scale.soup_after};
@@ -152,14 +171,7 @@ void train_policies(demo_run *run, int from, int to) {
     double begun = demo_now();
     for (size_t i = 0; i < n; i++) {
         int32_t k = from + (int32_t)i;
-        const char *symbol = world_preferences[k].symbol;
-        add_adapter(run, symbol, (uint64_t)k);
-        policies[i] = (psoup_ppo_policy){.adapter = symbol,
-                                         .rewards = &run->rewards[k],
-                                         .n_rewards = 1,
-                                         .prompts = ppo_prompts(run, &k, 1),
-                                         .n_prompts = run->n_train,
-                                         .seed = run->seed * 100 + (uint64_t)k};
+        policies[i] = own_policy(run, world_preferences[k].symbol, k);
         w.costs[i] = &run->policy_cost[k];
     }
     run_ppo(run, policies, n, run->scale.policy_steps, &w);
@@ -246,6 +258,104 @@ void train_soup(demo_run *run, const char *name, int from, int steps, demo_cost 
     run_ppo(run, &policy, 1, steps, &w);
     demo_say("soup      trained as one for %d steps, from the policies after %d, %.0f s", steps,
              from ? from : run->scale.policy_steps, cost->seconds);
+}
+
+/* ---- the other objectives ------------------------------------------------------------------------- */
+
+const char *const demo_objectives[DEMO_OBJECTIVES] = {"RLOO", "GRPO", "DPO", "best of 4"};
+
+const char *objective_adapter(int objective, int k, char name[32]) {
+    snprintf(name, 32, "%s %s", demo_objectives[objective], world_preferences[k].symbol);
+    return name;
+}
+
+static int watch_dpo(void *user, const psoup_step *step) {
+    demo_cost *cost = user;
+    cost->updates += !strcmp(step->phase, "train");
+    return demo_progress(NULL, step->subject, step->step, step->total);
+}
+
+/* From the comparisons that the reward models were trained on, DPO_PAIRS of each preference. */
+enum { DPO_PAIRS = 3840 };
+static void train_dpo(demo_run *run, const char *const *adapters) {
+    psoup_error error;
+    psoup_jsonl_reader *reader;
+    psoup_json *row;
+    demo_cost *cost = &run->objective_cost[DEMO_DPO];
+    psoup_dpo_pair *pairs = demo_take(run, 6 * DPO_PAIRS * sizeof *pairs);
+    size_t n = 0, of[6] = {0};
+    int64_t tokens = 0;
+    char path[1024];
+    snprintf(path, sizeof path, "%s/feedback.jsonl", run->directory);
+    must(psoup_jsonl_open(run->context, path, &reader, &error), &error);
+    for (;; psoup_json_free(row)) {
+        must(psoup_jsonl_next(reader, &row, &error), &error);
+        if (!row)
+            break;
+        const char *symbol = psoup_json_string(psoup_json_get(row, "preference"), "");
+        int32_t k = 0;
+        while (k < 6 && strcmp(symbol, world_preferences[k].symbol))
+            k++;
+        if (k == 6 || of[k]++ >= DPO_PAIRS)
+            continue;
+        const char *better = psoup_json_string(psoup_json_get(row, "completion_a"), "");
+        const char *worse = psoup_json_string(psoup_json_get(row, "completion_b"), "");
+        demo_tokens prompt = demo_encode(run, psoup_json_string(psoup_json_get(row, "user_input"), ""));
+        demo_tokens none = {NULL, 0};
+        demo_tokens a = demo_join(run, none, demo_encode(run, better), 1);
+        demo_tokens b = demo_join(run, none, demo_encode(run, worse), 1);
+        pairs[n++] = (psoup_dpo_pair){.prompt = prompt.ids,
+                                      .n_prompt = prompt.n,
+                                      .chosen = a.ids,
+                                      .n_chosen = a.n,
+                                      .rejected = b.ids,
+                                      .n_rejected = b.n,
+                                      .policy = k};
+        tokens += (int64_t)(2 * prompt.n + a.n + b.n);
+    }
+    psoup_jsonl_reader_free(reader);
+
+    psoup_dpo_options options = PSOUP_DPO_OPTIONS_INIT;
+    options.batch_size = 32;
+    options.learning_rate = 3e-4f;
+    options.beta = 1.0f; /* with less it learns to write what nobody asked for: these pairs are not its own */
+    options.warmup_steps = 10;
+    options.seed = run->seed;
+    options.on_step = watch_dpo;
+    options.user = cost;
+    must(psoup_dpo(run->model, adapters, 6, pairs, n, NULL, 0, &options, &error), &error);
+    demo_count(run, cost, 3, tokens); /* the reference's, and the policy's there and back */
+}
+
+void train_objective(demo_run *run, int objective) {
+    psoup_ppo_policy policies[6];
+    const char *adapters[6];
+    char names[6][32];
+    demo_cost *cost = &run->objective_cost[objective];
+    watch w = {.objective = objective == DEMO_RLOO ? PSOUP_OBJECTIVE_RLOO : PSOUP_OBJECTIVE_GRPO};
+    double begun = demo_now();
+    if (objective == DEMO_BEST) {
+        demo_say("%s of the base's answers, by the reward models", demo_objectives[objective]);
+        return;
+    }
+    for (int k = 0; k < 6; k++) {
+        policies[k] = own_policy(run, adapters[k] = objective_adapter(objective, k, names[k]), k);
+        w.costs[k] = cost;
+    }
+    if (objective == DEMO_DPO)
+        train_dpo(run, adapters);
+    else
+        run_ppo(run, policies, 6, run->scale.policy_steps, &w);
+    cost->seconds = demo_now() - begun;
+    demo_say("%-9s six policies side by side, %.0f GFLOP, %.0f s", demo_objectives[objective], 1e-9 * cost->flop,
+             cost->seconds);
+}
+
+void drop_objective(demo_run *run, int objective) {
+    psoup_error error;
+    char name[32];
+    for (int k = 0; k < 6 && objective != DEMO_BEST; k++)
+        must(psoup_model_remove_adapter(run->model, objective_adapter(objective, k, name), &error), &error);
 }
 
 /* ---- multi-task

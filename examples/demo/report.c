@@ -258,6 +258,27 @@ static void proofs(FILE *f, const demo_run *run) {
     fputs("</table></section>", f);
 }
 
+static void objectives(FILE *f, const demo_run *run) {
+    fputs("<section><h2>The same by other objectives</h2><p class=soft>Held-out prompts as above: what each "
+          "is above the base by the learned reward and by the judge, with paired 95 % intervals. RLOO and "
+          "GRPO have as many rollouts and updates as PPO; DPO learns from the reward models' comparisons and "
+          "never sees those models; best of 4 trains nothing and asks them.</p><table><tr><th>preference"
+          "<th>PPO: reward<th>judge", f);
+    for (int m = 0; m < DEMO_OBJECTIVES; m++)
+        fprintf(f, "<th>%s: reward<th>judge", demo_objectives[m]);
+    fputs("</tr>", f);
+    for (int k = 0; k < 6; k++) {
+        fprintf(f, "<tr><td><b>%s</b></td>", world_preferences[k].symbol);
+        for (int m = -1; m < DEMO_OBJECTIVES; m++) {
+            const demo_policy_proof *p = m < 0 ? &run->proof[k] : &run->objective[m][k];
+            fprintf(f, "<td>%+.2f<small>%+.2f to %+.2f</small></td><td>%+.2f<small>%+.2f to %+.2f</small></td>",
+                    p->reward.mean, p->reward.low, p->reward.high, p->judge.mean, p->judge.low, p->judge.high);
+        }
+        fputs("</tr>", f);
+    }
+    fputs("</table></section>", f);
+}
+
 void report_write(const char *path, const demo_run *run, const contest *eight, const contest *more,
                   const demo_check *checks, size_t n_checks, double seconds) {
     FILE *f = fopen(path, "w");
@@ -287,6 +308,8 @@ void report_write(const char *path, const demo_run *run, const contest *eight, c
         "that no training prompt asked. The pale rows are controls: they meet the others "
         "but do not count as anybody's opponents.");
     proofs(f, run);
+    if (run->scale.objectives)
+        objectives(f, run);
     curves(f, run);
     if (more)
         contest_sections(f, more, "Two preferences come later",

@@ -160,18 +160,42 @@ float *demo_mix(demo_run *run, const char *const *adapters, size_t n) {
     return mix;
 }
 
+static demo_response read_answer(demo_run *run, psoup_completion c) {
+    psoup_error error;
+    char text[8 * WORLD_TEXT];
+    size_t length;
+    int32_t *ids = demo_take(run, (c.n + 1) * sizeof *ids);
+    memcpy(ids, c.tokens, c.n * sizeof *ids);
+    must(psoup_tokenizer_decode(run->tokenizer, ids, c.n, 1, text, sizeof text - 1, &length, &error),
+         &error);
+    length = length < sizeof text ? length : sizeof text - 1;
+    char *kept = demo_take(run, length + 1);
+    memcpy(kept, text, length);
+    return (demo_response){{ids, c.n}, kept};
+}
+
+static psoup_sampling sampling_of(uint64_t seed) {
+    psoup_sampling sampling = PSOUP_SAMPLING_INIT;
+    sampling.max_new_tokens = 48;
+    sampling.seed = seed;
+    return sampling;
+}
+
+static psoup_session_options session_options(void) {
+    psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
+    session.max_sequences = 64;
+    session.max_tokens = 96;
+    return session;
+}
+
 demo_response *demo_generate(demo_run *run, const demo_tokens *prompts, const float *const *mixes,
                              size_t n, uint64_t seed) {
     psoup_error error;
     psoup_generation *generation;
     psoup_prompt *rows = demo_take(run, n * sizeof *rows);
     demo_response *responses = demo_take(run, n * sizeof *responses);
-    psoup_sampling sampling = PSOUP_SAMPLING_INIT;
-    psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
-    sampling.max_new_tokens = 48;
-    sampling.seed = seed;
-    session.max_sequences = 64;
-    session.max_tokens = 96;
+    psoup_sampling sampling = sampling_of(seed);
+    psoup_session_options session = session_options();
     for (size_t i = 0; i < n; i++)
         rows[i] = (psoup_prompt){.tokens = prompts[i].ids,
                                  .n = prompts[i].n,
@@ -179,20 +203,33 @@ demo_response *demo_generate(demo_run *run, const demo_tokens *prompts, const fl
                                  .mix = mixes ? mixes[i] : NULL};
     must(psoup_generate(run->model, rows, n, &sampling, &session, NULL, NULL, &generation, &error),
          &error);
-    for (size_t i = 0; i < n; i++) {
-        psoup_completion c = *psoup_generation_get(generation, i);
-        char text[8 * WORLD_TEXT];
-        size_t length;
-        int32_t *ids = demo_take(run, (c.n + 1) * sizeof *ids);
-        memcpy(ids, c.tokens, c.n * sizeof *ids);
-        must(psoup_tokenizer_decode(run->tokenizer, ids, c.n, 1, text, sizeof text - 1, &length,
-                                    &error),
-             &error);
-        length = length < sizeof text ? length : sizeof text - 1;
-        char *kept = demo_take(run, length + 1);
-        memcpy(kept, text, length);
-        responses[i] = (demo_response){{ids, c.n}, kept};
-    }
+    for (size_t i = 0; i < n; i++)
+        responses[i] = read_answer(run, *psoup_generation_get(generation, i));
+    psoup_generation_free(generation);
+    return responses;
+}
+
+demo_response *demo_best(demo_run *run, const demo_tokens *prompts, size_t n, psoup_reward *reward,
+                         int of, uint64_t seed) {
+    psoup_error error;
+    psoup_generation *generation;
+    psoup_prompt *rows = demo_take(run, n * sizeof *rows);
+    demo_response *responses = demo_take(run, n * sizeof *responses);
+    int32_t *chosen = demo_take(run, n * sizeof *chosen);
+    psoup_sampling sampling = sampling_of(seed);
+    psoup_session_options session = session_options();
+    psoup_best_options options = PSOUP_BEST_OPTIONS_INIT;
+    options.n = of;
+    options.rewards = &reward;
+    options.n_rewards = 1;
+    for (size_t i = 0; i < n; i++)
+        rows[i] = (psoup_prompt){.tokens = prompts[i].ids, .n = prompts[i].n, .sequence = i};
+    must(psoup_best_of_n(run->model, rows, n, &sampling, &session, &options, &generation, chosen,
+                         NULL, &error),
+         &error);
+    for (size_t i = 0; i < n; i++)
+        responses[i] = read_answer(
+            run, *psoup_generation_get(generation, i * (size_t)of + (size_t)chosen[i]));
     psoup_generation_free(generation);
     return responses;
 }
