@@ -480,6 +480,8 @@ done
 feedback left/f.jsonl ', "judge_patience": 0.2'
 sed -i 's|"judge": \[.*\]|"judge": ["sleep", "60"]|' feedback.json
 no 1 'judge sleep: silent for 0.2 seconds' feedback --config feedback.json
+sed -i 's|"judge": \[.*\]|"judge": ["cat"]|; s|, "judge_patience": 0.2||' feedback.json
+no 1 'judge cat: none of its [0-9]* answers was understood: expected {"id"' feedback --config feedback.json
 for judge in '"none-such-judge"' '"/etc/passwd"' "\"$helpers/judge\", \"dies\"" '1' ''; do
     feedback left/f.jsonl
     sed -i "s|\"judge\": \\[.*\\]|\"judge\": [$judge]|" feedback.json

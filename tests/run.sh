@@ -114,6 +114,7 @@ no 1 'left: has no responses/: expected a directory of psoup run' judge --judge 
 no 2 'unexpected "--join"' run psoups --config run.json --join
 no 1 'judge' judge --judge none-such-judge --out left/d psoups pp
 no 1 'judge sleep: silent for 0.2 seconds' judge --judge sleep --judge 60 --patience 0.2 --out left/d psoups pp
+no 1 'judge cat: none of its 48 answers was understood' judge --judge cat --out left/d psoups pp
 no 1 'patience of -1 seconds' judge --judge sleep --judge 60 --patience -1 --out left/d psoups pp
 # where duels cannot go is known before the judge is asked
 no 1 'left/no/d: cannot create' judge --judge "$helpers/judge" --judge dies --out left/no/d psoups pp

@@ -38,6 +38,13 @@ psoup_status cli_error(psoup_error *error, psoup_status status, const char *form
     return status;
 }
 
+psoup_status cli_misunderstood(const char *judge, size_t answers, psoup_error *error) {
+    return cli_error(error, PSOUP_ERROR_FORMAT,
+                     "judge %s: none of its %zu answers was understood: expected {\"id\": N, \"verdict\": \"a\", \"b\" or "
+                     "\"tie\"}",
+                     judge, answers);
+}
+
 void cli_log(void *user, psoup_log_level level, const char *line) {
     (void)user;
     if (launch_rank() > 0) /* rank 0 says the same */

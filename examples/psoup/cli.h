@@ -67,6 +67,8 @@ int cli_complain(const char *format, ...); /* the same from a format; returns 2 
 __attribute__((format(printf, 3, 4)))
 #endif
 psoup_status cli_error(psoup_error *error, psoup_status status, const char *format, ...);
+/* Of a judge of whose answers none says a verdict. */
+psoup_status cli_misunderstood(const char *judge, size_t answers, psoup_error *error);
 void cli_log(void *user, psoup_log_level level, const char *line); /* for psoup_context_options */
 
 /* A progress bar on standard error, only where that is a terminal. */

@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 typedef struct feedback_run {
     const char *model, *tokenizer, *device, *dtype, *prompts, *preferences, *output, *template, *mix;
@@ -139,6 +140,11 @@ static psoup_status feedback(const feedback_run *run, const sampling_config *can
         options.progress = c->json ? NULL : cli_progress;
         status = psoup_feedback(m.model, m.tokenizer, preferences, instructions,
                                 psoup_json_size(rows), judge, &options, run->output, counts, error);
+        size_t asked = psoup_json_size(rows) * psoup_preferences_count(preferences);
+        if (status == PSOUP_OK && counts->unparsed == asked) { /* a judge that speaks otherwise */
+            unlink(run->output);
+            status = cli_misunderstood(psoup_json_string(psoup_json_at(run->judge, 0), ""), asked, error);
+        }
     }
     psoup_judge_free(judge);
     psoup_preferences_free(preferences);

@@ -197,6 +197,11 @@ static psoup_status ask(const judge_args *a, psoup_context *context, const psoup
     if (status == PSOUP_OK)
         status = psoup_judge_duels(judge, preferences, (const char *const *)d->prompts, d->responses[0],
                                    d->responses[1], d->duels, d->n, a->swap, verdicts, helpful, error);
+    size_t unparsed = 0;
+    for (size_t i = 0; status == PSOUP_OK && i + 1 < total; i++)
+        unparsed += verdicts[i] == PSOUP_UNPARSED;
+    if (status == PSOUP_OK && unparsed > 0 && unparsed + 1 == total)
+        status = cli_misunderstood(words[0], unparsed, error);
     if (status == PSOUP_OK)
         status = write_duels(preferences, d, verdicts, helpful, writer, error);
     psoup_jsonl_writer_free(writer);
