@@ -236,7 +236,7 @@ START_TEST(logits_that_cannot_be_mixed_are_refused) {
                      PSOUP_ERROR_UNSUPPORTED);
     ck_assert_ptr_nonnull(strstr(error.message, "row 0: gradients of mixed logits are not made"));
     for (int i = ADAPTERS; i < 33; i++) {
-        char name[16];
+        char name[32];
         psoup_adapter_options adapter = PSOUP_ADAPTER_OPTIONS_INIT;
         adapter.rank = 1;
         snprintf(name, sizeof name, "n%d", i);
