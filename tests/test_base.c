@@ -4,7 +4,9 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/base.h"
 #include "psoup/psoup.h"
@@ -235,6 +237,60 @@ START_TEST(memory) {
 }
 END_TEST
 
+static void *dirty_alloc(void *user, size_t bytes, size_t alignment) {
+    void *block = aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    (void)user;
+    return block ? memset(block, 0xa5, bytes) : NULL;
+}
+
+static void dirty_free(void *user, void *block) {
+    (void)user;
+    free(block);
+}
+
+static bool all_zero(const unsigned char *bytes, size_t n) { return bytes[0] == 0 && !memcmp(bytes, bytes + 1, n - 1); }
+
+/* Zero also where it was used before, of the system's and of a caller's allocator. */
+START_TEST(large_memory) {
+    const size_t n = ((size_t)40 << 20) + 4097;
+    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    for (int own = 0; own < 2; own++) {
+        psoup_context *context;
+        if (own)
+            options.allocator = (psoup_allocator){NULL, dirty_alloc, dirty_free};
+        ck_assert_int_eq(psoup_context_create(&options, &context, NULL), PSOUP_OK);
+        for (size_t more = 0; more < 3; more++) {
+            unsigned char *bytes = psoup__alloc(context, n + more, 1, NULL);
+            ck_assert(all_zero(bytes, n + more));
+            memset(bytes, 0xa5, n + more);
+            psoup__free(context, bytes);
+        }
+        psoup_context_free(context);
+    }
+}
+END_TEST
+
+#ifdef __linux__
+static long resident(void) {
+    long pages[2] = {0};
+    FILE *file = fopen("/proc/self/statm", "r");
+    ck_assert(file != NULL && fscanf(file, "%ld %ld", &pages[0], &pages[1]) == 2);
+    fclose(file);
+    return pages[1] * sysconf(_SC_PAGESIZE);
+}
+
+/* What nobody has touched takes none. */
+START_TEST(large_memory_is_had_when_touched) {
+    const size_t n = (size_t)512 << 20;
+    const long before = resident();
+    char *bytes = psoup__alloc(NULL, n, 1, NULL);
+    ck_assert(bytes != NULL);
+    ck_assert_int_lt(resident() - before, (long)n / 2);
+    psoup__free(NULL, bytes);
+}
+END_TEST
+#endif
+
 START_TEST(maps) {
     psoup_context *context = context_with(NULL, 1);
     psoup__map *map;
@@ -373,6 +429,10 @@ int main(void) {
     tcase_add_test(c, option_structs_end_without_padding);
     tcase_add_test(c, contexts);
     tcase_add_test(c, memory);
+    tcase_add_test(c, large_memory);
+#ifdef __linux__
+    tcase_add_test(c, large_memory_is_had_when_touched);
+#endif
     tcase_add_test(c, maps);
     tcase_add_test(c, threads);
     tcase_add_test(c, threads_really_work);

@@ -34,10 +34,29 @@ static void *system_alloc(size_t bytes) {
     return memory;
 }
 
+/* A large block of the system's becomes zero by giving its pages back, to be had again, empty, when they are first
+ * touched: a cache of keys and values takes what is used of it (a session of 32 sequences of 4096 tokens; dim 256, 6 layers:
+ * 64 MB and 2 ms instead of 1.6 GB and 0.1 s), and what is read into a block does not pass through it twice. */
+static void clear(void *memory, size_t bytes, bool system) {
+    size_t gone = 0;
+#ifdef __linux__
+    if (system && bytes >= HUGE_FROM) {
+        volatile char *first = memory;
+        *first = 1; /* stays where an allocator's memory is a file's, of which pages come back as they were */
+        gone = bytes / HUGE_PAGE * HUGE_PAGE;
+        if (madvise(memory, gone, MADV_DONTNEED) != 0 || *first != 0)
+            gone = 0;
+    }
+#endif
+    memset((char *)memory + gone, 0, bytes - gone);
+}
+
+static bool allocates(const psoup_context *context) { return context != NULL && context->allocator.alloc != NULL; }
+
 void *psoup__alloc(psoup_context *context, size_t count, size_t size, psoup_error *error) {
     void *memory = psoup__alloc_unset(context, count, size, error);
     if (memory != NULL)
-        memset(memory, 0, count * size);
+        clear(memory, count * size, !allocates(context));
     return memory;
 }
 
@@ -48,9 +67,8 @@ void *psoup__alloc_unset(psoup_context *context, size_t count, size_t size, psou
         return NULL;
     }
     bytes += bytes == 0;
-    void *memory = context != NULL && context->allocator.alloc != NULL
-                       ? context->allocator.alloc(context->allocator.user, bytes, ALIGNMENT)
-                       : system_alloc(bytes);
+    void *memory = allocates(context) ? context->allocator.alloc(context->allocator.user, bytes, ALIGNMENT)
+                                      : system_alloc(bytes);
     if (memory == NULL)
         psoup__out_of_memory(error, bytes);
     return memory;
