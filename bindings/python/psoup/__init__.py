@@ -12,13 +12,15 @@ from .best import *  # noqa: F403
 from .comm import *  # noqa: F403
 from .context import *  # noqa: F403
 from .data import *  # noqa: F403
+from .direct import *  # noqa: F403
 from .errors import *  # noqa: F403
 from .evaluation import *  # noqa: F403
 from .history import *  # noqa: F403
 from .merging import *  # noqa: F403
 from .model import *  # noqa: F403
-from .runs import *  # noqa: F403
+from .policies import *  # noqa: F403
+from .rewards import *  # noqa: F403
+from .supervised import *  # noqa: F403
 from .tokenizer import *  # noqa: F403
-from .training import *  # noqa: F403
 
 __version__ = version()  # noqa: F405

@@ -9,8 +9,9 @@ from . import _abi
 from ._library import call_long, lib, new
 from .arrays import empty, pointer_of
 from .model import Completion, Method, Mix, Model, Prompt, Tokens, _completions, sampling_of
+from .policies import Policy, PpoPrompt, Rewards, _named, _ppo_prompts, _reward_callback, _sources
+from .rewards import Reward, _rewards
 from .tokenizer import Tokenizer
-from .training import Policy, PpoPrompt, Reward, Rewards, _named, _ppo_prompts, _reward_callback, _rewards, _sources
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, 
 from . import _abi
 from ._library import Handle, call, call_long, callback, create, encoded, lib, new, progress_callback, record, \
     text, texts
-from .arrays import floats
 from .context import Context, default_context
 from .errors import ArgumentError, OutOfMemoryError
 from .model import Method, Mix, Model, method_of, sampling_of
