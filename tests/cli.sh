@@ -521,6 +521,8 @@ check "the base has learned" better "$(sum)" "$before"
 ok generate --model sft-base --prompt "Why?" $sample
 sft() { put bad.json "{\"model\": \"base\", \"output\": \"left/s\", $1}"; }
 put odd.jsonl '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n'
+put self.json '{"model": "base", "data": "sft.jsonl", "output": "./base/", "adapter": "a"}'
+no 1 "^psoup: self.json: output \"./base/\" is the model's own directory: expected another\$" sft --config self.json
 sft '"data": "none.jsonl"'; no 1 'none.jsonl' sft --config bad.json
 sft '"data": "odd.jsonl"'; no 1 'odd.jsonl: row 2: "completion"' sft --config bad.json
 sft '"data": "empty.jsonl"'; no 1 'empty.jsonl: no rows' sft --config bad.json

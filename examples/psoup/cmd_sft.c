@@ -4,6 +4,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 typedef struct sft_run {
     const char *model, *tokenizer, *device, *dtype, *data, *validation, *output, *adapter, *init, *template;
@@ -68,6 +69,11 @@ static psoup_status read_examples(const sft_run *run, const cli_model *m, const 
     return status;
 }
 
+static bool same_directory(const char *a, const char *b) {
+    struct stat one, other;
+    return stat(a, &one) == 0 && stat(b, &other) == 0 && one.st_dev == other.st_dev && one.st_ino == other.st_ino;
+}
+
 static psoup_status sft(sft_run *run, const char *config_path, const plan_options *plan, psoup_error *error) {
     psoup_memory memory = {.size = sizeof memory};
     cli_model m = {0};
@@ -84,6 +90,9 @@ static psoup_status sft(sft_run *run, const char *config_path, const plan_option
         status = run_open_ranks(run->model, run->tokenizer, run->device, run->dtype, run->threads, &m, error);
     if (status == PSOUP_OK)
         status = run_check_output(run->output, config_path, plan, error);
+    if (status == PSOUP_OK && same_directory(run->output, run->model))
+        status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: output \"%s\" is the model's own directory: expected another",
+                           config_path, run->output);
     if (status == PSOUP_OK && run->init && !run->adapter)
         status = cli_error(error, PSOUP_ERROR_ARGUMENT, "%s: \"init\" needs an \"adapter\"",
                            config_path);
