@@ -108,6 +108,8 @@ double demo_now(void); /* seconds */
 void demo_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 int demo_progress(void *user, const char *label, int64_t done,
                   int64_t total); /* a psoup_progress_fn */
+psoup_jsonl_reader *demo_open(demo_run *run, const char *name); /* rows that the run wrote, as "feedback" */
+psoup_json *demo_next(psoup_jsonl_reader *reader);              /* NULL: there are no more */
 demo_tokens demo_encode(demo_run *run, const char *text);
 /* The filled template with n preference prompts (indices) joined. */
 demo_tokens demo_prompt(demo_run *run, const world_prompt *prompt, const int32_t *preferences,

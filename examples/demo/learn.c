@@ -157,16 +157,8 @@ static void append(demo_run *run, comparison_list *list, demo_tokens prompt, dem
 
 static void read_feedback(demo_run *run, const char *name, int first, int told,
                           comparison_list *list) {
-    psoup_error error;
-    psoup_jsonl_reader *reader;
-    psoup_json *row;
-    char path[1024];
-    snprintf(path, sizeof path, "%s/%s.jsonl", run->directory, name);
-    must(psoup_jsonl_open(run->context, path, &reader, &error), &error);
-    for (;;) {
-        must(psoup_jsonl_next(reader, &row, &error), &error);
-        if (!row)
-            break;
+    psoup_jsonl_reader *reader = demo_open(run, name);
+    for (psoup_json *row; (row = demo_next(reader)); psoup_json_free(row)) {
         const char *symbol = psoup_json_string(psoup_json_get(row, "preference"), "");
         int32_t reward = 0;
         for (int k = 0; !told && k < WORLD_PREFERENCES; k++)
@@ -176,7 +168,6 @@ static void read_feedback(demo_run *run, const char *name, int first, int told,
             run, list, demo_encode(run, psoup_json_string(psoup_json_get(row, "user_input"), "")),
             demo_encode(run, psoup_json_string(psoup_json_get(row, "completion_a"), "")),
             demo_encode(run, psoup_json_string(psoup_json_get(row, "completion_b"), "")), reward);
-        psoup_json_free(row);
     }
     psoup_jsonl_reader_free(reader);
 }

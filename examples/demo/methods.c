@@ -279,19 +279,12 @@ static int watch_dpo(void *user, const psoup_step *step) {
 enum { DPO_PAIRS = 3840 };
 static void train_dpo(demo_run *run, const char *const *adapters) {
     psoup_error error;
-    psoup_jsonl_reader *reader;
-    psoup_json *row;
     demo_cost *cost = &run->objective_cost[DEMO_DPO];
     psoup_dpo_pair *pairs = demo_take(run, 6 * DPO_PAIRS * sizeof *pairs);
     size_t n = 0, of[6] = {0};
     int64_t tokens = 0;
-    char path[1024];
-    snprintf(path, sizeof path, "%s/feedback.jsonl", run->directory);
-    must(psoup_jsonl_open(run->context, path, &reader, &error), &error);
-    for (;; psoup_json_free(row)) {
-        must(psoup_jsonl_next(reader, &row, &error), &error);
-        if (!row)
-            break;
+    psoup_jsonl_reader *reader = demo_open(run, "feedback");
+    for (psoup_json *row; (row = demo_next(reader)); psoup_json_free(row)) {
         const char *symbol = psoup_json_string(psoup_json_get(row, "preference"), "");
         int32_t k = 0;
         while (k < 6 && strcmp(symbol, world_preferences[k].symbol))
@@ -371,19 +364,12 @@ static int watch_sft(void *user, const psoup_step *step) {
 /* Supervised, on the judged-better positive of every pair with its one preference prompt. */
 void train_mt(demo_run *run) {
     psoup_error error;
-    psoup_jsonl_reader *reader;
-    psoup_json *row;
     double begun = demo_now();
     psoup_example *examples = demo_take(run, run->comparisons * sizeof *examples);
     size_t n = 0;
     int64_t tokens = 0;
-    char path[1024];
-    snprintf(path, sizeof path, "%s/feedback.jsonl", run->directory);
-    must(psoup_jsonl_open(run->context, path, &reader, &error), &error);
-    for (;; psoup_json_free(row)) {
-        must(psoup_jsonl_next(reader, &row, &error), &error);
-        if (!row)
-            break;
+    psoup_jsonl_reader *reader = demo_open(run, "feedback");
+    for (psoup_json *row; (row = demo_next(reader)); psoup_json_free(row)) {
         if (strcmp(psoup_json_string(psoup_json_get(row, "kind"), ""), "positive-positive"))
             continue;
         demo_tokens prompt =

@@ -25,17 +25,9 @@ static double share(tally t) {
 }
 
 static void prove_reward(demo_run *run, const char *name, int k) {
-    psoup_error error;
-    psoup_jsonl_reader *reader;
-    psoup_json *row;
     tally positive = {0}, neutral = {0}, negative = {0};
-    char path[1024];
-    snprintf(path, sizeof path, "%s/%s.jsonl", run->directory, name);
-    must(psoup_jsonl_open(run->context, path, &reader, &error), &error);
-    for (;; psoup_json_free(row)) {
-        must(psoup_jsonl_next(reader, &row, &error), &error);
-        if (!row)
-            break;
+    psoup_jsonl_reader *reader = demo_open(run, name);
+    for (psoup_json *row; (row = demo_next(reader)); psoup_json_free(row)) {
         const char *kind = psoup_json_string(psoup_json_get(row, "kind"), "");
         const char *a = psoup_json_string(psoup_json_get(row, "completion_a"), "");
         const char *b = psoup_json_string(psoup_json_get(row, "completion_b"), "");

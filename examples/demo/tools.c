@@ -102,6 +102,22 @@ demo_estimate demo_interval(const double *values, size_t n) {
     return (demo_estimate){mean, mean - half, mean + half};
 }
 
+psoup_jsonl_reader *demo_open(demo_run *run, const char *name) {
+    psoup_jsonl_reader *reader;
+    psoup_error error;
+    char path[1024];
+    snprintf(path, sizeof path, "%s/%s.jsonl", run->directory, name);
+    must(psoup_jsonl_open(run->context, path, &reader, &error), &error);
+    return reader;
+}
+
+psoup_json *demo_next(psoup_jsonl_reader *reader) {
+    psoup_json *row;
+    psoup_error error;
+    must(psoup_jsonl_next(reader, &row, &error), &error);
+    return row;
+}
+
 /* ---- text and tokens
  * ------------------------------------------------------------------------------- */
 
