@@ -497,6 +497,7 @@ put sft.json '{"model": "base", "data": "sft.jsonl", "validation": "sft.jsonl", 
 trains sft --config sft.json
 check "prints where it is" has '^sft-adapter$'
 check "validation on standard error" grep -q 'mt: step .* validation: loss' err
+check "whose weights are kept" grep -q "^psoup: sft: 'mt' ends with the weights of step [0-9]* of 20, the best in validation" err
 check "metrics" grep -q '"loss": [0-9]' sft-metrics.jsonl
 ok info sft-adapter --json
 check "its targets" has '"r": 2, .*"target_modules": \["q_proj", "down_proj"\]'
@@ -547,6 +548,7 @@ put reward.json '{"model": "base", "data": "comparisons.jsonl", "output": "rewar
     "rank": 2, "validation_fraction": 0.25, "max_tokens": 0}'
 trains reward --config reward.json
 check "accuracy on held-out prompts" has '^accuracy [01]\.[0-9]*, loss .* on 24 held-out comparisons'
+check "whose weights are kept" test "$(grep -c "^psoup: reward: '.*' ends with the weights of step" err)" -eq 6
 check "one for each preference" test "$(ls rewards | tr '\n' ' ')" = "P1A P1B P2A P2B P3A P3B "
 ok info rewards/P1A --json
 check "a scalar head" has '"task_type": "SEQ_CLS"'
@@ -601,6 +603,7 @@ reward '"data": "odd.jsonl"'; no 1 '"../x" cannot name' reward --config bad.json
 put dpo.json '{"model": "base", "data": "comparisons.jsonl", "output": "direct", "learning_rate": 0.01,
     "rank": 2, "validation_fraction": 0.25, "max_tokens": 0, "label_smoothing": 0.1}'
 trains dpo --config dpo.json
+check "whose weights are kept" test "$(grep -c "^psoup: dpo: '.*' ends with the weights of step" err)" -eq 6
 check "one for each preference" test "$(ls direct | tr '\n' ' ')" = "P1A P1B P2A P2B P3A P3B "
 check "a policy" grep -q CAUSAL_LM direct/P1A/adapter_config.json
 ok merge --base base --out m-direct direct/P1A=0.5 direct/P2A=0.5
@@ -623,6 +626,7 @@ ppo policies '{"name": "P1A", "reward": "rewards/P1A", "preference": "P1A"},
     ', "validation": "instructions.jsonl", "metrics": "ppo.jsonl"'
 trains ppo --config ppo.json
 check "both policies" test "$(ls policies | tr '\n' ' ')" = "P1A P2A "
+check "whose weights they have" test "$(grep -c "^psoup: ppo: 'P[12]A' ends with the weights of step [12] of 2, " err)" -eq 2
 check "metrics of both" test "$(grep -c '"subject": "P2A"\|"P2A"' ppo.jsonl)" -ge 2
 ok generate --model base --adapter P1A=policies/P1A --adapter P2A=policies/P2A --mix P1A=0.5,P2A=0.5 \
     --prompt "Why?" $sample

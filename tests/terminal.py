@@ -37,8 +37,8 @@ class Screen:
                 line = self.lines[self.row].ljust(self.column)
                 self.lines[self.row] = line[:self.column] + part + line[self.column + len(part):]
                 self.column += len(part)
-                # What is said before anything is drawn may go on in the next line.
-                if self.column >= COLUMNS and not self.lines[self.row].startswith("memory of "):
+                # What is said before anything is drawn, and after, may go on in the next line.
+                if self.column >= COLUMNS and not self.lines[self.row].startswith(("memory of ", "psoup: ")):
                     self.trouble = "a line of %d columns: %r" % (self.column, self.lines[self.row])
 
     def command(self, part):

@@ -3,31 +3,6 @@
 
 #include "ppo_case.h"
 
-/* ---- what the context's log was told ---------------------------------------------------------------- */
-
-typedef struct told {
-    int warnings;
-    char last[512];
-} told;
-static told heard;
-
-static void hear(void *user, psoup_log_level level, const char *line) {
-    told *t = user;
-    t->warnings += level == PSOUP_LOG_WARNING;
-    snprintf(t->last, sizeof(t->last), "%s", line);
-}
-
-static void set_up_log(void) {
-    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
-    options.threads = 2;
-    options.log = hear;
-    options.log_user = &heard;
-    OK(psoup_context_create(&options, &context, &error));
-    heard = (told){0};
-}
-
-#define SAID(words) ck_assert_msg(strstr(heard.last, words) != NULL, "\"%s\" lacks \"%s\"", heard.last, words)
-
 /* ---- guards ----------------------------------------------------------------------------------------- */
 
 /* Weights and AdamW's state of a policy. */
@@ -437,7 +412,7 @@ START_TEST(rewards_and_kl_belong_together) {
         o.warn_reward_rise = runs[i].rise_bound;
         o.warn_kl_growth = runs[i].growth_bound;
         psoup_ppo *ppo = create(model, &p, 1, &o);
-        heard = (told){0};
+        heard = (spoken){0};
         for (int t = 0; t < 24; t++) {
             see(ppo, at_step(t, runs[i].rise, runs[i].kl));
             if (t < 15)
@@ -465,7 +440,7 @@ START_TEST(one_response_tells_of_nothing) {
     psoup_ppo_options o = plain();
     o.batch_size = 1;
     psoup_ppo *ppo = create(model, &p, 1, &o);
-    heard = (told){0};
+    heard = (spoken){0};
     for (int t = 0; t < 24; t++) {
         psoup__ppo_summary s = at_step(t, 4.0 * (_i ? -1.0 : 1.0), _i ? 20.0 : 9.0);
         s.deviation = 0.0;
@@ -515,7 +490,7 @@ START_TEST(runs_are_watched_and_left_alone) {
         o.user = &last;
         o.steps = 6;
         o.warn_window = 4;
-        heard = (told){0};
+        heard = (spoken){0};
         if (_i == 0) { /* greedy, as good as: this tiny model then goes in circles */
             o.temperature = 1e-3f;
             o.max_new_tokens = o.min_new_tokens = 40;

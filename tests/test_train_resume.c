@@ -147,6 +147,44 @@ START_TEST(killed_runs_go_on) {
 }
 END_TEST
 
+static int64_t best_step;
+static double best_loss;
+
+static int note_best(void *user, const psoup_step *step) {
+    if (strcmp(step->phase, "validation") == 0 && (best_step == 0 || value_of(step, "loss") < best_loss)) {
+        best_step = step->step;
+        best_loss = value_of(step, "loss");
+    }
+    return watch_run(user, step);
+}
+
+/* Which step's weights a run ends with is told at its end, of what was seen before it was stopped too. */
+START_TEST(the_step_of_the_best_weights_is_told) {
+    char expected[128];
+    run r;
+    psoup_context_free(context);
+    set_up_log();
+    run_begin(&r);
+    for (int turn = 0; turn < 3; turn++) {
+        psoup_model *model = fresh();
+        psoup_sft_options o = options_of(&r);
+        o.learning_rate = 0.2f; /* the best is seen early */
+        o.on_step = note_best;
+        r.stop_after = turn ? 0 : 11;
+        ck_assert_int_eq(train(model, "P", &o), turn ? PSOUP_OK : PSOUP_ERROR_CANCELLED);
+        snprintf(expected, sizeof(expected), "sft: 'P' ends with the weights of step %lld of 9, the best in validation",
+                 (long long)best_step);
+        if (turn)
+            SAID(expected);
+        else
+            ck_assert_ptr_null(strstr(heard.last, "ends with"));
+        ck_assert_int_lt(best_step, 7); /* before it was stopped */
+        psoup_model_free(model);
+    }
+    run_end(&r);
+}
+END_TEST
+
 static void stopped_run(run *r) {
     psoup_model *model = fresh();
     psoup_sft_options o = options_of(r);
@@ -338,6 +376,7 @@ int main(void) {
     tcase_add_loop_test(tcase, sft_goes_on_with_the_same_bytes, 0, 2);
     tcase_add_loop_test(tcase, the_base_goes_on_with_the_same_bytes, 0, 2);
     tcase_add_test(tcase, killed_runs_go_on);
+    tcase_add_test(tcase, the_step_of_the_best_weights_is_told);
     tcase_add_test(tcase, other_runs_are_refused);
     tcase_add_test(tcase, another_version_is_refused);
     tcase_add_test(tcase, damaged_checkpoints_are_refused);

@@ -29,6 +29,30 @@ __attribute__((unused)) static void open_context(int threads) {
 __attribute__((unused)) static void set_up(void) { open_context(2); }
 __attribute__((unused)) static void tear_down(void) { psoup_context_free(context); }
 
+/* What the context's log was told. */
+typedef struct spoken {
+    int warnings;
+    char last[512];
+} spoken;
+__attribute__((unused)) static spoken heard;
+
+__attribute__((unused)) static void hear(void *user, psoup_log_level level, const char *line) {
+    spoken *t = user;
+    t->warnings += level == PSOUP_LOG_WARNING;
+    snprintf(t->last, sizeof(t->last), "%s", line);
+}
+
+__attribute__((unused)) static void set_up_log(void) {
+    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    options.threads = 2;
+    options.log = hear;
+    options.log_user = &heard;
+    OK(psoup_context_create(&options, &context, &error));
+    heard = (spoken){0};
+}
+
+#define SAID(words) ck_assert_msg(strstr(heard.last, words) != NULL, "\"%s\" lacks \"%s\"", heard.last, words)
+
 /* A pattern for mkstemp and mkdtemp. */
 __attribute__((unused)) static void temporary(char *path, size_t size) {
     const char *place = getenv("TMPDIR");

@@ -317,11 +317,12 @@ psoup_status psoup_ppo_run(psoup_ppo *ppo, psoup_error *error) {
     ppo->team.agreed = PSOUP_OK;
     while (anything_due(ppo) || steps_left(ppo) > 0)
         PSOUP__TRY(advance(ppo, &stepped, error));
-    for (size_t p = 0; p < ppo->n; p++)
-        for (size_t k = 0; k < ppo->policies[p].n_parts; k++) {
-            const psoup__part *part = &ppo->policies[p].parts[k];
-            psoup__best_restore(&part->best, ppo->model->be, part->adapter->data);
-        }
+    for (size_t p = 0; p < ppo->n; p++) {
+        const psoup__policy *policy = &ppo->policies[p];
+        for (size_t k = 0; k < policy->n_parts; k++)
+            psoup__best_restore(&policy->parts[k].best, ppo->model->be, policy->parts[k].adapter->data);
+        psoup__best_tell(&policy->parts[0].best, &ppo->team, "ppo", policy->name, policy->total);
+    }
     for (size_t p = 0; p < ppo->n; p++)
         if (ppo->policies[p].state.failed)
             return psoup__fail(error, PSOUP_ERROR_STATE,

@@ -29,6 +29,14 @@ void psoup__best_restore(const psoup__best *best, psoup__backend *be, float *p) 
         be->ops->write(be, p, best->data, best->n * sizeof(float));
 }
 
+void psoup__best_tell(const psoup__best *best, const psoup__team *team, const char *trainer, const char *subject,
+                      int64_t total) {
+    if (best->data && team->rank == 0)
+        psoup__log(team->context, PSOUP_LOG_INFO,
+                   "%s: '%s' ends with the weights of step %lld of %lld, the best in validation", trainer, subject,
+                   (long long)best->step, (long long)total);
+}
+
 void psoup__best_free(psoup__best *best, psoup_context *context) {
     psoup__free(context, best->data);
     best->data = NULL;

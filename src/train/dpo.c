@@ -272,8 +272,11 @@ static psoup_status refresh(void *state, psoup_error *error) {
 
 static void restore(void *state) {
     psoup__dpo_trainer *t = state;
-    for (size_t j = 0; j < t->n; j++)
-        psoup__best_restore(&t->learners[j].best, t->model->be, t->learners[j].adapter->data);
+    for (size_t j = 0; j < t->n; j++) {
+        const psoup__dpo_learner *l = &t->learners[j];
+        psoup__best_restore(&l->best, t->model->be, l->adapter->data);
+        psoup__best_tell(&l->best, &t->team, "dpo", l->name, l->total);
+    }
 }
 
 static psoup_status end(void *state, psoup_error *error) {

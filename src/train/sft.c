@@ -378,6 +378,7 @@ static psoup_status refresh(void *state, psoup_error *error) {
 static void restore(void *state) {
     sft *s = state;
     psoup__best_restore(&s->best, s->optimizer.be, s->optimizer.p);
+    psoup__best_tell(&s->best, &s->team, "sft", s->subject, s->total);
 }
 
 static psoup_status end(void *state, psoup_error *error) {

@@ -123,6 +123,9 @@ typedef struct psoup__best {
 psoup_status psoup__best_offer(psoup__best *best, psoup__backend *be, const float *p, size_t n,
                                double value, double tie, int64_t step, psoup_error *error);
 void psoup__best_restore(const psoup__best *best, psoup__backend *be, float *p);
+/* Rank 0's log tells of which step they are, where any were kept. */
+void psoup__best_tell(const psoup__best *best, const psoup__team *team, const char *trainer, const char *subject,
+                      int64_t total);
 void psoup__best_free(psoup__best *best, psoup_context *context);
 
 /* ---- metrics.c --------------------------------------------------------------------------------- */
