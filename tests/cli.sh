@@ -537,6 +537,10 @@ check "nothing was made" test ! -e left/s
 put again.json '{"model": "base", "data": "sft.jsonl", "output": "sft-again", "adapter": "mt", "init": "sft-adapter", "rank": 2,
     "targets": ["down_proj", "q_proj"], "max_steps": 1}'
 trains sft --config again.json
+sft '"data": "sft.jsonl", "adapter": "a", "alpha": 0'
+no 1 '^psoup: bad.json: alpha is 0; expected a finite number above 0$' sft --config bad.json
+sed 's/"lora_alpha": [0-9.]*/"lora_alpha": 0/' sft-adapter/adapter_config.json >config && cp -r sft-adapter alpha-0 && mv config alpha-0/adapter_config.json
+ok generate --model base --adapter mt=alpha-0 --mix mt=1 --prompt "Why?" $sample
 sft '"data": "sft.jsonl", "targets": ["x_proj"]'; no 1 'targets\[0\]' sft --config bad.json
 sft '"data": "sft.jsonl", "targets": []'; no 1 'targets' sft --config bad.json
 sft '"data": "sft.jsonl", "adapter": "a", "rank": 0'; no 1 'rank' sft --config bad.json

@@ -307,6 +307,11 @@ START_TEST(bad_arguments) {
     REFUSED(psoup_model_add_adapter(model, "a=b", &options, &error), PSOUP_ERROR_ARGUMENT, "a=b");
     options.rank = 0;
     REFUSED(psoup_model_add_adapter(model, "new", &options, &error), PSOUP_ERROR_ARGUMENT, "rank");
+    options.rank = 2;
+    for (int i = 0; i < 4; i++) {
+        options.alpha = (float[]){0, -1, NAN, INFINITY}[i];
+        REFUSED(psoup_model_add_adapter(model, "new", &options, &error), PSOUP_ERROR_ARGUMENT, "alpha is");
+    }
     REFUSED(psoup_model_remove_adapter(model, "new", &error), PSOUP_ERROR_ARGUMENT, "new");
     ck_assert(psoup_model_load_adapter(model, "new", "no/such/place", &error) != PSOUP_OK);
 

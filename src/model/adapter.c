@@ -115,9 +115,9 @@ static psoup_status check_options(const psoup_adapter_options *options, psoup_er
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "psoup_adapter_options: rank is %d; expected 1 … 65536",
                            (int)options->rank);
-    if (!isfinite(options->alpha))
+    if (!isfinite(options->alpha) || options->alpha <= 0) /* at 0 no gradient would reach A or B */
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                           "psoup_adapter_options: alpha is %g; expected a finite number",
+                           "psoup_adapter_options: alpha is %g; expected a finite number above 0",
                            (double)options->alpha);
     if (options->targets == 0 || (options->targets & ~(uint32_t)PSOUP_ALL_LINEAR))
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,

@@ -111,7 +111,7 @@ class LoadOptions(TypedDict, total=False):
 class AdapterOptions(TypedDict, total=False):
     # default 16
     rank: int
-    # scale = alpha / rank; default 32.0
+    # scale = alpha / rank; above 0; default 32.0
     alpha: float
     # scale = alpha / sqrt(rank) instead; default 0
     rslora: int
