@@ -578,6 +578,10 @@ ok generate --model base $A --prompts head.jsonl $sample
 check "best of one is the answer itself" cmp -s out one.jsonl
 ok generate --model base --prompt "Why?" $sample --reward rewards/P1A --best-of 3
 check "its text" test -s out
+ok generate --model base --prompt "Why?" $sample --plan --json
+planned=$(sed -n 's/.*"adapters": \([0-9]*\),.*/\1/p' out)
+ok generate --model base --prompt "Why?" $sample --reward rewards/P1A --best-of 3 --plan --json
+check "the plan counts the reward model" test "$(sed -n 's/.*"adapters": \([0-9]*\),.*/\1/p' out)" -gt "$planned"
 no 2 'expected --best-of N, at least 1, and --reward DIR together' generate --model base --prompt x --best-of 3
 scores_of() { sed -n 's/.*"scores": \[\([^]]*\)\].*/\1/p' "$1" | tr -d ' ' | tr ',' '\n'; }
 for r in "--reward rewards/P1A" "--reward rewards/P2A" "--reward rewards/P1A=0.5 --reward rewards/P2A=-2"; do

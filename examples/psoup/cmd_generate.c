@@ -256,32 +256,41 @@ static psoup_status load_reward(const char *text, size_t k, const cli_model *m, 
     return status;
 }
 
-static psoup_status best_of(const generate_args *args, const cli_model *m, const psoup_prompt *prompts, size_t n,
-                            const psoup_session_options *session, answers *out, psoup_error *error) {
-    psoup_best_options options = PSOUP_BEST_OPTIONS_INIT;
-    psoup_reward_source *sources = calloc(args->rewards.n, sizeof *sources);
+/* After the mixes were read: they have a 0 for each. Free with free_rewards, also on failure. */
+static psoup_status load_rewards(const generate_args *args, const cli_model *m, psoup_reward_source **out,
+                                 psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    out->each = (size_t)args->best_of;
-    out->chosen = calloc(n + 1, sizeof *out->chosen);
-    out->scores = calloc(n * out->each + 1, sizeof *out->scores);
-    if (!out->chosen || !out->scores || !sources)
-        status = cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
-    /* After the mixes were read: they have a 0 for each. */
+    *out = calloc(args->rewards.n + 1, sizeof **out);
+    if (!*out)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
     for (size_t k = 0; status == PSOUP_OK && k < args->rewards.n; k++)
-        status = load_reward(args->rewards.items[k], k, m, &sources[k], error);
-    options.n = args->best_of;
-    options.sources = sources;
-    options.n_sources = args->rewards.n;
-    if (status == PSOUP_OK)
-        status = psoup_best_of_n(m->model, prompts, n, &args->sampling, session, &options, &out->generation,
-                                 out->chosen, out->scores, error);
-    for (size_t k = 0; sources && k < args->rewards.n; k++)
-        psoup_reward_free(sources[k].model);
-    free(sources);
+        status = load_reward(args->rewards.items[k], k, m, &(*out)[k], error);
     return status;
 }
 
-/* Whether what is asked fits: with --best-of every prompt so often. */
+static void free_rewards(psoup_reward_source *rewards, size_t n) {
+    for (size_t k = 0; rewards && k < n; k++)
+        psoup_reward_free(rewards[k].model);
+    free(rewards);
+}
+
+static psoup_status best_of(const generate_args *args, const cli_model *m, const psoup_reward_source *rewards,
+                            const psoup_prompt *prompts, size_t n, const psoup_session_options *session, answers *out,
+                            psoup_error *error) {
+    psoup_best_options options = PSOUP_BEST_OPTIONS_INIT;
+    out->each = (size_t)args->best_of;
+    out->chosen = calloc(n + 1, sizeof *out->chosen);
+    out->scores = calloc(n * out->each + 1, sizeof *out->scores);
+    if (!out->chosen || !out->scores)
+        return cli_error(error, PSOUP_ERROR_MEMORY, "out of memory");
+    options.n = args->best_of;
+    options.sources = rewards;
+    options.n_sources = args->rewards.n;
+    return psoup_best_of_n(m->model, prompts, n, &args->sampling, session, &options, &out->generation, out->chosen,
+                           out->scores, error);
+}
+
+/* Whether what is asked fits: with --best-of every prompt so often, beside the reward models. */
 static psoup_status check_memory(const generate_args *args, const cli_model *m, const psoup_prompt *prompts, size_t n,
                                  const psoup_session_options *session, psoup_error *error) {
     psoup_memory memory = {.size = sizeof memory};
@@ -317,6 +326,7 @@ static psoup_status run(const generate_args *args, const cli_model *m, job *jobs
     stream s = {.m = m};
     counter count = {0, (int64_t)n};
     answers a = {.each = 1};
+    psoup_reward_source *rewards = NULL;
     psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
     psoup_status status = PSOUP_OK;
     if (!prompts)
@@ -327,11 +337,13 @@ static psoup_status run(const generate_args *args, const cli_model *m, job *jobs
             .mix_method = jobs[i].method};
     session.max_sequences = args->batch;
     if (status == PSOUP_OK)
+        status = load_rewards(args, m, &rewards, error);
+    if (status == PSOUP_OK)
         status = check_memory(args, m, prompts, n, &session, error);
     if (status == PSOUP_OK && args->plan.only)
         goto done;
     if (status == PSOUP_OK && args->best_of)
-        status = best_of(args, m, prompts, n, &session, &a, error);
+        status = best_of(args, m, rewards, prompts, n, &session, &a, error);
     else if (status == PSOUP_OK)
         status = psoup_generate(m->model, prompts, n, &args->sampling, &session,
                                 streaming ? on_stream : on_count,
@@ -345,6 +357,7 @@ static psoup_status run(const generate_args *args, const cli_model *m, job *jobs
         if (answer(&a, i)->finish == PSOUP_FINISH_ERROR)
             status = diverged(args, &jobs[i], error);
 done:
+    free_rewards(rewards, args->rewards.n);
     psoup_generation_free(a.generation);
     free(a.chosen);
     free(a.scores);
