@@ -81,11 +81,13 @@ static void multiply(psoup_context *context, const shape *s, const psoup__gemm_a
         peer(s, args->a, args->b, d);
 }
 
-/* Seconds of a call. One before them wakes threads, fills caches and raises clocks. */
+/* Seconds of a call. Those of 8 ms before them wake threads, fill caches and raise clocks: a thread that sleeps is
+ * sometimes woken on the processor of whoever wakes it, and shares that for the first milliseconds. */
 static double time_turn(psoup_context *context, const shape *s, const psoup__gemm_args *args, float *d, int calls,
                         bool ours) {
     nanosleep(&(struct timespec){0, 3000000}, NULL); /* until the other's idle threads sleep */
-    multiply(context, s, args, d, ours);
+    for (const double end = now() + 8e-3; now() < end;)
+        multiply(context, s, args, d, ours);
     const double start = now();
     for (int call = 0; call < calls; call++)
         multiply(context, s, args, d, ours);
