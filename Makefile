@@ -118,7 +118,7 @@ endef
 $(foreach v,$(VARIANTS),$(eval $(call variant_rule,$v)))
 
 # Registers that spill to memory are reported, and fail the build but in files that say "spills allowed".
-$(GPU_B)/%.fatbin: cuda/%.cu $(wildcard cuda/*.cuh cuda/*.h) include/psoup/common.h src/base/f8.h
+$(GPU_B)/%.fatbin: cuda/%.cu $(wildcard cuda/*.cuh cuda/*.h) include/psoup/common.h src/base/f8.h src/base/policy.h
 	@mkdir -p $(@D)
 	@echo "  NVCC $< ($(GPU_LIST))"
 	$(Q)$(NVCC) $(NVCCFLAGS) $(GPU_CODE) -fatbin $< -o $@ > $(@:.fatbin=.log) 2>&1 || { cat $(@:.fatbin=.log); exit 1; }

@@ -11,6 +11,11 @@
 #ifndef PSOUP__DEVICE_CUH
 #define PSOUP__DEVICE_CUH
 
+#ifdef __CUDACC__ /* of src/base/f8.h and policy.h */
+#define PSOUP__EVERYWHERE static __device__ __forceinline__
+#else
+#define PSOUP__EVERYWHERE static inline
+#endif
 #include "kernels.h"
 
 #ifdef __CUDACC__
@@ -138,7 +143,7 @@ __device__ __forceinline__ void put_sums(float *row, int width, pack<float> (&su
 
 /* ---- sums ----------------------------------------------------------------------------------------------- */
 
-__device__ __forceinline__ float warp_sum(float x) {
+template <typename T> __device__ __forceinline__ T warp_sum(T x) {
     for (int mask = 16; mask > 0; mask >>= 1)
         x += __shfl_xor_sync(0xffffffffu, x, mask);
     return x;

@@ -5,7 +5,6 @@
 
 #include "device.cuh"
 
-#define PSOUP__EVERYWHERE static __device__ __forceinline__
 #include "../src/base/f8.h"
 
 struct e4m3 { uint8_t bits; };

@@ -19,6 +19,7 @@
 #include "attention_decode.h"
 #include "linear_mix.h"
 #include "loss.h"
+#include "policy.h"
 #include "sample.h"
 #include "advance.h"
 #include "adamw.h"
@@ -34,6 +35,7 @@
     PSOUP__ATTENTION_DECODE_KERNELS(X) \
     PSOUP__LINEAR_MIX_KERNELS(X) \
     PSOUP__LOSS_KERNELS(X) \
+    PSOUP__POLICY_KERNELS(X) \
     PSOUP__SAMPLE_KERNELS(X) \
     PSOUP__ADVANCE_KERNELS(X) \
     PSOUP__ADAMW_KERNELS(X) \

@@ -151,7 +151,7 @@ PSOUP__KERNEL(head, PSOUP__ROWS_THREADS) {
     }
     sum = block_sum<PSOUP__ROWS_THREADS>(sum);
     if (threadIdx.x == 0)
-        a.out[blockIdx.x] = sum + (a.bias ? a.bias[0] : 0);
+        a.value[a.at[blockIdx.x]] += a.weight[blockIdx.x] * (sum + (a.bias ? a.bias[0] : 0));
 }
 
 /* w and the sums for dw stay in registers. */
@@ -164,7 +164,7 @@ template <bool WHOLE> __device__ __forceinline__ void head_backward_rows(const p
     load_row<THREADS, WHOLE>(w, a.w + column, width);
     for (int i = first; i < end; i++) {
         const size_t at = (size_t)a.row[i] * a.width + column;
-        const float d = a.dout[i];
+        const float d = a.weight[i] * a.dvalue[a.at[i]];
         pack<float> x[KEPT], y[KEPT];
         load_row<THREADS, WHOLE>(x, a.hidden + at, width);
         if (a.dhidden) {
@@ -190,7 +190,7 @@ PSOUP__KERNEL(head_backward, PSOUP__ROWS_THREADS) {
         return;
     float sum = 0;
     for (int i = threadIdx.x; i < a.n; i += PSOUP__ROWS_THREADS)
-        sum += a.dout[i];
+        sum += a.weight[i] * a.dvalue[a.at[i]];
     sum = block_sum<PSOUP__ROWS_THREADS>(sum);
     if (threadIdx.x == 0)
         a.dbias[0] += sum;

@@ -36,10 +36,10 @@ typedef struct psoup__scatter_add_rows_args {
 } psoup__scatter_add_rows_args;
 
 typedef struct psoup__head_args {
-    float *out;
+    float *value;
     const float *hidden;
-    const int32_t *row;
-    const float *w, *bias;
+    const int32_t *row, *at;
+    const float *weight, *w, *bias;
     int32_t width, spare;
 } psoup__head_args;
 
@@ -57,9 +57,9 @@ typedef struct psoup__embed_backward_args {
 /* A block takes rows_each of the n rows; its sums for dw go as those of rmsnorm_backward. */
 typedef struct psoup__head_backward_args {
     float *dhidden, *sums, *dbias;
-    const float *dout, *hidden;
-    const int32_t *row;
-    const float *w;
+    const float *dvalue, *hidden;
+    const int32_t *row, *at;
+    const float *weight, *w;
     int32_t n, rows_each, width, spare;
 } psoup__head_backward_args;
 

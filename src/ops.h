@@ -15,6 +15,7 @@
 #define PSOUP__OPS_H
 
 #include "base/base.h"
+#include "base/policy.h"
 
 /* A matrix of the base model, row-major [out, in], as torch.nn.Linear stores it. */
 typedef struct psoup__weight {
@@ -273,13 +274,14 @@ typedef struct psoup__ops {
     void (*dropout_backward)(psoup__backend *be, float *dx, const float *dout,
                              const psoup__dropout *dropout, int32_t rows, int32_t width);
 
-    /* A scalar head on chosen rows: out[i] = w · hidden[row[i]] + bias[0]. */
-    void (*head)(psoup__backend *be, float *out /* [n] */, const float *hidden /* [rows, width] */,
-                 const int32_t *row /* [n], distinct */, const float *w /* [width] */,
-                 const float *bias /* [1] or NULL */, int32_t n, int32_t width);
+    /* A scalar head on chosen rows, each a part of a value: value[at[i]] += weight[i] · (w · hidden[row[i]] + bias[0]). */
+    void (*head)(psoup__backend *be, float *value /* adds to */, const float *hidden /* [rows, width] */,
+                 const int32_t *row /* [n], distinct */, const int32_t *at /* [n], distinct */,
+                 const float *weight /* [n] */, const float *w /* [width] */, const float *bias /* [1] or NULL */,
+                 int32_t n, int32_t width);
     void (*head_backward)(psoup__backend *be, float *dhidden /* adds to; NULL: not asked for */,
-                          float *dw /* adds to */, float *dbias /* adds to, or NULL */,
-                          const float *dout /* [n] */, const float *hidden, const int32_t *row,
+                          float *dw /* adds to */, float *dbias /* adds to, or NULL */, const float *dvalue,
+                          const float *hidden, const int32_t *row, const int32_t *at, const float *weight,
                           const float *w, int32_t n, int32_t width);
 
     /* logprob[i] = logits[i][target[i]] − lse[i]. */
@@ -291,6 +293,16 @@ typedef struct psoup__ops {
     void (*logprob_backward)(psoup__backend *be, float *dlogits, const float *logits,
                              const float *lse, const int32_t *target, const float *dlogprob,
                              int32_t rows, int32_t vocab);
+
+    /* Generalised advantages and returns of n responses, response i of tokens first[i] … first[i+1] − 1: base/policy.h. */
+    void (*gae)(psoup__backend *be, float *advantage, float *returns, const float *reward, const float *value,
+                const int32_t *first /* [n + 1] */, int32_t n, double gamma, double lambda);
+    /* The losses of PPO, RLOO or GRPO of n responses, as base/policy.h has them: of the clipped surrogate, with old->ref
+     * of the KL term, and with old->value of the clipped error of values. The log-probs, values and gradients of response
+     * i are those of its tokens response[i].first …; nothing beside them is written. terms[i]: its sums, in one order. */
+    void (*policy_loss)(psoup__backend *be, float *dlogprob, float *dvalue, psoup__loss_terms *terms /* [n] */,
+                        const float *logprob, const float *value, const psoup__old *old,
+                        const psoup__response *response /* [n] */, int32_t n, const psoup__objective *objective);
 
     /* Draws token[i] from logits[i] (which are left as they are); logprob[i] is log softmax of the
      * untouched logits at it. Filters in transformers' order: temperature, top-k, top-p; then the

@@ -273,34 +273,38 @@ START_TEST(head_matches) {
         const int32_t width = widths[c];
         const size_t n = (size_t)(ROWS * width);
         float *hidden = normal(n, 1), *w = normal((size_t)width, 2), *bias = normal(1, 3);
-        float *dout = normal(N, 4), *dhidden = normal(n, 5), *dw = normal((size_t)width, 6);
-        float *dbias = normal(1, 7), *out = poisoned(N);
+        float *dvalue = normal(N, 4), *dhidden = normal(n, 5), *dw = normal((size_t)width, 6);
+        float *dbias = normal(1, 7), *value = normal(N, 8), *weight = normal(N, 9);
         double *want = doubles(N), *dhidden_want = doubles(n), *dw_want = doubles((size_t)width);
         double dbias_want = dbias[0];
-        int32_t row[N];
+        int32_t row[N], at[N];
         for (size_t i = 0; i < n; i++)
             dhidden_want[i] = dhidden[i];
         for (int32_t j = 0; j < width; j++)
             dw_want[j] = dw[j];
         for (int i = 0; i < N; i++) {
             row[i] = i * 5 % ROWS;
-            want[i] = bias[0];
-            dbias_want += dout[i];
+            at[i] = i * 7 % N;
+            const double d = (double)weight[i] * dvalue[at[i]];
+            double out = bias[0];
+            dbias_want += d;
             for (int32_t j = 0; j < width; j++) {
-                want[i] += (double)hidden[row[i] * width + j] * w[j];
-                dhidden_want[row[i] * width + j] += (double)dout[i] * w[j];
-                dw_want[j] += (double)dout[i] * hidden[row[i] * width + j];
+                out += (double)hidden[row[i] * width + j] * w[j];
+                dhidden_want[row[i] * width + j] += d * w[j];
+                dw_want[j] += d * hidden[row[i] * width + j];
             }
+            want[at[i]] = value[at[i]] + weight[i] * out;
         }
-        m.ops->head(m.be, out, hidden, row, w, bias, N, width);
-        near("out", out, want, N, 2e-6);
-        m.ops->head_backward(m.be, dhidden, dw, dbias, dout, hidden, row, w, N, width);
+        m.ops->head(m.be, value, hidden, row, at, weight, w, bias, N, width);
+        near("value", value, want, N, 2e-6);
+        m.ops->head_backward(m.be, dhidden, dw, dbias, dvalue, hidden, row, at, weight, w, N, width);
         near("dhidden", dhidden, dhidden_want, n, 1e-6);
         near("dw", dw, dw_want, (size_t)width, 1e-6);
         near("dbias", dbias, &dbias_want, 1, 1e-6);
-        m.ops->head_backward(m.be, NULL, dw, NULL, dout, hidden, row, w, N, width);
+        m.ops->head_backward(m.be, NULL, dw, NULL, dvalue, hidden, row, at, weight, w, N, width);
         near("dhidden left alone", dhidden, dhidden_want, n, 1e-6);
-        free(hidden), free(w), free(bias), free(dout), free(dhidden), free(dw), free(dbias), free(out);
+        free(hidden), free(w), free(bias), free(dvalue), free(dhidden), free(dw), free(dbias), free(value);
+        free(weight);
         free(want), free(dhidden_want), free(dw_want);
     }
     machine_close(&m);
@@ -433,6 +437,59 @@ START_TEST(exp_is_accurate) {
 }
 END_TEST
 
+enum { RESPONSES = 3, TOKENS = 1 + 37 + 129 };
+static const int32_t response_first[RESPONSES + 1] = {0, 1, 38, TOKENS};
+
+/* Advantages and returns; with a critic and a KL term, or of whole responses, gradients and terms. */
+typedef struct policy_numbers {
+    float advantage[TOKENS], returns[TOKENS], dlogprob[2][TOKENS], dvalue[2][TOKENS];
+    psoup__loss_terms terms[2][RESPONSES];
+} policy_numbers;
+
+/* Response by response, or all of them at once. */
+static void run_policy(machine *m, policy_numbers *out, bool apart) {
+    float *x[6];
+    for (int k = 0; k < 6; k++)
+        x[k] = normal(TOKENS, 20 + (uint64_t)k);
+    for (int i = 0; i < TOKENS; i++)
+        x[1][i] = x[0][i] + 0.01f * x[1][i];
+    const psoup__old old = {x[1], x[2], x[3], x[4], x[5]};
+    psoup__response response[RESPONSES];
+    for (int i = 0; i < RESPONSES; i++)
+        response[i] = (psoup__response){1.5 + i, 0.1, response_first[i], response_first[i + 1] - response_first[i],
+                                        response_first[i]};
+    memset(out, 0xff, sizeof *out);
+    for (int i = 0, n = apart ? 1 : RESPONSES; i < RESPONSES; i += n) {
+        m->ops->gae(m->be, out->advantage, out->returns, x[2], x[3], response_first + i, n, 0.99, 0.95);
+        for (int whole = 0; whole < 2; whole++) {
+            const psoup__objective o = {0.2, 0.2, 0.5, whole, whole ? PSOUP__K2 : PSOUP__K3};
+            m->ops->policy_loss(m->be, out->dlogprob[whole], out->dvalue[whole], out->terms[whole] + i, x[0], x[3], &old,
+                                response + i, n, &o);
+        }
+    }
+    for (int k = 0; k < 6; k++)
+        free(x[k]);
+}
+
+/* What they are of is checked elsewhere (test_train.c, checkops): here, that they are the same for every instruction set,
+ * whatever else is in the batch. */
+START_TEST(policies_have_the_same_bits) {
+    machine m, plain;
+    static policy_numbers want, got;
+    if (!machine_open(&m, _i, 2))
+        return;
+    ck_assert(machine_open(&plain, 0, 1));
+    run_policy(&plain, &want, true);
+    run_policy(&m, &got, false);
+    ck_assert_int_eq(memcmp(&want, &got, sizeof want), 0);
+    for (int i = 0; i < TOKENS; i++)
+        ck_assert(isfinite(got.advantage[i]) && isfinite(got.returns[i]) && isfinite(got.dlogprob[0][i]) &&
+                  isfinite(got.dvalue[1][i]));
+    machine_close(&plain);
+    machine_close(&m);
+}
+END_TEST
+
 int main(void) {
     Suite *suite = suite_create("cpu");
     TCase *tests = tcase_create("ops");
@@ -445,6 +502,7 @@ int main(void) {
     tcase_add_loop_test(tests, dropout_is_philox, 0, CASE_ISAS);
     tcase_add_loop_test(tests, head_matches, 0, CASE_ISAS);
     tcase_add_loop_test(tests, logprob_matches, 0, CASE_ISAS);
+    tcase_add_loop_test(tests, policies_have_the_same_bits, 0, CASE_ISAS);
     tcase_add_loop_test(tests, adamw_matches, 0, CASE_ISAS);
     tcase_add_loop_test(tests, exp_is_accurate, 0, CASE_ISAS);
     suite_add_tcase(suite, tests);

@@ -126,11 +126,14 @@ START_TEST(reward_is_the_cpus) {
 }
 END_TEST
 
-/* Two policies side by side, or a policy and a soup of two, with validation and dropout in the head: rollouts in windows, values, advantages, two
- * passes of updates. A text that differed would show: the changes would have nothing in common. */
+/* PPO, RLOO and GRPO of two policies side by side, or of a policy and a soup of two, with validation and dropout in the
+ * head: rollouts in windows, values, advantages, two epochs of updates. A text that differed would show: the changes
+ * would have nothing in common. */
 START_TEST(ppo_is_the_cpus) {
+    static const psoup_objective objectives[3] = {PSOUP_OBJECTIVE_PPO, PSOUP_OBJECTIVE_RLOO, PSOUP_OBJECTIVE_GRPO};
     made m[3] = {{.n = 0}, {.n = 0}, {.n = 0}};
-    int n_adapters = _i ? 3 : 2;
+    const bool souped = _i % 2;
+    int n_adapters = souped ? 3 : 2;
     psoup_ppo_soup soup = PSOUP_PPO_SOUP_INIT;
     soup.adapters = names + 1;
     soup.n = 2;
@@ -142,8 +145,9 @@ START_TEST(ppo_is_the_cpus) {
         psoup_ppo_options o = plain();
         float *before[3];
         size_t n;
-        if (_i)
+        if (souped)
             policies[1].soup = &soup;
+        o.objective = objectives[_i / 2];
         o.steps = 2;
         o.ppo_epochs = 2;
         o.learning_rate = 1e-3f;
@@ -167,7 +171,7 @@ START_TEST(ppo_is_the_cpus) {
     near(s[1].validation, s[0].validation, 1e-6, "validation reward", 0);
     same_change(&m[0], "policy 0", 5e-2);
     same_change(&m[1], "policy 1", 5e-2);
-    if (_i)
+    if (souped)
         same_change(&m[2], "the soup's other adapter", 5e-2);
 }
 END_TEST
@@ -216,7 +220,7 @@ int main(void) {
     tcase_set_timeout(tests, 600);
     tcase_add_loop_test(tests, sft_is_the_cpus, 0, 2);
     tcase_add_test(tests, reward_is_the_cpus);
-    tcase_add_loop_test(tests, ppo_is_the_cpus, 0, 2);
+    tcase_add_loop_test(tests, ppo_is_the_cpus, 0, 6);
     tcase_add_loop_test(tests, stopped_runs_go_on, 0, 2);
     suite_add_tcase(suite, tests);
     return run_suite(suite);

@@ -41,17 +41,19 @@ static int32_t targets_of(const fixture *f, int32_t *row, int32_t *target) {
     return n;
 }
 
-/* Σ log p plus Σ (i + 1) · head value over a few rows, and its gradient. */
+/* Σ log p plus Σ (i + 1) · value i, of a few rows' heads with weights, and its gradient. */
 typedef struct objective {
     int32_t row[64], target[64], n;
     int32_t head_row[3];
-    float value[3], dvalue[3], ones[64];
+    float dvalue[3], ones[64];
     psoup__head_rows heads;
     psoup__dropout dropout;
 } objective;
 
 static void make_objective(const fixture *f, objective *o, bool head, float head_dropout) {
     static const uint64_t head_seed[3] = {1, 1, 1}, head_stream[3] = {9, 8, 7}, zero[3] = {0};
+    static const int32_t at[3] = {2, 0, 1};
+    static const float weight[3] = {1, -0.5f, 2};
     *o = (objective){.head_row = {20, 3, 58}, .dvalue = {1, 2, 3}};
     o->n = targets_of(f, o->row, o->target);
     for (int i = 0; i < o->n; i++)
@@ -64,8 +66,8 @@ static void make_objective(const fixture *f, objective *o, bool head, float head
     for (int i = 0; i < 33; i++)
         qv->head[i] = psoup__random_normal(&random);
     o->dropout = (psoup__dropout){head_dropout, head_seed, head_stream, zero};
-    o->heads = (psoup__head_rows){.adapter = qv, .row = o->head_row, .n = 3, .value = o->value,
-                                  .dvalue = o->dvalue, .dropout = &o->dropout};
+    o->heads = (psoup__head_rows){.adapter = qv, .row = o->head_row, .at = at, .weight = weight, .n = 3,
+                                  .dropout = &o->dropout};
 }
 
 static double value_of(fixture *f, objective *o) {
@@ -76,9 +78,10 @@ static double value_of(fixture *f, objective *o) {
     for (int i = 0; i < o->n; i++)
         sum += logprobs[i];
     if (o->heads.n) {
-        OK(psoup__heads(f->model, f->tape, &o->heads, 1, &error));
+        float value[3] = {0};
+        OK(psoup__heads(f->model, f->tape, &o->heads, 1, value, &error));
         for (int i = 0; i < 3; i++)
-            sum += (double)o->dvalue[i] * o->value[i];
+            sum += (double)o->dvalue[i] * value[i];
     }
     return sum;
 }
@@ -86,7 +89,7 @@ static double value_of(fixture *f, objective *o) {
 static void run_backward(fixture *f, objective *o, float *dmix) {
     psoup__loss_gradient loss = {.row = o->row, .target = o->target, .dlogprob = o->ones,
                                  .n = o->n, .heads = &o->heads, .n_heads = o->heads.n > 0,
-                                 .dmix = dmix};
+                                 .dvalue = o->dvalue, .dmix = dmix};
     OK(psoup__forward(f->model, f->tape, &f->batch, true, &error));
     OK(psoup__backward(f->model, f->tape, &loss, &error));
 }
@@ -185,9 +188,10 @@ START_TEST(order_of_calls) {
     OK(psoup__forward(f.model, f.tape, &f.batch, true, &error));
     OK(psoup__backward(f.model, f.tape, &loss, &error));
     ck_assert_int_eq(psoup__backward(f.model, f.tape, &loss, &error), PSOUP_ERROR_STATE);
-    psoup__head_rows heads = {.adapter = f.model->adapters[0], .row = o.row, .n = 1,
-                              .value = o.value};
-    ck_assert_int_eq(psoup__heads(f.model, f.tape, &heads, 1, &error), PSOUP_ERROR_STATE);
+    const int32_t at = 0;
+    float one = 1, value = 0;
+    psoup__head_rows heads = {.adapter = f.model->adapters[0], .row = o.row, .at = &at, .weight = &one, .n = 1};
+    ck_assert_int_eq(psoup__heads(f.model, f.tape, &heads, 1, &value, &error), PSOUP_ERROR_STATE);
     tear_down(&f);
 }
 END_TEST

@@ -31,20 +31,24 @@ START_TEST(rewards_advantages_and_losses_are_trls) {
     float reward[64], advantage[64], returns[64], dlogprob[64], dvalue[64];
     size_t total = logprob.n, at = 0;
     ck_assert_uint_le(total, 64);
-    psoup__ppo_terms terms = {.finite = true};
+    psoup__loss_terms terms = {0};
+    const psoup__objective objective = {.clip = real(c, "clip"), .value_clip = real(c, "clip_value"),
+                                        .value_coefficient = real(c, "coefficient")};
+    psoup__backend *be;
     double scale = 1.0 / (double)total;
+    OK(psoup__cpu_create(context, &be, &error));
     for (size_t i = 0; i < psoup_json_size(lengths); i++) {
         size_t n = (size_t)psoup_json_integer(psoup_json_at(lengths, i), 0);
         psoup__kl_rewards(reward + at, logprob.x + at, ref.x + at, n, PSOUP_KL_DEFAULT, real(c, "beta"),
                           score.x[i]);
-        psoup__gae(advantage + at, returns + at, reward + at, value.x + at, n, real(c, "gamma"),
-                   real(c, "lambda_"));
-        psoup__policy_loss(dlogprob + at, new_logprob.x + at, logprob.x + at, advantage32.x + at, n,
-                           real(c, "clip"), scale, &terms);
-        psoup__value_loss(dvalue + at, new_value.x + at, value.x + at, returns32.x + at, n,
-                          real(c, "clip_value"), scale * real(c, "coefficient"), &terms);
+        const int32_t first[2] = {(int32_t)at, (int32_t)(at + n)};
+        const psoup__old old = {logprob.x + at, advantage32.x + at, NULL, value.x + at, returns32.x + at};
+        be->ops->gae(be, advantage, returns, reward, value.x, first, 1, real(c, "gamma"), real(c, "lambda_"));
+        lose_one(&objective, dlogprob + at, dvalue + at, new_logprob.x + at, new_value.x + at, old, n, 0.0, scale,
+                 &terms);
         at += n;
     }
+    be->ops->free(be);
     ck_assert_uint_eq(at, total);
     psoup__whiten(advantage, total);
     compare(reward, read_tokens(c, "reward"), "reward");
@@ -52,8 +56,8 @@ START_TEST(rewards_advantages_and_losses_are_trls) {
     compare(advantage, read_tokens(c, "advantage"), "advantage");
     compare(dlogprob, read_tokens(c, "dlogprob"), "dlogprob");
     compare(dvalue, read_tokens(c, "dvalue"), "dvalue");
-    ck_assert_uint_eq(terms.tokens, total);
-    ck_assert(terms.finite);
+    ck_assert_uint_eq((size_t)terms.tokens, total);
+    ck_assert_int_eq(terms.broken, 0);
     near(terms.policy_loss * scale, real(c, "policy_loss"), 1e-6, "policy loss", 0);
     near(terms.value_loss * scale * real(c, "coefficient"), real(c, "value_loss"), 1e-6,
          "value loss", 0);
@@ -103,15 +107,19 @@ START_TEST(kl_estimates_are_trls) {
         ck_assert((k == PSOUP_KL_K1) == (fabs(other - kl.x[t]) < 1e-6) || logprob.x[t] == ref.x[t]);
         sum += kl.x[t];
     }
-    if (k != PSOUP_KL_K1) { /* as a loss, added to what is there */
-        psoup__ppo_terms terms = {.finite = true};
+    if (k != PSOUP_KL_K1) { /* as a loss, added to that of a policy which did not move: a slope of −1 of each token */
+        psoup__loss_terms terms = {0};
+        const psoup__objective objective = {.clip = 0.2, .estimator = k};
+        float *one = calloc(kl.n, sizeof(*one));
         for (size_t t = 0; t < kl.n; t++)
-            got[t] = 1.0f;
-        psoup__kl_loss(got, logprob.x, ref.x, kl.n, k, beta, 0.5, &terms);
+            one[t] = 1.0f;
+        lose_one(&objective, got, NULL, logprob.x, NULL, (psoup__old){logprob.x, one, ref.x, NULL, NULL}, kl.n, beta, 0.5,
+                 &terms);
         for (size_t t = 0; t < kl.n; t++)
-            near(got[t], 1.0 + 0.5 * slope.x[t], 1e-6, "dlogprob", t);
-        near(terms.policy_loss, beta * sum, 1e-6, "loss", 0);
-        near(terms.policy_loss, real(c, "loss"), 1e-6, "loss", 0);
+            near(got[t], -0.5 + 0.5 * slope.x[t], 1e-6, "dlogprob", t);
+        near(terms.policy_loss + (double)kl.n, beta * sum, 1e-6, "loss", 0);
+        near(terms.policy_loss + (double)kl.n, real(c, "loss"), 1e-6, "loss", 0);
+        free(one);
     }
     tokens all[] = {logprob, ref, kl, reward, slope};
     for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++)
@@ -167,14 +175,16 @@ END_TEST
 START_TEST(guards_see_what_is_not_finite) {
     const float bad[] = {NAN, INFINITY, 1e30f};
     for (int i = 0; i < 3; i++) {
-        float logprob[2] = {-1.0f, bad[i]}, old[2] = {-1.0f, -1.0f}, one[2] = {1.0f, 1.0f}, d[2];
-        psoup__ppo_terms terms = {.finite = true};
-        psoup__policy_loss(d, logprob, old, one, 2, 0.2, 0.5, &terms);
-        ck_assert(!terms.finite);
+        float logprob[2] = {-1.0f, bad[i]}, old[2] = {-1.0f, -1.0f}, one[2] = {1.0f, 1.0f}, d[2], e[2];
+        const psoup__objective objective = {.clip = 0.2, .value_clip = 0.2, .value_coefficient = 1.0};
+        psoup__loss_terms terms = {0};
+        lose_one(&objective, d, NULL, logprob, NULL, (psoup__old){.logprob = old, .advantage = one}, 2, 0.0, 0.5, &terms);
+        ck_assert(terms.broken);
         ck_assert(!(terms.ratio / 2.0 <= 10.0));
-        terms = (psoup__ppo_terms){.finite = true};
-        psoup__value_loss(d, i < 2 ? logprob : one, old, one, 2, 0.2, 0.5, &terms);
-        ck_assert(terms.finite == (i == 2));
+        terms = (psoup__loss_terms){0};
+        lose_one(&objective, d, e, old, i < 2 ? logprob : one, (psoup__old){old, one, NULL, old, one}, 2, 0.0, 0.5,
+                 &terms);
+        ck_assert(!terms.broken == (i == 2));
     }
     float alone[1] = {3.0f};
     psoup__whiten(alone, 1);

@@ -18,16 +18,13 @@ static void compare(bool rloo, psoup_scale_rewards scale, double *advantage, con
 /* A response's loss and gradient as the library adds them up. */
 static void lose(bool rloo, float *dlogprob, const float *logprob, const float *old, const float *ref,
                  float advantage, size_t n, double beta, double clip, double scale,
-                 psoup__ppo_terms *terms) {
+                 psoup__loss_terms *terms) {
+    const psoup__objective objective = {.clip = clip, .whole = rloo, .estimator = PSOUP__K3};
     float same[MOST];
     for (size_t t = 0; t < n; t++)
         same[t] = advantage;
-    if (rloo) {
-        psoup__response_loss(dlogprob, logprob, old, advantage, n, clip, scale, terms);
-    } else {
-        psoup__policy_loss(dlogprob, logprob, old, same, n, clip, scale, terms);
-        psoup__kl_loss(dlogprob, logprob, ref, n, PSOUP_KL_DEFAULT, beta, scale, terms);
-    }
+    lose_one(&objective, dlogprob, NULL, logprob, NULL, (psoup__old){old, same, rloo ? NULL : ref, NULL, NULL}, n, beta,
+             scale, terms);
 }
 
 START_TEST(advantages_and_losses_are_trls) {
@@ -57,13 +54,13 @@ START_TEST(advantages_and_losses_are_trls) {
     at = 0;
     for (size_t i = 0; i < n; i++) {
         size_t length = (size_t)x[0][i];
-        psoup__ppo_terms terms = {.finite = true};
+        psoup__loss_terms terms = {0};
         double scale = 1.0 / (double)(rloo ? n : n * length);
         near(advantage[i], x[5][i], 1e-6, "advantage", i);
         lose(rloo, dlogprob, x[4] + at, x[2] + at, x[3] + at, x[6][i], length, beta, real(c, "clip"),
              scale, &terms);
-        ck_assert_uint_eq(terms.tokens, length);
-        ck_assert_uint_eq(terms.ratios, rloo ? 1 : length);
+        ck_assert_uint_eq((size_t)terms.tokens, length);
+        ck_assert_uint_eq((size_t)terms.ratios, rloo ? 1 : length);
         loss += terms.policy_loss * scale;
         for (size_t t = 0; t < length; t++)
             near(dlogprob[t], x[7][at + t], 1e-6, "dlogprob", at + t);
@@ -88,10 +85,10 @@ START_TEST(gradients_are_what_differences_say) {
             logprob[t] = old[t] + ((float)psoup__random_below(&random, 64) - 32.0f) / 1024.0f;
         }
         for (int rloo = 0; rloo < 2; rloo++) {
-            psoup__ppo_terms terms = {.finite = true};
+            psoup__loss_terms terms = {0};
             lose(rloo, d, logprob, old, ref, advantage, 4, 0.3, 0.2, 1.0, &terms);
             for (int t = 0; t < 4; t++) {
-                psoup__ppo_terms side[2] = {{.finite = true}, {.finite = true}};
+                psoup__loss_terms side[2] = {{.tokens = 0}, {.tokens = 0}};
                 float kept = logprob[t];
                 for (int s = 0; s < 2; s++) {
                     logprob[t] = kept + (float)(s ? h : -h);
@@ -111,12 +108,12 @@ START_TEST(guards_see_what_is_not_finite) {
     float one[2] = {-1.0f, -1.0f}, d[2];
     for (int i = 0; i < 3; i++) {
         float logprob[2] = {-1.0f, bad[i]};
-        psoup__ppo_terms terms = {.finite = true};
-        psoup__response_loss(d, logprob, one, 1.0, 2, 0.2, 0.5, &terms);
-        ck_assert(!terms.finite && !(terms.ratio <= 10.0));
-        terms = (psoup__ppo_terms){.finite = true};
-        psoup__kl_loss(d, one, logprob, 2, PSOUP_KL_DEFAULT, 0.1, 0.5, &terms);
-        ck_assert(!terms.finite);
+        psoup__loss_terms terms = {0};
+        lose(true, d, logprob, one, NULL, 1.0f, 2, 0.0, 0.2, 0.5, &terms);
+        ck_assert(terms.broken && !(terms.ratio <= 10.0));
+        terms = (psoup__loss_terms){0};
+        lose(false, d, one, one, logprob, 1.0f, 2, 0.1, 0.2, 0.5, &terms);
+        ck_assert(terms.broken);
     }
     double same[3] = {2.0, 2.0, 2.0}, advantage[3];
     compare(false, PSOUP_SCALE_GROUP, advantage, same, 3);

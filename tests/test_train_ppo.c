@@ -1,4 +1,6 @@
 /* PPO on a tiny model: it raises what it is paid for, and every policy's run is its own. */
+#include <stdatomic.h>
+
 #include "ppo_case.h"
 
 START_TEST(reward_rises) {
@@ -290,6 +292,42 @@ START_TEST(early_stop_is_the_same_beside_others) {
 }
 END_TEST
 
+static psoup_status (*read_before)(psoup__backend *, void *, const void *, size_t, psoup_error *);
+static atomic_int reads;
+
+static psoup_status count_read(psoup__backend *be, void *host, const void *in, size_t bytes, psoup_error *e) {
+    reads++;
+    return read_before(be, host, in, bytes, e);
+}
+
+/* Of many passes, all that an epoch reads back is what its losses came to: nothing waits between forward and backward. */
+START_TEST(epochs_read_their_terms_alone) {
+    const psoup_objective objectives[] = {PSOUP_OBJECTIVE_PPO, PSOUP_OBJECTIVE_RLOO, PSOUP_OBJECTIVE_GRPO};
+    int seen_reads[3];
+    for (int epochs = 1; epochs <= 3; epochs++) {
+        psoup_model *model = fresh(2);
+        psoup__ops ops = *model->be->ops;
+        psoup_ppo_policy p[2] = {policy(0), policy(1)};
+        psoup_ppo_options o = plain();
+        o.objective = objectives[_i];
+        o.ppo_epochs = epochs;
+        o.micro_batch_tokens = 32;
+        p[0].n_validation = p[1].n_validation = 0;
+        read_before = ops.read;
+        ops.read = count_read;
+        model->be->ops = &ops;
+        psoup_ppo *ppo = create(model, p, 2, &o);
+        reads = 0;
+        OK(psoup_ppo_step(ppo, NULL, &error));
+        seen_reads[epochs - 1] = reads;
+        psoup_ppo_free(ppo);
+        psoup_model_free(model);
+    }
+    ck_assert_int_eq(seen_reads[1], seen_reads[0] + 1);
+    ck_assert_int_eq(seen_reads[2], seen_reads[0] + 2);
+}
+END_TEST
+
 START_TEST(early_stop_leaves_the_batch) {
     seen s[2] = {{.subject = "P0"}, {.subject = "P1"}};
     for (int which = 0; which < 2; which++) {
@@ -537,6 +575,7 @@ int main(void) {
     tcase_add_test(tests, loss_groups_share_the_mean);
     tcase_add_test(tests, side_by_side_is_alone);
     tcase_add_test(tests, shares_are_the_whole);
+    tcase_add_loop_test(tests, epochs_read_their_terms_alone, 0, 3);
     tcase_add_loop_test(tests, early_stop_leaves_the_batch, 0, 2);
     tcase_add_loop_test(tests, early_stop_is_the_same_beside_others, 0, 2);
     tcase_add_test(tests, early_stop_reads_what_it_is_told);

@@ -293,24 +293,26 @@ static double loss_of(psoup_model *model, const psoup_ppo_trace *t, const psoup_
         const psoup_ppo_prompt *prompt = r->prompt[i];
         int32_t n = t->start[i + 1] - t->start[i], q = (int32_t)prompt->n, begin = t->start[i];
         int32_t tokens[32], row[16], start[2] = {0, q + n - 1};
-        float logprob[16], out[16];
-        double value[16] = {0};
+        int32_t at[16];
+        float logprob[16], weight[16], value[16] = {0};
         memcpy(tokens, prompt->tokens, (size_t)q * sizeof(*tokens));
         memcpy(tokens + q, t->response + begin, (size_t)(n - 1) * sizeof(*tokens));
-        for (int32_t k = 0; k < n; k++)
+        for (int32_t k = 0; k < n; k++) {
             row[k] = q - 1 + k;
+            at[k] = k;
+        }
         psoup__batch batch = {.n = 1, .rows = q + n - 1, .tokens = tokens, .start = start,
                               .mix = t->mix + i * t->adapters};
         OK(psoup__forward(model, tape, &batch, false, &error));
         OK(psoup__logprobs(model, tape, row, t->response + begin, n, logprob, &error));
         for (size_t a = 0; a < t->adapters && value_coefficient > 0; a++) {
-            psoup__head_rows head = {.adapter = model->adapters[a], .row = row, .n = n, .value = out};
-            OK(psoup__heads(model, tape, &head, 1, &error));
+            psoup__head_rows head = {.adapter = model->adapters[a], .row = row, .at = at, .weight = weight, .n = n};
             for (int32_t k = 0; k < n; k++)
-                value[k] += (double)t->mix[i * t->adapters + a] * out[k];
+                weight[k] = t->mix[i * t->adapters + a];
+            OK(psoup__heads(model, tape, &head, 1, value, &error));
         }
         for (int32_t k = 0; k < n; k++) {
-            double off = value[k] - t->returns[begin + k];
+            double off = (double)value[k] - t->returns[begin + k];
             loss -= t->advantage[begin + k] * exp((double)logprob[k] - t->logprob[begin + k]);
             loss += 0.5 * value_coefficient * off * off;
             if (same)

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cpu/cpu.h"
 #include "ppo/ppo.h"
 
 static psoup_context *context;
@@ -57,6 +58,19 @@ __attribute__((unused)) static void set_up_log(void) {
 __attribute__((unused)) static void temporary(char *path, size_t size) {
     const char *place = getenv("TMPDIR");
     snprintf(path, size, "%s/psoup-train-XXXXXX", place ? place : P_tmpdir);
+}
+
+/* The loss of one response by the CPU's op, added to terms; d… and what `old` lacks may be NULL. */
+__attribute__((unused)) static void lose_one(const psoup__objective *objective, float *dlogprob, float *dvalue,
+                                             const float *logprob, const float *value, psoup__old old, size_t n,
+                                             double beta, double scale, psoup__loss_terms *terms) {
+    psoup__backend *be;
+    psoup__loss_terms more;
+    const psoup__response response = {.scale = scale, .beta = beta, .tokens = (int32_t)n};
+    OK(psoup__cpu_create(context, &be, &error));
+    be->ops->policy_loss(be, dlogprob, dvalue, &more, logprob, value, &old, &response, 1, objective);
+    psoup__loss_terms_add(terms, &more);
+    be->ops->free(be);
 }
 
 /* ---- golden values ---------------------------------------------------------------------------- */

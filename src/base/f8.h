@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifndef PSOUP__EVERYWHERE /* cuda/dtypes.cuh says more */
+#ifndef PSOUP__EVERYWHERE /* cuda/device.cuh says more */
 #define PSOUP__EVERYWHERE static inline
 #endif
 

@@ -107,6 +107,7 @@ fail:
         psoup__cpu_fill_layer_##variant(ops);                                                      \
         psoup__cpu_fill_rows_##variant(ops);                                                       \
         psoup__cpu_fill_loss_##variant(ops);                                                       \
+        psoup__cpu_fill_policy_##variant(ops);                                                     \
         psoup__cpu_fill_sample_##variant(ops);                                                     \
         psoup__cpu_fill_adamw_##variant(ops);                                                      \
     } while (0)

@@ -110,11 +110,12 @@ static void scatter_add_rows(psoup__backend *be, float *out, const float *in, co
 }
 
 typedef struct head_job {
-    float *out;              /* [n] */
+    float *value;            /* part i goes to value[at[i]] */
     float *dhidden, *dw;     /* [rows, width], [width] */
-    const float *dout;       /* [n] */
+    const float *dvalue;
     const float *hidden, *w; /* [rows, width], [width] */
-    const int32_t *row;      /* [n] */
+    const int32_t *row, *at; /* [n] */
+    const float *weight;     /* [n] */
     float bias;
     size_t n, width;
 } head_job;
@@ -122,15 +123,17 @@ typedef struct head_job {
 static void head_task(void *arg, size_t task, int worker) {
     const head_job *job = arg;
     const size_t end = least((task + 1) * ROW_TILE, job->n);
-    for (size_t i = task * ROW_TILE; i < end; i++)
-        job->out[i] =
+    for (size_t i = task * ROW_TILE; i < end; i++) {
+        const float out =
             dot(job->hidden + (size_t)job->row[i] * job->width, job->w, job->width) + job->bias;
+        job->value[job->at[i]] += job->weight[i] * out;
+    }
 }
 
-static void head(psoup__backend *be, float *out, const float *hidden, const int32_t *row,
-                 const float *w, const float *bias, int32_t n, int32_t width) {
-    head_job job = {.out = out, .hidden = hidden, .w = w, .row = row, .bias = bias ? bias[0] : 0,
-                    .n = (size_t)n, .width = (size_t)width};
+static void head(psoup__backend *be, float *value, const float *hidden, const int32_t *row, const int32_t *at,
+                 const float *weight, const float *w, const float *bias, int32_t n, int32_t width) {
+    head_job job = {.value = value, .hidden = hidden, .w = w, .row = row, .at = at, .weight = weight,
+                    .bias = bias ? bias[0] : 0, .n = (size_t)n, .width = (size_t)width};
     psoup__parallel(be->context, tiles(job.n, ROW_TILE), head_task, &job);
 }
 
@@ -139,7 +142,7 @@ static void head_backward_task(void *arg, size_t task, int worker) {
     const size_t start = task * COLUMN_TILE, n = least(COLUMN_TILE, job->width - start);
     float *dw = job->dw + start;
     for (size_t i = 0; i < job->n; i++) {
-        const float d = job->dout[i];
+        const float d = job->weight[i] * job->dvalue[job->at[i]];
         const size_t at = (size_t)job->row[i] * job->width + start;
         const float *hidden = job->hidden + at;
         for (size_t j = 0; j < n; j++)
@@ -153,15 +156,15 @@ static void head_backward_task(void *arg, size_t task, int worker) {
     }
 }
 
-static void head_backward(psoup__backend *be, float *dhidden, float *dw, float *dbias,
-                          const float *dout, const float *hidden, const int32_t *row,
+static void head_backward(psoup__backend *be, float *dhidden, float *dw, float *dbias, const float *dvalue,
+                          const float *hidden, const int32_t *row, const int32_t *at, const float *weight,
                           const float *w, int32_t n, int32_t width) {
-    head_job job = {.dhidden = dhidden, .dw = dw, .dout = dout, .hidden = hidden, .w = w,
-                    .row = row, .n = (size_t)n, .width = (size_t)width};
+    head_job job = {.dhidden = dhidden, .dw = dw, .dvalue = dvalue, .hidden = hidden, .w = w, .row = row, .at = at,
+                    .weight = weight, .n = (size_t)n, .width = (size_t)width};
     psoup__parallel(be->context, tiles(job.width, COLUMN_TILE), head_backward_task, &job);
     if (dbias)
         for (int32_t i = 0; i < n; i++)
-            dbias[0] += dout[i];
+            dbias[0] += weight[i] * dvalue[at[i]];
 }
 
 void PSOUP__NAME(psoup__cpu_fill_rows)(psoup__ops *ops) {

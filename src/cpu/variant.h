@@ -11,6 +11,7 @@
     void PSOUP__PASTE(psoup__cpu_fill_layer, variant)(psoup__ops *ops);                            \
     void PSOUP__PASTE(psoup__cpu_fill_rows, variant)(psoup__ops *ops);                             \
     void PSOUP__PASTE(psoup__cpu_fill_loss, variant)(psoup__ops *ops);                             \
+    void PSOUP__PASTE(psoup__cpu_fill_policy, variant)(psoup__ops *ops);                           \
     void PSOUP__PASTE(psoup__cpu_fill_sample, variant)(psoup__ops *ops);                           \
     void PSOUP__PASTE(psoup__cpu_fill_adamw, variant)(psoup__ops *ops);                            \
     /* log Σ exp(logits), loss.c; max-shifted, summed in one fixed order */                        \

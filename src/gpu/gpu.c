@@ -300,6 +300,7 @@ static void fill(psoup__ops *ops) {
     psoup__gpu_fill_attention(ops);
     psoup__gpu_fill_linear_mix(ops);
     psoup__gpu_fill_loss(ops);
+    psoup__gpu_fill_policy(ops);
     psoup__gpu_fill_sample(ops);
     psoup__gpu_fill_advance(ops);
     psoup__gpu_fill_adamw(ops);

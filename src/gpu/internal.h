@@ -143,6 +143,7 @@ void psoup__gpu_fill_rows(psoup__ops *ops);
 void psoup__gpu_fill_attention(psoup__ops *ops);
 void psoup__gpu_fill_linear_mix(psoup__ops *ops);
 void psoup__gpu_fill_loss(psoup__ops *ops);
+void psoup__gpu_fill_policy(psoup__ops *ops);
 void psoup__gpu_fill_sample(psoup__ops *ops);
 void psoup__gpu_fill_advance(psoup__ops *ops);
 void psoup__gpu_fill_adamw(psoup__ops *ops);

@@ -45,18 +45,19 @@ static void scatter_add_rows(psoup__backend *be, float *out, const float *in, co
                   {out, in, scale, row, width, 0});
 }
 
-static void head(psoup__backend *be, float *out, const float *hidden, const int32_t *row, const float *w,
-                 const float *bias, int32_t n, int32_t width) {
+static void head(psoup__backend *be, float *value, const float *hidden, const int32_t *row, const int32_t *at,
+                 const float *weight, const float *w, const float *bias, int32_t n, int32_t width) {
     PSOUP__LAUNCH(psoup__gpu_of(be), head, ((psoup__grid){(unsigned)n, 1, 1, PSOUP__ROWS_THREADS, 0}),
-                  {out, hidden, row, w, bias, width, 0});
+                  {value, hidden, row, at, weight, w, bias, width, 0});
 }
 
-static void head_backward(psoup__backend *be, float *dhidden, float *dw, float *dbias, const float *dout,
-                          const float *hidden, const int32_t *row, const float *w, int32_t n, int32_t width) {
+static void head_backward(psoup__backend *be, float *dhidden, float *dw, float *dbias, const float *dvalue,
+                          const float *hidden, const int32_t *row, const int32_t *at, const float *weight,
+                          const float *w, int32_t n, int32_t width) {
     psoup__gpu *gpu = psoup__gpu_of(be);
     const psoup__row_sums sums = psoup__gpu_row_sums(gpu, dw, n, width);
     PSOUP__LAUNCH(gpu, head_backward, tiled(sums.blocks, width),
-                  {dhidden, sums.sums, dbias, dout, hidden, row, w, n, sums.each, width, 0});
+                  {dhidden, sums.sums, dbias, dvalue, hidden, row, at, weight, w, n, sums.each, width, 0});
     psoup__gpu_row_sums_end(gpu, &sums);
 }
 

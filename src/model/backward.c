@@ -15,7 +15,6 @@ typedef struct scratch {
     float *du;
     float *dhidden;           /* [rows, dim] */
     float *dchunk;            /* [chunk_rows, dim] */
-    float *dlogprob;          /* [chunk_rows] */
     float *dweight;           /* [rows, active], where dmix is asked for */
 } scratch;
 
@@ -56,7 +55,6 @@ static void lay_out(psoup__tape *t, scratch *s, bool dmix) {
     s->du = psoup__slab_take(slab, largest_u(t), sizeof(float));
     s->dhidden = take(slab, rows, dim);
     s->dchunk = take(slab, t->chunk_rows, dim);
-    s->dlogprob = take(slab, t->chunk_rows, 1);
     s->dweight = dmix ? take(slab, rows, t->active) : NULL;
 }
 
@@ -114,18 +112,17 @@ static void logprobs(psoup__tape *t, scratch *s, const psoup__loss_gradient *los
     bool pulled = was_pulled(t, loss);
     for (int32_t first = 0; first < loss->n; first += t->chunk_rows) {
         int32_t rows = loss->n - first < t->chunk_rows ? loss->n - first : t->chunk_rows;
-        ops->write(be, s->dlogprob, loss->dlogprob + first, (size_t)rows * sizeof(float));
+        const float *dlogprob = loss->dlogprob + first;
         if (pulled) {
             ops->write(be, c->row, loss->row + first, (size_t)rows * sizeof(int32_t));
             ops->scatter_add_rows(be, s->dhidden, t->pull + (size_t)first * (size_t)dim,
-                                  s->dlogprob, c->row, rows, dim);
+                                  dlogprob, c->row, rows, dim);
             continue;
         }
         psoup__chunk_logits(t, loss->row + first, rows);
         ops->write(be, c->target, loss->target + first, (size_t)rows * sizeof(int32_t));
         ops->logprob(be, c->logprob, c->lse, c->logits, c->target, rows, vocab);
-        ops->logprob_backward(be, c->logits, c->logits, c->lse, c->target, s->dlogprob, rows,
-                              vocab);
+        ops->logprob_backward(be, c->logits, c->logits, c->lse, c->target, dlogprob, rows, vocab);
         zero(t, s->dchunk, rows, dim);
         ops->linear_mix_backward(be, s->dchunk, s->dchunk, m->dlm_head, NULL, NULL, c->logits,
                                  c->hidden, c->hidden, NULL, &m->lm_head, NULL, &psoup__no_mix,
@@ -134,7 +131,7 @@ static void logprobs(psoup__tape *t, scratch *s, const psoup__loss_gradient *los
     }
 }
 
-static psoup_status head(psoup__tape *t, scratch *s, const psoup__head_rows *h,
+static psoup_status head(psoup__tape *t, scratch *s, const psoup__head_rows *h, const float *dvalue,
                          psoup_error *error) {
     psoup__backend *be = t->model->be;
     const psoup__ops *ops = be->ops;
@@ -148,17 +145,16 @@ static psoup_status head(psoup__tape *t, scratch *s, const psoup__head_rows *h,
     float *dw = adapter->dhead ? adapter->dhead + past : space.dweight;
     float *dbias = adapter->dhead_bias ? adapter->dhead_bias + past : space.dweight + dim;
     const float *hidden = psoup__head_hidden(t, h, &space);
-    ops->write(be, space.value, h->dvalue, (size_t)h->n * sizeof(float));
     if (hidden == t->hidden) {
-        ops->head_backward(be, s->dhidden, dw, dbias, space.value, hidden, space.row,
+        ops->head_backward(be, s->dhidden, dw, dbias, dvalue, hidden, space.row, space.at, space.weight,
                            adapter->head, h->n, dim);
         return PSOUP_OK;
     }
     float *ddropped = s->dnorm, *dgathered = s->dstream; /* both free until the layers start */
     zero(t, ddropped, h->n, dim);
     zero(t, dgathered, h->n, dim);
-    ops->head_backward(be, ddropped, dw, dbias, space.value, hidden, space.identity, adapter->head,
-                       h->n, dim);
+    ops->head_backward(be, ddropped, dw, dbias, dvalue, hidden, space.identity, space.at, space.weight,
+                       adapter->head, h->n, dim);
     ops->dropout_backward(be, dgathered, ddropped, h->dropout, h->n, dim);
     ops->scatter_add_rows(be, s->dhidden, dgathered, NULL, space.row, h->n, dim);
     return PSOUP_OK;
@@ -306,7 +302,7 @@ psoup_status psoup__backward(psoup_model *model, psoup__tape *t, const psoup__lo
     logprobs(t, &s, loss);
     for (int32_t i = 0; i < loss->n_heads; i++)
         if (loss->heads[i].n > 0)
-            PSOUP__TRY(head(t, &s, &loss->heads[i], error));
+            PSOUP__TRY(head(t, &s, &loss->heads[i], loss->dvalue, error));
     int32_t lowest = lowest_trained(t, loss->dmix != NULL);
     if (lowest < layers) {
         zero(t, s.dstream, t->rows, dim);

@@ -168,20 +168,20 @@ psoup_status psoup__logprobs(psoup_model *model, psoup__tape *t, const int32_t *
         status = psoup__tape_chunk(t, error);
     if (status == PSOUP_OK && pull)
         status = prepare_pulls(t, row, target, n, error);
-    for (int32_t first = 0; status == PSOUP_OK && first < n; first += t->chunk_rows) {
+    if (status != PSOUP_OK)
+        return status;
+    for (int32_t first = 0; first < n; first += t->chunk_rows) {
         int32_t rows = n - first < t->chunk_rows ? n - first : t->chunk_rows;
         psoup__chunk_logits(t, row + first, rows);
         ops->write(model->be, t->chunk.target, target + first, (size_t)rows * sizeof *target);
-        ops->logprob(model->be, t->chunk.logprob, t->chunk.lse, t->chunk.logits, t->chunk.target,
-                     rows, model->config.vocab_size);
-        status = ops->read(model->be, out + first, t->chunk.logprob, (size_t)rows * sizeof *out,
-                           error);
+        ops->logprob(model->be, out + first, t->chunk.lse, t->chunk.logits, t->chunk.target, rows,
+                     model->config.vocab_size);
         if (pull)
             pull_chunk(t, first, rows);
     }
-    if (status == PSOUP_OK && pull)
+    if (pull)
         t->pulls = n;
-    return status;
+    return PSOUP_OK;
 }
 
 psoup_status psoup__logits(psoup_model *model, psoup__tape *t, const int32_t *row, int32_t n,
@@ -206,7 +206,8 @@ static void lay_out_heads(psoup__slab *s, psoup__head_space *space, size_t n, si
                           size_t dropped) {
     space->row = psoup__slab_take(s, n, sizeof(int32_t));
     space->identity = psoup__slab_take(s, n, sizeof(int32_t));
-    space->value = psoup__slab_take(s, n, sizeof(float));
+    space->at = psoup__slab_take(s, n, sizeof(int32_t));
+    space->weight = psoup__slab_take(s, n, sizeof(float));
     space->dweight = psoup__slab_take(s, dim + 1, sizeof(float));
     space->gathered = psoup__slab_take(s, dropped, sizeof(float));
     space->dropped = psoup__slab_take(s, dropped, sizeof(float));
@@ -239,6 +240,8 @@ psoup_status psoup__head_prepare(psoup__tape *t, const psoup__head_rows *h,
         return status;
     lay_out_heads(s, space, n, dim, dropped);
     ops->write(model->be, space->row, h->row, n * sizeof *h->row);
+    ops->write(model->be, space->at, h->at, n * sizeof *h->at);
+    ops->write(model->be, space->weight, h->weight, n * sizeof *h->weight);
     for (int32_t first = 0; dropped && first < h->n; first += 256) {
         int32_t numbers[256], count = h->n - first < 256 ? h->n - first : 256;
         for (int32_t i = 0; i < count; i++)
@@ -260,7 +263,7 @@ const float *psoup__head_hidden(psoup__tape *t, const psoup__head_rows *h,
 }
 
 psoup_status psoup__heads(psoup_model *model, psoup__tape *t, const psoup__head_rows *heads,
-                          int32_t n_heads, psoup_error *error) {
+                          int32_t n_heads, float *value, psoup_error *error) {
     psoup__backend *be = model->be;
     psoup_status status = PSOUP_OK;
     for (int32_t i = 0; i < n_heads; i++) {
@@ -271,10 +274,8 @@ psoup_status psoup__heads(psoup_model *model, psoup__tape *t, const psoup__head_
         psoup__head_space space;
         PSOUP__TRY(psoup__head_prepare(t, h, &space, error));
         const float *hidden = psoup__head_hidden(t, h, &space);
-        be->ops->head(be, space.value, hidden, hidden == t->hidden ? space.row : space.identity,
-                      adapter->head, adapter->head_bias, h->n, model->config.hidden_size);
-        PSOUP__TRY(be->ops->read(be, h->value, space.value, (size_t)h->n * sizeof *h->value,
-                                 error));
+        be->ops->head(be, value, hidden, hidden == t->hidden ? space.row : space.identity, space.at,
+                      space.weight, adapter->head, adapter->head_bias, h->n, model->config.hidden_size);
     }
 fail:
     return status;

@@ -220,7 +220,7 @@ void psoup__tape_gradient(psoup__tape *tape, int32_t gradient);
 psoup_status psoup__forward(psoup_model *model, psoup__tape *tape, const psoup__batch *batch,
                             bool save, psoup_error *error);
 
-/* log p(target[i]) at chosen rows of the batch just run: out (host) [n]. The distribution read at a
+/* log p(target[i]) at chosen rows of the batch just run: out (device) [n]. The distribution read at a
  * row is that of the token after it. Works in chunks: no full logits for a long batch. */
 psoup_status psoup__logprobs(psoup_model *model, psoup__tape *tape, const int32_t *row,
                              const int32_t *target, int32_t n, float *out, psoup_error *error);
@@ -228,26 +228,28 @@ psoup_status psoup__logprobs(psoup_model *model, psoup__tape *tape, const int32_
 psoup_status psoup__logits(psoup_model *model, psoup__tape *tape, const int32_t *row, int32_t n,
                            float *out, psoup_error *error);
 
-/* A head's outputs at chosen rows, or their gradients. */
+/* A head at chosen rows, each a part of a value. */
 typedef struct psoup__head_rows {
     const psoup__adapter *adapter; /* must have a head */
     const int32_t *row;            /* host [n], distinct */
+    const int32_t *at;             /* host [n], distinct: which value, */
+    const float *weight;           /* host [n]: and by what weight */
     int32_t n;
-    float *value;                  /* host [n]; psoup__heads writes */
-    const float *dvalue;           /* host [n]; psoup__backward reads */
     const psoup__dropout *dropout; /* on the hidden state, per row of this list; NULL: none */
 } psoup__head_rows;
+/* Adds the heads' outputs to value (device), list by list. */
 psoup_status psoup__heads(psoup_model *model, psoup__tape *tape, const psoup__head_rows *heads,
-                          int32_t n_heads, psoup_error *error);
+                          int32_t n_heads, float *value, psoup_error *error);
 
-/* What the loss says of the batch just run with `save`: its gradient by log-probs and head outputs. */
+/* What the loss says of the batch just run with `save`: its gradient by log-probs and values. */
 typedef struct psoup__loss_gradient {
     const int32_t *row;    /* host [n], in any order, distinct */
     const int32_t *target; /* host [n] */
-    const float *dlogprob; /* host [n] */
+    const float *dlogprob; /* device [n] */
     int32_t n;
     const psoup__head_rows *heads;
     int32_t n_heads;
+    const float *dvalue; /* device */
     float *dmix; /* host [batch n, n_adapters], overwritten; NULL: not asked for */
 } psoup__loss_gradient;
 /* What a backward makes when it is the first of its model. Before backwards of several tapes at once. */

@@ -13,6 +13,7 @@ typedef struct packer {
     size_t n, first, next;
     int32_t *tokens, *start, *row, *target;
     float *mix;
+    float *logprob; /* device [longest batch]: of what is scored, or gradients by it */
     psoup__batch batch;
     int32_t scored; /* entries of row and target */
 } packer;
@@ -35,6 +36,7 @@ static void packer_free(packer *p) {
     psoup__free(context, p->row);
     psoup__free(context, p->target);
     psoup__free(context, p->mix);
+    p->model->be->ops->release(p->model->be, p->logprob);
 }
 
 static psoup_status packer_create(packer *p, psoup_model *model, const psoup_row *rows, const int32_t *methods,
@@ -58,6 +60,8 @@ static psoup_status packer_create(packer *p, psoup_model *model, const psoup_row
         p->mix = psoup__alloc(context, sequences,
                               (size_t)model->n_adapters * sizeof *p->mix, error);
     if (p->mix)
+        p->logprob = model->be->ops->alloc(model->be, most, sizeof *p->logprob, error);
+    if (p->logprob)
         return PSOUP_OK;
     packer_free(p);
     return PSOUP_ERROR_MEMORY;
@@ -113,7 +117,8 @@ static psoup_status score_packed(psoup_model *model, psoup__tape *tape, const ps
     while (packer_next(&p)) {
         PSOUP__TRY(psoup__forward(model, tape, &p.batch, false, error));
         if (!whole) {
-            PSOUP__TRY(psoup__logprobs(model, tape, p.row, p.target, p.scored, out, error));
+            PSOUP__TRY(psoup__logprobs(model, tape, p.row, p.target, p.scored, p.logprob, error));
+            PSOUP__TRY(model->be->ops->read(model->be, out, p.logprob, (size_t)p.scored * sizeof *out, error));
             out += p.scored;
             continue;
         }
@@ -303,10 +308,11 @@ static psoup_status run_gradients(psoup_model *model, packer *p, const float *we
         }
         psoup__loss_gradient loss = {.row = p->row,
                                      .target = p->target,
-                                     .dlogprob = weights ? weights : ones,
+                                     .dlogprob = p->logprob,
                                      .n = p->scored,
                                      .dmix = dmix};
         PSOUP__TRY(psoup__forward(model, tape, &p->batch, true, error));
+        model->be->ops->write(model->be, p->logprob, weights ? weights : ones, (size_t)p->scored * sizeof *ones);
         PSOUP__TRY(psoup__backward(model, tape, &loss, error));
         weights = weights ? weights + p->scored : NULL;
         dmix = dmix ? dmix + (size_t)p->batch.n * (size_t)model->n_adapters : NULL;

@@ -181,8 +181,8 @@ extern const psoup__mix psoup__no_mix;
 
 /* What one list of head rows needs on the device. */
 typedef struct psoup__head_space {
-    int32_t *row, *identity; /* [n]: the rows; 0 … n−1 */
-    float *value;            /* [n] */
+    int32_t *row, *identity, *at; /* [n]: the rows; 0 … n−1; the values */
+    float *weight;           /* [n] */
     float *dweight;          /* [dim + 1]: gradients of a frozen head, which nobody reads */
     float *gathered, *dropped; /* [n, dim], with dropout */
 } psoup__head_space;

@@ -207,6 +207,14 @@ static psoup_status add_scoring(ppo_sizes *s, psoup_error *error) {
     return status;
 }
 
+/* What the losses have on the device (update.c): old numbers of all tokens, responses and their terms. GAE's before
+ * them take no more. */
+static int64_t losses(const ppo_sizes *s) {
+    int64_t arrays = psoup__has_critic(&s->options) ? 4 : 3;
+    int64_t known = psoup__product(s->train.prompts, psoup__product(s->most, 4 * arrays));
+    return psoup__sum(known, psoup__product(s->train.prompts, (int64_t)(sizeof(psoup__response) + sizeof(psoup__loss_terms))));
+}
+
 psoup_status psoup_ppo_memory(psoup_model *model, const psoup_ppo_policy *policies, size_t n,
                               const psoup_ppo_options *options, psoup_memory *out, psoup_error *error) {
     psoup_status status = PSOUP_OK;
@@ -225,6 +233,7 @@ psoup_status psoup_ppo_memory(psoup_model *model, const psoup_ppo_policy *polici
     PSOUP__TRY(add_scoring(&s, error));
     int64_t items = 2 * (s.train.prompts > s.held.prompts ? s.train.prompts : s.held.prompts);
     s.memory.rows = psoup__sum(s.memory.rows, psoup__product(items, 192 + PSOUP__ITEM_BYTES)); /* update.c's */
+    s.memory.activations = psoup__sum(s.memory.activations, losses(&s));
     s.memory.rows += psoup__checkpoint_bytes(s.options.checkpoint_dir);
     s.memory.activations = psoup__sum(s.memory.activations, s.reserved);
     int64_t a = length(&s, &s.train), b = length(&s, &s.held);

@@ -1,4 +1,5 @@
-/* src/ppo/objectives.h: what PPO, RLOO and GRPO compute, as pure functions on host arrays. */
+/* src/ppo/objectives.h: what PPO, RLOO and GRPO compute before and after their losses, as pure functions on host
+ * arrays: rewards, advantages but GAE, the coefficient of KL. GAE and the losses are ops: base/policy.h. */
 #ifndef PSOUP__OBJECTIVES_H
 #define PSOUP__OBJECTIVES_H
 
@@ -10,9 +11,6 @@ double psoup__kl_estimate(psoup_kl_estimator estimator, double logprob, double r
 /* reward[t] = −beta · that estimate of token t, plus score on the last token. */
 void psoup__kl_rewards(float *reward, const float *logprob, const float *ref, size_t n,
                        psoup_kl_estimator estimator, double beta, double score);
-/* Generalised advantages and returns of one response; the value after its end is 0. */
-void psoup__gae(float *advantage, float *returns, const float *reward, const float *value, size_t n,
-                double gamma, double lambda);
 /* x ← (x − mean) / sqrt(variance + 1e-8), variance unbiased. */
 void psoup__whiten(float *x, size_t n);
 
@@ -23,30 +21,7 @@ void psoup__group_centre(double *advantage, const double *reward, size_t k);
 double psoup__reward_deviation(const double *reward, size_t n); /* unbiased */
 void psoup__scale_advantages(double *advantage, size_t n, double deviation);
 
-/* Sums over a mini-batch. Divide policy_loss, ratio and clipped by `ratios`, the rest by `tokens`. */
-typedef struct psoup__ppo_terms {
-    double policy_loss, value_loss; /* the latter without its coefficient */
-    double ratio, ratio_max, kl;    /* kl: log π_old − log π */
-    double clipped, value_clipped;
-    size_t tokens, ratios; /* as many, but where a response has one ratio */
-    bool finite; /* start it as true */
-} psoup__ppo_terms;
-void psoup__ppo_terms_add(psoup__ppo_terms *terms, const psoup__ppo_terms *more);
-/* dlogprob[t] = scale · ∂/∂logprob of the clipped surrogate; adds to terms, which counts the tokens. */
-void psoup__policy_loss(float *dlogprob, const float *logprob, const float *old_logprob,
-                        const float *advantage, size_t n, double clip, double scale,
-                        psoup__ppo_terms *terms);
-/* The same of a whole response, which has one ratio and one advantage. */
-void psoup__response_loss(float *dlogprob, const float *logprob, const float *old_logprob,
-                          double advantage, size_t n, double clip, double scale,
-                          psoup__ppo_terms *terms);
-/* Adds to dlogprob scale · ∂/∂logprob of beta · the estimate, k2 or by default k3, and the loss to terms. */
-void psoup__kl_loss(float *dlogprob, const float *logprob, const float *ref, size_t n,
-                    psoup_kl_estimator estimator, double beta, double scale, psoup__ppo_terms *terms);
-/* dvalue[t] = scale · ∂/∂value of the clipped squared error; adds to terms. */
-void psoup__value_loss(float *dvalue, const float *value, const float *old_value,
-                       const float *returns, size_t n, double clip, double scale,
-                       psoup__ppo_terms *terms);
+void psoup__loss_terms_add(psoup__loss_terms *terms, const psoup__loss_terms *more);
 
 double psoup__kl_coefficient(double beta, double kl, double target, double horizon, double n);
 

@@ -91,18 +91,32 @@ static psoup_status compare_groups(const psoup_ppo *ppo, psoup__experience *x, p
     return PSOUP_OK;
 }
 
-static void estimate_advantages(const psoup_ppo_options *o, psoup__experience *x) {
+static psoup_status estimate_advantages(const psoup_ppo *ppo, psoup__experience *x, psoup_error *error) {
+    psoup_status status = PSOUP_ERROR_MEMORY;
+    const psoup_ppo_options *o = &ppo->options;
     const psoup__rollouts *r = &x->rollouts;
-    for (size_t i = 0; i < r->n; i++) {
-        size_t begin = (size_t)r->start[i], n = (size_t)r->start[i + 1] - begin;
-        psoup__gae(x->advantage + begin, x->returns + begin, x->reward + begin, x->value + begin, n,
-                   o->gamma, o->lambda);
-    }
+    psoup__backend *be = ppo->model->be;
+    const size_t bytes = r->tokens * sizeof(float);
+    float *reward = be->ops->alloc(be, r->tokens, 4 * sizeof(*reward), error);
+    int32_t *first = be->ops->alloc(be, r->n + 1, sizeof(*first), error);
+    if (!reward || !first)
+        goto fail;
+    float *value = reward + r->tokens, *advantage = value + r->tokens, *returns = advantage + r->tokens;
+    be->ops->write(be, reward, x->reward, bytes);
+    be->ops->write(be, value, x->value, bytes);
+    be->ops->write(be, first, r->start, (r->n + 1) * sizeof(*first));
+    be->ops->gae(be, advantage, returns, reward, value, first, (int32_t)r->n, o->gamma, o->lambda);
+    PSOUP__TRY(be->ops->read(be, x->advantage, advantage, bytes, error));
+    PSOUP__TRY(be->ops->read(be, x->returns, returns, bytes, error));
     size_t groups = o->whiten_advantages ? (size_t)o->whiten_groups : 0;
     for (size_t g = 0; g < groups; g++) {
         int32_t begin = r->start[r->n * g / groups], end = r->start[r->n * (g + 1) / groups];
         psoup__whiten(x->advantage + begin, (size_t)(end - begin));
     }
+fail:
+    be->ops->release(be, reward);
+    be->ops->release(be, first);
+    return status;
 }
 
 /* ---- the step ------------------------------------------------------------------------------------ */
@@ -140,7 +154,7 @@ static psoup_status step(psoup_ppo *ppo, size_t *n, psoup_error *error) {
     for (size_t p = 0; p < *n; p++) {
         reward_tokens(o, ppo->active[p]);
         if (psoup__has_critic(o))
-            estimate_advantages(o, &ppo->active[p]->experience);
+            PSOUP__TRY(estimate_advantages(ppo, &ppo->active[p]->experience, error));
         else
             PSOUP__TRY(compare_groups(ppo, &ppo->active[p]->experience, error));
     }

@@ -182,8 +182,8 @@ psoup_status psoup__ppo_share_evaluation(psoup_ppo *ppo, psoup__experience *x, b
                                          psoup_error *error);
 psoup_status psoup__ppo_share_ratios(psoup_ppo *ppo, psoup__experience *x, psoup_error *error);
 /* What the ranks' shares of a mini-batch came to, its last loss group's apart, over all of them. */
-psoup_status psoup__ppo_add_terms(psoup_ppo *ppo, psoup__ppo_terms *terms, double *last_kl,
-                                  size_t *last_tokens, psoup_error *error);
+psoup_status psoup__ppo_add_terms(psoup_ppo *ppo, psoup__loss_terms *terms, double *last_kl,
+                                  int64_t *last_tokens, psoup_error *error);
 
 /* checkpoint.c: takes checkpoint_dir, and goes on from what is there. */
 psoup_status psoup__ppo_start_checkpoint(psoup_ppo *ppo, psoup_error *error);

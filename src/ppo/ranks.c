@@ -61,13 +61,12 @@ psoup_status psoup__ppo_share_ratios(psoup_ppo *ppo, psoup__experience *x, psoup
 
 /* ---- sums of a mini-batch ----------------------------------------------------------------------------------- */
 
-psoup_status psoup__ppo_add_terms(psoup_ppo *ppo, psoup__ppo_terms *terms, double *last_kl,
-                                  size_t *last_tokens, psoup_error *error) {
+psoup_status psoup__ppo_add_terms(psoup_ppo *ppo, psoup__loss_terms *terms, double *last_kl,
+                                  int64_t *last_tokens, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    size_t failed = !terms->finite;
     double *const sums[] = {&terms->policy_loss, &terms->value_loss, &terms->ratio, &terms->kl,
                             &terms->clipped, &terms->value_clipped, last_kl};
-    size_t *const counts[] = {&terms->tokens, &terms->ratios, last_tokens, &failed};
+    int64_t *const counts[] = {&terms->tokens, &terms->ratios, last_tokens, &terms->broken};
     enum { SUMS = sizeof(sums) / sizeof(sums[0]), ALL = SUMS + sizeof(counts) / sizeof(counts[0]) };
     double all[ALL];
     if (!ppo->team.comm)
@@ -80,8 +79,7 @@ psoup_status psoup__ppo_add_terms(psoup_ppo *ppo, psoup__ppo_terms *terms, doubl
         if (i < SUMS)
             *sums[i] = all[i];
         else
-            *counts[i - SUMS] = (size_t)all[i];
-    terms->finite = failed == 0;
+            *counts[i - SUMS] = (int64_t)all[i];
 fail:
     return status;
 }

@@ -1,5 +1,6 @@
 /* The passes of PPO: evaluation of a batch before its updates, and the updates. Policies share passes;
  * a policy that stops early leaves them. */
+#include <assert.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -14,11 +15,22 @@ typedef struct item {
     size_t rollout;
     uint64_t stream;
     double scale; /* of a token's loss in an update: its share of the mini-batch's mean */
+    size_t place; /* in an update: among the responses of the mini-batch */
     bool reference;
     bool last; /* in the mini-batch's last loss group */
     bool first; /* no update or epoch came before: its ratios are noted */
-    psoup__ppo_terms terms; /* of an update: what its loss came to */
 } item;
+
+/* What the losses of an update read, and what they come to; a mini-batch's responses in the order of its passes. */
+typedef struct losses {
+    float *known;      /* device: the policies' tokens one after another, array by array; `old` points there */
+    psoup__old old;
+    size_t *begin;     /* [policies] where a policy's tokens begin in each */
+    int32_t *first;    /* [items + 1] where a pass's responses begin */
+    psoup__response *response, *response_device; /* [items] */
+    psoup__loss_terms *terms, *terms_device;     /* [items] */
+    psoup__objective objective;
+} losses;
 
 typedef struct work {
     psoup_ppo *ppo;
@@ -28,6 +40,7 @@ typedef struct work {
     int32_t *rows, *owner, *pass;
     size_t n;
     bool values; /* are read */
+    losses loss;
 } work;
 
 static psoup__experience *experience_of(const work *w, const item *it) {
@@ -66,10 +79,9 @@ static void add_item(work *w, item it) {
     w->n++;
 }
 
-static psoup_status run(work *w, psoup__pass_fn fn, bool learn, psoup_error *error) {
-    psoup_status status = psoup__passes_plan(w->ppo->passes, w->rows, w->owner, w->n,
-                                             w->ppo->options.micro_batch_tokens, learn, w->pass, error);
-    return status == PSOUP_OK ? psoup__passes_run(w->ppo->passes, fn, w, error) : status;
+static psoup_status plan(work *w, bool learn, psoup_error *error) {
+    return psoup__passes_plan(w->ppo->passes, w->rows, w->owner, w->n, w->ppo->options.micro_batch_tokens, learn,
+                              w->pass, error);
 }
 
 /* The distribution of response token t, and the value before it, are read at position |q| + t − 1. */
@@ -162,6 +174,7 @@ static psoup_status evaluate_pass(void *user, psoup__pack *pack, int32_t pass, p
     const work *w = user;
     PSOUP__TRY(pack_pass(w, pack, pass, error));
     PSOUP__TRY(psoup__pack_forward(pack, false, 0.0f, 0.0f, error));
+    PSOUP__TRY(psoup__pack_fetch(pack, error));
     for (size_t i = w->ppo->passes->begin[pass], read = 0; i < w->ppo->passes->end[pass]; i++) {
         const item *it = &w->items[i];
         if (w->pass[i] != pass)
@@ -203,7 +216,8 @@ psoup_status psoup__ppo_evaluate(psoup_ppo *ppo, psoup__policy *const *policies,
                     add_item(&w, it);
         }
     w.values = values;
-    PSOUP__TRY(run(&w, evaluate_pass, false, error));
+    PSOUP__TRY(plan(&w, false, error));
+    PSOUP__TRY(psoup__passes_run(ppo->passes, evaluate_pass, &w, error));
     for (size_t p = 0; p < n; p++) {
         item any = {.policy = p};
         PSOUP__TRY(psoup__ppo_share_evaluation(ppo, experience_of(&w, &any), values, error));
@@ -221,53 +235,142 @@ typedef struct progress {
     int32_t *order; /* [batch] this epoch's permutation */
     bool stopped, updated;
     size_t tokens;           /* of the mini-batch */
-    psoup__ppo_terms terms;  /* of the mini-batch */
+    psoup__loss_terms terms; /* of the mini-batch */
     double epoch_kl, last_kl; /* sums of log π_old − log π: of an epoch, of its last loss group */
-    size_t epoch_tokens, last_tokens;
+    size_t epoch_tokens;
+    int64_t last_tokens;
     /* For the report: sums over mini-batches. */
     double policy_loss, value_loss, clipped, value_clipped, ratio_max, norm, kl;
     int32_t mini_batches, skipped, epochs;
 } progress;
 
-/* The loss of one response of a pass, and its gradient; `read` is its first token in the pack. */
-static void lose(const work *w, psoup__pack *pack, item *it, size_t read) {
+/* Gives the device what is known of the policies' tokens, and room for so many responses. */
+static psoup_status losses_start(work *w, size_t n, size_t items, psoup_error *error) {
     const psoup_ppo_options *o = &w->ppo->options;
-    psoup__experience *x = experience_of(w, it);
-    size_t begin = (size_t)x->rollouts.start[it->rollout];
-    size_t n = (size_t)x->rollouts.start[it->rollout + 1] - begin;
-    it->terms = (psoup__ppo_terms){.finite = true};
-    if (it->first)
-        for (size_t t = 0; t < n; t++)
-            x->first_ratio[begin + t] = expf(pack->logprob[read + t] - x->logprob[begin + t]);
-    if (o->objective == PSOUP_OBJECTIVE_RLOO)
-        psoup__response_loss(pack->dlogprob + read, pack->logprob + read, x->logprob + begin,
-                             x->advantage[begin], n, o->clip_range, it->scale, &it->terms);
-    else
-        psoup__policy_loss(pack->dlogprob + read, pack->logprob + read, x->logprob + begin,
-                           x->advantage + begin, n, o->clip_range, it->scale, &it->terms);
-    if (o->objective == PSOUP_OBJECTIVE_GRPO)
-        psoup__kl_loss(pack->dlogprob + read, pack->logprob + read, x->ref_logprob + begin, n, o->kl_estimator,
-                       w->policies[it->policy]->state.kl_coefficient, it->scale, &it->terms);
-    if (psoup__has_critic(o))
-        psoup__value_loss(pack->dvalue + it->value, pack->value + it->value, x->value + begin,
-                          x->returns + begin, n, o->clip_range_value,
-                          o->value_coefficient * it->scale, &it->terms);
+    psoup_context *context = w->ppo->model->context;
+    psoup__backend *be = w->ppo->model->be;
+    losses *l = &w->loss;
+    const bool critic = psoup__has_critic(o), kl = o->objective == PSOUP_OBJECTIVE_GRPO;
+    const float **const old[] = {&l->old.logprob, &l->old.advantage, &l->old.ref, &l->old.value, &l->old.returns};
+    const bool has[] = {true, true, kl, critic, critic};
+    size_t tokens = 0, arrays = 2 + (size_t)kl + 2 * (size_t)critic;
+    l->objective = (psoup__objective){.clip = o->clip_range,
+                                      .value_clip = o->clip_range_value,
+                                      .value_coefficient = o->value_coefficient,
+                                      .whole = o->objective == PSOUP_OBJECTIVE_RLOO,
+                                      .estimator = o->kl_estimator == PSOUP_KL_DEFAULT ? PSOUP__K3 : o->kl_estimator};
+    l->begin = psoup__alloc(context, n, sizeof(*l->begin), error);
+    l->first = psoup__alloc(context, items + 1, sizeof(*l->first), error);
+    l->response = psoup__alloc(context, items, sizeof(*l->response), error);
+    l->terms = psoup__alloc(context, items, sizeof(*l->terms), error);
+    for (size_t p = 0; l->begin && p < n; tokens += w->policies[p++]->experience.rollouts.tokens)
+        l->begin[p] = tokens;
+    l->known = be->ops->alloc(be, arrays * tokens, sizeof(*l->known), error);
+    l->response_device = be->ops->alloc(be, items, sizeof(*l->response), error);
+    l->terms_device = be->ops->alloc(be, items, sizeof(*l->terms), error);
+    if (!l->begin || !l->first || !l->response || !l->terms || !l->known || !l->response_device || !l->terms_device)
+        return PSOUP_ERROR_MEMORY;
+    float *array = l->known;
+    for (size_t k = 0; k < sizeof(old) / sizeof(old[0]); k++) {
+        for (size_t p = 0; has[k] && p < n; p++) {
+            const psoup__experience *x = &w->policies[p]->experience;
+            const float *const of[] = {x->logprob, x->advantage, x->ref_logprob, x->value, x->returns};
+            be->ops->write(be, array + l->begin[p], of[k], x->rollouts.tokens * sizeof(*array));
+        }
+        *old[k] = has[k] ? array : NULL;
+        array += has[k] ? tokens : 0;
+    }
+    return PSOUP_OK;
 }
 
+static void losses_end(work *w) {
+    psoup_context *context = w->ppo->model->context;
+    psoup__backend *be = w->ppo->model->be;
+    be->ops->release(be, w->loss.known);
+    be->ops->release(be, w->loss.response_device);
+    be->ops->release(be, w->loss.terms_device);
+    psoup__free(context, w->loss.begin);
+    psoup__free(context, w->loss.first);
+    psoup__free(context, w->loss.response);
+    psoup__free(context, w->loss.terms);
+}
+
+/* Lists the planned passes' responses. */
+static void list_responses(work *w) {
+    const psoup__passes *passes = w->ppo->passes;
+    losses *l = &w->loss;
+    size_t place = 0;
+    for (int32_t pass = 0; pass < passes->n; pass++) {
+        l->first[pass] = (int32_t)place;
+        for (size_t i = passes->begin[pass], read = 0; i < passes->end[pass]; i++) {
+            item *it = &w->items[i];
+            if (w->pass[i] != pass)
+                continue;
+            const psoup__rollouts *r = &experience_of(w, it)->rollouts;
+            const size_t n = response_tokens(r, it->rollout);
+            l->response[place] = (psoup__response){.scale = it->scale,
+                                                   .beta = w->policies[it->policy]->state.kl_coefficient,
+                                                   .first = (int32_t)read,
+                                                   .tokens = (int32_t)n,
+                                                   .old = (int64_t)l->begin[it->policy] + r->start[it->rollout]};
+            it->place = place++;
+            read += n;
+        }
+    }
+    l->first[passes->n] = (int32_t)place;
+}
+
+/* The ratios of responses that no update came before. */
+static void note_ratios(const work *w, psoup__pack *pack, int32_t pass) {
+    for (size_t i = w->ppo->passes->begin[pass]; i < w->ppo->passes->end[pass]; i++) {
+        const item *it = &w->items[i];
+        if (w->pass[i] != pass || !it->first)
+            continue;
+        psoup__experience *x = experience_of(w, it);
+        const size_t begin = (size_t)x->rollouts.start[it->rollout], read = (size_t)w->loss.response[it->place].first;
+        for (size_t t = 0; t < response_tokens(&x->rollouts, it->rollout); t++)
+            x->first_ratio[begin + t] = expf(pack->logprob[read + t] - x->logprob[begin + t]);
+    }
+}
+
+/* Nothing is read between forward and backward. Where there are values, each was read with its token's log-prob. */
 static psoup_status update_pass(void *user, psoup__pack *pack, int32_t pass, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     const work *w = user;
     const psoup_ppo_options *o = &w->ppo->options;
+    const losses *l = &w->loss;
+    psoup__backend *be = w->ppo->model->be;
+    const int32_t first = l->first[pass];
+    bool noted = false;
     PSOUP__TRY(pack_pass(w, pack, pass, error));
     PSOUP__TRY(psoup__pack_forward(pack, true, o->lora_dropout, o->head_dropout, error));
-    for (size_t i = w->ppo->passes->begin[pass], read = 0; i < w->ppo->passes->end[pass]; i++) {
-        item *it = &w->items[i];
-        if (w->pass[i] != pass)
-            continue;
-        lose(w, pack, it, read);
-        read += response_tokens(&experience_of(w, it)->rollouts, it->rollout);
-    }
+    be->ops->policy_loss(be, pack->device.dlogprob, pack->device.dvalue, l->terms_device + first, pack->device.logprob,
+                         pack->device.value, &l->old, l->response_device + first, l->first[pass + 1] - first,
+                         &l->objective);
     PSOUP__TRY(psoup__pack_backward(pack, error));
+    for (size_t i = w->ppo->passes->begin[pass]; i < w->ppo->passes->end[pass]; i++) {
+        const item *it = &w->items[i];
+        assert(w->pass[i] != pass || !w->values || it->value == (size_t)l->response[it->place].first);
+        noted = noted || (w->pass[i] == pass && it->first);
+    }
+    if (noted) {
+        PSOUP__TRY(psoup__pack_fetch(pack, error));
+        note_ratios(w, pack, pass);
+    }
+fail:
+    return status;
+}
+
+/* The forwards and backwards of the items that were listed, and what their losses came to. */
+static psoup_status run_updates(work *w, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__backend *be = w->ppo->model->be;
+    losses *l = &w->loss;
+    PSOUP__TRY(plan(w, true, error));
+    list_responses(w);
+    be->ops->write(be, l->response_device, l->response, w->n * sizeof(*l->response));
+    PSOUP__TRY(psoup__passes_run(w->ppo->passes, update_pass, w, error));
+    PSOUP__TRY(be->ops->read(be, l->terms, l->terms_device, w->n * sizeof(*l->terms), error));
 fail:
     return status;
 }
@@ -295,10 +398,10 @@ static psoup_status step_parts(psoup__policy *policy, float lr, double *norm, bo
 /* The first of a step is told; "skipped" counts them. */
 static void tell_skipped(const psoup_ppo *ppo, const psoup__policy *policy, const progress *g, double norm) {
     const psoup_ppo_options *o = &ppo->options;
-    const psoup__ppo_terms *terms = &g->terms;
+    const psoup__loss_terms *terms = &g->terms;
     double ratio = terms->ratio / (double)terms->ratios;
     char why[128];
-    if (!terms->finite)
+    if (terms->broken)
         snprintf(why, sizeof(why), "its loss or its ratio is not a finite number");
     else if (!(ratio <= o->ratio_threshold))
         snprintf(why, sizeof(why), "its mean ratio is %g (ratio_threshold is %g)", ratio, (double)o->ratio_threshold);
@@ -316,11 +419,11 @@ static psoup_status step_policy(psoup_ppo *ppo, psoup__policy *policy, progress 
                                 psoup_error *error) {
     psoup_status status = psoup__ppo_add_terms(ppo, &g->terms, &g->last_kl, &g->last_tokens, error);
     const psoup_ppo_options *o = &ppo->options;
-    const psoup__ppo_terms *terms = &g->terms;
+    const psoup__loss_terms *terms = &g->terms;
     if (status != PSOUP_OK)
         return status;
     double n = (double)g->tokens, ratios = (double)terms->ratios, norm = 0.0;
-    bool good = terms->finite && terms->ratio / ratios <= o->ratio_threshold, stepped = false;
+    bool good = !terms->broken && terms->ratio / ratios <= o->ratio_threshold, stepped = false;
     if (good) {
         PSOUP__TRY(add_gradients(ppo, policy, error));
         PSOUP__TRY(step_parts(policy, o->learning_rate, &norm, &stepped, error));
@@ -341,7 +444,7 @@ static psoup_status step_policy(psoup_ppo *ppo, psoup__policy *policy, progress 
         g->norm += norm;
     }
     g->updated = g->updated || stepped;
-    if (terms->finite) {
+    if (!terms->broken) {
         g->epoch_kl += terms->kl;
         g->epoch_tokens += g->tokens;
     }
@@ -391,17 +494,18 @@ static psoup_status run_mini_batch(work *w, progress *all, size_t n, size_t begi
         progress *g = &all[p];
         if (g->stopped)
             continue;
-        g->terms = (psoup__ppo_terms){.finite = true};
+        g->terms = (psoup__loss_terms){.tokens = 0};
         add_mini_batch(w, p, g, begin, end);
         zero_gradients(w->policies[p]);
     }
-    PSOUP__TRY(run(w, update_pass, true, error));
+    PSOUP__TRY(run_updates(w, error));
     for (size_t i = 0; i < w->n; i++) {
         const item *it = &w->items[i];
+        const psoup__loss_terms *terms = &w->loss.terms[it->place];
         progress *g = &all[it->policy];
-        psoup__ppo_terms_add(&g->terms, &it->terms);
-        g->last_kl += it->last ? it->terms.kl : 0.0;
-        g->last_tokens += it->last ? it->terms.tokens : 0;
+        psoup__loss_terms_add(&g->terms, terms);
+        g->last_kl += it->last ? terms->kl : 0.0;
+        g->last_tokens += it->last ? terms->tokens : 0;
     }
     for (size_t p = 0; p < n; p++)
         if (!all[p].stopped)
@@ -415,7 +519,7 @@ fail:
 static bool stops(const psoup_ppo_options *o, const progress *g) {
     bool last = o->early_stop == PSOUP_EARLY_STOP_LAST;
     double sum = last ? g->last_kl : g->epoch_kl;
-    size_t tokens = last ? g->last_tokens : g->epoch_tokens;
+    size_t tokens = last ? (size_t)g->last_tokens : g->epoch_tokens;
     return o->early_stop != PSOUP_EARLY_STOP_OFF && tokens &&
            sum > 1.5 * o->target_kl * (double)tokens;
 }
@@ -447,6 +551,7 @@ psoup_status psoup__ppo_update(psoup_ppo *ppo, psoup__policy *const *policies, s
     if (!all)
         return PSOUP_ERROR_MEMORY;
     PSOUP__TRY(work_start(&w, n * batch, error));
+    PSOUP__TRY(losses_start(&w, n, n * batch, error));
     for (size_t p = 0; p < n; p++) {
         all[p].shuffle = (psoup__random){
             psoup__seed_for(policies[p]->given.seed, PSOUP__FOR_MINI_BATCHES),
@@ -487,6 +592,7 @@ fail:
     for (size_t p = 0; p < n; p++)
         psoup__free(context, all[p].order);
     psoup__free(context, all);
+    losses_end(&w);
     work_end(&w);
     return status;
 }

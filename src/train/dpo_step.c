@@ -86,6 +86,7 @@ static psoup_status run_pass(void *user, psoup__pack *pack, int32_t pass, psoup_
     const bool learn = e->what == LEARN;
     PSOUP__TRY(pack_items(e, pack, pass, error));
     PSOUP__TRY(psoup__pack_forward(pack, learn, learn ? t->options.lora_dropout : 0.0f, 0.0f, error));
+    PSOUP__TRY(psoup__pack_fetch(pack, error));
     for (size_t i = t->passes->begin[pass], read = 0; i < t->passes->end[pass]; i++) {
         if (t->pass[i] != pass)
             continue;
@@ -105,8 +106,10 @@ static psoup_status run_pass(void *user, psoup__pack *pack, int32_t pass, psoup_
         for (size_t k = at; k < read; k++)
             pack->dlogprob[k] = k < at + length[0] ? slope : -slope;
     }
-    if (learn)
+    if (learn) {
+        psoup__pack_send(pack);
         PSOUP__TRY(psoup__pack_backward(pack, error));
+    }
 fail:
     return status;
 }

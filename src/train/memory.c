@@ -7,7 +7,7 @@
 
 /* Bytes beside activations of a pass (pack.c), whose arrays may have doubled: its rows, log-probs, values and heads. */
 static int64_t pack_bytes(const psoup_model *model, const psoup__extent *e) {
-    int64_t row = 4, read = 16, head = 8 + 4 + 8 + 4 + 4 + 4 + 3 * 8;
+    int64_t row = 4, read = 16, head = 2 * 4 + 3 * 4 + 3 * 8;
     int64_t sequence = 4 + 16 + 4 * (int64_t)model->n_adapters;
     int64_t sum = psoup__product(e->rows, row);
     sum = psoup__sum(sum, psoup__product(e->reads, read));
@@ -30,6 +30,8 @@ psoup_status psoup__add_passes(psoup_model *model, const psoup__use *uses, int n
             saved[i] = print[i].activations - less.activations;
             print[i].activations = less.activations;
         }
+        int64_t read = psoup__product(2 * 4, psoup__sum(uses[i].extent.reads, uses[i].extent.heads));
+        print[i].activations = psoup__sum(print[i].activations, read + read / 8); /* pack.c's on the device */
         host[i] = psoup__sum(print[i].host, pack_bytes(model, &uses[i].extent));
         runners = uses[i].at_once > runners ? uses[i].at_once : runners;
         *reserved = print[i].reserved > *reserved ? print[i].reserved : *reserved;

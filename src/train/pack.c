@@ -52,11 +52,11 @@ void psoup__pack_free(psoup__pack *pack) {
     void *arrays[] = {pack->tokens,      pack->start,       pack->seed,     pack->stream,
                       pack->mix,         pack->row,         pack->target,   pack->logprob,
                       pack->dlogprob,    pack->head_row,    pack->value,    pack->dvalue,
-                      pack->head_value,  pack->head_weight, pack->head_out, pack->head_dout,
-                      pack->head_seed,   pack->head_stream, pack->head_offset, pack->list,
-                      pack->list_dropout};
+                      pack->head_at,     pack->head_weight, pack->head_seed,   pack->head_stream,
+                      pack->head_offset, pack->list,        pack->list_dropout};
     for (size_t i = 0; i < sizeof(arrays) / sizeof(arrays[0]); i++)
         psoup__free(context, arrays[i]);
+    pack->model->be->ops->release(pack->model->be, pack->device.memory);
     psoup__tape_free(pack->tape);
     psoup__free(context, pack);
 }
@@ -147,8 +147,8 @@ psoup_status psoup__pack_values(psoup__pack *pack, size_t n, size_t *first, psou
     if (status != PSOUP_OK)
         return status;
     *first = pack->values;
-    for (size_t i = 0; i < n; i++, pack->values++)
-        pack->value[pack->values] = pack->dvalue[pack->values] = 0.0f;
+    for (size_t i = 0; i < n; i++)
+        pack->dvalue[pack->values++] = 0.0f;
     return PSOUP_OK;
 }
 
@@ -167,31 +167,46 @@ psoup_status psoup__pack_head(psoup__pack *pack, const psoup__adapter *adapter, 
     psoup_context *context = pack->model->context;
     size_t at = pack->head_reads;
     const column columns[] = {{&pack->head_row, sizeof(*pack->head_row)},
-                              {&pack->head_value, sizeof(*pack->head_value)},
+                              {&pack->head_at, sizeof(*pack->head_at)},
                               {&pack->head_weight, sizeof(*pack->head_weight)},
-                              {&pack->head_out, sizeof(*pack->head_out)},
-                              {&pack->head_dout, sizeof(*pack->head_dout)},
                               {&pack->head_seed, sizeof(*pack->head_seed)},
                               {&pack->head_stream, sizeof(*pack->head_stream)},
                               {&pack->head_offset, sizeof(*pack->head_offset)}};
     const column lists[] = {{&pack->list, sizeof(*pack->list)},
                             {&pack->list_dropout, sizeof(*pack->list_dropout)}};
-    PSOUP__TRY(grow(context, columns, 8, &pack->head_capacity, at + 1, error));
+    PSOUP__TRY(grow(context, columns, 6, &pack->head_capacity, at + 1, error));
     if (pack->lists == 0 || pack->list[pack->lists - 1].adapter != adapter) {
         PSOUP__TRY(grow(context, lists, 2, &pack->list_capacity, pack->lists + 1, error));
         pack->list[pack->lists++] = (psoup__head_rows){.adapter = adapter};
     }
     pack->list[pack->lists - 1].n++;
     pack->head_row[at] = row;
-    pack->head_value[at] = value;
+    pack->head_at[at] = (int32_t)value;
     pack->head_weight[at] = weight;
-    pack->head_out[at] = pack->head_dout[at] = 0.0f;
     pack->head_seed[at] = seed;
     pack->head_stream[at] = stream;
     pack->head_offset[at] = offset;
     pack->head_reads++;
 fail:
     return status;
+}
+
+/* Room on the device for what is read, and for gradients by it. */
+static psoup_status make_room(psoup__pack *pack, psoup_error *error) {
+    psoup__backend *be = pack->model->be;
+    size_t need = 2 * (pack->reads + pack->values);
+    if (!pack->device.memory || need > pack->device.capacity) {
+        be->ops->release(be, pack->device.memory);
+        pack->device.capacity = need + need / 8; /* as a tape's */
+        pack->device.memory = be->ops->alloc(be, pack->device.capacity, sizeof(float), error);
+        if (!pack->device.memory)
+            return PSOUP_ERROR_MEMORY;
+    }
+    pack->device.logprob = pack->device.memory;
+    pack->device.dlogprob = pack->device.logprob + pack->reads;
+    pack->device.value = pack->device.dlogprob + pack->reads;
+    pack->device.dvalue = pack->device.value + pack->values;
+    return PSOUP_OK;
 }
 
 psoup_status psoup__pack_forward(psoup__pack *pack, bool save, float lora_dropout,
@@ -214,30 +229,46 @@ psoup_status psoup__pack_forward(psoup__pack *pack, bool save, float lora_dropou
                                                  .stream = pack->head_stream + at,
                                                  .offset = pack->head_offset + at};
         list->row = pack->head_row + at;
-        list->value = pack->head_out + at;
-        list->dvalue = pack->head_dout + at;
+        list->at = pack->head_at + at;
+        list->weight = pack->head_weight + at;
         list->dropout = head_dropout > 0.0f ? &pack->list_dropout[i] : NULL;
     }
+    PSOUP__TRY(make_room(pack, error));
     PSOUP__TRY(psoup__forward(model, pack->tape, &batch, save, error));
     if (pack->reads)
         PSOUP__TRY(psoup__logprobs(model, pack->tape, pack->row, pack->target,
-                                   (int32_t)pack->reads, pack->logprob, error));
-    if (pack->lists)
-        PSOUP__TRY(psoup__heads(model, pack->tape, pack->list, (int32_t)pack->lists, error));
-    for (size_t i = 0; i < pack->head_reads; i++)
-        pack->value[pack->head_value[i]] += pack->head_weight[i] * pack->head_out[i];
+                                   (int32_t)pack->reads, pack->device.logprob, error));
+    model->be->ops->zero(model->be, pack->device.value, pack->values * sizeof(*pack->value));
+    PSOUP__TRY(psoup__heads(model, pack->tape, pack->list, (int32_t)pack->lists, pack->device.value, error));
 fail:
     return status;
 }
 
+psoup_status psoup__pack_fetch(psoup__pack *pack, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    psoup__backend *be = pack->model->be;
+    if (pack->reads)
+        PSOUP__TRY(be->ops->read(be, pack->logprob, pack->device.logprob, pack->reads * sizeof(*pack->logprob),
+                                 error));
+    if (pack->values)
+        PSOUP__TRY(be->ops->read(be, pack->value, pack->device.value, pack->values * sizeof(*pack->value), error));
+fail:
+    return status;
+}
+
+void psoup__pack_send(psoup__pack *pack) {
+    psoup__backend *be = pack->model->be;
+    be->ops->write(be, pack->device.dlogprob, pack->dlogprob, pack->reads * sizeof(*pack->dlogprob));
+    be->ops->write(be, pack->device.dvalue, pack->dvalue, pack->values * sizeof(*pack->dvalue));
+}
+
 psoup_status psoup__pack_backward(psoup__pack *pack, psoup_error *error) {
-    for (size_t i = 0; i < pack->head_reads; i++)
-        pack->head_dout[i] = pack->head_weight[i] * pack->dvalue[pack->head_value[i]];
     psoup__loss_gradient loss = {.row = pack->row,
                                  .target = pack->target,
-                                 .dlogprob = pack->dlogprob,
+                                 .dlogprob = pack->device.dlogprob,
                                  .n = (int32_t)pack->reads,
                                  .heads = pack->list,
-                                 .n_heads = (int32_t)pack->lists};
+                                 .n_heads = (int32_t)pack->lists,
+                                 .dvalue = pack->device.dvalue};
     return psoup__backward(pack->model, pack->tape, &loss, error);
 }

@@ -122,6 +122,7 @@ static psoup_status score_pass(void *user, psoup__pack *pack, int32_t pass, psou
         PSOUP__TRY(psoup__pack_score(pack, pack->model->adapters[sequence->adapter], row + s->rows[i] - 1, error));
     }
     PSOUP__TRY(psoup__pack_forward(pack, false, 0.0f, 0.0f, error));
+    PSOUP__TRY(psoup__pack_fetch(pack, error));
     memcpy(s->out + begin, pack->value, (end - begin) * sizeof(*s->out));
 fail:
     return status;

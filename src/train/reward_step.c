@@ -73,6 +73,7 @@ static psoup_status run_pass(void *user, psoup__pack *pack, int32_t pass, psoup_
     psoup__reward_trainer *t = user;
     PSOUP__TRY(pack_items(t, pack, pass, error));
     PSOUP__TRY(psoup__pack_forward(pack, t->learn, t->learn ? t->options.lora_dropout : 0.0f, 0.0f, error));
+    PSOUP__TRY(psoup__pack_fetch(pack, error));
     for (size_t i = t->passes->begin[pass], k = 0; i < t->passes->end[pass]; i++) {
         if (t->pass[i] != pass)
             continue;
@@ -87,8 +88,10 @@ static psoup_status run_pass(void *user, psoup__pack *pack, int32_t pass, psoup_
         }
         k += 2;
     }
-    if (t->learn)
+    if (t->learn) {
+        psoup__pack_send(pack);
         PSOUP__TRY(psoup__pack_backward(pack, error));
+    }
 fail:
     return status;
 }

@@ -132,15 +132,18 @@ static psoup_status run_pass(void *user, psoup__pack *pack, int32_t pass, psoup_
         PSOUP__TRY(pack_item(s, pack, i, error));
     PSOUP__TRY(psoup__pack_forward(pack, learn, learn && s->adapter >= 0 ? s->options.lora_dropout : 0.0f, 0.0f,
                                    error));
+    for (size_t k = 0; learn && k < pack->reads; k++)
+        pack->dlogprob[k] = s->slope;
+    if (learn) {
+        psoup__pack_send(pack);
+        PSOUP__TRY(psoup__pack_backward(pack, error));
+    }
+    PSOUP__TRY(psoup__pack_fetch(pack, error));
     for (size_t i = begin, read = 0; i < end; i++) {
         s->loss[i] = 0.0;
         for (size_t k = loss_tokens(s, s->item[i]); k > 0; k--)
             s->loss[i] -= pack->logprob[read++];
     }
-    for (size_t k = 0; learn && k < pack->reads; k++)
-        pack->dlogprob[k] = s->slope;
-    if (learn)
-        PSOUP__TRY(psoup__pack_backward(pack, error));
 fail:
     return status;
 }

@@ -1,5 +1,5 @@
 /* src/train: optimiser, passes, checkpoints; supervised fine-tuning, reward models, DPO. Stands on src/model and
- * calls ops only for the optimiser.
+ * calls ops only for the optimiser and to move what a pass reads.
  *
  * Side by side. Reward models and policies train in shared passes, or a small base's in lanes of their own
  * (passes.c), and yet each must carry the bits it would have alone. Three rules give that: every model's rows keep their
@@ -233,12 +233,18 @@ typedef struct psoup__pack {
     /* those outputs; one list per run of equal adapters */
     size_t head_reads, head_capacity, lists, list_capacity;
     int32_t *head_row;                               /* [head_reads] */
-    size_t *head_value;                              /* [head_reads] which value it is part of, */
+    int32_t *head_at;                                /* [head_reads] which value it is part of, */
     float *head_weight;                              /* [head_reads] and by what weight */
-    float *head_out, *head_dout;                     /* [head_reads] */
     uint64_t *head_seed, *head_stream, *head_offset; /* [head_reads] */
     psoup__head_rows *list;                           /* [lists] */
     psoup__dropout *list_dropout;                     /* [lists] */
+    /* what was read, and the loss's gradient by it, where the pass ran */
+    struct {
+        float *logprob, *dlogprob; /* device [reads] */
+        float *value, *dvalue;     /* device [values] */
+        float *memory;
+        size_t capacity;
+    } device;
 } psoup__pack;
 /* recompute: see psoup__tape_recompute. */
 psoup_status psoup__pack_create(psoup_model *model, bool recompute, psoup__pack **out, psoup_error *error);
@@ -257,11 +263,15 @@ psoup_status psoup__pack_head(psoup__pack *pack, const psoup__adapter *adapter, 
 /* A value that is one head's output, without dropout. */
 psoup_status psoup__pack_score(psoup__pack *pack, const psoup__adapter *adapter, int32_t row,
                                psoup_error *error);
-/* Runs it and fills logprob and value. */
+/* Runs it: the device then has log-probs and values. */
 psoup_status psoup__pack_forward(psoup__pack *pack, bool save, float lora_dropout,
                                  float head_dropout, psoup_error *error);
-/* From dlogprob and dvalue to the gradients of the adapters (or the base). */
+/* From the device's dlogprob and dvalue to the gradients of the adapters (or the base). */
 psoup_status psoup__pack_backward(psoup__pack *pack, psoup_error *error);
+/* For losses that the host computes: fills logprob and value from the device, and waits for it; gives it dlogprob and
+ * dvalue, which are 0 where nothing was written. */
+psoup_status psoup__pack_fetch(psoup__pack *pack, psoup_error *error);
+void psoup__pack_send(psoup__pack *pack);
 
 /* ---- passes.c ------------------------------------------------------------------------------------ */
 

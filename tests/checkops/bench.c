@@ -242,6 +242,7 @@ static const struct {
     {"attention", bench_attention},
     {"linear_mix", bench_linear_mix},
     {"loss", bench_loss},
+    {"policy", bench_policy},
     {"sample", bench_sample},
     {"adamw", bench_adamw},
     {"interpolate", bench_interpolate},

@@ -69,6 +69,7 @@ void bench_rows(bench *b);
 void bench_attention(bench *b);
 void bench_linear_mix(bench *b);
 void bench_loss(bench *b);
+void bench_policy(bench *b);
 void bench_sample(bench *b);
 void bench_adamw(bench *b);
 void bench_interpolate(bench *b);

@@ -112,10 +112,10 @@ OP(cache_append) {
     b->ops->cache_append(b->be, &cache, p[2], p[3], p[4], b->s.rows, b->s.width);
 }
 OP(head) {
-    b->ops->head(b->be, p[0], p[1], p[2], p[3], p[4], b->s.rows, b->s.width);
+    b->ops->head(b->be, p[0], p[1], p[2], p[2], p[5], p[3], p[4], b->s.rows, b->s.width);
 }
 OP(head_backward) {
-    b->ops->head_backward(b->be, p[0], p[1], p[2], p[3], p[4], p[5], p[6], b->s.rows, b->s.width);
+    b->ops->head_backward(b->be, p[0], p[1], p[2], p[3], p[4], p[5], p[5], p[7], p[6], b->s.rows, b->s.width);
 }
 
 void bench_rows(bench *b) {
@@ -139,10 +139,10 @@ void bench_rows(bench *b) {
         {.op = "cache_append", .bytes = 12.0 * (double)n, .run = run_cache_append,
          .item = {NUMBERS(n, PSOUP_BF16), NUMBERS(n, PSOUP_BF16), BYTES(row, bytes), FLOATS(n), FLOATS(n)}},
         {.op = "head", .bytes = 4.0 * (double)n, .run = run_head,
-         .item = {FLOATS(rows), FLOATS(n), BYTES(row, bytes), FLOATS(width), FLOATS(1)}},
+         .item = {FLOATS(rows), FLOATS(n), BYTES(row, bytes), FLOATS(width), FLOATS(1), FLOATS(rows)}},
         {.op = "head_backward", .bytes = 12.0 * (double)n, .run = run_head_backward,
-         .item = {FLOATS(n), FLOATS(width), FLOATS(1), FLOATS(rows), FLOATS(n), BYTES(row, bytes),
-                  FLOATS(width)}},
+         .item = {FLOATS(n), FLOATS(width), FLOATS(1), FLOATS(rows), FLOATS(n), BYTES(row, bytes), FLOATS(width),
+                  FLOATS(rows)}},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         snprintf(cases[i].shape, sizeof cases[i].shape, "%d rows of %d", (int)rows, (int)width);
@@ -207,6 +207,50 @@ void bench_sample(bench *b) {
         bench_run(b, &c);
     }
     free(draws);
+}
+
+/* ---- policies ------------------------------------------------------------------------------------------ */
+
+OP(gae) {
+    b->ops->gae(b->be, p[0], p[1], p[2], p[3], p[4], b->s.batch, 1, 0.95);
+}
+OP(policy_loss) {
+    const psoup__objective *o = arg;
+    const psoup__old old = {p[5], p[6], o->estimator ? p[7] : NULL, o->value_coefficient > 0 ? p[8] : NULL, p[9]};
+    b->ops->policy_loss(b->be, p[0], p[1], p[2], p[3], p[4], &old, p[10], b->s.batch, o);
+}
+
+/* A step's responses, all of the longest length. */
+void bench_policy(bench *b) {
+    const int32_t n = b->s.batch, length = b->s.context;
+    const size_t tokens = (size_t)n * (size_t)length, bytes = (size_t)n * sizeof(psoup__response);
+    int32_t *first = malloc(((size_t)n + 1) * sizeof *first);
+    psoup__response *response = calloc((size_t)n, sizeof *response);
+    for (int32_t i = 0; i <= n; i++)
+        first[i] = i * length;
+    for (int32_t i = 0; i < n; i++)
+        response[i] = (psoup__response){1, 0.05, first[i], length, first[i]};
+    const psoup__objective ppo = {0.2, 0.2, 0.1, 0, 0}, rloo = {0.2, 0, 0, 1, 0}, grpo = {0.2, 0, 0, 0, PSOUP__K3};
+    const struct {
+        const char *name;
+        const psoup__objective *objective;
+        double floats; /* of a token */
+    } kinds[] = {{"PPO", &ppo, 8}, {"RLOO", &rloo, 3}, {"GRPO", &grpo, 5}};
+    bench_case advantages = {.op = "gae", .bytes = 16.0 * (double)tokens, .run = run_gae,
+                             .item = {FLOATS(tokens), FLOATS(tokens), FLOATS(tokens), FLOATS(tokens),
+                                      BYTES(first, ((size_t)n + 1) * sizeof *first)}};
+    snprintf(advantages.shape, sizeof advantages.shape, "%d responses of %d tokens", (int)n, (int)length);
+    bench_run(b, &advantages);
+    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+        bench_case c = {.op = "policy_loss", .bytes = 4.0 * kinds[k].floats * (double)tokens, .run = run_policy_loss,
+                        .arg = kinds[k].objective};
+        for (int i = 0; i < 10; i++)
+            c.item[i] = (bench_item)FLOATS(i == 2 ? (size_t)n * sizeof(psoup__loss_terms) / sizeof(float) : tokens);
+        c.item[10] = (bench_item)BYTES(response, bytes);
+        snprintf(c.shape, sizeof c.shape, "%s, %d responses of %d tokens", kinds[k].name, (int)n, (int)length);
+        bench_run(b, &c);
+    }
+    free(first), free(response);
 }
 
 /* ---- parameters ---------------------------------------------------------------------------------------- */

@@ -195,6 +195,7 @@ static const struct {
     {"attention_decode", check_attention_decode},
     {"linear_mix", check_linear_mix},
     {"loss", check_loss},
+    {"policy", check_policy},
     {"sample", check_sample},
     {"advance", check_advance},
     {"adamw", check_adamw},

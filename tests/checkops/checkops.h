@@ -85,6 +85,7 @@ void check_attention(checker *c);
 void check_attention_decode(checker *c);
 void check_linear_mix(checker *c);
 void check_loss(checker *c);
+void check_policy(checker *c);
 void check_sample(checker *c);
 void check_advance(checker *c);
 void check_adamw(checker *c);

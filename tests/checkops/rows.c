@@ -108,48 +108,52 @@ static void check_scatter(checker *c, int32_t rows, int32_t width, bool scaled) 
     free(want);
 }
 
-/* Every third row of `hidden`, of which a later one comes first. */
+/* Every third row of `hidden`, of which a later one comes first; the values are in a third order. */
 static void check_head(checker *c, int32_t n, int32_t width, bool all) {
     begin(c, "head", "n %d, width %d%s", (int)n, (int)width, all ? "" : ", without bias and dhidden");
     psoup_error error;
     const size_t m = 3 * (size_t)n * (size_t)width;
     buffer *hidden = input(c, m), *w = input(c, (size_t)width), *bias = input(c, 1);
     buffer *dhidden = input(c, m), *dw = input(c, (size_t)width), *dbias = input(c, 1);
-    buffer *out = output(c, (size_t)n), *dout = input(c, (size_t)n);
-    int32_t *row = malloc((size_t)n * sizeof *row);
+    buffer *value = input(c, (size_t)n), *dvalue = input(c, (size_t)n), *weight = input(c, (size_t)n);
+    int32_t *row = malloc((size_t)n * sizeof *row), *at = malloc((size_t)n * sizeof *at);
     double *want = doubles((size_t)n), *want_hidden = doubles_of(dhidden->host, m);
     double *want_w = doubles_of(dw->host, (size_t)width), want_bias = dbias->host[0];
     for (int32_t i = 0; i < n; i++) {
         row[i] = 3 * (n - 1 - i) + i % 2;
-        want[i] = all ? bias->host[0] : 0;
-        want_bias += all ? dout->host[i] : 0;
+        at[i] = (i + n / 2) % n;
+        const double d = (double)weight->host[i] * dvalue->host[at[i]];
+        double out = all ? bias->host[0] : 0;
+        want_bias += all ? d : 0;
         for (int32_t j = 0; j < width; j++) {
-            const int32_t at = row[i] * width + j;
-            want[i] += (double)hidden->host[at] * w->host[j];
-            want_w[j] += (double)dout->host[i] * hidden->host[at];
-            want_hidden[at] += all ? (double)dout->host[i] * w->host[j] : 0;
+            const int32_t k = row[i] * width + j;
+            out += (double)hidden->host[k] * w->host[j];
+            want_w[j] += d * hidden->host[k];
+            want_hidden[k] += all ? d * w->host[j] : 0;
         }
+        want[at[i]] = value->host[at[i]] + weight->host[i] * out;
     }
-    int32_t *list = block(c, row, (size_t)n * sizeof *row);
-    c->ops->head(c->be, out->device, hidden->device, list, w->device, all ? bias->device : NULL, n, width);
+    int32_t *list = block(c, row, (size_t)n * sizeof *row), *places = block(c, at, (size_t)n * sizeof *at);
+    c->ops->head(c->be, value->device, hidden->device, list, places, weight->device, w->device,
+                 all ? bias->device : NULL, n, width);
     /* A sum's rounding grows with the root of its terms. */
-    expect(c, "out", out, want, 1e-6 * fmax(1, sqrt(width / 1024.0)));
+    expect(c, "value", value, want, 1e-6 * fmax(1, sqrt(width / 1024.0)));
     expect_true(c, "there is room", c->ops->reserve(c->be, n, width, &error) == PSOUP_OK);
     c->ops->head_backward(c->be, all ? dhidden->device : NULL, dw->device, all ? dbias->device : NULL,
-                          dout->device, hidden->device, list, w->device, n, width);
+                          dvalue->device, hidden->device, list, places, weight->device, w->device, n, width);
     expect(c, "dhidden", dhidden, want_hidden, 1e-6);
     expect(c, "dw", dw, want_w, 1e-6);
     expect(c, "dbias", dbias, &want_bias, 1e-6);
-    free(row), free(want), free(want_hidden), free(want_w);
+    free(row), free(at), free(want), free(want_hidden), free(want_w);
 }
 
 /* ---- the head by finite differences ------------------------------------------------------------------- */
 
-/* Σ_i dout[i] (w · hidden[row i] + bias), from these numbers alone. */
+/* Σ_i dvalue[at i] weight[i] (w · hidden[row i] + bias), from these numbers alone. */
 typedef struct heads {
     int32_t n, width;
-    const int32_t *row;
-    double *hidden, *w, *bias, *dout;
+    const int32_t *row, *at;
+    double *hidden, *w, *bias, *dvalue, *weight;
 } heads;
 
 static double head_loss(void *arg) {
@@ -159,19 +163,19 @@ static double head_loss(void *arg) {
         double value = h->bias[0];
         for (int32_t j = 0; j < h->width; j++)
             value += h->w[j] * h->hidden[h->row[i] * h->width + j];
-        loss += h->dout[i] * value;
+        loss += h->dvalue[h->at[i]] * h->weight[i] * value;
     }
     return loss;
 }
 
 static void check_head_differences(checker *c, int32_t width) {
     enum { N = 4 };
-    static const int32_t row[N] = {6, 0, 3, 5};
+    static const int32_t row[N] = {6, 0, 3, 5}, at[N] = {2, 3, 0, 1};
     const size_t sizes[] = {7 * (size_t)width, (size_t)width, 1};
     static const char *const names[] = {"dhidden", "dw", "dbias"};
     begin(c, "head_backward", "width %d, by finite differences", (int)width);
     psoup_error error;
-    buffer *read[3], *grown[3], *dout = input(c, N);
+    buffer *read[3], *grown[3], *dvalue = input(c, N), *weight = input(c, N);
     float *before[3];
     double *numbers[3];
     for (int k = 0; k < 3; k++) {
@@ -181,16 +185,17 @@ static void check_head_differences(checker *c, int32_t width) {
         before[k] = malloc(sizes[k] * sizeof(float));
         memcpy(before[k], grown[k]->host, sizes[k] * sizeof(float));
     }
-    heads h = {N, width, row, numbers[0], numbers[1], numbers[2], doubles_of(dout->host, N)};
-    int32_t *list = block(c, row, sizeof row);
+    heads h = {N, width, row, at, numbers[0], numbers[1], numbers[2], doubles_of(dvalue->host, N),
+               doubles_of(weight->host, N)};
+    int32_t *list = block(c, row, sizeof row), *places = block(c, at, sizeof at);
     expect_true(c, "there is room", c->ops->reserve(c->be, N, width, &error) == PSOUP_OK);
-    c->ops->head_backward(c->be, grown[0]->device, grown[1]->device, grown[2]->device, dout->device, read[0]->device,
-                          list, read[1]->device, N, width);
+    c->ops->head_backward(c->be, grown[0]->device, grown[1]->device, grown[2]->device, dvalue->device, read[0]->device,
+                          list, places, weight->device, read[1]->device, N, width);
     for (int k = 0; k < 3; k++)
         differences(c, names[k], grown[k], before[k], numbers[k], sizes[k], 1, head_loss, &h, 1e-5);
     for (int k = 0; k < 3; k++)
         free(before[k]), free(numbers[k]);
-    free(h.dout);
+    free(h.dvalue), free(h.weight);
 }
 
 void check_rows(checker *c) {

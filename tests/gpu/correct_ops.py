@@ -27,9 +27,10 @@ NOT_HERE = {"free", "copy", "zero", "record", "replay", "advance",  # they compu
 failures = checks = 0
 
 
-HEADER = re.sub(r"/\*.*?\*/", "", open(os.path.join(ROOT, "src", "ops.h"), encoding="utf-8").read(), flags=re.S)
+HEADER = re.sub(r"/\*.*?\*/", "", "".join(open(os.path.join(ROOT, "src", name), encoding="utf-8").read()
+                                          for name in ("base/policy.h", "ops.h")), flags=re.S)
 KINDS = {"int32_t": c_int32, "int64_t": c_int64, "uint64_t": c_uint64, "size_t": c_size_t, "float": c_float,
-         "bool": c_bool, "psoup_dtype": c_int, "psoup_status": c_int, "void": None}
+         "double": c_double, "bool": c_bool, "psoup_dtype": c_int, "psoup_status": c_int, "void": None}
 
 
 def fields(*names_and_kinds):
@@ -45,8 +46,9 @@ def struct(name):
     return fields(*members)
 
 
-Weight, Lora, Mix, Linear, Keys, Spans, Shape, Draw, Adamw, Dropout = map(struct, (
-    "weight", "lora", "mix", "linear", "keys", "spans", "attention_shape", "draw", "adamw_args", "dropout"))
+Weight, Lora, Mix, Linear, Keys, Spans, Shape, Draw, Adamw, Dropout, Terms, Response, Old, Objective = map(struct, (
+    "weight", "lora", "mix", "linear", "keys", "spans", "attention_shape", "draw", "adamw_args", "dropout", "loss_terms",
+    "response", "old", "objective"))
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -232,16 +234,16 @@ def moves(rows, width, dtype):
         part = k.before * scale.before[:, None] if scales else k.before
         check("scatter_add_rows", "out", sums, before.index_add(0, row.x.long(), part))
 
-    w, bias, out, dhidden, dw, dbias, dout = normal(width), normal(1), blank(rows), normal(rows + 5, width), \
-        normal(width), normal(1), normal(rows)
-    ops.head(out, source, row, w, bias, rows, width)
-    chosen = source.before[row.x.long()]
-    check("head", "out", out, chosen @ w.before + bias.before)
-    ops.head_backward(dhidden, dw, dbias, dout, source, row, w, rows, width)
-    check("head_backward", "dhidden", dhidden, dhidden.before.index_add(0, row.x.long(),
-                                                                        torch.outer(dout.before, w.before)))
-    check("head_backward", "dw", dw, dw.before + dout.before @ chosen)
-    check("head_backward", "dbias", dbias, dbias.before + dout.before.sum())
+    w, bias, value, dhidden, dw, dbias, dvalue = normal(width), normal(1), normal(rows + 3), normal(rows + 5, width), \
+        normal(width), normal(1), normal(rows + 3)
+    at = whole(torch.randperm(rows + 3)[:rows])
+    ops.head(value, source, row, at, scale, w, bias, rows, width)
+    chosen, dout = source.before[row.x.long()], scale.before * dvalue.before[at.x.long()]
+    check("head", "value", value, value.before.index_add(0, at.x.long(), scale.before * (chosen @ w.before + bias.before)))
+    ops.head_backward(dhidden, dw, dbias, dvalue, source, row, at, scale, w, rows, width)
+    check("head_backward", "dhidden", dhidden, dhidden.before.index_add(0, row.x.long(), torch.outer(dout, w.before)))
+    check("head_backward", "dw", dw, dw.before + dout @ chosen)
+    check("head_backward", "dbias", dbias, dbias.before + dout.sum())
 
 
 # ---- random words ------------------------------------------------------------------------------------------
@@ -316,6 +318,72 @@ def losses(rows, vocab):
         want.backward(given.before if weights else torch.ones(rows).double(), retain_graph=True)
         ops.logprob_backward(dlogits, logits, lse, target, weights, rows, vocab)
         check("logprob_backward", "dlogits", dlogits, x.grad)
+
+
+def advantages(lengths, gamma, lam):
+    first = torch.tensor([0, *lengths]).cumsum(0)
+    n = int(first[-1])
+    reward, value, advantage, returns = normal(n), normal(n), blank(n), blank(n)
+    ops.gae(advantage, returns, reward, value, whole(first), len(lengths), gamma, lam)
+    want = torch.zeros(n).double()
+    for begin, end in zip(first.tolist(), first.tolist()[1:]):
+        for t in reversed(range(begin, end)):
+            more = t + 1 < end
+            delta = reward.before[t] + (gamma * value.before[t + 1] if more else 0) - value.before[t]
+            want[t] = delta + (gamma * lam * want[t + 1] if more else 0)
+    check("gae", "advantage, gamma %g, lambda %g" % (gamma, lam), advantage, want, 1e-6)
+    check("gae", "returns", returns, want + value.before, 1e-6)
+
+
+def policies(lengths, whole_response, kl, critic):
+    """Losses of responses one after another, what was known of them in the opposite order."""
+    what = "%s%s%s" % ("whole responses" if whole_response else "tokens", ", k%d" % kl if kl else "",
+                       ", critic" if critic else "")
+    clip, value_clip, coefficient, n = 0.2, 0.3, 0.4, sum(lengths)
+    old, advantage, ref, old_value, returns = (normal(n) for _ in range(5))
+    first, known, slices = 0, n, []
+    responses = (Response * len(lengths))()
+    for i, length in enumerate(lengths):
+        known -= length
+        responses[i] = Response(0.5 + i, 0.1 * (i + 1), first, length, known)
+        slices.append((slice(first, first + length), slice(known, known + length)))
+        first += length
+    near = lambda x, far: Buffer((torch.cat([x.before[k] for _, k in slices]) + far * torch.randn(n)).float())
+    logprob, value = near(old, 0.02 if whole_response else 0.3), near(old_value, 0.4)
+    dlogprob, dvalue = blank(n), blank(n)
+    terms = Buffer(torch.full((len(lengths), ctypes.sizeof(Terms) // 8), float("nan"), dtype=torch.float64))
+    ops.policy_loss(dlogprob, dvalue if critic else None, terms, logprob, value,
+                    Old(old.address, advantage.address, ref.address if kl else None,
+                        old_value.address if critic else None, returns.address if critic else None),
+                    Buffer(torch.frombuffer(bytearray(responses), dtype=torch.uint8)), len(lengths),
+                    Objective(clip, value_clip, coefficient, whole_response, kl))
+    x, v, loss, sums = leaf(logprob), leaf(value), 0, []
+    for r, (now, then) in zip(responses, slices):
+        d, a = x[now] - old.before[then], advantage.before[then]
+        d, a = (d.sum()[None], a[:1]) if whole_response else (d, a)
+        ratio = d.exp()
+        plain, clipped = -a * ratio, -a * ratio.clamp(1 - clip, 1 + clip)
+        policy, values, near_value = torch.maximum(plain, clipped).sum(), torch.zeros(1).double().sum(), []
+        if kl:
+            d_ref = x[now] - ref.before[then]
+            policy = policy + r.beta * (d_ref ** 2 / 2 if kl == 2 else (-d_ref).exp() - 1 + d_ref).sum()
+        if critic:
+            bounded = torch.minimum(torch.maximum(v[now], old_value.before[then] - value_clip),
+                                    old_value.before[then] + value_clip)
+            errors = [(b - returns.before[then]) ** 2 for b in (v[now], bounded)]
+            values = 0.5 * torch.maximum(*errors).sum()
+            near_value = errors[1] > errors[0]
+        loss = loss + r.scale * (policy + coefficient * values)
+        sums.append([policy, values, ratio.sum(), ratio.max(), -d.sum(), (clipped > plain).sum(), sum(near_value)])
+    loss.backward()
+    check("policy_loss", "dlogprob, " + what, dlogprob, x.grad, 1e-6)
+    if critic:
+        check("policy_loss", "dvalue, " + what, dvalue, v.grad, 1e-6)
+    got = terms.get()
+    check("policy_loss", "terms, " + what, got[:, :7],
+          torch.tensor([[float(y) for y in row] for row in sums], dtype=torch.float64), 1e-12)
+    counts = got[:, 7:].contiguous().view(torch.int64).double()
+    check("policy_loss", "counts, " + what, counts, torch.tensor([[k, 1 if whole_response else k, 0] for k in lengths]), 0)
 
 
 def optimiser(n):
@@ -459,6 +527,11 @@ def main():
     for dtype in DTYPES:
         rope_append(37, 4, 2, 64, dtype)
     dropout(37, 65)
+    lengths = (1, 37, 64, 127, 128, 129, 640)
+    for gamma, lam in ((1, 0.95), (0.9, 0.8), (1, 1)):
+        advantages(lengths, gamma, lam)
+    for kind in ((False, 0, True), (True, 0, False), (False, 3, False), (False, 2, False), (True, 3, True)):
+        policies(lengths, *kind)
     for n in (1, 1000, 65537):
         optimiser(n)
     for dtype in DTYPES:
