@@ -173,7 +173,7 @@ enum { /* the linears of a layer, as a set */
 typedef struct psoup_adapter_options {
     size_t size;
     int32_t rank;
-    float alpha; /* scale = alpha / rank */
+    float alpha; /* scale = alpha / rank; above 0 */
     int32_t rslora; /* scale = alpha / sqrt(rank) instead */
     uint32_t targets;
     uint64_t seed; /* A is uniform(−1/√in, 1/√in) (PEFT's kaiming_uniform, a = √5), B is 0 */
