@@ -21,7 +21,7 @@ import table
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 LIMIT = 590  # seconds of one command
-GROUPS = ("layer", "rows", "attention", "attention_decode", "linear_mix", "loss", "sample", "advance", "adamw")
+GROUPS = ("layer", "rows", "attention", "attention_decode", "linear_mix", "loss", "policy", "sample", "advance", "adamw")
 PYTHON = sys.executable
 
 # What a stage runs; {b} is the build. A command that fails says so in the stage's file and the others go on.
