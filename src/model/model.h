@@ -241,6 +241,11 @@ typedef struct psoup__head_rows {
 psoup_status psoup__heads(psoup_model *model, psoup__tape *tape, const psoup__head_rows *heads,
                           int32_t n_heads, float *value, psoup_error *error);
 
+/* submit.c: psoup_session_submit of a prompt of whose answer n tokens were drawn before: it goes on behind them, on the
+ * CPU with the bits that it would have had. */
+psoup_status psoup__session_go_on(psoup_session *session, int64_t id, const psoup_prompt *prompt,
+                                  const int32_t *drawn, size_t n, psoup_error *error);
+
 /* What the loss says of the batch just run with `save`: its gradient by log-probs and values. */
 typedef struct psoup__loss_gradient {
     const int32_t *row;    /* host [n], in any order, distinct */

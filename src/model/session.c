@@ -210,7 +210,7 @@ static psoup_status gather(psoup_session *session, psoup__batch *batch, int32_t 
                                "adapters were added or removed while sequence %lld was under way",
                                (long long)s->id);
         int32_t take = s->length - s->past;
-        if (s->length == s->prompt)
+        if (take > 1 || s->length == s->prompt)
             take = take_prompt(session, s, take, &budget);
         for (int32_t v = 0; take > 0 && v < s->n_views; v++, n++, rows += take)
             add_part(session, s, v, take, n, rows);

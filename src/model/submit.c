@@ -45,9 +45,18 @@ psoup_status psoup__sampling_check(const psoup_model *model, const psoup_samplin
     return PSOUP_OK;
 }
 
+static psoup_status check_tokens(const psoup_model *model, int64_t id, const int32_t *tokens, size_t n,
+                                 psoup_error *error) {
+    for (size_t i = 0; i < n; i++)
+        if (tokens[i] < 0 || tokens[i] >= model->config.vocab_size)
+            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
+                               "prompt %lld: token %d is out of range; the vocabulary has %d",
+                               (long long)id, (int)tokens[i], (int)model->config.vocab_size);
+    return PSOUP_OK;
+}
+
 static psoup_status check_prompt(const psoup_session *session, int64_t id,
                                  const psoup_prompt *prompt, psoup_error *error) {
-    const psoup_model *model = session->model;
     if (!prompt->tokens || prompt->n == 0)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "prompt %lld has no tokens",
                            (long long)id);
@@ -56,17 +65,11 @@ static psoup_status check_prompt(const psoup_session *session, int64_t id,
                            "prompt %lld has %zu tokens; a place of this session holds %d, prompt "
                            "and output together",
                            (long long)id, prompt->n, (int)session->max_tokens);
-    for (size_t i = 0; i < prompt->n; i++)
-        if (prompt->tokens[i] < 0 || prompt->tokens[i] >= model->config.vocab_size)
-            return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
-                               "prompt %lld: token %d is out of range; the vocabulary has %d",
-                               (long long)id, (int)prompt->tokens[i],
-                               (int)model->config.vocab_size);
     if (!isfinite(prompt->mix_strength) || prompt->reserved[0])
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT,
                            "prompt %lld: mix_strength %g, reserved %llu: expected a finite number, and 0",
                            (long long)id, (double)prompt->mix_strength, (unsigned long long)prompt->reserved[0]);
-    return PSOUP_OK;
+    return check_tokens(session->model, id, prompt->tokens, prompt->n, error);
 }
 
 /* The prompt's mix, and whose logits it mixes. */
@@ -139,8 +142,27 @@ static psoup_status copy_sequence(psoup_session *session, const psoup_prompt *pr
                           (size_t)session->places * adapters, sizeof *session->mix, error);
 }
 
+/* What was drawn before is read like a prompt; place, limits and random words count it as drawn. */
+static psoup_status take_drawn(const psoup_session *session, sequence *s, const int32_t *drawn, size_t n,
+                               psoup_error *error) {
+    if (n >= (size_t)s->room)
+        return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "prompt %lld: %zu tokens were drawn before; it has room for %d",
+                           (long long)s->id, n, (int)s->room);
+    psoup_status status = check_tokens(session->model, s->id, drawn, n, error);
+    if (status != PSOUP_OK)
+        return status;
+    memcpy(s->tokens + s->prompt, drawn, n * sizeof *drawn);
+    s->length += (int32_t)n;
+    return PSOUP_OK;
+}
+
 psoup_status psoup_session_submit(psoup_session *session, int64_t id, const psoup_prompt *prompt,
                                   psoup_error *error) {
+    return psoup__session_go_on(session, id, prompt, NULL, 0, error);
+}
+
+psoup_status psoup__session_go_on(psoup_session *session, int64_t id, const psoup_prompt *prompt,
+                                  const int32_t *drawn, size_t n, psoup_error *error) {
     if (!session || !prompt)
         return psoup__fail(error, PSOUP_ERROR_ARGUMENT, "psoup_session_submit: an argument is NULL");
     psoup_context *context = session->model->context;
@@ -158,6 +180,8 @@ psoup_status psoup_session_submit(psoup_session *session, int64_t id, const psou
     s->stream = prompt->sequence;
     s->sampling = sampling;
     PSOUP__TRY(copy_sequence(session, prompt, s, error));
+    if (n)
+        PSOUP__TRY(take_drawn(session, s, drawn, n, error));
     if (session->last_waiting)
         session->last_waiting->next = s;
     else
