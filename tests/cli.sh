@@ -881,7 +881,7 @@ for _ in 1 2 3 4 5; do # until one was not done before it was asked
     test -e kept || break
 done
 check "a run that was asked to stop is no failure" test $ended -eq 0
-check "it says how to go on" grep -q "was stopped at step .* of 12; the same command with --resume goes on$" err
+check "it says how to go on" grep -q "was stopped .* step .* of 12; the same command with --resume goes on$" err
 check "it prints no result" test ! -s out -a ! -e kept
 cp kept.jsonl before.jsonl
 no 1 'checkpoints: has checkpoints of an earlier run' ppo --config keeps.json
@@ -890,6 +890,30 @@ no 1 'is of another run: its learning_rate was 0.001, is 0.002' ppo --config oth
 check "refused runs write no metrics" cmp -s kept.jsonl before.jsonl
 goes_on
 ends_alike "stopped"
+# Asked while it samples, in its first step: what was drawn is kept, and not drawn again.
+long() { # OUTPUT [CHECKPOINTS]
+    ppo "$1" '{"name": "P1A", "reward": "rewards/P1A", "preference": "P1A"}' ", \"metrics\": \"$1.jsonl\"${2:+,
+        \"checkpoint_dir\": \"$2\"}"
+    sed 's/"steps": 2, "batch_size": 4, "ppo_epochs": 2/"steps": 1, "batch_size": 1024, "ppo_epochs": 1, "threads": 1/
+        s/"max_new_tokens": 6/"max_new_tokens": 200, "ignore_stop": true/' ppo.json >"$1.json"
+}
+long whole-step
+trains ppo --config whole-step.json
+long midway midway-kept
+first=midway-kept/checkpoint-000000000.safetensors.zst
+"$psoup" ppo --config midway.json >out 2>err &
+until test -s $first || ! kill -0 $! 2>/dev/null; do sleep 0.01; done
+before=$(stat -c %s $first)
+kill -TERM $!
+wait $!
+check "a stop within a step is no failure" test $? -eq 0
+check "it says so" grep -q "was stopped in step 1 of 1; the same command with --resume goes on$" err
+check "no step was done" test ! -s midway.jsonl -a ! -e midway
+check "what was drawn is kept" test "$(stat -c %s $first)" -gt $((before + 1000))
+"$psoup" ppo --config midway.json --resume >out 2>err
+check "it goes on" test $? -eq 0
+check "the same bytes" cmp -s midway/P1A/adapter_model.safetensors whole-step/P1A/adapter_model.safetensors
+check "the same metrics" cmp -s midway.jsonl whole-step.jsonl
 no 2 'unexpected "--resume"' feedback --config ppo.json --resume
 
 for objective in rloo grpo; do

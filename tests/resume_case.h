@@ -18,6 +18,8 @@ typedef struct run {
 
 static inline int watch_run(void *user, const psoup_step *step) {
     run *r = user;
+    if (strcmp(step->phase, "pause") == 0)
+        return 0;
     return r->stop_after && --r->stop_after == 0;
 }
 

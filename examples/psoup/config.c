@@ -47,11 +47,12 @@ static void print_config_help(const char *about, const config_section *sections,
              "                    free, in the GPU or in the machine");
     if (member_of(sections, n, "checkpoint_dir"))
         puts("  --resume          go on from the newest checkpoint in \"checkpoint_dir\", if there is one.\n"
-             "                    With a \"checkpoint_dir\" SIGTERM and SIGINT end the run after its step,\n"
-             "                    with a checkpoint and status 0");
+             "                    With a \"checkpoint_dir\" SIGTERM and SIGINT end the run after its step, of\n"
+             "                    PPO within a second or after its updates, with a checkpoint and status 0");
     else if (member_of(sections, n, "resume"))
         puts("  --resume          go on with the run in \"output\", skipping what is finished. SIGTERM and SIGINT\n"
-             "                    end it after its step, with a checkpoint and status 0");
+             "                    end it after its step, of PPO within a second or after its updates, with a\n"
+             "                    checkpoint and status 0");
     if (!keys && member_of(sections, n, "join"))
         puts("  --join            the same, and policies at the end of the list that the checkpoint has not\n"
              "                    yet begin: a finished run takes in another, and trains it alone");

@@ -302,7 +302,7 @@ int cli_training_step(void *user, const psoup_step *step) {
         cli_write_file(t->config_path, t->config, strlen(t->config), &error) != PSOUP_OK)
         cli_log(NULL, PSOUP_LOG_WARNING, error.message);
     t->config = NULL;
-    if (t->quiet || launch_rank() > 0)
+    if (t->quiet || launch_rank() > 0 || !strcmp(step->phase, "pause"))
         return cli_asked_to_stop();
     bool validation = !strcmp(step->phase, "validation"), terminal = isatty(STDERR_FILENO);
     cli_trainee *r = row_of(t, step);

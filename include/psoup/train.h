@@ -21,7 +21,8 @@ extern "C" {
 /* One report: the metrics of one step, or of one validation. Valid during the call. */
 typedef struct psoup_step {
     size_t size;
-    const char *phase;   /* "train" or "validation" */
+    const char *phase;   /* "train" or "validation"; or "pause", of PPO with a checkpoint_dir: there is nothing to tell
+                          * (n is 0), but a moment to stop, between two tokens or two phases of step `step` */
     const char *subject; /* the adapter trained; "base" for a base */
     int64_t step, total; /* from 1; optimiser steps (sft, reward, dpo) or PPO steps */
     size_t n;
@@ -49,12 +50,13 @@ typedef enum psoup_schedule {
  *
  * With checkpoint_dir a trainer keeps its whole run there, in files checkpoint-STEP.safetensors.zst:
  * weights, moments, schedules, counters of the random words, its place in the data, the best weights so
- * far, and how long the metrics file was. They are written beside, synced and renamed: one before the
- * first step, one every checkpoint_every steps, one after the last, and one when on_step stops the run.
+ * far, and how long the metrics file was; of a PPO step in progress also the responses so far. They are written
+ * beside, synced and renamed: one before the first step, one every checkpoint_every steps, one after the last, one when
+ * on_step stops the run, and one a minute while a PPO step samples for so long.
  * Kill the program at any moment; the same call with resume = 1, on the same model as it was before
  * training, goes on from the newest and ends with the same bytes of weights and metrics on the CPU (same
- * build, same instruction set). What was done since is done again, from the same random words: rollouts
- * of a PPO step that was not finished are sampled again.
+ * build, same instruction set). What was done since is done again, from the same random words; responses that a
+ * checkpoint has are not, and those that it has in part go on behind their last token.
  *
  * A checkpoint of another version, base, adapter, reward model, option or data is refused with
  * PSOUP_ERROR_STATE, naming the difference; a damaged one with PSOUP_ERROR_FORMAT; so is a directory with

@@ -1,5 +1,6 @@
-/* What a PPO run is and what its state is, for its checkpoints. Rollouts are no part of it: a file is of the
- * moment between two steps, and those of the next are sampled again from the same random words. */
+/* What a PPO run is and what its state is, for its checkpoints. A file is of the moment between two steps; and has the
+ * responses of the next, as far as they were sampled, where it was written while that was in progress. Whatever else a
+ * step makes of them is made again. */
 #include <stdio.h>
 #include <string.h>
 
@@ -119,9 +120,19 @@ fail:
     return status;
 }
 
-static psoup_status add_policy(psoup__checkpoint *c, size_t p, psoup__policy *policy,
-                               psoup_error *error) {
+/* Tokens of a response, at most. */
+static size_t most_tokens(const psoup_ppo *ppo) {
+    int32_t most = ppo->model->config.max_position_embeddings;
+    return (size_t)(ppo->options.max_new_tokens < most ? ppo->options.max_new_tokens : most);
+}
+
+static psoup_status add_policy(psoup_ppo *ppo, size_t p, psoup_error *error) {
+    psoup__checkpoint *c = &ppo->checkpoint;
+    psoup__policy *policy = &ppo->policies[p];
     psoup__ppo_state *s = &policy->state;
+    size_t begun = 0;
+    if (!psoup__multiply((size_t)ppo->options.batch_size, 2 + most_tokens(ppo), &begun))
+        return psoup__out_of_memory(error, SIZE_MAX);
     const psoup__piece pieces[] = {
         {.name = "failed", .dtype = PSOUP_I64, .data = &s->failed, .n = 1},
         {.name = "step", .dtype = PSOUP_I64, .data = &s->step, .n = 1},
@@ -134,6 +145,7 @@ static psoup_status add_policy(psoup__checkpoint *c, size_t p, psoup__policy *po
         {.name = "watch_deviation", .dtype = PSOUP_F64, .data = s->watch.deviation, .n = PSOUP__MAX_WINDOW},
         {.name = "watch_kl", .dtype = PSOUP_F64, .data = s->watch.kl, .n = PSOUP__MAX_WINDOW},
         {.name = "warned", .dtype = PSOUP_I64, .data = &s->watch.warned, .n = 1},
+        {.name = "begun", .dtype = PSOUP_I32, .begun = &policy->begun, .n = begun},
     };
     psoup_status status =
         psoup__checkpoint_add(c, p, pieces, sizeof(pieces) / sizeof(pieces[0]), error);
@@ -172,12 +184,16 @@ psoup_status psoup__ppo_start_checkpoint(psoup_ppo *ppo, psoup_error *error) {
         PSOUP__TRY(identify_tokenizer(ppo, error));
     for (size_t p = 0; p < ppo->n; p++) {
         PSOUP__TRY(identify_policy(ppo, p, error));
-        PSOUP__TRY(add_policy(c, p, &ppo->policies[p], error));
+        PSOUP__TRY(add_policy(ppo, p, error));
     }
     PSOUP__TRY(psoup__checkpoint_start(c, error));
-    for (size_t p = 0; p < ppo->n; p++)
-        PSOUP__TRY(psoup__checkpoint_expect(c, ppo->policies[p].state.step <= ppo->policies[p].total,
-                                            "step", error));
+    for (size_t p = 0; p < ppo->n; p++) {
+        const psoup__policy *policy = &ppo->policies[p];
+        PSOUP__TRY(psoup__checkpoint_expect(c, policy->state.step <= policy->total, "step", error));
+        PSOUP__TRY(psoup__checkpoint_expect(
+            c, psoup__begun_fits(&policy->begun, (size_t)o->batch_size, most_tokens(ppo), ppo->model->config.vocab_size),
+            "begun", error));
+    }
 fail:
     return status;
 }

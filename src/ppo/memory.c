@@ -235,6 +235,8 @@ psoup_status psoup_ppo_memory(psoup_model *model, const psoup_ppo_policy *polici
     s.memory.rows = psoup__sum(s.memory.rows, psoup__product(items, 192 + PSOUP__ITEM_BYTES)); /* update.c's */
     s.memory.activations = psoup__sum(s.memory.activations, losses(&s));
     s.memory.rows += psoup__checkpoint_bytes(s.options.checkpoint_dir);
+    if (s.options.checkpoint_dir) /* responses of a step in progress */
+        s.memory.rows = psoup__sum(s.memory.rows, psoup__product(s.train.prompts, 2 * 4 * (2 + s.most)));
     s.memory.activations = psoup__sum(s.memory.activations, s.reserved);
     int64_t a = length(&s, &s.train), b = length(&s, &s.held);
     s.memory.base += psoup__measure_positions(model, (a > b ? a : b) + 1);

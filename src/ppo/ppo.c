@@ -19,10 +19,11 @@ static psoup_status collect(psoup_ppo *ppo, size_t n, psoup_error *error) {
                                             .sequence = policy->state.rollouts,
                                             .step = (uint64_t)policy->state.step,
                                             .draw = true,
+                                            .begun = &policy->begun,
                                             .out = &policy->experience.rollouts};
         policy->next.rollouts += policy->experience.rollouts.n;
     }
-    PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->team, &ppo->options, ppo->requests, n, error));
+    PSOUP__TRY(psoup__ppo_draw(ppo, n, true, error));
 fail:
     return status;
 }
@@ -35,6 +36,7 @@ static void drop_diverged(psoup_ppo *ppo, size_t *n, bool validation) {
         psoup__experience *x = validation ? &policy->validation : &policy->experience;
         if (x->rollouts.diverged) {
             policy->state.failed = 1;
+            policy->begun.n = 0;
             x->rollouts.n = x->rollouts.tokens = 0;
             psoup__log(ppo->model->context, PSOUP_LOG_WARNING,
                        "ppo: policy '%s' diverged: its logits are not numbers; it leaves the run "
@@ -149,8 +151,10 @@ static psoup_status step(psoup_ppo *ppo, size_t *n, psoup_error *error) {
     drop_diverged(ppo, n, false);
     ppo->began[PSOUP__SCORE] = psoup__now();
     PSOUP__TRY(psoup__score_rollouts(ppo->model, &ppo->team, o, ppo->requests, *n, error));
+    PSOUP__TRY(psoup__ppo_pause(ppo, *n, error));
     ppo->began[PSOUP__EVALUATE] = psoup__now();
     PSOUP__TRY(psoup__ppo_evaluate(ppo, ppo->active, *n, false, error));
+    PSOUP__TRY(psoup__ppo_pause(ppo, *n, error));
     for (size_t p = 0; p < *n; p++) {
         reward_tokens(o, ppo->active[p]);
         if (psoup__has_critic(o))
@@ -199,8 +203,10 @@ static psoup_status take_step(psoup_ppo *ppo, psoup_error *error) {
         PSOUP__TRY(status);
         PSOUP__TRY(no_policy_left(ppo, error));
     }
-    for (size_t p = 0; p < n; p++)
+    for (size_t p = 0; p < n; p++) {
         ppo->active[p]->state = ppo->active[p]->next;
+        ppo->active[p]->begun.n = 0;
+    }
     for (size_t p = 0; p < n; p++) {
         psoup__policy *policy = ppo->active[p];
         if (!psoup__goes_on(&ppo->team, &status,
@@ -214,14 +220,20 @@ fail:
 
 /* After a step and its validation, or where the run was told to stop. */
 static psoup_status keep(psoup_ppo *ppo, psoup_status told, psoup_error *error) {
-    int64_t step_done = 0, moved = 0;
+    int64_t moved = 0;
     for (size_t p = 0; p < ppo->n; p++) {
         const psoup__ppo_state *s = &ppo->policies[p].state;
-        step_done = s->step > step_done ? s->step : step_done;
         if (!s->failed && s->step < ppo->policies[p].total)
             moved = s->step > moved ? s->step : moved;
     }
-    return psoup__checkpoint_at(&ppo->checkpoint, told, step_done, moved, steps_left(ppo) == 0, error);
+    return psoup__checkpoint_at(&ppo->checkpoint, told, psoup__ppo_steps_done(ppo), moved, steps_left(ppo) == 0, error);
+}
+
+int64_t psoup__ppo_steps_done(const psoup_ppo *ppo) {
+    int64_t done = 0;
+    for (size_t p = 0; p < ppo->n; p++)
+        done = ppo->policies[p].state.step > done ? ppo->policies[p].state.step : done;
+    return done;
 }
 
 int psoup_ppo_diverged(const psoup_ppo *ppo, size_t policy) {
@@ -263,7 +275,7 @@ static psoup_status validate(psoup_ppo *ppo, size_t n, psoup_error *error) {
                                             .seed = seed,
                                             .out = out};
     }
-    PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->team, &ppo->options, ppo->requests, n, error));
+    PSOUP__TRY(psoup__ppo_draw(ppo, n, false, error));
     drop_diverged(ppo, &n, true);
     PSOUP__TRY(psoup__score_rollouts(ppo->model, &ppo->team, &ppo->options, ppo->requests, n, error));
     PSOUP__TRY(psoup__ppo_evaluate(ppo, ppo->active, n, true, error));

@@ -75,6 +75,7 @@ typedef struct psoup__policy {
     int32_t *order; /* [n_prompts] permutation of epoch `epoch` */
     uint64_t epoch; /* UINT64_MAX: none yet */
     psoup__experience experience, validation;
+    psoup__begun begun; /* the responses of the step after state.step, so far */
     psoup__rollouts samples;
     psoup__metrics metrics; /* of the step in progress */
 } psoup__policy;
@@ -86,6 +87,13 @@ typedef enum psoup__phase { /* what a step does, one after another */
     PSOUP__UPDATE,
     PSOUP__PHASES
 } psoup__phase;
+
+#define PSOUP__KEEP_SHARE 20 /* keeping what was begun takes at most one part in so many of the time */
+typedef struct psoup__pauses {
+    double ask_every, keep_every; /* seconds */
+    double asked, kept, cost;     /* when last; and how long keeping took */
+    size_t n;                     /* active policies whose responses are kept; 0: none */
+} psoup__pauses;
 
 struct psoup_ppo {
     psoup_model *model;
@@ -99,6 +107,7 @@ struct psoup_ppo {
     psoup__request *requests; /* [n] scratch */
     size_t n;
     double began[PSOUP__PHASES + 1]; /* when the step's phases did, and its end */
+    psoup__pauses pauses;
 };
 
 /* setup.c: the names of the adapters that a policy trains; whether these policies can be trained. */
@@ -184,6 +193,15 @@ psoup_status psoup__ppo_share_ratios(psoup_ppo *ppo, psoup__experience *x, psoup
 /* What the ranks' shares of a mini-batch came to, its last loss group's apart, over all of them. */
 psoup_status psoup__ppo_add_terms(psoup_ppo *ppo, psoup__loss_terms *terms, double *last_kl,
                                   int64_t *last_tokens, psoup_error *error);
+
+/* pause.c, where the run is kept: samples what the first n requests want, of the active policies. on_step may say stop
+ * meanwhile, to any rank: PSOUP_ERROR_CANCELLED. In a step the policies' `begun` has the responses so far, which a
+ * checkpoint holds from time to time; with those it goes on. */
+psoup_status psoup__ppo_draw(psoup_ppo *ppo, size_t n, bool stepping, psoup_error *error);
+/* The same between two phases of a step. */
+psoup_status psoup__ppo_pause(psoup_ppo *ppo, size_t n, psoup_error *error);
+/* The step that checkpoints are called by. */
+int64_t psoup__ppo_steps_done(const psoup_ppo *ppo);
 
 /* checkpoint.c: takes checkpoint_dir, and goes on from what is there. */
 psoup_status psoup__ppo_start_checkpoint(psoup_ppo *ppo, psoup_error *error);

@@ -55,26 +55,36 @@ void psoup__rollouts_deal(psoup__rollouts *out, psoup__team *team, bool response
     }
 }
 
-/* What was drawn for one prompt. */
+/* What was drawn for one prompt. One thread draws; what `said` counts another may read meanwhile. */
 typedef struct answer {
     int32_t *tokens;
-    size_t n;
-    psoup_finish finish;
+    _Atomic uint64_t said; /* tokens · 8 + finish */
 } answer;
+
+static void say(answer *a, size_t n, psoup_finish finish) {
+    atomic_store_explicit(&a->said, (uint64_t)n * 8 + (uint64_t)finish, memory_order_release);
+}
+
+static size_t said(const answer *a, psoup_finish *finish) {
+    uint64_t both = atomic_load_explicit(&a->said, memory_order_acquire);
+    *finish = (psoup_finish)(both % 8);
+    return (size_t)(both / 8);
+}
 
 /* Takes note of an answer: it is kept up to and with its first end token, also where sampling went on past
  * it. Its length stands in start[i + 1] until all are known. */
 static void note(const psoup_model *model, psoup__rollouts *out, size_t i, const answer *a) {
     int32_t ends[PSOUP__END_TOKENS];
-    size_t n = 0, n_ends = psoup__end_tokens(&model->config, ends);
+    psoup_finish finish;
+    size_t n = 0, drawn = said(a, &finish), n_ends = psoup__end_tokens(&model->config, ends);
     bool ended = false;
-    for (; n < a->n && !ended; n++)
+    for (; n < drawn && !ended; n++)
         for (size_t e = 0; e < n_ends; e++)
             ended = ended || a->tokens[n] == ends[e];
-    if (a->finish == PSOUP_FINISH_ERROR || n == 0)
+    if (finish == PSOUP_FINISH_ERROR)
         out->diverged = true;
     out->start[i + 1] = (int32_t)n;
-    out->finish[i] = ended ? PSOUP_FINISH_STOP : a->finish;
+    out->finish[i] = ended && finish != PSOUP_FINISH_ERROR ? PSOUP_FINISH_STOP : finish;
 }
 
 /* What the other ranks noted: lengths, ends and whether any diverged. */
@@ -114,6 +124,11 @@ enum {
  * of the longest part left when its own is done. A draw depends on none of it. */
 typedef struct samples {
     psoup_model *model;
+    psoup__team *team;
+    const psoup__request *requests;
+    size_t n_requests;
+    psoup__pause *pause; /* or NULL */
+    atomic_bool halt;    /* no session goes on */
     const psoup_prompt *prompts;
     answer *answers; /* [n] */
     int32_t *tokens; /* [n, limit] theirs */
@@ -136,9 +151,11 @@ int32_t psoup__rollout_places(const psoup_model *model, size_t n, int32_t max_se
 
 static int take_token(void *user, int64_t id, int32_t token, float logprob, psoup_finish finish) {
     answer *a = &((samples *)user)->answers[id];
-    a->finish = finish;
+    psoup_finish before;
+    size_t n = said(a, &before);
     if (token >= 0)
-        a->tokens[a->n++] = token;
+        a->tokens[n++] = token;
+    say(a, n, finish);
     (void)logprob;
     return 0;
 }
@@ -168,17 +185,46 @@ static size_t next_prompt(samples *s, size_t session) {
     }
 }
 
-static psoup_status decode(samples *s, size_t number, psoup_error *error) {
+static psoup_status gather(samples *s, psoup_error *error);
+
+/* Between two steps, by the caller's own thread. */
+static psoup_status ask(samples *s, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    switch (s->pause->ask(s->pause->user)) {
+    case PSOUP__GO_ON:
+        break;
+    case PSOUP__KEEP:
+        if (!s->team->comm)
+            status = gather(s, error);
+        if (!s->team->comm && status == PSOUP_OK)
+            status = s->pause->keep(s->pause->user, error);
+        break;
+    case PSOUP__STOP:
+        s->pause->stopped = true;
+        s->halt = true;
+    }
+    return status;
+}
+
+static psoup_status decode(samples *s, size_t number, bool asks, psoup_error *error) {
     psoup_session *session = NULL;
     psoup_status status = PSOUP_OK;
     const size_t places = (size_t)s->session.max_sequences;
     PSOUP__TRY(psoup_session_create(s->model, &s->session, &session, error));
-    for (size_t running = 0;;) {
-        for (size_t i; running < places && (i = next_prompt(s, number)) < s->n; running++)
-            PSOUP__TRY(psoup_session_submit(session, (int64_t)i, &s->prompts[i], error));
+    for (size_t running = 0; !s->halt;) {
+        for (size_t i; running < places && (i = next_prompt(s, number)) < s->n;) {
+            psoup_finish finish;
+            size_t drawn = said(&s->answers[i], &finish);
+            if (finish != PSOUP_FINISH_NONE)
+                continue;
+            PSOUP__TRY(psoup__session_go_on(session, (int64_t)i, &s->prompts[i], s->answers[i].tokens, drawn, error));
+            running++;
+        }
         if (running == 0)
             break;
         PSOUP__TRY(psoup_session_step(session, take_token, s, &running, error));
+        if (asks)
+            PSOUP__TRY(ask(s, error));
     }
 fail:
     psoup_session_free(session);
@@ -187,8 +233,9 @@ fail:
 
 static void run_session(void *arg, size_t task, int worker) {
     samples *s = arg;
-    s->status[task] = decode(s, task, &s->errors[task]);
-    (void)worker;
+    s->status[task] = decode(s, task, s->pause && worker == 0, &s->errors[task]);
+    if (s->status[task] != PSOUP_OK)
+        s->halt = true;
 }
 
 static void samples_free(samples *s) {
@@ -198,6 +245,32 @@ static void samples_free(samples *s) {
     psoup__free(context, s->part);
     psoup__free(context, s->status);
     psoup__free(context, s->errors);
+}
+
+/* Answers that were begun before, to the prompts of this rank. */
+static psoup_status recall(samples *s, psoup_error *error) {
+    size_t k = 0;
+    for (size_t r = 0; r < s->n_requests; r++) {
+        const psoup__rollouts *out = s->requests[r].out;
+        const psoup__begun *begun = s->requests[r].begun;
+        if (!begun || !begun->n) {
+            for (size_t i = 0; i < out->n; i++)
+                k += out->mine[i];
+            continue;
+        }
+        if (!psoup__begun_fits(begun, out->n, s->limit, s->model->config.vocab_size))
+            return psoup__fail(error, PSOUP_ERROR_FORMAT, "the responses that were begun are none of this step");
+        const int32_t *tokens = begun->data + 2 * out->n;
+        for (size_t i = 0; i < out->n; i++) {
+            size_t drawn = (size_t)begun->data[2 * i];
+            if (out->mine[i]) {
+                memcpy(s->answers[k].tokens, tokens, drawn * sizeof(*tokens));
+                say(&s->answers[k++], drawn, (psoup_finish)begun->data[2 * i + 1]);
+            }
+            tokens += drawn;
+        }
+    }
+    return PSOUP_OK;
 }
 
 static psoup_status sample(samples *s, int32_t max_sequences, psoup_error *error) {
@@ -218,6 +291,7 @@ static psoup_status sample(samples *s, int32_t max_sequences, psoup_error *error
         s->answers[i].tokens = s->tokens + i * s->limit;
     for (size_t i = 0; i < s->sessions; i++)
         s->part[i] = (uint64_t)(i * s->n / s->sessions) << 32 | (i + 1) * s->n / s->sessions;
+    PSOUP__TRY(recall(s, error));
     PSOUP__TRY(psoup__model_positions(s->model, s->session.max_tokens, error)); /* before they share it */
     psoup__parallel(context, s->sessions, run_session, s);
     for (size_t i = 0; i < s->sessions; i++)
@@ -231,30 +305,40 @@ fail:
 }
 
 /* Lays the responses out one after another, this rank's own from the `first` of those drawn on, and the others'. */
-static psoup_status gather(psoup_model *model, psoup__team *team, psoup__rollouts *out,
-                           const samples *drawn, size_t *first, psoup_error *error) {
+static psoup_status lay_out(const samples *s, psoup__rollouts *out, size_t *first, psoup_error *error) {
     psoup_status status = PSOUP_OK;
+    psoup_context *context = s->model->context;
     size_t own = *first;
+    out->diverged = false;
     for (size_t i = 0; i < out->n; i++)
         if (out->mine[i])
-            note(model, out, i, &drawn->answers[(*first)++]);
-    PSOUP__TRY(share_notes(model->context, team, out, error));
+            note(s->model, out, i, &s->answers[(*first)++]);
+    PSOUP__TRY(share_notes(context, s->team, out, error));
     out->start[0] = 0;
     for (size_t i = 0; i < out->n; i++)
         out->start[i + 1] += out->start[i];
     out->tokens = (size_t)out->start[out->n];
-    PSOUP__TRY(psoup__reserve(model->context, &out->response, &out->token_capacity, out->tokens,
+    PSOUP__TRY(psoup__reserve(context, &out->response, &out->token_capacity, out->tokens,
                               sizeof(*out->response), error));
     for (size_t i = 0; i < out->n; i++) {
         size_t bytes = (size_t)(out->start[i + 1] - out->start[i]) * sizeof(*out->response);
         if (bytes && out->mine[i])
-            memcpy(out->response + out->start[i], drawn->answers[own].tokens, bytes);
+            memcpy(out->response + out->start[i], s->answers[own].tokens, bytes);
         else if (bytes)
             memset(out->response + out->start[i], 0, bytes);
         own += out->mine[i];
     }
-    PSOUP__TRY(psoup__team_sum_ids(team, out->response, out->tokens, error));
+    PSOUP__TRY(psoup__team_sum_ids(s->team, out->response, out->tokens, error));
 fail:
+    return status;
+}
+
+/* What there is, finished or not, to all requests. */
+static psoup_status gather(samples *s, psoup_error *error) {
+    psoup_status status = PSOUP_OK;
+    size_t own = 0;
+    for (size_t r = 0; status == PSOUP_OK && r < s->n_requests; r++)
+        status = lay_out(s, s->requests[r].out, &own, error);
     return status;
 }
 
@@ -275,11 +359,12 @@ static void draw_limits(const psoup_ppo_options *o, const psoup__request *reques
 }
 
 psoup_status psoup__sample_rollouts(psoup_model *model, psoup__team *team, const psoup_ppo_options *options,
-                                    const psoup__request *requests, size_t n, psoup_error *error) {
+                                    const psoup__request *requests, size_t n, psoup__pause *pause, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     psoup_context *context = model->context;
     size_t total = 0, adapters = (size_t)model->n_adapters, longest = 0, k = 0, own = 0, size;
-    samples drawn = {.model = model, .session = PSOUP_SESSION_OPTIONS_INIT};
+    samples drawn = {.model = model, .team = team, .requests = requests, .n_requests = n, .pause = pause,
+                     .session = PSOUP_SESSION_OPTIONS_INIT};
     for (size_t r = 0; r < n; r++)
         total += requests[r].out->n;
     psoup_prompt *prompts = psoup__alloc(context, total, sizeof(*prompts), error);
@@ -326,9 +411,7 @@ psoup_status psoup__sample_rollouts(psoup_model *model, psoup__team *team, const
     drawn.limit = (size_t)options->max_new_tokens < most ? (size_t)options->max_new_tokens : most;
     drawn.session.max_tokens = (int32_t)(room < most ? room : most);
     PSOUP__TRY(sample(&drawn, options->max_sequences, error));
-    own = 0;
-    for (size_t r = 0; r < n; r++)
-        PSOUP__TRY(gather(model, team, requests[r].out, &drawn, &own, error));
+    PSOUP__TRY(gather(&drawn, error));
 fail:
     samples_free(&drawn);
     psoup__free(context, mix);

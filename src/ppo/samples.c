@@ -147,7 +147,7 @@ psoup_status psoup__ppo_sample(psoup_ppo *ppo, size_t n, psoup_error *error) {
                                             .seed = seed,
                                             .out = &policy->samples};
     }
-    PSOUP__TRY(psoup__sample_rollouts(ppo->model, &ppo->team, &ppo->options, ppo->requests, n, error));
+    PSOUP__TRY(psoup__ppo_draw(ppo, n, false, error));
     for (size_t p = 0; p < n; p++) { /* who diverged has none; the next step finds it out */
         if (ppo->active[p]->samples.diverged) {
             ppo->active[p]->state.sampled = ppo->active[p]->state.step + 1;

@@ -205,6 +205,7 @@ psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *polici
     psoup_ppo_options defaults = PSOUP_PPO_OPTIONS_INIT;
     ppo->model = model;
     ppo->options = defaults;
+    ppo->pauses = (psoup__pauses){.ask_every = 0.5, .keep_every = 60.0};
     PSOUP__TRY(psoup__options(&ppo->options, sizeof(ppo->options), options, "psoup_ppo_options",
                               error));
     PSOUP__TRY(psoup__team_join(&ppo->team, model->context, ppo->options.comm, error));
@@ -272,6 +273,7 @@ void psoup_ppo_free(psoup_ppo *ppo) {
         free_experience(&policy->experience, context);
         free_experience(&policy->validation, context);
         psoup__rollouts_free(&policy->samples, context);
+        psoup__free(context, policy->begun.data);
         psoup__free(context, policy->order);
         psoup__free(context, policy->name);
     }

@@ -161,7 +161,11 @@ static void piece_name(const psoup__piece *piece, char out[PIECE_NAME]) {
 }
 
 static size_t piece_count(const psoup__piece *piece) {
-    return piece->best && !piece->best->data ? 0 : piece->n;
+    return piece->begun ? piece->begun->n : piece->best && !piece->best->data ? 0 : piece->n;
+}
+
+static void *piece_data(const psoup__piece *piece) {
+    return piece->begun ? (void *)piece->begun->data : piece->best ? (void *)piece->best->data : piece->data;
 }
 
 static psoup_status write_piece(const psoup__checkpoint *c, psoup__safetensors_writer *writer,
@@ -169,8 +173,7 @@ static psoup_status write_piece(const psoup__checkpoint *c, psoup__safetensors_w
     psoup_status status = PSOUP_OK;
     size_t bytes = piece_count(piece) * psoup_dtype_size(piece->dtype);
     if (!piece->be)
-        return psoup__safetensors_write(writer, piece->best ? (void *)piece->best->data : piece->data,
-                                        bytes, error);
+        return psoup__safetensors_write(writer, piece_data(piece), bytes, error);
     for (size_t at = 0, size; at < bytes; at += size) {
         size = bytes - at < PSOUP__PIECE * sizeof(float) ? bytes - at : PSOUP__PIECE * sizeof(float);
         PSOUP__TRY(piece->be->ops->read(piece->be, c->buffer, (const char *)piece->data + at, size,
@@ -255,6 +258,10 @@ psoup_status psoup__checkpoint_at(psoup__checkpoint *c, psoup_status told, int64
     if (c->team->lost)
         return save_alone(c, status, step, error);
     return status == PSOUP_OK ? told : status;
+}
+
+psoup_status psoup__checkpoint_now(psoup__checkpoint *c, int64_t step, psoup_error *error) {
+    return c->directory ? save(c, step, error) : PSOUP_OK;
 }
 
 /* ---- reading ------------------------------------------------------------------------------------- */
@@ -359,7 +366,8 @@ static psoup_status find_piece(const psoup_json *header, const psoup__piece *pie
     const psoup_json *offsets = psoup_json_get(entry, "data_offsets");
     const char *dtype = psoup_json_string(psoup_json_get(entry, "dtype"), "");
     int64_t n = psoup_json_integer(psoup_json_at(shape, 0), -1);
-    bool fits = n == (int64_t)piece->n || (piece->best && n == 0);
+    bool fits = n == (int64_t)piece->n || (piece->best && n == 0) ||
+                (piece->begun && n >= 0 && n < (int64_t)piece->n);
     *count = (size_t)n;
     if (!fits || psoup_json_size(shape) != 1 ||
         strcmp(dtype, psoup__safetensors_dtype_name(piece->dtype)) != 0 ||
@@ -381,6 +389,12 @@ static psoup_status read_piece(const psoup__checkpoint *c, psoup__input *input, 
             return PSOUP_ERROR_MEMORY;
         best->n = count;
         to = (char *)best->data;
+    }
+    if (piece->begun) {
+        psoup__begun *begun = piece->begun;
+        PSOUP__TRY(psoup__reserve(c->context, &begun->data, &begun->capacity, count, sizeof(*begun->data), error));
+        begun->n = count;
+        to = (char *)begun->data;
     }
     if (!piece->be)
         return read_bytes(input, path, to, bytes, error);

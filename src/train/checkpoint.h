@@ -2,7 +2,8 @@
  *
  * A trainer says what its run is (what must be the same for it to go on) and lists the pieces of its
  * state, once; the same list is written and read. A file is of the moment after a step and the validation
- * that is due there; or, where the run was told to stop in between, before that, as the state says.
+ * that is due there; or, where the run was told to stop in between, before that, as the state says. Of a step in
+ * progress it may hold what was begun.
  */
 #ifndef PSOUP__CHECKPOINT_H
 #define PSOUP__CHECKPOINT_H
@@ -10,14 +11,21 @@
 #include "merge/hash.h"
 #include "train/train.h"
 
+/* What a step in progress has made so far: as many numbers as it has come to. */
+typedef struct psoup__begun {
+    int32_t *data; /* [n] */
+    size_t n, capacity;
+} psoup__begun;
+
 /* Numbers of a run's state, where they live. */
 typedef struct psoup__piece {
     const char *name;
-    psoup_dtype dtype;  /* F32, F64, I64 (of either sign), U8 */
+    psoup_dtype dtype;  /* F32, F64, I32, I64 (of either sign), U8 */
     void *data;         /* [n] */
     size_t n;
     psoup__backend *be; /* whose memory data is; NULL: the host's */
     psoup__best *best;  /* whose data it is then: [n], or none yet */
+    psoup__begun *begun; /* whose data it is then: n at most */
     size_t owner;       /* which learner or policy it belongs to, */
     size_t part;        /* and to which of its adapters */
 } psoup__piece;
@@ -88,6 +96,8 @@ psoup_status psoup__checkpoint_after(psoup__checkpoint *c, psoup_status told, in
 /* The same where those who moved are not at the step that the file is called by: they joined later. */
 psoup_status psoup__checkpoint_at(psoup__checkpoint *c, psoup_status told, int64_t step, int64_t moved,
                                   bool last, psoup_error *error);
+/* Writes one now, of a step in progress; on rank 0, where it keeps the run. */
+psoup_status psoup__checkpoint_now(psoup__checkpoint *c, int64_t step, psoup_error *error);
 /* ranks.c: refuses ranks that are of another run than rank 0, naming the difference. */
 psoup_status psoup__ranks_agree(psoup__checkpoint *c, psoup_error *error);
 /* Rank 0's state to all. */

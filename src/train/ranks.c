@@ -79,6 +79,17 @@ static psoup_status share_best(const psoup__checkpoint *c, const psoup__piece *p
                       : PSOUP_ERROR_MEMORY;
 }
 
+static psoup_status share_begun(const psoup__checkpoint *c, const psoup__piece *piece, psoup_error *error) {
+    psoup__begun *begun = piece->begun;
+    uint64_t n = begun->n;
+    psoup_status status = psoup__team_broadcast(c->team, &n, sizeof(n), error);
+    if (status == PSOUP_OK)
+        status = psoup__reserve(c->context, &begun->data, &begun->capacity, (size_t)n, sizeof(*begun->data), error);
+    begun->n = (size_t)n;
+    return status == PSOUP_OK && n ? psoup__team_broadcast(c->team, begun->data, (size_t)n * sizeof(*begun->data), error)
+                                   : status;
+}
+
 static psoup_status share_device(const psoup__checkpoint *c, const psoup__piece *piece, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     size_t bytes = piece->n * psoup_dtype_size(piece->dtype);
@@ -98,10 +109,11 @@ psoup_status psoup__ranks_share(psoup__checkpoint *c, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     for (size_t i = 0; status == PSOUP_OK && i < c->n; i++) {
         const psoup__piece *piece = &c->pieces[i];
-        status = piece->best ? share_best(c, piece, error)
-                 : piece->be ? share_device(c, piece, error)
-                             : psoup__team_broadcast(c->team, piece->data,
-                                                     piece->n * psoup_dtype_size(piece->dtype), error);
+        status = piece->best    ? share_best(c, piece, error)
+                 : piece->begun ? share_begun(c, piece, error)
+                 : piece->be    ? share_device(c, piece, error)
+                                : psoup__team_broadcast(c->team, piece->data,
+                                                        piece->n * psoup_dtype_size(piece->dtype), error);
     }
     return status;
 }

@@ -18,8 +18,8 @@ def _step_callback(on_step: Optional[OnStep]) -> Any:
     """Always there, so that a signal can stop the training."""
 
     def run(user: Any, pointer: Any) -> int:
-        if on_step is not None:
-            s = pointer.contents
+        s = pointer.contents
+        if on_step is not None and s.phase != b"pause":
             on_step(Step(text(s.phase), text(s.subject), s.step, s.total,
                          {text(s.names[i]): s.values[i] for i in range(s.n)},
                          {text(s.time_names[i]): s.times[i] for i in range(s.n_times)}))
