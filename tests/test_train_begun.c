@@ -253,6 +253,47 @@ START_TEST(what_was_drawn_stays) {
 }
 END_TEST
 
+/* Responses that are begun are something to lose; a policy that joins has none yet. */
+START_TEST(others_may_join) {
+    const psoup_ppo_policy both[2] = {policy(0), policy(1)};
+    float *expected[2];
+    size_t n;
+    pauses p = {.seen = 0};
+    run one, r;
+    run_begin(&one);
+    run_begin(&r);
+    for (int joins = 0; joins < 2; joins++) {
+        psoup_ppo_options o = options_of(&kinds[0], joins ? &r : &one, &p);
+        o.samples = NULL;
+        o.samples_every = 0;
+        psoup_model *model = fresh(2);
+        if (joins) {
+            psoup_ppo *none = NULL;
+            stop_at(&r, 5);
+            o.resume = 0;
+            REFUSED(psoup_ppo_create(model, both, 2, &o, &none, &error), PSOUP_ERROR_STATE,
+                    "has checkpoints of an earlier run, up to step 0");
+        }
+        o.join = joins;
+        p.ppo = create(model, both, 2, &o);
+        ck_assert(joins == (p.ppo->policies[0].begun.n > 16) && p.ppo->policies[1].begun.n == 0);
+        OK(psoup_ppo_run(p.ppo, &error));
+        psoup_ppo_free(p.ppo);
+        for (int i = 0; i < 2; i++)
+            if (joins) {
+                ck_assert(same_weights(model, names[i], expected[i], n));
+                free(expected[i]);
+            } else {
+                expected[i] = weights(model, names[i], &n);
+            }
+        psoup_model_free(model);
+    }
+    same_files(one.metrics, r.metrics);
+    run_end(&one);
+    run_end(&r);
+}
+END_TEST
+
 /* A handle that was stopped may step again. */
 START_TEST(the_same_handle_goes_on) {
     psoup_model *model;
@@ -309,9 +350,8 @@ START_TEST(what_cannot_have_been_begun_is_refused) {
         model = fresh(1);
         REFUSED(psoup_ppo_create(model, &one, 1, &o, &none, &error), PSOUP_ERROR_FORMAT,
                 "newest checkpoint's begun is none that the run can have");
-        o.resume = 0; /* no step was taken: a new beginning */
-        ppo = create(model, &one, 1, &o);
-        discard(ppo, model);
+        psoup_model_free(model);
+        remove_in(r.checkpoints);
         stop_at(&r, 4);
     }
     /* Of a response that is not finished, more than it may have. */
@@ -410,6 +450,7 @@ int main(void) {
     tcase_add_loop_test(tcase, stopped_between_tokens, 0, 2 * KINDS);
     tcase_add_loop_test(tcase, killed_between_tokens, 0, KINDS);
     tcase_add_test(tcase, what_was_drawn_stays);
+    tcase_add_test(tcase, others_may_join);
     tcase_add_test(tcase, the_same_handle_goes_on);
     tcase_add_test(tcase, what_cannot_have_been_begun_is_refused);
     tcase_add_test(tcase, a_full_disk_keeps_what_was_begun_before);

@@ -217,7 +217,7 @@ typedef struct psoup_ppo_options {
     void *user;
     const psoup_tokenizer *tokenizer;
     const char *checkpoint_dir; /* where the run is kept, so that it can go on; NULL: nowhere */
-    int32_t checkpoint_every;   /* PPO steps between checkpoints; 0: when it is stopped only */
+    int32_t checkpoint_every;   /* PPO steps between checkpoints; 0: when it is stopped, or samples for long, only */
     int32_t checkpoint_keep;    /* so many stay */
     int32_t resume; /* 1: continue from the newest checkpoint in checkpoint_dir, where there is one */
     int32_t objective;  /* psoup_objective */

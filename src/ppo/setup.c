@@ -205,7 +205,7 @@ psoup_status psoup_ppo_create(psoup_model *model, const psoup_ppo_policy *polici
     psoup_ppo_options defaults = PSOUP_PPO_OPTIONS_INIT;
     ppo->model = model;
     ppo->options = defaults;
-    ppo->pauses = (psoup__pauses){.ask_every = 0.5, .keep_every = 60.0};
+    ppo->pauses = (psoup__pauses){.ask_every = 0.5, .keep_every = 60.0, .asked = psoup__now()};
     PSOUP__TRY(psoup__options(&ppo->options, sizeof(ppo->options), options, "psoup_ppo_options",
                               error));
     PSOUP__TRY(psoup__team_join(&ppo->team, model->context, ppo->options.comm, error));

@@ -332,9 +332,8 @@ static psoup_status same_run(psoup__checkpoint *c, const char *path, const psoup
     return status;
 }
 
-/* The header is ours when it is what write_pieces makes: every piece in its order, one behind the other. */
-static psoup_status read_header(psoup__checkpoint *c, psoup__input *input, const char *path,
-                                psoup_json **header, psoup_error *error) {
+static psoup_status read_json(const psoup__checkpoint *c, psoup__input *input, const char *path, psoup_json **header,
+                              psoup_error *error) {
     psoup_status status = PSOUP_OK;
     unsigned char bytes[8];
     uint64_t length = 0;
@@ -351,10 +350,16 @@ static psoup_status read_header(psoup__checkpoint *c, psoup__input *input, const
         return PSOUP_ERROR_MEMORY;
     PSOUP__TRY(read_bytes(input, path, text, (size_t)length, error));
     PSOUP__TRY(psoup_json_parse(text, (size_t)length, path, header, error));
-    PSOUP__TRY(same_run(c, path, *header, error));
 fail:
     psoup__free(c->context, text);
     return status;
+}
+
+/* The header is ours when it is what write_pieces makes: every piece in its order, one behind the other. */
+static psoup_status read_header(psoup__checkpoint *c, psoup__input *input, const char *path,
+                                psoup_json **header, psoup_error *error) {
+    psoup_status status = read_json(c, input, path, header, error);
+    return status == PSOUP_OK ? same_run(c, path, *header, error) : status;
 }
 
 /* *count receives the elements that the file has of the piece, which begins at byte `at` of the data. */
@@ -446,20 +451,39 @@ fail:
     return status;
 }
 
+/* Whether a checkpoint has something of a step in progress; one that cannot be read has nothing. */
+static bool has_begun(const psoup__checkpoint *c, const char *path) {
+    psoup__input *input = NULL;
+    psoup_json *header = NULL;
+    bool begun = false;
+    if (psoup__input_open(c->context, path, &input, NULL) == PSOUP_OK &&
+        read_json(c, input, path, &header, NULL) == PSOUP_OK)
+        for (size_t i = 0; i < c->n; i++) {
+            char name[PIECE_NAME];
+            piece_name(&c->pieces[i], name);
+            begun = begun || (c->pieces[i].begun &&
+                              psoup_json_integer(psoup_json_at(psoup_json_get(psoup_json_get(header, name), "shape"), 0),
+                                                 0) > 0);
+        }
+    psoup_json_free(header);
+    psoup__input_free(input);
+    return begun;
+}
+
 static psoup_status start_files(psoup__checkpoint *c, psoup_error *error) {
     psoup_status status = PSOUP_OK;
     int64_t *steps = NULL;
     size_t n = 0;
     char *path = NULL;
     PSOUP__TRY(list(c, &steps, &n, error));
-    if (n == 0 || (steps[0] == 0 && !c->resume)) { /* what no step was taken of is nothing to lose */
+    if (n && !(path = path_of(c, steps[0], error))) {
+        status = PSOUP_ERROR_MEMORY;
+    } else if (n == 0 || (steps[0] == 0 && !c->resume && !has_begun(c, path))) { /* nothing is lost */
         PSOUP__TRY(save(c, 0, error));
     } else if (!c->resume) {
         status = psoup__fail(error, PSOUP_ERROR_STATE,
                              "%s: has checkpoints of an earlier run, up to step %lld: resume it, or "
                              "choose another directory", c->directory, (long long)steps[0]);
-    } else if (!(path = path_of(c, steps[0], error))) {
-        status = PSOUP_ERROR_MEMORY;
     } else {
         PSOUP__TRY(read_checkpoint(c, path, error));
         if (c->reporter->writer)

@@ -492,7 +492,7 @@ class PpoOptions(TypedDict, total=False):
     metrics: str
     # where the run is kept, so that it can go on; NULL: nowhere; default None
     checkpoint_dir: str
-    # PPO steps between checkpoints; 0: when it is stopped only; default 10
+    # PPO steps between checkpoints; 0: when it is stopped, or samples for long, only; default 10
     checkpoint_every: int
     # so many stay; default 3
     checkpoint_keep: int
