@@ -1,6 +1,6 @@
 #!/bin/sh
-# Two processes train what one trains: launched by torchrun's variables, by Slurm's and by mpirun, on one machine and,
-# where root can make network namespaces, on two; and what is left when one of them dies.
+# Two processes train what one trains, and run a method as one runs it: launched by torchrun's variables, by Slurm's and
+# by mpirun, on one machine and, where root can make network namespaces, on two; and what is left when one of them dies.
 #   sh tests/ranks.sh PATH_TO_PSOUP [PATH_TO_PSOUP_MPI]
 # shellcheck disable=SC2086 # lists of names are split on purpose
 
@@ -93,6 +93,18 @@ put("dpo", data="pairs.jsonl", batch_size=4)
 put("ppo", prompts="asks.jsonl", validation="asks.jsonl", steps=3, batch_size=6, ppo_epochs=2, max_new_tokens=12,
     policies=[{"name": "P1A", "reward": "alone/reward/P1A", "preference": "P1A"},
               {"name": "P2A", "reward": "alone/reward/P2A", "preference": "P2A"}])
+with open("users.jsonl", "w") as f:
+    for i, (p, c) in enumerate(rows):
+        print(json.dumps({"user_input": p, "completion_a": c, "completion_b": words[i % 7],
+                          "preference": "P%d%s" % (i % 6 // 2 + 1, "AB"[i % 2])}), file=f)
+with open("few.jsonl", "w") as f:
+    for p, c in rows[:3]:
+        print(json.dumps({"instruction": "Name " + p}), file=f)
+sizes = {"batch_size": 4, "max_new_tokens": 8, "ppo_epochs": 2, "steps": 2, "validate_every": 1, "learning_rate": 0.01}
+json.dump({"model": "base", "prompts": "asks.jsonl", "validation": "few.jsonl", "evaluation": "few.jsonl",
+           "reward_data": "users.jsonl", "held_out": 0.2, "threads": 1, "adapter": {"rank": 2},
+           "reward_adapter": {"rank": 2}, "reward": {"learning_rate": 0.01, "batch_size": 4}, "ppo": sizes,
+           "generate": {"max_new_tokens": 8, "min_new_tokens": 0}}, open("method.json", "w"))
 PYTHON
 # into NAME OUTPUT [MEMBERS]: NAME.json's run with its output in OUTPUT, as run.json.
 into() { sed "s|}\$|, \"output\": \"$2\", \"metrics\": \"$2.jsonl\" ${3:-}}|" "$1.json" >run.json; }
@@ -119,6 +131,76 @@ if test -n "$mpi"; then
 else
     echo "ranks: MPI is not here: left out"
 fi
+
+# ---- psoup run ------------------------------------------------------------------------------------------------------
+method() { sed "s|}\$|, \"output\": \"$1\" ${2:-}}|" method.json >run.json; } # OUTPUT [MEMBERS]
+tree() { (cd $1 && find . -type f ! -path './checkpoints/*' | sort); }
+alike() { tree $1 >tree.1 && tree $2 >tree.2 && cmp tree.1 tree.2 && cmp $1/finished.json $2/finished.json; }
+# SIDE OTHER: of a run, the same files, adapters that are near, and as many reports and answers
+same_run() {
+    check "$1: the files of one process" alike $1 $2
+    for a in $(cd $2 && find . -name adapter_model.safetensors); do check "$1: $a" same $1/${a%/*} $2/${a%/*} 1e-3; done
+    for f in $(cd $2 && find . -name '*.jsonl'); do
+        check "$1: $f" test "$(wc -l <$1/$f)" -eq "$(wc -l <$2/$f)"
+    done
+}
+for m in pp pmorl psoups; do
+    method alone/$m
+    check "$m alone" "$psoup" run $m --config run.json
+    method torchrun/$m
+    check "$m by torchrun" with torchrun run $m --config run.json
+    check "$m: rank 0 alone says where it is" test "$(cat out.0 out.1)" = torchrun/$m -a ! -s err.1
+    same_run torchrun/$m alone/$m
+done
+check "answers do not depend on who gives them" diff -r torchrun/pp/responses alone/pp/responses
+check "nothing is done twice" with torchrun run psoups --config run.json --resume
+check "and rank 0 says so" test "$(grep -c 'finished before' err.0)" -eq 3 -a ! -s err.1
+if test -n "$mpi"; then
+    method mpi/psoups ', "soup": "factors"'
+    check "psoups by mpi, factors" with mpi run psoups --config run.json
+    method alone/factors ', "soup": "factors"'
+    check "psoups, factors" "$psoup" run psoups --config run.json
+    same_run mpi/psoups alone/factors
+fi
+
+# What one rank finds wrong ends both, and is said once.
+apart() { # COMMAND-LINE OF RANK 0 | of RANK 1, which runs in its own directory
+    port=$(free_port)
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=$port timeout 60 "$psoup" $1 >out.0 2>err.0 &
+    first=$!
+    (cd away && RANK=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=$port timeout 60 "$psoup" $2) >out.1 2>err.1 &
+    second=$!
+    wait $first
+    one=$?
+    wait $second
+    test $one -eq 1 -a $? -eq 1
+}
+said_once() { # PATTERN
+    check "rank 0 says $1" grep -q "$1" err.0
+    check "and once: $1" test "$(grep -c '^psoup: ' err.0)" -eq 1 -a ! -s err.1 -a ! -e left
+}
+rm -f err
+mkdir away
+for f in base sft.jsonl users.jsonl few.jsonl; do ln -s ../$f away/$f; done
+method left
+check "a file that one rank lacks" apart "run psoups --config run.json" "run psoups --config ../run.json"
+said_once '^psoup: rank 1: asks.jsonl: '
+ln -s ../asks.jsonl away/asks.jsonl
+sed 's/"steps": 2/"steps": 3/' run.json >away/run.json
+check "another configuration" apart "run psoups --config run.json" "run psoups --config run.json"
+said_once "^psoup: rank 1: run.json: is of another run than rank 0's: its ppo.steps is 2 there, 3 here"
+echo '{' >away/run.json
+check "no configuration" apart "run psoups --config run.json" "run psoups --config run.json"
+said_once '^psoup: rank 1: run.json:2:1: '
+check "too little memory" apart "run psoups --config run.json" "run psoups --config ../run.json --memory-limit 100K"
+said_once '^psoup: rank 1: ../run.json: rewards need '
+method torchrun/pmorl
+check "a run that is there" apart "run pmorl --config run.json" "run pmorl --config ../run.json"
+said_once '^psoup: torchrun/pmorl: has a run already; --resume goes on with it'
+method none
+mkdir none && : >none/responses
+check "a file in the way" apart "run pp --config run.json" "run pp --config ../run.json"
+said_once '^psoup: none/responses: '
 
 # Two machines, each with its own name, network and address, where the name of one says nothing to the other.
 two_hosts() {
@@ -220,6 +302,24 @@ check "goes on" with torchrun ppo --config run.json --resume
 for p in P1A P2A; do
     check "same bytes: $p" cmp stopped/$p/adapter_model.safetensors whole/$p/adapter_model.safetensors
 done
+
+# A method, of which rank 1 dies while policies train, goes on with what is finished.
+method_killed() { sed -i 's/"steps": 2/"steps": 24, "checkpoint_every": 1/' run.json; }
+method whole-run
+method_killed
+check "a method, undisturbed" with torchrun run psoups --config run.json
+method killed-run
+method_killed
+by_torchrun run psoups --config run.json
+check "has steps" waits_for 'killed-run/checkpoints/policies/checkpoint-000000003*.zst'
+kill -9 $second
+wait $first
+check "status of rank 0" test $? -eq 1
+wait $second 2>/dev/null
+check "who is gone" grep -q '^psoup: rank 0: rank 1 (.*) is gone: .* the same command with --resume goes on$' err.0
+check "goes on" with torchrun run psoups --config run.json --resume
+check "with what was finished" grep -q '^rewards: finished before' err.0
+check "to the same bytes" diff -r -x checkpoints -x config.json killed-run whole-run
 
 # Under mpirun, which ends the others itself, after a second.
 if test -n "$mpi"; then

@@ -214,11 +214,6 @@ for bad in 'ppo|"ppo": {"batch_size": 0}|batch_size is 0: expected 1 to 21474836
     no 1 "^psoup: bad.json: ${bad%%|*}: ${bad##*|}" run $m --config bad.json --json
 done
 
-export RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500
-config left/two
-no 1 'psoup run is of one process, and 2 were launched: its parts, psoup sft, reward and ppo, train in several' run vb --config run.json
-unset RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
-
 # ---- memory -------------------------------------------------------------------------------------
 config plan
 "$psoup" run psoups --config run.json --plan >out 2>err

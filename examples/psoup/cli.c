@@ -12,7 +12,7 @@
 
 int cli_fail(const psoup_error *error) {
     cli_progress_end();
-    if (launch_world() > 1)
+    if (launch_world() > 1 && !launch_agreed())
         fprintf(stderr, "psoup: rank %d: %s\n", launch_rank(), error->message);
     else
         fprintf(stderr, "psoup: %s\n", error->message);
@@ -225,6 +225,8 @@ int cli_asked_to_stop(void) { return asked_to_stop; }
 
 int cli_training_fail(const psoup_error *error) {
     bool stopped = asked_to_stop || launch_world() > 1; /* any of the ranks may have been asked */
+    if (launch_agreed() && launch_rank() > 0) /* rank 0 says it */
+        return error->status != PSOUP_ERROR_CANCELLED;
     if (!stopped || error->status != PSOUP_ERROR_CANCELLED)
         return cli_fail(error);
     cli_progress_end();

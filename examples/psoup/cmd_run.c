@@ -208,42 +208,63 @@ static psoup_status set_places(run *r, char *paths[PLACES], psoup_error *error) 
     c->reward.on_step = c->ppo.on_step = c->sft.on_step = cli_training_step;
     c->reward.user = c->ppo.user = c->sft.user = &r->training;
     c->ppo.tokenizer = r->m.tokenizer;
+    c->reward.comm = c->ppo.comm = c->sft.comm = r->comm;
     return PSOUP_OK;
 }
 
 typedef psoup_status (*stage_fn)(run *r, psoup_error *error);
 
 static psoup_status stage(run *r, run_book *book, const char *name, stage_fn fn, psoup_error *error) {
-    if (run_finished(r, book, name)) {
+    if (run_finished(book, name)) {
         run_say(r, "%s: finished before", name);
         return PSOUP_OK;
     }
+    psoup_error lost, whole;
     psoup_status status = fn(r, error);
-    return status == PSOUP_OK ? run_finish(r, book, name, error) : status;
+    if (status == PSOUP_OK && launch_rank() == 0)
+        status = run_finish(r, book, name, error);
+    status = launch_agree(r->comm, status, error);
+    if (status == PSOUP_ERROR_IO && r->comm && r->comm->failed(r->comm->user, &lost) != PSOUP_OK) {
+        whole = *error;
+        cli_error(error, status, "%.900s; the same command with --resume goes on", whole.message);
+    }
+    return status;
 }
 
 /* Reads all that the stages need and adds their adapters, so that what is wrong is known before anything is trained. */
 static psoup_status prepare(run *r, const run_book *book, bool trains_rewards, psoup_error *error) {
-    bool trained = run_finished(r, book, "policies");
+    bool trained = run_finished(book, "policies");
     psoup_status status = run_read_prompts(r, error);
     if (status == PSOUP_OK && r->method->supervised && !trained)
         status = run_read_examples(r, error);
-    if (status == PSOUP_OK && trains_rewards && !run_finished(r, book, "rewards"))
+    if (status == PSOUP_OK && trains_rewards && !run_finished(book, "rewards"))
         status = run_read_comparisons(r, error);
     if (status == PSOUP_OK && !trained)
-        status = run_add_rewards(r, run_finished(r, book, "rewards"), error);
+        status = run_add_rewards(r, run_finished(book, "rewards"), error);
     return status == PSOUP_OK ? run_add_policies(r, trained, error) : status;
 }
 
 /* What the stages that are still to come will take. */
 static psoup_status plan(run *r, const run_book *book, bool trains_rewards, psoup_error *error) {
     psoup_status status = PSOUP_OK;
-    if (trains_rewards && !run_finished(r, book, "rewards") && !run_finished(r, book, "policies"))
+    if (trains_rewards && !run_finished(book, "rewards") && !run_finished(book, "policies"))
         status = run_plan_stage(r, "rewards", error);
-    if (status == PSOUP_OK && r->n_policies && !run_finished(r, book, "policies"))
+    if (status == PSOUP_OK && r->n_policies && !run_finished(book, "policies"))
         status = run_plan_stage(r, "policies", error);
-    if (status == PSOUP_OK && r->c.evaluation && !run_finished(r, book, "responses"))
+    if (status == PSOUP_OK && r->c.evaluation && !run_finished(book, "responses"))
         status = run_plan_stage(r, "responses", error);
+    return status;
+}
+
+/* The directories that the run will fill, and the configuration as it was used. */
+static psoup_status begin(const run *r, const run_book *book, char *const paths[PLACES], bool trains_rewards,
+                          psoup_error *error) {
+    psoup_status status = run_make_directory(r->c.output, error);
+    if (status == PSOUP_OK && access(book->config_path, F_OK) != 0)
+        status = psoup_json_write(r->m.context, book->config_path, book->config, error);
+    for (int i = 0; i < 2 && status == PSOUP_OK && r->n_policies; i++)
+        if (i || trains_rewards)
+            status = run_make_directory(paths[i], error);
     return status;
 }
 
@@ -259,23 +280,20 @@ static psoup_status go(run *r, run_book *book, psoup_error *error) {
         status = prepare(r, book, trains_rewards, error);
     if (status == PSOUP_OK)
         status = plan(r, book, trains_rewards, error);
+    status = launch_agree(r->comm, status, error);
     if (status != PSOUP_OK || r->plan->only)
         goto done;
-    if (status == PSOUP_OK)
-        status = run_make_directory(c->output, error);
-    if (status == PSOUP_OK && access(book->config_path, F_OK) != 0)
-        status = psoup_json_write(r->m.context, book->config_path, book->config, error);
-    for (int i = 0; i < 2 && status == PSOUP_OK && r->n_policies; i++)
-        if (i || trains_rewards)
-            status = run_make_directory(paths[i], error);
+    if (launch_rank() == 0)
+        status = begin(r, book, paths, trains_rewards, error);
+    status = launch_agree(r->comm, status, error);
     if (status == PSOUP_OK && trains_rewards)
         status = stage(r, book, "rewards", run_train_rewards, error);
     if (status == PSOUP_OK && r->n_policies)
         status = stage(r, book, "policies", run_train_policies, error);
     if (status == PSOUP_OK && soups)
         status = stage(r, book, "soups", run_make_soups, error);
-    if (status == PSOUP_OK && soups && c->soup == RUN_FACTORS && c->evaluation && !run_finished(r, book, "responses"))
-        status = run_load_soups(r, error);
+    if (status == PSOUP_OK && soups && c->soup == RUN_FACTORS && c->evaluation && !run_finished(book, "responses"))
+        status = launch_agree(r->comm, run_load_soups(r, error), error);
     if (status == PSOUP_OK && c->evaluation)
         status = stage(r, book, "responses", run_respond, error);
 done:
@@ -284,17 +302,31 @@ done:
     return status;
 }
 
+/* The other ranks, before anything can go wrong in one of them alone. */
+static psoup_status meet(run *r, psoup_error *error) {
+    psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
+    options.threads = 1;
+    options.log = cli_log;
+    psoup_status status = launch_look(error);
+    if (status == PSOUP_OK && launch_world() > 1)
+        status = psoup_context_create(&options, &r->meeting, error);
+    return status == PSOUP_OK && r->meeting ? launch_connect(r->meeting, &r->comm, error) : status;
+}
+
+static psoup_status open_model(run *r, psoup_error *error) {
+    const run_config *c = &r->c;
+    char own[LAUNCH_DEVICE];
+    psoup_status status = run_open(c->model, c->tokenizer, launch_device(c->device, own), c->dtype,
+                                   launch_threads(c->threads), &r->m, error);
+    r->m.comm = status == PSOUP_OK ? r->comm : NULL;
+    return status;
+}
+
 static psoup_status start(run *r, run_book *book, psoup_error *error) {
     const run_config *c = &r->c;
     psoup_status status = check_config(r, error);
     if (status == PSOUP_OK)
-        status = launch_look(error);
-    if (status == PSOUP_OK && launch_world() > 1)
-        status = cli_error(error, PSOUP_ERROR_UNSUPPORTED,
-                           "psoup run is of one process, and %d were launched: its parts, psoup sft, reward and ppo, "
-                           "train in several", launch_world());
-    if (status == PSOUP_OK)
-        status = run_open(c->model, c->tokenizer, c->device, c->dtype, c->threads, &r->m, error);
+        status = open_model(r, error);
     if (status == PSOUP_OK)
         status = run_read_preferences(r, error);
     if (status == PSOUP_OK)
@@ -303,6 +335,11 @@ static psoup_status start(run *r, run_book *book, psoup_error *error) {
         status = choose_policies(r, error);
     if (status == PSOUP_OK && c->validation && c->evaluation && !strcmp(c->validation, c->evaluation))
         run_say(r, "warning: the checkpoint is chosen on the prompts that are reported: %s", c->evaluation);
+    status = launch_agree(r->comm, status, error);
+    if (status == PSOUP_OK && r->comm && c->device && !strncmp(c->device, "cuda", 4)) {
+        status = launch_join_gpus(&r->m, error);
+        r->comm = r->m.comm;
+    }
     return status == PSOUP_OK ? go(r, book, error) : status;
 }
 
@@ -313,7 +350,10 @@ static void run_close(run *r) {
         free(r->rewards[i].own);
     }
     run_free_data(r);
+    if (!r->m.comm)
+        psoup_comm_free(r->comm);
     cli_close(&r->m);
+    psoup_context_free(r->meeting);
 }
 
 /* ---- the command ----------------------------------------------------------------------------------- */
@@ -336,7 +376,8 @@ static const char about[] =
     "Before it begins it says what each stage will take of memory, and ends where there is less: in the\n"
     "GPU, in the machine or its control group, or than --memory-limit says. --plan says it and stops.\n\n"
     "Rows: an array of objects or JSON Lines, as in the released alpaca_gpt4_10k.json (instruction, input),\n"
-    "koala_eval_50.json (prompt), and reward rows (user_input, completion_a, completion_b).\n";
+    "koala_eval_50.json (prompt), and reward rows (user_input, completion_a, completion_b).\n"
+    LAUNCH_HELP;
 
 enum { MOST_FIELDS = 128 };
 
@@ -368,20 +409,29 @@ static int run_command(run *r, int argc, char **argv) {
     static const char *const keys[] = {NULL, "adapter", "reward_adapter", "ppo", "reward", "sft", "generate"};
     enum { N = sizeof sections / sizeof *sections };
     run_book book = {0};
-    psoup_error error = {0};
+    psoup_error error = {0}, apart;
     config c;
     int status;
-    if (!config_read_parts(argc, argv, about, sections, keys, N, &c, &status))
+    if (!config_read_parts(argc, argv, about, sections, keys, N, &c, &status, &error) && error.status == PSOUP_OK)
         return status;
+    psoup_status done = error.status, met = meet(r, &apart);
+    if (done == PSOUP_OK && met != PSOUP_OK) {
+        error = apart;
+        done = met;
+    }
+    done = launch_agree(r->comm, done, &error);
     r->config_path = c.path;
     r->plan = &c.plan;
     r->quiet = r->training.quiet = c.json;
-    book.config = config_values(sections, keys, N);
     made_place output = {0};
-    cli_training_begin(r->c.output);
-    psoup_status done = place_note(&output, r->c.output, &error);
+    if (done == PSOUP_OK) {
+        book.config = config_values(sections, keys, N);
+        cli_training_begin(r->c.output);
+        done = place_note(&output, r->c.output, &error);
+    }
     if (done == PSOUP_OK)
         done = start(r, &book, &error);
+    done = launch_finish(r->comm, done, &error);
     status = done != PSOUP_OK ? config_fail(&c, &error)
              : c.plan.only    ? 0
                               : run_print_output(r->c.output, c.json);

@@ -106,12 +106,15 @@ static psoup_status read_sections(const config_section *sections, const char *co
 
 bool config_read(int argc, char **argv, const char *about, const config_section *sections, size_t n,
                  config *out, int *status) {
-    return config_read_parts(argc, argv, about, sections, NULL, n, out, status);
+    psoup_error error = {0};
+    bool read = config_read_parts(argc, argv, about, sections, NULL, n, out, status, &error);
+    if (error.status != PSOUP_OK)
+        cli_fail(&error);
+    return read;
 }
 
 bool config_read_parts(int argc, char **argv, const char *about, const config_section *sections,
-                       const char *const *keys, size_t n, config *out, int *status) {
-    psoup_error error = {0};
+                       const char *const *keys, size_t n, config *out, int *status, psoup_error *error) {
     bool print = false, resumes = false, joins = false;
     int32_t *resume = member_of(sections, n, "resume"), *joined = keys ? NULL : member_of(sections, n, "join");
     *out = (config){0};
@@ -156,15 +159,15 @@ bool config_read_parts(int argc, char **argv, const char *about, const config_se
     psoup_status done = PSOUP_OK;
     if (out->path) {
         psoup_context *context = NULL;
-        done = psoup_context_create(NULL, &context, &error);
+        done = psoup_context_create(NULL, &context, error);
         if (done == PSOUP_OK)
-            done = psoup_json_read(context, out->path, &out->root, &error);
+            done = psoup_json_read(context, out->path, &out->root, error);
         psoup_context_free(context);
         if (done == PSOUP_OK)
-            done = read_sections(sections, keys, n, out, &error);
+            done = read_sections(sections, keys, n, out, error);
     }
     if (done != PSOUP_OK) {
-        *status = cli_fail(&error);
+        *status = 1;
         config_free(out);
         return false;
     }

@@ -25,9 +25,10 @@ typedef struct config {
  * sections. */
 bool config_read(int argc, char **argv, const char *about, const config_section *sections, size_t n,
                  config *out, int *status);
-/* The same, where sections[i] stands in an object of its own, the file's member keys[i]; NULL: at the top. */
+/* The same, where sections[i] stands in an object of its own, the file's member keys[i]; NULL: at the top. What is wrong
+ * with the file is left in *error, for the caller to say. */
 bool config_read_parts(int argc, char **argv, const char *about, const config_section *sections,
-                       const char *const *keys, size_t n, config *out, int *status);
+                       const char *const *keys, size_t n, config *out, int *status, psoup_error *error);
 void config_free(config *c);
 /* cli_training_fail, of an error that may speak of an option as the library does, which here is the file's:
  * "FILE: batch_size is 0: …" for "psoup_ppo_options: batch_size is 0: …". */

@@ -115,12 +115,70 @@ psoup_status launch_join_gpus(cli_model *m, psoup_error *error) {
     return PSOUP_OK;
 }
 
-psoup_status launch_finish(const psoup_comm *comm, psoup_status status, psoup_error *error) {
-    char done = 1;
+psoup_status launch_tell(const psoup_comm *comm, psoup_status status, const psoup_error *error) {
+    if (comm && status != PSOUP_OK)
+        comm->abort(comm->user, error->message);
+    return status;
+}
+
+static bool agreed;
+bool launch_agreed(void) { return agreed; }
+
+/* The first rank that failed; the world where none did. */
+static psoup_status find_failed(const psoup_comm *comm, bool failed, int32_t *first, psoup_error *error) {
+    float *all = calloc((size_t)comm->world, sizeof *all);
+    if (!all)
+        return launch_tell(comm, cli_error(error, PSOUP_ERROR_MEMORY, "out of memory"), error);
+    all[comm->rank] = failed;
+    psoup_status status = comm->sum(comm->user, all, (size_t)comm->world, PSOUP_F32, error);
+    for (*first = 0; *first < comm->world && all[*first] == 0;)
+        ++*first;
+    free(all);
+    return status;
+}
+
+/* Its error to all: a sum in which the others have zeros. */
+static psoup_status hear_of(const psoup_comm *comm, int32_t from, psoup_error *told, psoup_error *error) {
+    enum { LENGTH = sizeof told->message };
+    float text[1 + LENGTH] = {0};
+    if (comm->rank == from) {
+        text[0] = (float)told->status;
+        for (size_t i = 0; i < LENGTH && told->message[i]; i++)
+            text[1 + i] = (unsigned char)told->message[i];
+    }
+    psoup_status status = comm->sum(comm->user, text, 1 + LENGTH, PSOUP_F32, error);
+    if (status != PSOUP_OK)
+        return status;
+    psoup_error heard = {.status = (psoup_status)text[0]};
+    for (size_t i = 0; i + 1 < LENGTH; i++)
+        heard.message[i] = (char)(unsigned char)text[1 + i];
+    if (from > 0)
+        cli_error(told, heard.status, "rank %d: %s", from, heard.message);
+    else
+        *told = heard;
+    return PSOUP_OK;
+}
+
+psoup_status launch_agree(const psoup_comm *comm, psoup_status status, psoup_error *error) {
+    psoup_error own = *error, trouble;
+    int32_t first = 0;
     if (!comm)
         return status;
-    if (status == PSOUP_OK)
+    own.status = error->status = status;
+    psoup_status heard = find_failed(comm, status != PSOUP_OK, &first, &trouble);
+    if (heard == PSOUP_OK && first == comm->world)
+        return PSOUP_OK;
+    if (heard == PSOUP_OK)
+        heard = hear_of(comm, first, &own, &trouble);
+    agreed = heard == PSOUP_OK;
+    if (agreed || status == PSOUP_OK)
+        *error = agreed ? own : trouble;
+    return error->status;
+}
+
+psoup_status launch_finish(const psoup_comm *comm, psoup_status status, psoup_error *error) {
+    char done = 1;
+    if (comm && status == PSOUP_OK)
         return comm->broadcast(comm->user, &done, 1, error);
-    comm->abort(comm->user, error->message);
-    return status;
+    return agreed ? status : launch_tell(comm, status, error);
 }

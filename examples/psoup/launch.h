@@ -22,6 +22,12 @@ int32_t launch_threads(int32_t threads);
 psoup_status launch_connect(psoup_context *context, psoup_comm **out, psoup_error *error);
 /* m->comm, but that GPUs talk by NCCL where they can. */
 psoup_status launch_join_gpus(cli_model *m, psoup_error *error);
+/* Of a rank that failed where the others may not have: tells them why. Returns status. */
+psoup_status launch_tell(const psoup_comm *comm, psoup_status status, const psoup_error *error);
+/* All ranks call it, each with how it fared. Where one failed all return its error, of several the first one's, and
+ * rank 0 alone says it. */
+psoup_status launch_agree(const psoup_comm *comm, psoup_status status, psoup_error *error);
+bool launch_agreed(void); /* on an error: all ranks know it */
 /* After training, when rank 0 has saved: all wait until that is done, or hear why it was not. */
 psoup_status launch_finish(const psoup_comm *comm, psoup_status status, psoup_error *error);
 /* Before the program ends; returns its exit status. */

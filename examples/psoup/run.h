@@ -86,6 +86,8 @@ typedef struct run {
     const plan_options *plan;
     bool quiet;
     cli_training training;
+    psoup_context *meeting; /* the ranks know each other before anything can go wrong */
+    psoup_comm *comm;       /* the other ranks; NULL: there are none */
     cli_model m;
     psoup_preferences *preferences;
     size_t n_preferences, n_users, user_size;
@@ -108,12 +110,15 @@ typedef struct run {
 typedef struct run_book {
     psoup_json *config, *finished;
     char *config_path, *finished_path;
+    uint32_t stages; /* finished when it was opened, as bits */
 } run_book;
-/* book->config is the configuration now. Refuses an output that has a run, unless it goes on with the same. */
-psoup_status run_open_book(const run *r, run_book *book, psoup_error *error);
+/* book->config is the configuration now. Refuses an output that has a run, unless it goes on with the same. Of several
+ * ranks the first looks, and all go by it; one with another configuration is refused. */
+psoup_status run_open_book(run *r, run_book *book, psoup_error *error);
 void run_close_book(run_book *book);
-/* A stage is finished when it said so and what it made is still there: files come into their place whole. */
-bool run_finished(const run *r, const run_book *book, const char *stage);
+/* Of "rewards", "policies", "soups", "responses". A stage is finished when it said so and what it made is still there:
+ * files come into their place whole. */
+bool run_finished(const run_book *book, const char *stage);
 psoup_status run_finish(const run *r, run_book *book, const char *stage, psoup_error *error);
 
 /* ---- run_data.c ---- */
@@ -135,6 +140,7 @@ void run_free_data(run *r);
 /* The adapters that the run trains or was given, as they are before it trains anything. */
 psoup_status run_add_rewards(run *r, bool trained, psoup_error *error);
 psoup_status run_add_policies(run *r, bool trained, psoup_error *error);
+/* Stages. All ranks train and answer, each its share; the first writes what comes of it, and makes the soups. */
 psoup_status run_train_rewards(run *r, psoup_error *error);
 psoup_status run_train_policies(run *r, psoup_error *error);
 psoup_status run_make_soups(run *r, psoup_error *error);
@@ -147,7 +153,7 @@ char *run_path(const run *r, const char *folder, const char *name);
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif
-void run_say(const run *r, const char *format, ...); /* one line on standard error, unless it is quiet */
+void run_say(const run *r, const char *format, ...); /* rank 0's line on standard error, unless it is quiet */
 
 /* ---- run_plan.c ---- */
 /* Says what "rewards", "policies" or "responses" will take; PSOUP_ERROR_MEMORY, with numbers, where there is less. */

@@ -1,4 +1,5 @@
 /* psoup run: the stages. Each leaves its results in the run's directory, where the next finds them. */
+#include "launch.h"
 #include "run.h"
 
 #include <errno.h>
@@ -13,7 +14,7 @@ static psoup_status no_memory(psoup_error *error) {
 
 void run_say(const run *r, const char *format, ...) {
     va_list args;
-    if (r->quiet)
+    if (r->quiet || launch_rank() > 0)
         return;
     cli_progress_end();
     va_start(args, format);
@@ -65,6 +66,8 @@ psoup_status run_train_rewards(run *r, psoup_error *error) {
                                              r->comparisons + r->n_comparisons, r->n_comparisons_held, &r->c.reward,
                                              error);
     cli_progress_end();
+    if (launch_tell(r->comm, status, error) != PSOUP_OK || launch_rank() > 0)
+        return status;
     for (size_t i = 0; status == PSOUP_OK && i < r->n_rewards; i++)
         status = psoup_reward_save(r->handles[i], r->rewards[i].own, r->c.model, error);
     if (status == PSOUP_OK && r->n_comparisons_held)
@@ -78,6 +81,8 @@ psoup_status run_train_rewards(run *r, psoup_error *error) {
 /* ---- policies -------------------------------------------------------------------------------------- */
 
 static psoup_status save_policy(const run *r, const char *name, psoup_error *error) {
+    if (launch_rank() > 0)
+        return PSOUP_OK;
     char *path = run_path(r, "policies", name);
     psoup_status status = path ? psoup_model_save_adapter(r->m.model, name, path, r->c.model, error) : no_memory(error);
     free(path);
@@ -114,13 +119,15 @@ static psoup_status train_by_reward(run *r, psoup_error *error) {
             r->n_policies > 1 ? " each, side by side" : "");
     psoup_status status = psoup_ppo_create(r->m.model, policies, r->n_policies, &r->c.ppo, &ppo, error);
     if (status != PSOUP_OK)
-        return status;
+        return launch_tell(r->comm, status, error);
     status = psoup_ppo_run(ppo, error);
     cli_progress_end();
     /* A policy that diverged does not cost the others: they are done, and saved. */
     bool some = status == PSOUP_OK;
     for (size_t i = 0; status == PSOUP_ERROR_STATE && i < r->n_policies; i++)
         some = some || psoup_ppo_diverged(ppo, i);
+    if (!some)
+        launch_tell(r->comm, status, error);
     for (size_t i = 0; some && i < r->n_policies; i++) {
         psoup_error trouble;
         if (!psoup_ppo_diverged(ppo, i) && save_policy(r, r->policies[i].name, &trouble) != PSOUP_OK) {
@@ -140,7 +147,9 @@ psoup_status run_train_policies(run *r, psoup_error *error) {
     psoup_status status = psoup_sft(r->m.model, r->policies[0].name, r->examples, r->n_examples,
                                     r->examples + r->n_examples, r->n_examples_held, &r->c.sft, error);
     cli_progress_end();
-    return status == PSOUP_OK ? save_policy(r, r->policies[0].name, error) : status;
+    if (launch_tell(r->comm, status, error) != PSOUP_OK)
+        return status;
+    return save_policy(r, r->policies[0].name, error);
 }
 
 /* ---- soups as files -------------------------------------------------------------------------------- */
@@ -168,6 +177,8 @@ static psoup_status make_soup(run *r, const run_user *u, psoup_error *error) {
 }
 
 psoup_status run_make_soups(run *r, psoup_error *error) {
+    if (launch_rank() > 0)
+        return PSOUP_OK;
     char *directory = join(r->c.output, "soups");
     psoup_status status = directory ? run_make_directory(directory, error) : no_memory(error);
     run_say(r, "soups: %zu users", r->n_users);
@@ -191,14 +202,19 @@ psoup_status run_load_soups(run *r, psoup_error *error) {
 
 /* ---- responses ------------------------------------------------------------------------------------- */
 
-/* Who is asked: with one response for everybody there is one row for each prompt, else one for each user and prompt. */
+/* Who is asked: with one response for everybody there is one row for each prompt, else one for each user and prompt.
+ * Of several ranks each asks for its share of the rows, and ends with all answers. */
 typedef struct asking {
     run *r;
-    size_t n_prompts, n_askers;
-    psoup_prompt *prompts; /* [n_askers, n_prompts] */
-    float *mixes;          /* [n_askers, adapters] */
+    size_t n_prompts, n_askers, n_rows, n_own; /* n_rows = n_askers · n_prompts */
+    psoup_prompt *prompts;                     /* [n_own]: row own_row(i) each */
+    float *mixes;                              /* [n_askers, adapters] */
+    psoup_completion *answers;                 /* [n_askers, n_prompts], without log-probabilities */
+    int32_t *tokens;                           /* theirs */
     int64_t done;
 } asking;
+
+static size_t own_row(size_t i) { return i * (size_t)launch_world() + (size_t)launch_rank(); }
 
 static void add_to_mix(const run *r, float *mix, const char *adapter, size_t parts) {
     int32_t at = psoup_model_find_adapter(r->m.model, adapter);
@@ -247,15 +263,80 @@ static psoup_status ask(asking *a, psoup_error *error) {
                                    wishes ? r->users[u].name : "", model.max_position_embeddings);
         }
     }
+    for (size_t i = 0; i < a->n_own; i++)
+        a->prompts[i] = a->prompts[own_row(i)];
     return status;
 }
 
 static int on_token(void *user, int64_t id, int32_t token, float logprob, psoup_finish finish) {
     asking *a = user;
     (void)id, (void)token, (void)logprob;
-    if (finish != PSOUP_FINISH_NONE && !a->r->quiet)
-        cli_progress(NULL, "responses", ++a->done, (int64_t)(a->n_askers * a->n_prompts));
+    psoup_comm *comm = a->r->comm;
+    psoup_error lost;
+    if (finish != PSOUP_FINISH_NONE && !a->r->quiet && launch_rank() == 0)
+        cli_progress(NULL, "responses", ++a->done, (int64_t)a->n_own);
+    if (finish != PSOUP_FINISH_NONE && comm && comm->failed(comm->user, &lost) != PSOUP_OK)
+        return 1;
     return cli_asked_to_stop();
+}
+
+/* The answers of this rank. */
+static psoup_status answer(asking *a, const psoup_sampling *sampling, const psoup_session_options *session,
+                           psoup_generation **g, psoup_error *error) {
+    psoup_comm *comm = a->r->comm;
+    psoup_error lost;
+    psoup_status status = PSOUP_OK;
+    if (a->n_own)
+        status = psoup_generate(a->r->m.model, a->prompts, a->n_own, sampling, session, on_token, a, g, error);
+    cli_progress_end();
+    if (status == PSOUP_ERROR_CANCELLED && comm && comm->failed(comm->user, &lost) != PSOUP_OK) {
+        *error = lost;
+        return lost.status;
+    }
+    return status;
+}
+
+static psoup_status add_up(const asking *a, double *x, size_t n, psoup_error *error) {
+    psoup_comm *comm = a->r->comm;
+    return comm ? comm->sum(comm->user, x, n, PSOUP_F64, error) : PSOUP_OK;
+}
+
+/* The answers of all: sums in which a rank has zeros for the others'. */
+static psoup_status gather(asking *a, const psoup_generation *g, psoup_error *error) {
+    double *sizes = calloc(2 * a->n_rows + 1, sizeof *sizes), *tokens = NULL; /* length, finish */
+    size_t total = 0, at = 0;
+    a->answers = calloc(a->n_rows + 1, sizeof *a->answers);
+    psoup_status status = sizes && a->answers ? PSOUP_OK : no_memory(error);
+    for (size_t i = 0; status == PSOUP_OK && i < a->n_own; i++) {
+        const psoup_completion *c = psoup_generation_get(g, i);
+        a->answers[own_row(i)].tokens = c->tokens;
+        sizes[2 * own_row(i)] = (double)c->n;
+        sizes[2 * own_row(i) + 1] = c->finish;
+    }
+    if (status == PSOUP_OK)
+        status = add_up(a, sizes, 2 * a->n_rows, error);
+    for (size_t i = 0; status == PSOUP_OK && i < a->n_rows; i++)
+        total += a->answers[i].n = (size_t)sizes[2 * i];
+    if (status == PSOUP_OK) {
+        tokens = calloc(total + 1, sizeof *tokens);
+        a->tokens = calloc(total + 1, sizeof *a->tokens);
+        status = tokens && a->tokens ? PSOUP_OK : no_memory(error);
+    }
+    for (size_t i = 0; status == PSOUP_OK && i < a->n_rows; i++) {
+        psoup_completion *c = &a->answers[i];
+        for (size_t t = 0; c->tokens && t < c->n; t++)
+            tokens[at + t] = c->tokens[t];
+        c->finish = (psoup_finish)sizes[2 * i + 1];
+        c->tokens = a->tokens + at;
+        at += c->n;
+    }
+    if (status == PSOUP_OK)
+        status = add_up(a, tokens, total, error);
+    for (size_t t = 0; status == PSOUP_OK && t < total; t++)
+        a->tokens[t] = (int32_t)tokens[t];
+    free(sizes);
+    free(tokens);
+    return launch_tell(a->r->comm, status, error);
 }
 
 /* {"prompt", "user", "preferences", "instruction", "input"?, "completion", "finish", "tokens"} */
@@ -291,7 +372,7 @@ static psoup_json *response_row(const asking *a, const run_user *u, size_t i, co
     return row;
 }
 
-static psoup_status write_responses(const asking *a, size_t u, const psoup_generation *g, psoup_error *error) {
+static psoup_status write_responses(const asking *a, size_t u, psoup_error *error) {
     const run *r = a->r;
     char name[RUN_MEMBERS + 8];
     snprintf(name, sizeof name, "%s.jsonl", r->users[u].name);
@@ -300,7 +381,7 @@ static psoup_status write_responses(const asking *a, size_t u, const psoup_gener
     psoup_status status = path ? psoup_jsonl_create(r->m.context, path, 0, &writer, error) : no_memory(error);
     for (size_t i = 0; status == PSOUP_OK && i < a->n_prompts; i++) {
         size_t at = (a->n_askers == 1 ? 0 : u) * a->n_prompts + i;
-        psoup_json *row = response_row(a, &r->users[u], i, psoup_generation_get(g, at), error);
+        psoup_json *row = response_row(a, &r->users[u], i, &a->answers[at], error);
         status = row ? psoup_jsonl_write(writer, row, error) : error->status;
         psoup_json_free(row);
     }
@@ -312,9 +393,18 @@ static psoup_status write_responses(const asking *a, size_t u, const psoup_gener
 }
 
 static asking asking_of(run *r) {
-    return (asking){.r = r,
-                    .n_prompts = psoup_json_size(r->evaluation.rows),
-                    .n_askers = r->method->asks ? r->n_users : 1};
+    asking a = {.r = r, .n_prompts = psoup_json_size(r->evaluation.rows), .n_askers = r->method->asks ? r->n_users : 1};
+    a.n_rows = a.n_askers * a.n_prompts;
+    while (own_row(a.n_own) < a.n_rows)
+        a.n_own++;
+    return a;
+}
+
+static void asking_free(asking *a) {
+    free(a->prompts);
+    free(a->mixes);
+    free(a->answers);
+    free(a->tokens);
 }
 
 static void sampling_of(const run *r, psoup_sampling *sampling, psoup_session_options *session) {
@@ -333,16 +423,14 @@ psoup_status run_responses_memory(run *r, psoup_memory *out, psoup_error *error)
     sampling_of(r, &sampling, &session);
     psoup_status status = ask(&a, error);
     if (status == PSOUP_OK)
-        status = psoup_generate_memory(r->m.model, a.prompts, a.n_askers * a.n_prompts, &sampling, &session, out,
-                                       error);
+        status = psoup_generate_memory(r->m.model, a.prompts, a.n_own ? a.n_own : 1, &sampling, &session, out, error);
     if (status == PSOUP_OK && r->method->scope == RUN_EACH && r->c.soup == RUN_FACTORS) {
         status = psoup_model_adapter_data(r->m.model, r->policies[0].name, &data, &count, error);
         int64_t more = (int64_t)(r->n_users * count * sizeof *data);
         out->adapters += more;
         *(out->device ? &out->device : &out->host) += more;
     }
-    free(a.prompts);
-    free(a.mixes);
+    asking_free(&a);
     return status;
 }
 
@@ -352,26 +440,28 @@ psoup_status run_respond(run *r, psoup_error *error) {
     psoup_session_options session = PSOUP_SESSION_OPTIONS_INIT;
     psoup_generation *g = NULL;
     char *directory = join(r->c.output, "responses");
-    psoup_status status = directory ? run_make_directory(directory, error) : no_memory(error);
+    psoup_status status = directory ? PSOUP_OK : no_memory(error);
     sampling_of(r, &sampling, &session);
+    if (status == PSOUP_OK && launch_rank() == 0)
+        status = run_make_directory(directory, error);
     if (status == PSOUP_OK)
         status = ask(&a, error);
+    status = launch_agree(r->comm, status, error);
     if (status == PSOUP_OK)
         run_say(r, "responses: %zu prompts, %zu users", a.n_prompts, r->n_users);
     if (status == PSOUP_OK)
-        status = psoup_generate(r->m.model, a.prompts, a.n_askers * a.n_prompts, &sampling, &session, on_token, &a, &g,
-                                error);
-    cli_progress_end();
-    for (size_t i = 0; status == PSOUP_OK && i < a.n_askers * a.n_prompts; i++)
-        if (psoup_generation_get(g, i)->finish == PSOUP_FINISH_ERROR)
+        status = launch_agree(r->comm, answer(&a, &sampling, &session, &g, error), error);
+    if (status == PSOUP_OK)
+        status = gather(&a, g, error);
+    for (size_t i = 0; status == PSOUP_OK && i < a.n_rows; i++)
+        if (a.answers[i].finish == PSOUP_FINISH_ERROR)
             status = cli_error(error, PSOUP_ERROR_STATE,
                                "%s: row %zu, user %s: the logits are not numbers: a weight or an adapter diverged",
                                r->evaluation.path, i % a.n_prompts + 1, r->users[i / a.n_prompts].name);
-    for (size_t u = 0; status == PSOUP_OK && u < r->n_users; u++)
-        status = write_responses(&a, u, g, error);
+    for (size_t u = 0; status == PSOUP_OK && launch_rank() == 0 && u < r->n_users; u++)
+        status = write_responses(&a, u, error);
     psoup_generation_free(g);
-    free(a.prompts);
-    free(a.mixes);
+    asking_free(&a);
     free(directory);
     return status;
 }
