@@ -235,7 +235,7 @@ START_TEST(what_was_drawn_stays) {
     discard(ppo, model);
     run_end(&r);
 
-    run_begin(&r); /* the last pauses of a step are those after scoring and evaluating */
+    run_begin(&r); /* the last pauses of a step are those after sampling, scoring and evaluating */
     ppo = stopped(&model, &r, &p, 0);
     OK(psoup_ppo_step(ppo, NULL, &error));
     int all = p.seen;
@@ -247,7 +247,7 @@ START_TEST(what_was_drawn_stays) {
     for (int i = 0; i < 8; i++)
         ck_assert_int_ne(ppo->policies[0].begun.data[2 * i + 1], PSOUP_FINISH_NONE);
     OK(psoup_ppo_step(ppo, NULL, &error));
-    ck_assert_int_eq(p.seen, 2);
+    ck_assert_int_eq(p.seen, 3);
     discard(ppo, model);
     run_end(&r);
 }

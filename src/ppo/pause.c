@@ -10,21 +10,19 @@ static psoup_step moment(const psoup_ppo *ppo, bool stepping) {
 
 static bool told_to_stop(psoup_ppo *ppo, bool stepping) {
     const psoup__reporter *r = &ppo->reporter;
-    double now = psoup__now();
     psoup_step step = moment(ppo, stepping);
-    if (!r->on_step || now - ppo->pauses.asked < ppo->pauses.ask_every)
-        return false;
-    ppo->pauses.asked = now;
-    return r->on_step(r->user, &step) != 0;
+    ppo->pauses.asked = psoup__now();
+    return r->on_step && r->on_step(r->user, &step) != 0;
 }
 
 static psoup__answer ask(void *user) {
     psoup_ppo *ppo = user;
     psoup__pauses *p = &ppo->pauses;
-    if (told_to_stop(ppo, p->n > 0))
+    double now = psoup__now();
+    if (now - p->asked >= p->ask_every && told_to_stop(ppo, p->n > 0))
         return PSOUP__STOP;
-    bool due = p->n && ppo->checkpoint.directory && psoup__now() - p->kept >= p->keep_every &&
-               psoup__now() - p->kept >= PSOUP__KEEP_SHARE * p->cost;
+    bool due = p->n && ppo->checkpoint.directory && now - p->kept >= p->keep_every &&
+               now - p->kept >= PSOUP__KEEP_SHARE * p->cost;
     return due ? PSOUP__KEEP : PSOUP__GO_ON;
 }
 
@@ -73,10 +71,11 @@ psoup_status psoup__ppo_draw(psoup_ppo *ppo, size_t n, bool stepping, psoup_erro
     if (!kept)
         return PSOUP_OK;
     PSOUP__TRY(note(ppo, error));
+    bool stop = pause.stopped || (stepping && told_to_stop(ppo, true));
+    bool late = stepping && !stop && psoup__now() - began >= ppo->pauses.keep_every;
     /* What took so long is kept before it is learnt from. */
-    bool late = stepping && !pause.stopped && psoup__now() - began >= ppo->pauses.keep_every;
     status = late && ppo->checkpoint.directory ? keep(ppo, error) : PSOUP_OK;
-    status = agree(ppo, status, pause.stopped, stepping, error);
+    status = agree(ppo, status, stop, stepping, error);
 fail:
     return status;
 }
