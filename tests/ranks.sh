@@ -155,6 +155,9 @@ done
 check "answers do not depend on who gives them" diff -r torchrun/pp/responses alone/pp/responses
 check "nothing is done twice" with torchrun run psoups --config run.json --resume
 check "and rank 0 says so" test "$(grep -c 'finished before' err.0)" -eq 3 -a ! -s err.1
+method slurm/pp
+check "pp by slurm" with slurm run pp --config run.json
+check "nor on what launched them" diff -r slurm/pp/responses alone/pp/responses
 if test -n "$mpi"; then
     method mpi/psoups ', "soup": "factors"'
     check "psoups by mpi, factors" with mpi run psoups --config run.json
