@@ -10,11 +10,13 @@
 #   make bench-gpu  every op on the GPU beside what the device copies and multiplies at most
 #   make gpu        the GPU backend measured, on a machine with one (docs/gpu.md); STAGE= names some of it
 #   make wheel      the Python package with the library in it, for pip
-#   make install    into PREFIX (default /usr/local), under DESTDIR; with GPU_ARCHS=all for every GPU at once
+#   make install    into PREFIX (default /usr/local), under DESTDIR
 #   make clean
 #
 # Choose a build with config=release (default), debug, sanitize or coverage, and a compiler with CC=.
 # V=1 shows the commands; with WERROR=-Werror a warning is an error.
+# make, make lib, make install and make wheel have the GPU's kernels for every architecture; other goals those that were
+# built last, or, where none were, for 8.0 and PTX, which takes a sixth of the time. GPU_ARCHS= says otherwise.
 
 config  ?= release
 PREFIX  ?= /usr/local
@@ -65,17 +67,23 @@ OBJ      = $(SRC:%.c=$B/%.o) $B/src/gpu/image.o \
 MERGE_OBJ = $(filter $B/src/base/% $B/src/format/% $B/src/blend/% $B/src/merge/%,$(OBJ))
 
 # The GPU's kernels, one fatbin for each file: machine code for GPU_ARCHS ("all", or a list) and, for what is newer,
-# PTX of the last: that of the default runs everywhere, once the driver has compiled it. Where nvcc is missing the library has none, and says so when a GPU is asked for.
+# PTX of the last. Where nvcc is missing the library has none, and says so when a GPU is asked for.
 NVCC      ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc))
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(NVCC))
 CUDA_FLAGS = $(if $(CUDA_HOME),-idirafter $(CUDA_HOME)/include -idirafter $(CUDA_HOME)/include/cccl)
 GPU_ALL    = 80 86 89 90 100 120
-GPU_ARCHS ?= 80
+GPU_GIVEN  = all lib mpi install wheel gpu-images lib/% bin/% # goals that others are given
+GPU_LAST   = $(subst -, ,$(shell sed -n '1s|.*cuda-\([0-9-]*\)/.*|\1|p' $B/src/gpu/images.inc 2>/dev/null))
+ifndef GPU_ARCHS
+GPU_ARCHS := $(if $(filter $(GPU_GIVEN),$(or $(MAKECMDGOALS),all)),all,$(or $(GPU_LAST),80))
+endif
+export GPU_ARCHS
 GPU_LIST  := $(if $(filter all,$(GPU_ARCHS)),$(GPU_ALL),$(GPU_ARCHS))
 GPU_CODE   = $(foreach a,$(GPU_LIST),-gencode arch=compute_$a,code=sm_$a) \
              -gencode arch=compute_$(lastword $(GPU_LIST)),code=compute_$(lastword $(GPU_LIST))
-NVCCFLAGS  = -O3 -std=c++17 -lineinfo -Werror all-warnings -Xptxas -v
-GPU_B      = build/cuda-$(subst $() ,-,$(strip $(GPU_LIST)))
+GPU_LINES  = # -lineinfo, for who measures
+NVCCFLAGS  = -O3 -std=c++17 $(GPU_LINES) --compress-mode=size -Werror all-warnings -Xptxas -v
+GPU_B      = build/cuda-$(subst $() ,-,$(strip $(GPU_LIST)))$(if $(GPU_LINES),-lines)
 GPU_SRC    = $(wildcard cuda/*.cu)
 GPU_IMAGES = $(if $(NVCC),$(GPU_SRC:cuda/%.cu=$(GPU_B)/%.fatbin),build/cuda-none/none)
 
@@ -335,7 +343,8 @@ check-all: deps-test
 	@$(BUILD) bin/personalized_soup test-programs
 	@PSOUP_LONG=1 $B/tests/test_alloc
 	bin/personalized_soup
-	@$(BUILD) GPU_ARCHS=all gpu-images
+	@$(BUILD) GPU_ARCHS=all $B/libpsoup.a
+	@[ -z "$(NVCC)" ] || $(PYTHON) -B tests/gpu/images.py $B/libpsoup.a $(GPU_ALL)
 	@set -e; for order in 1 2; do for t in checkops/checkops test_gpu test_gpu_quant test_gpu_train test_gpu_merge; do \
 	    echo "== $$t, the threads of a block in order $$order"; PSOUP_HOST_ORDER=$$order $B/tests/$$t; done; done
 	@echo "== every op and the model against float64 PyTorch, on the CPU"; \
@@ -459,7 +468,7 @@ GPU_HERE = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/d
 gpu:
 	@$(PYTHON) -B tests/gpu/run.py build/gpu --check $(STAGE)
 	@$(MAKE) --no-print-directory deps
-	@$(MAKE) --no-print-directory B=build/gpu GPU_ARCHS="$(GPU_HERE)" \
+	@$(MAKE) --no-print-directory B=build/gpu GPU_ARCHS="$(GPU_HERE)" GPU_LINES=-lineinfo \
 	    $(addprefix build/gpu/,libpsoup.so tests/checkops/checkops tests/gpu/libops.so tests/gpu/llama)
 	@$(PYTHON) -B tests/gpu/run.py build/gpu $(STAGE)
 
