@@ -23,6 +23,7 @@
 #include "sample.h"
 #include "advance.h"
 #include "adamw.h"
+#include "upload.h"
 #if defined(__GNUC__) && !defined(__CUDACC__)
 #pragma GCC diagnostic pop
 #endif
@@ -39,6 +40,7 @@
     PSOUP__SAMPLE_KERNELS(X) \
     PSOUP__ADVANCE_KERNELS(X) \
     PSOUP__ADAMW_KERNELS(X) \
+    PSOUP__UPLOAD_KERNELS(X) \
     PSOUP__INTERPOLATE_KERNELS(X)
 
 typedef enum psoup__kernel {

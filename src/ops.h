@@ -3,7 +3,8 @@
  *
  * Rules
  *   - Arguments run: backend, outputs, saved values, inputs, sizes.
- *   - An op works in the caller's memory; it neither allocates nor synchronises. Only `read` waits.
+ *   - An op works in the caller's memory; it neither allocates nor synchronises. Only `read` waits; and
+ *     `write` may where it is given more than 4 MiB, as weights are when they are loaded.
  *   - All pointers are device memory from `alloc`, except where a comment says "host".
  *   - Activations are f32 [rows, width], rows contiguous. `rows` counts tokens of all sequences,
  *     packed one after another without padding.

@@ -394,6 +394,53 @@ START_TEST(a_callers_stream_is_used) {
 }
 END_TEST
 
+static int waits;
+static psoup__cu_result (*event_wait)(psoup__cu_event);
+static psoup__cu_result count_waits(psoup__cu_event event) {
+    waits++;
+    return event_wait(event);
+}
+
+/* Tables for ops, three times what the pinned memory has, while nothing that was put into the stream has been done. */
+START_TEST(tables_cross_without_a_wait) {
+    enum { ALL = 3 * PSOUP__UPLOAD_BYTES, MOST = PSOUP__UPLOAD_BYTES / 2 };
+    alone a = start_alone();
+    psoup__gpu *gpu = psoup__gpu_of(a.be);
+    psoup__driver *d = &gpu->driver;
+    uint8_t *host = malloc(ALL), *back = malloc(ALL), *table = malloc(MOST);
+    uint8_t *device = a.be->ops->alloc(a.be, ALL, 1, &error);
+    ck_assert(host && back && table && device);
+    for (size_t i = 0; i < ALL; i++)
+        host[i] = (uint8_t)(i * 2654435761u >> 21);
+    event_wait = d->event_wait;
+    d->event_wait = count_waits;
+    for (int turn = 0; turn < 2; turn++) { /* the second finds the pinned memory free again */
+        static const size_t sizes[] = {1, 700001, 4080, 262144, MOST, 4081, 65537};
+        a.be->ops->zero(a.be, device, ALL);
+        for (size_t at = 0, i = 0, n; at < ALL; at += n, i++) {
+            n = sizes[i % 7] < ALL - at ? sizes[i % 7] : ALL - at;
+            memcpy(table, host + at, n);
+            if (i % 2 == 0)
+                a.be->ops->write(a.be, device + at, table, n);
+            else
+                a.be->ops->copy(a.be, device + at, psoup__gpu_stage(gpu, table, n), n);
+            memset(table, 0xa5, n); /* it is the caller's again */
+        }
+        ck_assert_int_eq(waits, 0);
+        OK(a.be->ops->read(a.be, back, device, ALL, &error));
+        ck_assert(memcmp(back, host, ALL) == 0);
+    }
+    a.be->ops->zero(a.be, device, ALL);
+    a.be->ops->write(a.be, device, host, ALL);
+    ck_assert_int_gt(waits, 0); /* weights may */
+    OK(a.be->ops->read(a.be, back, device, ALL, &error));
+    ck_assert(memcmp(back, host, ALL) == 0);
+    a.be->ops->release(a.be, device);
+    free(host), free(back), free(table);
+    end_alone(&a, 0);
+}
+END_TEST
+
 static int plans;
 static psoup__blas_calls blas;
 static int count_plans(void *handle, void *operation, void *a, void *b, void *c, void *d, void *preference, int asked,
@@ -497,6 +544,7 @@ int main(void) {
     tcase_add_test(tests, a_window_can_be_stopped);
     tcase_add_test(tests, any_thread_may_call);
     tcase_add_test(tests, a_callers_stream_is_used);
+    tcase_add_test(tests, tables_cross_without_a_wait);
     tcase_add_test(tests, products_are_planned_once);
     tcase_add_test(tests, a_refused_step_is_told_once);
     tcase_add_test(tests, a_wrong_device_is_told);

@@ -87,6 +87,7 @@ typedef struct psoup__cu_copy_2d {
     X(event_destroy, cuEventDestroy_v2, (psoup__cu_event event))                                           \
     X(event_record, cuEventRecord, (psoup__cu_event event, psoup__cu_stream stream))                       \
     X(event_wait, cuEventSynchronize, (psoup__cu_event event))                                             \
+    X(event_query, cuEventQuery, (psoup__cu_event event))                                                  \
     X(event_elapsed, cuEventElapsedTime,                                                                   \
       (float *milliseconds, psoup__cu_event start, psoup__cu_event end)) /* for the bench */               \
     X(module_load, cuModuleLoadData, (psoup__cu_module * out, const void *image))                          \

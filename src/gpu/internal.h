@@ -11,14 +11,15 @@
 enum { PSOUP__GPU_IMAGES = 32 };
 
 /* Memory that host data crosses through: pinned on the host, with a twin on the device, used round and
- * round in two halves. A half is filled again when what was copied out of it has arrived. */
+ * round in two halves. The host's half is filled again when what was copied out of it has arrived; until then the device's
+ * is filled by launches that carry the bytes in their arguments, so that nobody waits. */
 enum { PSOUP__UPLOAD_BYTES = 8 << 20 };
 typedef struct psoup__upload {
     char *host;
     psoup__cu_pointer device;
     size_t used;
     psoup__cu_event left[2]; /* recorded when a half is full */
-    bool pending[2];
+    bool pending[2];         /* it was not seen to have passed */
 } psoup__upload;
 
 /* The input of a linear layer that was last rounded to 16 bits: the copy begins gpu->room. Whatever may write
@@ -126,7 +127,8 @@ void psoup__upload_free(psoup__gpu *gpu);
 /* Host data for the kernels that follow, at most half of PSOUP__UPLOAD_BYTES: where it is on the device. It
  * stays there for as long as the same bytes again are staged after it. NULL after a failure. */
 const void *psoup__gpu_stage(psoup__gpu *gpu, const void *host, size_t bytes);
-/* Any number of bytes to device memory of the caller; the host's are free at once. */
+/* Any number of bytes to device memory of the caller; the host's are free at once. More than half of
+ * PSOUP__UPLOAD_BYTES may wait for pinned memory, which carries them faster than launches do. */
 void psoup__gpu_write(psoup__gpu *gpu, psoup__cu_pointer out, const void *host, size_t bytes);
 
 /* ---- attention_decode.c ----------------------------------------------------------------------------------- */

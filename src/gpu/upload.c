@@ -1,4 +1,5 @@
-/* Host data on its way to the device. */
+/* Host data on its way to the device: through pinned memory, or, where what was copied out of it before may not have left
+ * yet, in the arguments of launches. */
 #include "gpu/internal.h"
 
 #include <string.h>
@@ -35,46 +36,68 @@ static size_t take(psoup__gpu *gpu, size_t bytes) {
     size_t at = (s->used + ALIGN - 1) / ALIGN * ALIGN;
     size_t half = s->used == 0 ? 0 : (s->used - 1) / HALF; /* the one that was written last */
     if (s->used > 0 && at + bytes > (half + 1) * HALF) {
-        if (psoup__gpu_failed(gpu, gpu->driver.event_record(s->left[half], gpu->stream), "staging"))
+        if (!s->pending[half] &&
+            psoup__gpu_failed(gpu, gpu->driver.event_record(s->left[half], gpu->stream), "staging"))
             return SIZE_MAX;
         s->pending[half] = true;
-        half = 1 - half;
-        at = half * HALF;
-        if (s->pending[half] &&
-            psoup__gpu_failed(gpu, gpu->driver.event_wait(s->left[half]), "staging"))
-            return SIZE_MAX;
-        s->pending[half] = false;
+        at = (1 - half) * HALF;
     }
     s->used = at + bytes;
     return at;
 }
 
-const void *psoup__gpu_stage(psoup__gpu *gpu, const void *host, size_t bytes) {
+/* Whether all has left that was copied out of the host's half around `at` when it was full. */
+static bool is_free(psoup__gpu *gpu, size_t at, bool wait) {
     psoup__upload *s = &gpu->upload;
+    const size_t half = at / HALF;
+    if (!s->pending[half])
+        return true;
+    const psoup__cu_result result = wait ? gpu->driver.event_wait(s->left[half]) : gpu->driver.event_query(s->left[half]);
+    if (result == PSOUP__CU_NOT_READY || psoup__gpu_failed(gpu, result, "staging"))
+        return false;
+    s->pending[half] = false;
+    return true;
+}
+
+/* By the host's bytes around `at`, if they are free. */
+static void send(psoup__gpu *gpu, psoup__cu_pointer out, const char *from, size_t n, size_t at, bool wait) {
+    if (is_free(gpu, at, wait)) {
+        memcpy(gpu->upload.host + at, from, n);
+        psoup__gpu_failed(gpu, gpu->driver.to_device(out, gpu->upload.host + at, n, gpu->stream),
+                          "a copy to the device");
+        return;
+    }
+    psoup__carry_args args = {0};
+    for (size_t done = 0; done < n && gpu->failed.status == PSOUP_OK; done += (size_t)args.n) {
+        args.out = (uint8_t *)(uintptr_t)(out + done);
+        args.n = (int32_t)(n - done < sizeof args.data ? n - done : sizeof args.data);
+        memcpy(args.data, from + done, (size_t)args.n);
+        psoup__gpu_launch(gpu, PSOUP__KERNEL_carry, (psoup__grid){1, 1, 1, PSOUP__FLAT_THREADS, 0}, &args);
+    }
+}
+
+const void *psoup__gpu_stage(psoup__gpu *gpu, const void *host, size_t bytes) {
     if (gpu->failed.status != PSOUP_OK || bytes > HALF || psoup__record_refuse(gpu) || !psoup__gpu_enter(gpu))
         return NULL;
-    size_t at = take(gpu, bytes > 0 ? bytes : 1);
+    const size_t at = take(gpu, bytes > 0 ? bytes : 1);
     if (at == SIZE_MAX)
         return NULL;
-    if (bytes > 0) {
-        memcpy(s->host + at, host, bytes);
-        psoup__gpu_failed(gpu, gpu->driver.to_device(s->device + at, s->host + at, bytes, gpu->stream),
-                          "a copy to the device");
-    }
-    return (const void *)(uintptr_t)(s->device + at);
+    const psoup__cu_pointer out = gpu->upload.device + at;
+    if (bytes > 0)
+        send(gpu, out, host, bytes, at, false);
+    return (const void *)(uintptr_t)out;
 }
 
 void psoup__gpu_write(psoup__gpu *gpu, psoup__cu_pointer out, const void *host, size_t bytes) {
     const char *from = host;
+    const bool wait = bytes > HALF;
     if (psoup__record_refuse(gpu))
         return;
     while (bytes > 0 && gpu->failed.status == PSOUP_OK) {
         size_t n = bytes < HALF ? bytes : HALF, at = take(gpu, n);
         if (at == SIZE_MAX)
             return;
-        memcpy(gpu->upload.host + at, from, n);
-        psoup__gpu_failed(gpu, gpu->driver.to_device(out, gpu->upload.host + at, n, gpu->stream),
-                          "a copy to the device");
+        send(gpu, out, from, n, at, wait);
         out += n;
         from += n;
         bytes -= n;

@@ -1,5 +1,5 @@
 /* An op neither allocates nor waits: what of the backend may do either is noted here, and so is whoever of the driver's
- * calls, or of the context's allocator, is called beside. Not the wait for staging memory (src/gpu/upload.c). */
+ * calls, or of the context's allocator, is called beside. */
 #include "checkops.h"
 
 #include "gpu/internal.h"
@@ -35,6 +35,14 @@ ASIDE(psoup_status, weights_pack,
 ASIDE(psoup_status, sum_squares, (psoup__backend *be, double *out, const float *x, size_t n, psoup_error *error), be, out, x,
       n, error)
 
+/* Of more it may wait. */
+static void hand_over(psoup__backend *be, void *out, const void *host, size_t bytes) {
+    const bool before = of.c->aside;
+    of.c->aside = before || bytes > PSOUP__UPLOAD_BYTES / 2;
+    of.ops.write(be, out, host, bytes);
+    of.c->aside = before;
+}
+
 static void release(psoup__backend *be, void *memory) {
     const bool before = of.c->aside;
     of.c->aside = true;
@@ -56,6 +64,7 @@ NEVER(to_host, (void *out, psoup__cu_pointer in, size_t bytes, psoup__cu_stream 
 NEVER(stream_wait, (psoup__cu_stream stream), stream)
 NEVER(stream_query, (psoup__cu_stream stream), stream)
 NEVER(context_wait, (void))
+NEVER(event_wait, (psoup__cu_event event), event)
 
 static void *host_alloc(void *user, size_t bytes, size_t alignment) {
     note(user, "the allocator");
@@ -83,10 +92,11 @@ void watch(checker *c) {
         of.driver = *d;
         d->alloc = cu_alloc, d->release = cu_release, d->alloc_host = cu_alloc_host, d->to_host = cu_to_host;
         d->stream_wait = cu_stream_wait, d->stream_query = cu_stream_query, d->context_wait = cu_context_wait;
+        d->event_wait = cu_event_wait;
     }
     *ops = of.ops;
     ops->alloc = alloc, ops->read = read, ops->reserve = reserve, ops->weights_pack = weights_pack;
-    ops->sum_squares = sum_squares, ops->release = release;
+    ops->sum_squares = sum_squares, ops->release = release, ops->write = hand_over;
     c->be->ops = c->ops = ops;
     c->aside = false;
 }

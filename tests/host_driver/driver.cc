@@ -410,7 +410,7 @@ int cuEventDestroy_v2(CUevent_st *event) {
 }
 int cuEventRecord(CUevent_st *event, CUstream_st *stream) {
     NEED_CONTEXT;
-    auto passed = event->passed;
+    auto passed = event->passed = std::make_shared<double>(0);
     event->stream = of(stream);
     put(stream, [=] {
         using namespace std::chrono;
@@ -422,6 +422,8 @@ int cuEventElapsedTime(float *milliseconds, CUevent_st *start, CUevent_st *end) 
     *milliseconds = (float)(*end->passed - *start->passed);
     return SUCCESS;
 }
+/* Asking moves nothing: what is in a stream stays there for as long as it may. */
+int cuEventQuery(CUevent_st *event) { return event->stream && *event->passed == 0 ? NOT_READY : SUCCESS; }
 int cuEventSynchronize(CUevent_st *event) {
     if (event->stream)
         run_all(event->stream);
