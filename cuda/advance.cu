@@ -1,8 +1,8 @@
 /* A decoding batch from one step to the next, so that many steps run without the host: the rules of the session's
- * take_token and ban (src/model/session.c). One block for a row. */
+ * take_token and ban (src/model/session.c). One block for a sequence. */
 #include "device.cuh"
 
-/* Whether the row ends with this token. */
+/* Whether the sequence ends with this token. */
 static __device__ __forceinline__ bool last(const psoup__device_decoding &d, int token, int length) {
     for (int i = 0; !d.ignore_stop && i < d.n_stop; i++)
         if (d.stop[i] == token)
@@ -30,25 +30,40 @@ static __device__ __forceinline__ void ban(const psoup__device_decoding &d, int 
     __syncthreads();
 }
 
+/* The sequence's rows, all of which read its last token next. */
+static __device__ __forceinline__ void move_rows(const psoup__advance_args &a, int token, int length) {
+    const int i = blockIdx.x, position = length - 1;
+    const int first = a.first ? a.first[i] : i, end = a.first ? a.first[i + 1] : i + 1;
+    for (int row = first + (int)threadIdx.x; row < end; row += PSOUP__ADVANCE_THREADS) {
+        psoup__device_span &span = a.span[row];
+        a.token[row] = token;
+        a.position[row] = position;
+        a.place[row] = a.page == 0 ? span.first + position
+                                   : (int)(a.pages[span.first + position / a.page] * a.page + position % a.page);
+        span.keys = length;
+    }
+}
+
 PSOUP__KERNEL(advance, PSOUP__ADVANCE_THREADS) {
     SHARED int n_banned;
     SHARED bool goes_on;
-    const int row = blockIdx.x;
-    psoup__device_decoding &d = a.decoding[row];
+    const int i = blockIdx.x;
+    psoup__device_decoding &d = a.decoding[i];
     if (d.ended)
         return;
-    const int length = d.length + 1;
+    const int token = a.drawn[i], length = d.length + 1;
     if (threadIdx.x == 0) {
-        const int token = a.drawn[row];
         d.token[d.drawn] = token;
-        d.logprob[d.drawn] = a.logprob[row];
+        d.logprob[d.drawn] = a.logprob[i];
         if (token >= 0)
             d.history[length - 1] = token;
         goes_on = token >= 0 && !last(d, token, length);
     }
     __syncthreads();
-    if (goes_on)
+    if (goes_on) {
         ban(d, length, &n_banned);
+        move_rows(a, token, length);
+    }
     if (threadIdx.x != 0)
         return;
     d.drawn++;
@@ -56,14 +71,7 @@ PSOUP__KERNEL(advance, PSOUP__ADVANCE_THREADS) {
     if (!goes_on)
         return;
     d.length = length;
-    const int position = length - 1;
-    psoup__device_span &span = a.span[row];
-    a.token[row] = d.history[position];
-    a.position[row] = position;
-    a.place[row] = a.page == 0 ? span.first + position
-                               : (int)(a.pages[span.first + position / a.page] * a.page + position % a.page);
-    span.keys = length;
-    a.draw[row].position++;
-    a.draw[row].banned = d.banned;
-    a.draw[row].n_banned = n_banned;
+    a.draw[i].position++;
+    a.draw[i].banned = d.banned;
+    a.draw[i].n_banned = n_banned;
 }

@@ -31,10 +31,11 @@ typedef struct psoup__device_span {
     int32_t query, queries, keys, first;
 } psoup__device_span;
 
-/* One block for each row. */
+/* One block for each sequence. */
 typedef struct psoup__advance_args {
     psoup__device_decoding *decoding;
     psoup__device_draw *draw;
+    const int32_t *first; /* of its rows; NULL: each has one */
     int32_t *token, *position, *place;
     psoup__device_span *span;
     const int32_t *drawn;

@@ -1,4 +1,4 @@
-/* Rows on the move: embedding, gather and scatter, the cache, and the scalar head that reads single rows.
+/* Rows on the move: embedding, gather and scatter, sums, the cache, and the scalar head that reads single rows.
  * All of it is bound by memory: each element is read and written once, 16 bytes at a time where the
  * addresses allow it. */
 #include "device.cuh"
@@ -68,6 +68,26 @@ PSOUP__KERNEL(scatter_add_rows, PSOUP__FLAT_THREADS) {
             y.x[c] += scale * x.x[c];
         store4(out, j, a.width, whole, y);
     }
+}
+
+PSOUP__KERNEL(combine_rows, PSOUP__FLAT_THREADS) {
+    const int start = a.first[0], first = a.first[blockIdx.x] - start, end = a.first[blockIdx.x + 1] - start;
+    const int j = (int)(blockIdx.y * blockDim.x + threadIdx.x) * 4;
+    float *out = a.out + (size_t)blockIdx.x * a.width;
+    const bool whole = a.width % 4 == 0 && aligned16(a.in) && aligned16(a.out);
+    if (j >= a.width)
+        return;
+    pack<float> sum = {};
+    if (end - first == 1)
+        sum = load4(a.in + (size_t)first * a.width, j, a.width, whole);
+    for (int k = first; end - first > 1 && k < end; k++) {
+        const pack<float> x = load4(a.in + (size_t)k * a.width, j, a.width, whole);
+        const float weight = a.weight[k];
+#pragma unroll
+        for (int c = 0; c < 4; c++)
+            sum.x[c] += weight * x.x[c];
+    }
+    store4(out, j, a.width, whole, sum);
 }
 
 /* ---- the backward of embedding ----------------------------------------------------------------------- */

@@ -1,4 +1,4 @@
-/* cuda/rows.h: rows found by number: embedding, gathering, scalar heads. See kernels.h. */
+/* cuda/rows.h: rows found by number: embedding, gathering, sums, scalar heads. See kernels.h. */
 #ifndef PSOUP__ROWS_H
 #define PSOUP__ROWS_H
 
@@ -34,6 +34,14 @@ typedef struct psoup__scatter_add_rows_args {
     const int32_t *row;
     int32_t width, spare;
 } psoup__scatter_add_rows_args;
+
+/* Four columns to a thread; blockIdx.y counts a row's blocks. */
+typedef struct psoup__combine_rows_args {
+    float *out;
+    const float *in, *weight;
+    const int32_t *first;
+    int32_t width, spare;
+} psoup__combine_rows_args;
 
 typedef struct psoup__head_args {
     float *value;
@@ -73,6 +81,7 @@ typedef struct psoup__head_backward_args {
     X(cache_append_f16, cache_append) \
     X(gather_rows, gather_rows) \
     X(scatter_add_rows, scatter_add_rows) \
+    X(combine_rows, combine_rows) \
     X(head, head) \
     X(head_backward, head_backward)
 

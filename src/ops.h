@@ -126,11 +126,13 @@ typedef struct psoup__decoding {
     int32_t ended;
 } psoup__decoding;
 
-/* The arrays a decoding batch is run with, row by row; `advance` moves them on. */
+/* The arrays a decoding batch is run with; `advance` moves them on. A sequence has the rows first[i] … first[i+1]−1,
+ * which read the same tokens, each with keys of its own; first NULL: row i. */
 typedef struct psoup__decode_state {
-    psoup__decoding *decoding;
+    psoup__decoding *decoding; /* [n] */
     psoup__draw *draw;
-    int32_t *token, *position, *place;
+    const int32_t *first;      /* [n + 1], or NULL */
+    int32_t *token, *position, *place; /* [rows] */
     psoup__span *span;
 } psoup__decode_state;
 
@@ -269,6 +271,10 @@ typedef struct psoup__ops {
     void (*scatter_add_rows)(psoup__backend *be, float *out, const float *in,
                              const float *scale /* [rows]; NULL: 1 */, const int32_t *row,
                              int32_t rows, int32_t width);
+    /* out[i] = Σ weight[k] · in[k], k from first[i] to first[i+1] − 1 in this order; one row alone is copied, its weight
+     * not read. in and weight begin with row first[0]. */
+    void (*combine_rows)(psoup__backend *be, float *out /* [n, width] */, const float *in, const float *weight,
+                         const int32_t *first /* [n + 1] */, int32_t n, int32_t width);
     void (*dropout)(psoup__backend *be, float *out, const float *in, const psoup__dropout *dropout,
                     int32_t rows, int32_t width);
     /* dx += dout where kept, scaled. */
@@ -313,10 +319,10 @@ typedef struct psoup__ops {
                    const float *logits, const psoup__draw *draw /* [rows] */, int32_t rows,
                    int32_t vocab);
 
-    /* Row i has drawn token[i]: notes it and, unless it ended with it, makes the row's state that of the next
-     * step. A row that has ended stays as it is. Where `record` is, else NULL. */
+    /* Sequence i has drawn token[i]: notes it and, unless it ended with it, makes its state, and its rows', that of
+     * the next step. One that has ended stays as it is. Where `record` is, else NULL. */
     void (*advance)(psoup__backend *be, const psoup__decode_state *state, const int32_t *token,
-                    const float *logprob, const psoup__keys *cache, int32_t rows);
+                    const float *logprob, const psoup__keys *cache, int32_t n);
 
     /* One optimiser step over a flat buffer of n parameters. */
     void (*adamw)(psoup__backend *be, float *p, float *m, float *v, const float *g, size_t n,

@@ -196,6 +196,18 @@ START_TEST(embed_and_moves) {
             want[i] += dout[i];
         m.ops->add(m.be, out, dout, n);
         near("add", out, want, n, 1e-6);
+        const int32_t first[] = {2, 3, 3, ROWS + 1, ROWS + 2}; /* one, none, some, one; begun at 2 */
+        float *sums = poisoned((size_t)(4 * width)), *added = calloc((size_t)width, sizeof *added);
+        const int32_t to = 0;
+        m.ops->combine_rows(m.be, sums, dout, dout, first, 4, width);
+        same_bits("one", sums, dout, (size_t)width);
+        for (int32_t j = 0; j < width; j++)
+            ck_assert(sums[width + j] == 0);
+        for (int i = 1; i < ROWS - 1; i++)
+            m.ops->scatter_add_rows(m.be, added, dout + i * width, dout + i, &to, 1, width);
+        same_bits("some", sums + 2 * width, added, (size_t)width);
+        same_bits("the last", sums + 3 * width, dout + (ROWS - 1) * width, (size_t)width);
+        free(sums), free(added);
         m.ops->gather_rows(m.be, out, dout, row, ROWS, width);
         for (int i = 0; i < ROWS; i++) {
             same_bits("gather", out + i * width, dout + row[i] * width, (size_t)width);

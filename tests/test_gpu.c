@@ -6,6 +6,7 @@
 
 #include "gpu/gpu.h"
 #include "gpu/internal.h"
+#include "model/session.h"
 
 static psoup_context *on(const char *device) {
     psoup_context_options options = PSOUP_CONTEXT_OPTIONS_INIT;
@@ -147,19 +148,24 @@ END_TEST
 
 /* ---- generation --------------------------------------------------------------------------------------------- */
 
-static psoup_generation *generate_in(psoup_model *model, const sample_rows *rows, const psoup_sampling *sampling,
-                                     int32_t places, int32_t steps, int64_t cache_tokens) {
-    psoup_prompt prompts[6];
+static psoup_generation *generate_all(psoup_model *model, const psoup_prompt *prompts, const psoup_sampling *sampling,
+                                      int32_t places, int32_t steps, int64_t cache_tokens) {
     psoup_generation *g = NULL;
     psoup_session_options options = PSOUP_SESSION_OPTIONS_INIT;
     options.max_sequences = places;
     options.prefill_rows = 16;
     options.steps = steps;
     options.cache_tokens = cache_tokens;
-    for (size_t i = 0; i < 6; i++)
-        prompts[i] = prompt_of(&rows->row[i], i);
     OK(psoup_generate(model, prompts, 6, sampling, &options, NULL, NULL, &g, &error));
     return g;
+}
+
+static psoup_generation *generate_in(psoup_model *model, const sample_rows *rows, const psoup_sampling *sampling,
+                                     int32_t places, int32_t steps, int64_t cache_tokens) {
+    psoup_prompt prompts[6];
+    for (size_t i = 0; i < 6; i++)
+        prompts[i] = prompt_of(&rows->row[i], i);
+    return generate_all(model, prompts, sampling, places, steps, cache_tokens);
 }
 
 static void same_text(const psoup_generation *a, const psoup_generation *b, double tolerance, const char *what) {
@@ -173,15 +179,12 @@ static void same_text(const psoup_generation *a, const psoup_generation *b, doub
     }
 }
 
-/* In f32 the GPU writes the CPU's texts, with few places and many, token by token or in windows, in a small cache. */
-START_TEST(texts_are_the_cpus) {
-    pair p = make_pair(PSOUP_F32, 64, 0);
-    sample_rows rows;
-    mixed_rows(&rows, 34);
-    psoup_sampling sampling = sampled(_i == 2 ? 20 : 13);
-    int32_t stops[] = {7, 8, 9, 10, 11, 12};
-    sampling.temperature = _i == 0 ? 0 : 0.9f;
-    if (_i == 1) { /* ended by tokens, no pair twice, none before the fifth */
+/* 0: the likeliest tokens; 1: ended by tokens, no pair twice, none before the fifth; 2: longer ones. */
+static psoup_sampling ruled(int which) {
+    static const int32_t stops[] = {7, 8, 9, 10, 11, 12};
+    psoup_sampling sampling = sampled(which == 2 ? 20 : 13);
+    sampling.temperature = which == 0 ? 0 : 0.9f;
+    if (which == 1) {
         sampling.stop_tokens = stops;
         sampling.n_stop_tokens = 6;
         sampling.min_new_tokens = 5;
@@ -189,6 +192,15 @@ START_TEST(texts_are_the_cpus) {
         sampling.top_k = 30;
         sampling.top_p = 0.95f;
     }
+    return sampling;
+}
+
+/* In f32 the GPU writes the CPU's texts, with few places and many, token by token or in windows, in a small cache. */
+START_TEST(texts_are_the_cpus) {
+    pair p = make_pair(PSOUP_F32, 64, 0);
+    sample_rows rows;
+    mixed_rows(&rows, 34);
+    psoup_sampling sampling = ruled(_i);
     psoup_generation *cpu = generate_in(p.model[0], &rows, &sampling, 6, 0, 0);
     psoup_generation *one = generate_in(p.model[1], &rows, &sampling, 6, 1, 0);
     psoup_generation *window = generate_in(p.model[1], &rows, &sampling, 6, 0, 0);
@@ -201,6 +213,92 @@ START_TEST(texts_are_the_cpus) {
     psoup_generation_free(window);
     psoup_generation_free(few);
     free_pair(&p);
+}
+END_TEST
+
+/* Logits are mixed of two policies, of the base alone, of one and, by its strength, the base, and of two and the base;
+ * beside them parameters, by both methods. */
+static void mixed_prompts(psoup_prompt *prompts, const sample_rows *rows) {
+    static const int32_t methods[6] = {PSOUP_MIX_LOGITS, PSOUP_MIX_LOGITS, PSOUP_MIX_FACTORS,
+                                       PSOUP_MIX_LOGITS, PSOUP_MIX_LOGITS, PSOUP_MIX_DELTA};
+    static const float strengths[6] = {0, 0, 0, 1.5f, 1.25f, 0}, both[2] = {0.3f, 0.7f};
+    for (size_t i = 0; i < 6; i++) {
+        prompts[i] = prompt_of(&rows->row[i], i);
+        prompts[i].mix_method = methods[i];
+        prompts[i].mix_strength = strengths[i];
+    }
+    prompts[5].mix = both;
+}
+
+static uint64_t windows_of(const psoup_model *model) {
+    return psoup__gpu_of(model->be)->record.clock;
+}
+
+START_TEST(mixed_logits_are_the_cpus) {
+    static const struct {
+        int32_t places, steps;
+        int64_t cache;
+    } ways[] = {{10, 1, 0}, {10, 0, 0}, {10, 3, 0}, {3, 3, 192}};
+    pair p = make_pair(PSOUP_F32, 64, 0);
+    sample_rows rows;
+    psoup_prompt prompts[6];
+    psoup_sampling sampling = ruled(_i);
+    mixed_rows(&rows, 34);
+    mixed_prompts(prompts, &rows);
+    psoup_generation *cpu = generate_all(p.model[0], prompts, &sampling, 10, 0, 0);
+    for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+        const uint64_t before = windows_of(p.model[1]);
+        char what[64];
+        snprintf(what, sizeof what, "%d places, %d steps", (int)ways[i].places, (int)ways[i].steps);
+        psoup_generation *g =
+            generate_all(p.model[1], prompts, &sampling, ways[i].places, ways[i].steps, ways[i].cache);
+        same_text(cpu, g, 1e-4, what);
+        ck_assert_msg((windows_of(p.model[1]) > before) == (ways[i].steps != 1), "%s", what);
+        psoup_generation_free(g);
+    }
+    psoup_generation_free(cpu);
+    free_pair(&p);
+}
+END_TEST
+
+/* Windows have the bits of steps, where both run the same kernels: in up to four rows that begin together. Ends are in
+ * the middle of windows, and come one by one. */
+START_TEST(windows_have_the_bits_of_steps) {
+    static const size_t batches[][3] = {{0, 2, 5}, {4, 5, 5}, {1, 3, 2}, {4, 1, 1}, {0, 3, 3}, {1, 2, 5}};
+    psoup_context *context = on("cuda:0");
+    psoup_model *model = random_model(context, PSOUP_F32, 64, 0);
+    sample_rows rows;
+    psoup_prompt all[6];
+    psoup_sampling sampling = ruled(_i), brief = sampling;
+    mixed_rows(&rows, 38);
+    mixed_prompts(all, &rows);
+    brief.max_new_tokens = 6;
+    for (size_t b = 0; b < sizeof batches / sizeof *batches; b++) {
+        psoup_prompt prompts[3];
+        psoup_generation *g[3] = {NULL};
+        const size_t n = batches[b][1] == batches[b][2] ? 2 : 3;
+        for (size_t i = 0; i < n; i++)
+            prompts[i] = all[batches[b][i]];
+        for (size_t first = 0; first < 2; first++) { /* which of them is brief */
+            prompts[first].sampling = &brief;
+            prompts[1 - first].sampling = NULL;
+            for (int way = 0; way < 3; way++) {
+                psoup_session_options options = PSOUP_SESSION_OPTIONS_INIT;
+                options.max_sequences = 4;
+                options.steps = way == 0 ? 1 : way == 1 ? 8 : 5;
+                OK(psoup_generate(model, prompts, n, &sampling, &options, NULL, NULL, &g[way], &error));
+            }
+            for (size_t i = 0; i < n; i++)
+                for (int way = 1; way < 3; way++)
+                    ck_assert_msg(equal(*psoup_generation_get(g[0], i), *psoup_generation_get(g[way], i)),
+                                  "batch %zu, brief %zu, sequence %zu, way %d", b, first, i, way);
+            for (int way = 0; way < 3; way++)
+                psoup_generation_free(g[way]);
+        }
+    }
+    ck_assert_uint_gt(windows_of(model), 0);
+    psoup_model_free(model);
+    psoup_context_free(context);
 }
 END_TEST
 
@@ -220,9 +318,10 @@ static psoup__cu_result count_alloc(psoup__cu_pointer *out, size_t bytes) {
 }
 
 /* Windows of one batch run one graph: were the launches' arguments to differ, each would be captured anew. So do those
- * of a batch that shrinks, within what its rows are rounded up to (six, then five: eight). And from the second window on
- * nothing is allocated. */
+ * of a batch that shrinks, within what its rows are rounded up to (six, then five: eight; where two of the six mix the
+ * logits of two policies and the base, ten, then nine: twelve). And from the second window on nothing is allocated. */
 START_TEST(a_graph_is_used_again) {
+    static const int32_t places[] = {2, 8, 12};
     const size_t n = _i ? 6 : 2;
     psoup_context *context = on("cuda:0");
     psoup_model *model = random_model(context, PSOUP_BF16, 64, 0);
@@ -230,7 +329,7 @@ START_TEST(a_graph_is_used_again) {
     psoup_session *session = NULL;
     psoup_session_options options = PSOUP_SESSION_OPTIONS_INIT;
     options.max_tokens = 100;
-    options.max_sequences = _i ? 8 : 2;
+    options.max_sequences = places[_i];
     options.steps = 4;
     OK(psoup_session_create(model, &options, &session, &error));
     sample_rows rows;
@@ -240,6 +339,10 @@ START_TEST(a_graph_is_used_again) {
     for (size_t i = 0; i < n; i++) {
         psoup_prompt prompt = prompt_of(&rows.row[0], i);
         prompt.sampling = i == 5 ? &brief : &sampling;
+        if (_i == 2 && i < 2) {
+            prompt.mix_method = PSOUP_MIX_LOGITS;
+            prompt.mix_strength = 1.5f;
+        }
         OK(psoup_session_submit(session, (int64_t)i, &prompt, &error));
     }
     size_t running = 1;
@@ -274,21 +377,36 @@ static int stop(void *user, int64_t id, int32_t token, float logprob, psoup_fini
     return ++s->n == s->stop_at;
 }
 
-/* A callback that stops in the middle of a window loses nothing, and nothing comes twice. */
+static psoup_status refuse(psoup__backend *be, int32_t times, psoup_error *told) {
+    psoup__gpu_of(be)->record.refused = true;
+    return psoup__gpu_replay(be, times, told);
+}
+
+/* A callback that stops in the middle of a window loses nothing, and nothing comes twice. Nor where logits are mixed,
+ * also with a head that takes few rows at once; nor where a step cannot be recorded after all. */
 START_TEST(a_window_can_be_stopped) {
+    enum { PLAIN, MIXED, FEW_AT_ONCE, REFUSED };
     psoup_context *context = on("cuda:0");
     psoup_model *model = random_model(context, PSOUP_F32, 64, 0);
     sample_rows rows;
     mixed_rows(&rows, 36);
+    psoup_prompt prompts[6];
     psoup_sampling sampling = sampled(11);
     sampling.ignore_stop = 1;
-    psoup_generation *whole = generate_in(model, &rows, &sampling, 6, 0, 0);
+    for (size_t i = 0; i < 6; i++)
+        prompts[i] = prompt_of(&rows.row[i], i);
+    if (_i != PLAIN)
+        mixed_prompts(prompts, &rows);
+    psoup_generation *whole = generate_all(model, prompts, &sampling, 10, 1, 0);
     psoup_session *session = NULL;
     OK(psoup_session_create(model, NULL, &session, &error));
+    if (_i == FEW_AT_ONCE)
+        session->tape->chunk_rows = 4;
+    if (_i == REFUSED)
+        psoup__gpu_of(model->be)->ops.replay = refuse;
     for (size_t i = 0; i < 6; i++) {
-        psoup_prompt prompt = prompt_of(&rows.row[i], i);
-        prompt.sampling = &sampling;
-        OK(psoup_session_submit(session, (int64_t)i, &prompt, &error));
+        prompts[i].sampling = &sampling;
+        OK(psoup_session_submit(session, (int64_t)i, &prompts[i], &error));
     }
     stopped s = {.stop_at = 20};
     size_t running = 1;
@@ -299,6 +417,7 @@ START_TEST(a_window_can_be_stopped) {
         cancelled += status == PSOUP_ERROR_CANCELLED;
     }
     ck_assert_int_eq(cancelled, 1);
+    ck_assert((windows_of(model) > 0) == (_i != REFUSED));
     for (size_t i = 0; i < 6; i++) {
         const psoup_completion *c = psoup_generation_get(whole, i);
         ck_assert_uint_eq(s.length[i], c->n);
@@ -306,6 +425,92 @@ START_TEST(a_window_can_be_stopped) {
     }
     psoup_generation_free(whole);
     psoup_session_free(session);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
+/* A policy that diverges ends the texts that mix its logits, in the middle of a window, and no other. */
+START_TEST(a_diverged_policy_ends_its_rows) {
+    psoup_context *context = on("cuda:0");
+    psoup_model *model = random_model(context, PSOUP_F32, 64, 0);
+    sample_rows rows;
+    mixed_rows(&rows, 39);
+    psoup_prompt prompts[6];
+    psoup_sampling sampling = sampled(11);
+    sampling.ignore_stop = 1;
+    mixed_prompts(prompts, &rows);
+    psoup_generation *well = generate_all(model, prompts, &sampling, 10, 1, 0);
+    psoup__adapter *adapter = psoup__model_adapter(model, "b");
+    float nan = NAN;
+    model->be->ops->write(model->be, adapter->data, &nan, sizeof nan);
+    psoup_generation *ill = generate_all(model, prompts, &sampling, 10, 0, 0);
+    for (size_t i = 0; i < 6; i++) {
+        const psoup_completion *a = psoup_generation_get(well, i), *b = psoup_generation_get(ill, i);
+        const bool apart = i == 1 || i == 2;
+        ck_assert_int_eq(b->finish, apart ? PSOUP_FINISH_LENGTH : PSOUP_FINISH_ERROR);
+        ck_assert(!apart || (a->n == b->n && memcmp(a->tokens, b->tokens, a->n * sizeof *a->tokens) == 0));
+    }
+    psoup_generation_free(well);
+    psoup_generation_free(ill);
+    psoup_model_free(model);
+    psoup_context_free(context);
+}
+END_TEST
+
+/* Device memory, counted. */
+static struct {
+    psoup__cu_pointer at[4096];
+    size_t bytes[4096], n;
+    int64_t now, most;
+} held;
+static psoup__cu_result (*driver_release)(psoup__cu_pointer memory);
+
+static psoup__cu_result hold(psoup__cu_pointer *out, size_t bytes) {
+    const psoup__cu_result result = driver_alloc(out, bytes);
+    if (result != 0 || held.n == sizeof held.at / sizeof *held.at)
+        return result;
+    held.at[held.n] = *out;
+    held.bytes[held.n++] = bytes;
+    held.now += (int64_t)bytes;
+    held.most = held.now > held.most ? held.now : held.most;
+    return result;
+}
+
+static psoup__cu_result let_go(psoup__cu_pointer memory) {
+    for (size_t i = held.n; i-- > 0;)
+        if (held.at[i] == memory) {
+            held.now -= (int64_t)held.bytes[i];
+            held.at[i] = 0;
+            break;
+        }
+    return driver_release(memory);
+}
+
+/* What psoup_generate_memory says of the device is enough, for windows too. */
+START_TEST(generation_takes_what_it_is_said_to) {
+    psoup_context *context = on("cuda:0");
+    psoup_model *model = random_model(context, PSOUP_F32, 64, 0);
+    psoup__driver *driver = &psoup__gpu_of(model->be)->driver;
+    psoup_memory said = {.size = sizeof said};
+    psoup_prompt prompts[6];
+    sample_rows rows;
+    mixed_rows(&rows, 40);
+    mixed_prompts(prompts, &rows);
+    psoup_sampling sampling = sampled(20);
+    sampling.no_repeat_ngram_size = 3;
+    OK(psoup_generate_memory(model, prompts, 6, &sampling, NULL, &said, &error));
+    driver_alloc = driver->alloc, driver_release = driver->release;
+    driver->alloc = hold, driver->release = let_go;
+    psoup_generation *g = NULL;
+    OK(psoup_generate(model, prompts, 6, &sampling, NULL, NULL, NULL, &g, &error));
+    ck_assert_uint_gt(windows_of(model), 0);
+    ck_assert_uint_lt(held.n, sizeof held.at / sizeof *held.at);
+    const int64_t room = said.device - said.held;
+    ck_assert_msg(held.most > 0 && held.most <= room, "%lld bytes, more than the %lld that were said",
+                  (long long)held.most, (long long)room);
+    psoup_generation_free(g);
+    driver->alloc = driver_alloc, driver->release = driver_release;
     psoup_model_free(model);
     psoup_context_free(context);
 }
@@ -515,6 +720,9 @@ START_TEST(device_memory_runs_out) {
         sample_rows rows;
         fill_rows(&rows, 1, 37);
         psoup_prompt prompt = prompt_of(&rows.row[0], 0);
+        const float half = 0.5f;
+        prompt.mix = &half;
+        prompt.mix_method = PSOUP_MIX_LOGITS; /* of the adapter and, as the weight is not 1, the base */
         psoup_sampling sampling = sampled(4);
         if (status == PSOUP_OK)
             status = psoup_generate(model, &prompt, 1, &sampling, NULL, NULL, NULL, &g, &error);
@@ -540,8 +748,12 @@ int main(void) {
     tcase_add_test(tests, files_are_loaded);
     tcase_add_loop_test(tests, gradients_are_the_cpus, 0, KINDS);
     tcase_add_loop_test(tests, texts_are_the_cpus, 0, 3);
-    tcase_add_loop_test(tests, a_graph_is_used_again, 0, 2);
-    tcase_add_test(tests, a_window_can_be_stopped);
+    tcase_add_loop_test(tests, mixed_logits_are_the_cpus, 0, 3);
+    tcase_add_loop_test(tests, windows_have_the_bits_of_steps, 0, 3);
+    tcase_add_loop_test(tests, a_graph_is_used_again, 0, 3);
+    tcase_add_loop_test(tests, a_window_can_be_stopped, 0, 4);
+    tcase_add_test(tests, a_diverged_policy_ends_its_rows);
+    tcase_add_test(tests, generation_takes_what_it_is_said_to);
     tcase_add_test(tests, any_thread_may_call);
     tcase_add_test(tests, a_callers_stream_is_used);
     tcase_add_test(tests, tables_cross_without_a_wait);

@@ -109,6 +109,42 @@ static void scatter_add_rows(psoup__backend *be, float *out, const float *in, co
     psoup__parallel(be->context, tiles(job.rows, ROW_TILE), scatter_add_task, &job);
 }
 
+typedef struct combine_job {
+    float *out;                       /* [n, width] */
+    const float *in, *weight;
+    const int32_t *first;             /* [n + 1] */
+    size_t width, across;             /* tiles of a row */
+} combine_job;
+
+/* A tile of one sum stays near while its rows pass by. */
+enum { COMBINE_TILE = 1024 };
+
+static void combine_task(void *arg, size_t task, int worker) {
+    const combine_job *job = arg;
+    const size_t i = task / job->across, start = task % job->across * COMBINE_TILE;
+    const size_t n = least(COMBINE_TILE, job->width - start);
+    const int32_t begin = job->first[0], first = job->first[i] - begin, end = job->first[i + 1] - begin;
+    float *out = job->out + i * job->width + start;
+    if (end - first == 1) {
+        memcpy(out, job->in + (size_t)first * job->width + start, n * sizeof *out);
+        return;
+    }
+    memset(out, 0, n * sizeof *out);
+    for (int32_t k = first; k < end; k++) {
+        const float *in = job->in + (size_t)k * job->width + start, weight = job->weight[k];
+        INDEPENDENT
+        for (size_t j = 0; j < n; j++)
+            out[j] = fused(weight, in[j], out[j]);
+    }
+}
+
+static void combine_rows(psoup__backend *be, float *out, const float *in, const float *weight, const int32_t *first,
+                         int32_t n, int32_t width) {
+    combine_job job = {.out = out, .in = in, .weight = weight, .first = first, .width = (size_t)width,
+                       .across = tiles((size_t)width, COMBINE_TILE)};
+    psoup__parallel(be->context, (size_t)n * job.across, combine_task, &job);
+}
+
 typedef struct head_job {
     float *value;            /* part i goes to value[at[i]] */
     float *dhidden, *dw;     /* [rows, width], [width] */
@@ -173,6 +209,7 @@ void PSOUP__NAME(psoup__cpu_fill_rows)(psoup__ops *ops) {
     ops->cache_append = cache_append;
     ops->gather_rows = gather_rows;
     ops->scatter_add_rows = scatter_add_rows;
+    ops->combine_rows = combine_rows;
     ops->head = head;
     ops->head_backward = head_backward;
 }

@@ -16,11 +16,11 @@ _Static_assert(sizeof(psoup__draw) == sizeof(psoup__device_draw), "psoup__draw")
 _Static_assert(sizeof(psoup__span) == sizeof(psoup__device_span), "psoup__span");
 
 static void advance(psoup__backend *be, const psoup__decode_state *state, const int32_t *token,
-                    const float *logprob, const psoup__keys *cache, int32_t rows) {
+                    const float *logprob, const psoup__keys *cache, int32_t n) {
     PSOUP__LAUNCH(psoup__gpu_of(be), advance,
-                  ((psoup__grid){(unsigned)rows, 1, 1, PSOUP__ADVANCE_THREADS, 0}),
-                  {(psoup__device_decoding *)state->decoding, (psoup__device_draw *)state->draw, state->token,
-                   state->position, state->place, (psoup__device_span *)state->span, token, logprob,
+                  ((psoup__grid){(unsigned)n, 1, 1, PSOUP__ADVANCE_THREADS, 0}),
+                  {(psoup__device_decoding *)state->decoding, (psoup__device_draw *)state->draw, state->first,
+                   state->token, state->position, state->place, (psoup__device_span *)state->span, token, logprob,
                    cache->pages, cache->pages ? be->ops->page : 0});
 }
 

@@ -45,6 +45,13 @@ static void scatter_add_rows(psoup__backend *be, float *out, const float *in, co
                   {out, in, scale, row, width, 0});
 }
 
+static void combine_rows(psoup__backend *be, float *out, const float *in, const float *weight, const int32_t *first,
+                         int32_t n, int32_t width) {
+    psoup__grid grid = psoup__gpu_rows(n, (width + 3) / 4);
+    grid.y = (unsigned)((width + 3) / 4 + (int32_t)grid.threads - 1) / grid.threads;
+    PSOUP__LAUNCH(psoup__gpu_of(be), combine_rows, grid, {out, in, weight, first, width, 0});
+}
+
 static void head(psoup__backend *be, float *value, const float *hidden, const int32_t *row, const int32_t *at,
                  const float *weight, const float *w, const float *bias, int32_t n, int32_t width) {
     PSOUP__LAUNCH(psoup__gpu_of(be), head, ((psoup__grid){(unsigned)n, 1, 1, PSOUP__ROWS_THREADS, 0}),
@@ -67,6 +74,7 @@ void psoup__gpu_fill_rows(psoup__ops *ops) {
     ops->cache_append = cache_append;
     ops->gather_rows = gather_rows;
     ops->scatter_add_rows = scatter_add_rows;
+    ops->combine_rows = combine_rows;
     ops->head = head;
     ops->head_backward = head_backward;
 }

@@ -85,12 +85,15 @@ psoup_status psoup__measure_decoding(psoup_model *model, const psoup__decoding_e
     int64_t tokens = d->longest + d->most < longest ? d->longest + d->most : longest;
     int64_t prefill = o->prefill_rows ? o->prefill_rows : 512, pending = psoup__product(places, d->longest);
     int64_t rows = prefill + places < pending ? prefill + places : pending;
-    int64_t pages = ops->page ? (tokens + ops->page - 1) / ops->page : 1;
+    int64_t pages = ops->page ? (tokens + ops->page - 1) / ops->page : 1, each = d->each;
+    int64_t listed = (psoup__product(places, d->n_adapters) + rows - 1) / rows;
+    if (ops->replay && listed > each)
+        each = listed; /* in a window every adapter lists every row */
     psoup__extent extent = {.rows = rows,
                             .sequences = places,
                             .adapters = d->adapters,
                             .n_adapters = d->n_adapters,
-                            .each = d->each,
+                            .each = (int32_t)each,
                             .cached = true,
                             .factors = d->factors,
                             .pages = ops->page ? psoup__product(places, pages) : 0};
@@ -110,7 +113,7 @@ psoup_status psoup__measure_decoding(psoup_model *model, const psoup__decoding_e
     int64_t device = 4096 * (int64_t)sizeof(psoup__draw);
     if (ops->replay) /* window.c */
         device += psoup__product(places, (int64_t)(sizeof(psoup__decoding) + sizeof(psoup__draw)) + 8 * (tokens + 64) +
-                                             8 * (o->steps ? o->steps : 8));
+                                             8 * (o->steps ? o->steps : 8)); /* 64: stop tokens, and single numbers */
     if (ops->on_host)
         device = 256 * (int64_t)(sizeof(psoup__draw) + 8) + (d->history ? 8 * psoup__product(places, tokens) : 0);
     out->activations = psoup__sum(out->activations, device);

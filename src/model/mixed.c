@@ -7,7 +7,7 @@
 
 enum { MOST_ROWS = 256 }; /* of a chunk */
 
-static psoup_status grow(psoup__tape *t, psoup_error *error) {
+psoup_status psoup__tape_mixed(psoup__tape *t, psoup_error *error) {
     size_t count = 0;
     if (t->mixed_slab.base)
         return PSOUP_OK;
@@ -21,44 +21,21 @@ static psoup_status grow(psoup__tape *t, psoup_error *error) {
     return status;
 }
 
-/* Rows go through the head in rounds: the first row of every mixture, then the second of those that have one, … A
- * round adds to distinct mixtures. */
 psoup_status psoup__mixed_logits(psoup__tape *t, const psoup__mixtures *m, float **logits, psoup_error *error) {
     psoup__backend *be = t->model->be;
     const psoup__ops *ops = be->ops;
     const int32_t vocab = t->model->config.vocab_size, total = m->first[m->n] - m->first[0];
-    int32_t row[MOST_ROWS], to[MOST_ROWS], plain = 0, used = 0;
-    float weight[MOST_ROWS];
-    *logits = t->chunk.logits;
-    if (total == m->n) {
-        psoup__chunk_logits(t, m->row + m->first[0], total);
-        return PSOUP_OK;
-    }
-    psoup_status status = grow(t, error);
+    const bool mixed = total > m->n; /* then there are no more than `total` numbers in first */
+    psoup_status status = mixed ? psoup__tape_mixed(t, error) : PSOUP_OK;
     if (status != PSOUP_OK)
         return status;
-    for (int32_t round = 0; used < total; round++)
-        for (int32_t i = 0; i < m->n; i++)
-            if (m->first[i] + round < m->first[i + 1]) {
-                row[used] = m->row[m->first[i] + round];
-                weight[used] = m->weight[m->first[i] + round];
-                to[used++] = i;
-            }
-    while (m->first[plain + 1] - m->first[plain] == 1)
-        plain++;
-    psoup__chunk_logits(t, row, total);
-    ops->write(be, t->chunk.target, to, (size_t)total * sizeof *to);
-    ops->write(be, t->chunk.logprob, weight, (size_t)total * sizeof *weight);
-    ops->copy(be, t->mixed, t->chunk.logits, (size_t)plain * (size_t)vocab * sizeof(float));
-    ops->zero(be, t->mixed + (size_t)plain * (size_t)vocab,
-              (size_t)(m->n - plain) * (size_t)vocab * sizeof(float));
-    for (int32_t from = plain, end; from < total; from = end) {
-        for (end = from + 1; end < total && to[end] > to[end - 1];)
-            end++;
-        ops->scatter_add_rows(be, t->mixed, t->chunk.logits + (size_t)from * (size_t)vocab, t->chunk.logprob + from,
-                              t->chunk.target + from, end - from, vocab);
-    }
-    *logits = t->mixed;
+    psoup__chunk_logits(t, m->row + m->first[0], total);
+    *logits = mixed ? t->mixed : t->chunk.logits;
+    if (!mixed)
+        return PSOUP_OK;
+    ops->write(be, t->chunk.target, m->first, ((size_t)m->n + 1) * sizeof *m->first);
+    ops->write(be, t->chunk.logprob, m->weight + m->first[0], (size_t)total * sizeof *m->weight);
+    ops->combine_rows(be, t->mixed, t->chunk.logits, t->chunk.logprob, t->chunk.target, m->n, vocab);
     return PSOUP_OK;
 }
 

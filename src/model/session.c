@@ -197,8 +197,7 @@ static void add_sample(psoup_session *session, int32_t at, int32_t sample) {
                                            .n_banned = ban(s)};
 }
 
-/* The batch of this step: who takes part with how many rows, and who gets a token; those of one view are numbered
- * first. */
+/* The batch of this step: who takes part with how many rows, and who gets a token. */
 static psoup_status gather(psoup_session *session, psoup__batch *batch, int32_t *samples,
                            psoup_error *error) {
     int32_t n = 0, rows = 0, budget = session->prefill_rows;
@@ -217,11 +216,9 @@ static psoup_status gather(psoup_session *session, psoup__batch *batch, int32_t 
     }
     session->start[n] = rows;
     session->sample_first[0] = 0;
-    for (int several = 0; several < 2; several++)
-        for (int32_t i = 0; i < n; i++)
-            if (session->parts[i].view == 0 && session->parts[i].ready &&
-                (session->parts[i].s->n_views > 1) == several)
-                add_sample(session, i, (*samples)++);
+    for (int32_t i = 0; i < n; i++)
+        if (session->parts[i].view == 0 && session->parts[i].ready)
+            add_sample(session, i, (*samples)++);
     *batch = (psoup__batch){.n = n,
                             .rows = rows,
                             .tokens = session->tokens,
@@ -340,10 +337,11 @@ psoup_status psoup_session_step(psoup_session *session, psoup_token_fn on_token,
     if (session->n_running > 0) {
         PSOUP__TRY(gather(session, &batch, &samples, error));
         if (psoup__window_fits(session, &batch, samples)) {
-            status = psoup__window_run(session, &batch, on_token, user, error);
+            status = psoup__window_run(session, &batch, samples, on_token, user, error);
             if (status != PSOUP_ERROR_UNSUPPORTED)
                 goto fail;
             session->steps = 1; /* nothing was done */
+            PSOUP__TRY(gather(session, &batch, &samples, error));
         }
         psoup__cached cached = {.cache = session->cache, .pages = session->pages, .past = session->past};
         PSOUP__TRY(psoup__forward_cached(session->model, session->tape, &batch, false, &cached, error));

@@ -33,14 +33,16 @@ typedef struct part {
     int32_t sampled; /* of view 0: the sequence's place among those that get a token; else −1 */
 } part;
 
-/* What decodes on the device by itself (window.c); device memory, [rows] each, sized at the first use. */
+/* What decodes on the device by itself (window.c); device memory, for as many sequences as there are places, sized at
+ * the first use. */
 typedef struct psoup__window {
-    int32_t rows;  /* that there is room for; 0: none yet */
-    psoup__decoding *decoding;
+    psoup__decoding *decoding;        /* [places]; NULL: there is no memory yet */
     psoup__draw *draw;
-    int32_t *history, *banned, *stop; /* [rows, max_tokens], [rows, WINDOW_STOP + max_tokens], [rows, WINDOW_STOP] */
-    int32_t *drawn, *token;           /* [rows]; [rows, steps], what the steps drew */
+    int32_t *history, *banned, *stop; /* [places, max_tokens], [places, MOST_STOP + max_tokens], [places, MOST_STOP] */
+    int32_t *drawn, *token;           /* [places]; [places, steps], what the steps drew */
     float *drawn_logprob, *logprob;
+    int32_t *first;                   /* [places + 1]: of a sequence's rows, whose logits are summed by weight */
+    float *weight;                    /* [places] */
 } psoup__window;
 
 struct psoup_session {
@@ -84,10 +86,11 @@ void psoup__sequence_free(psoup_context *context, sequence *s);
 psoup_status psoup__session_deliver(psoup_session *session, int32_t *parts, psoup_token_fn on_token, void *user,
                                     psoup_error *error);
 
-/* window.c: decodes up to session->steps tokens of every part, each of which takes one row and draws one token. */
+/* window.c: decodes up to session->steps tokens of every sequence, of which each part takes one row and each draws one
+ * token. */
 bool psoup__window_fits(const psoup_session *session, const psoup__batch *batch, int32_t samples);
-psoup_status psoup__window_run(psoup_session *session, psoup__batch *batch, psoup_token_fn on_token, void *user,
-                               psoup_error *error);
+psoup_status psoup__window_run(psoup_session *session, psoup__batch *batch, int32_t samples, psoup_token_fn on_token,
+                               void *user, psoup_error *error);
 void psoup__window_free(psoup_session *session);
 
 #endif

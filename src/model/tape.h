@@ -163,13 +163,15 @@ psoup_status psoup__forward_cached(psoup_model *model, psoup__tape *tape,
 void psoup__chunk_logits(psoup__tape *tape, const int32_t *row, int32_t rows);
 
 /* mixed.c: mixtures of the logits at rows of the batch: mixture i is Σ weight · logits over its entries
- * first[i] … first[i+1]−1. Those of one entry, whose weight is not read, come first. */
+ * first[i] … first[i+1]−1; of one entry alone the weight is not read. */
 typedef struct psoup__mixtures {
     const int32_t *row;   /* rows of the batch */
     const float *weight;
     const int32_t *first; /* [n + 1]; at most chunk_rows entries in all */
     int32_t n;
 } psoup__mixtures;
+/* Makes sure of tape->mixed. */
+psoup_status psoup__tape_mixed(psoup__tape *tape, psoup_error *error);
 /* *logits receives where they are, [n, vocab], until the next chunk. */
 psoup_status psoup__mixed_logits(psoup__tape *tape, const psoup__mixtures *mixtures, float **logits,
                                  psoup_error *error);

@@ -107,6 +107,9 @@ OP(gather_rows) {
 OP(scatter_add_rows) {
     b->ops->scatter_add_rows(b->be, p[0], p[1], p[3], p[2], b->s.rows, b->s.width);
 }
+OP(combine_rows) {
+    b->ops->combine_rows(b->be, p[0], p[1], p[3], p[2], b->s.rows / 2, b->s.width);
+}
 OP(cache_append) {
     const psoup__keys cache = {.dtype = PSOUP_BF16, .stride = b->s.width, .k = p[0], .v = p[1]};
     b->ops->cache_append(b->be, &cache, p[2], p[3], p[4], b->s.rows, b->s.width);
@@ -122,7 +125,9 @@ void bench_rows(bench *b) {
     const int32_t rows = b->s.rows, width = b->s.width, vocab = b->s.vocab;
     const size_t n = (size_t)rows * (size_t)width, table = (size_t)vocab * (size_t)width;
     const size_t bytes = (size_t)rows * sizeof(int32_t);
-    int32_t *token = malloc(bytes), *row = malloc(bytes);
+    int32_t *token = malloc(bytes), *row = malloc(bytes), *first = malloc(bytes + sizeof *first);
+    for (int32_t i = 0; i <= rows; i++)
+        first[i] = 2 * i;
     for (int32_t i = 0; i < rows; i++) {
         token[i] = (int32_t)((int64_t)i * 7919 % vocab); /* each a few times */
         row[i] = rows - 1 - i;
@@ -136,6 +141,8 @@ void bench_rows(bench *b) {
          .item = {FLOATS(n), FLOATS(n), BYTES(row, bytes)}},
         {.op = "scatter_add_rows", .bytes = 12.0 * (double)n, .run = run_scatter_add_rows,
          .item = {FLOATS(n), FLOATS(n), BYTES(row, bytes), FLOATS(rows)}},
+        {.op = "combine_rows", .bytes = 6.0 * (double)n, .run = run_combine_rows,
+         .item = {FLOATS(n), FLOATS(n), BYTES(first, bytes), FLOATS(rows)}},
         {.op = "cache_append", .bytes = 12.0 * (double)n, .run = run_cache_append,
          .item = {NUMBERS(n, PSOUP_BF16), NUMBERS(n, PSOUP_BF16), BYTES(row, bytes), FLOATS(n), FLOATS(n)}},
         {.op = "head", .bytes = 4.0 * (double)n, .run = run_head,
@@ -148,7 +155,7 @@ void bench_rows(bench *b) {
         snprintf(cases[i].shape, sizeof cases[i].shape, "%d rows of %d", (int)rows, (int)width);
         bench_run(b, &cases[i]);
     }
-    free(token), free(row);
+    free(token), free(row), free(first);
 }
 
 /* ---- logits -------------------------------------------------------------------------------------------- */

@@ -108,6 +108,26 @@ static void check_scatter(checker *c, int32_t rows, int32_t width, bool scaled) 
     free(want);
 }
 
+/* Sums of one row, of none, of four, of one, … */
+static void check_combine(checker *c, int32_t n, int32_t width) {
+    static const int32_t sizes[] = {1, 0, 4, 1, 2};
+    begin(c, "combine_rows", "n %d, width %d", (int)n, (int)width);
+    int32_t first[65] = {5};
+    for (int32_t i = 0; i < n; i++)
+        first[i + 1] = first[i] + sizes[i % 5];
+    const size_t rows = (size_t)(first[n] - first[0]), m = (size_t)n * (size_t)width;
+    buffer *in = input(c, rows * (size_t)width), *weight = input(c, rows), *out = output(c, m);
+    const int32_t *list = block(c, first, (size_t)(n + 1) * sizeof *first);
+    double *want = doubles(m);
+    for (int32_t i = 0; i < n; i++)
+        for (int32_t k = first[i] - first[0]; k < first[i + 1] - first[0]; k++)
+            for (int32_t j = 0; j < width; j++)
+                want[i * width + j] += (sizes[i % 5] == 1 ? 1 : (double)weight->host[k]) * in->host[k * width + j];
+    c->ops->combine_rows(c->be, out->device, in->device, weight->device, list, n, width);
+    expect(c, "out", out, want, 2e-7);
+    free(want);
+}
+
 /* Every third row of `hidden`, of which a later one comes first; the values are in a third order. */
 static void check_head(checker *c, int32_t n, int32_t width, bool all) {
     begin(c, "head", "n %d, width %d%s", (int)n, (int)width, all ? "" : ", without bias and dhidden");
@@ -212,12 +232,15 @@ void check_rows(checker *c) {
         check_embed_backward(c, 40, width, 7);
         check_gather(c, 5, width);
         check_scatter(c, 5, width, i % 2);
+        check_combine(c, 7, width);
         check_head(c, 3, width, true);
         check_head(c, 21, width, i % 2);
     }
     check_embed_backward(c, 700, 8, 90); /* more rows than threads */
     check_embed_backward(c, 300, 5, 1);
     check_embed_backward(c, 3, 4100, 2); /* more columns than a block's */
+    check_combine(c, 1, 4100);
+    check_combine(c, 64, 2049);
     check_head(c, 7, 4100, true);
     check_head(c, 2, 8193, true);
     for (int i = 0; i < RAGGED; i++)

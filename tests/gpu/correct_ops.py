@@ -233,6 +233,10 @@ def moves(rows, width, dtype):
         ops.scatter_add_rows(sums, k, scales, row, rows, width)
         part = k.before * scale.before[:, None] if scales else k.before
         check("scatter_add_rows", "out", sums, before.index_add(0, row.x.long(), part))
+    if rows > 4:  # one row alone, the others in two sums
+        out, part = blank(3, width), k.before * scale.before[:, None]
+        ops.combine_rows(out, k, scale, whole((3, 4, 7, rows + 3)), 3, width)
+        check("combine_rows", "out", out, torch.stack((k.before[0], part[1:4].sum(0), part[4:].sum(0))))
 
     w, bias, value, dhidden, dw, dbias, dvalue = normal(width), normal(1), normal(rows + 3), normal(rows + 5, width), \
         normal(width), normal(1), normal(rows + 3)
